@@ -1,0 +1,91 @@
+"""The only box arithmetic: format changes, overlap, clipping. Tensors in, tensors out.
+
+Formats are in the names: ``xyxy`` = corners (x0, y0, x1, y1), ``xywh`` = corner and size as COCO writes them,
+``cxcywh`` = centre and size. Pixel boxes lie on the upright original image with x to the right and y down, and the
+right and lower edges are exclusive, so that width = x1 - x0. Normalised boxes are cxcywh divided by (W, H, W, H).
+Overlaps are torchvision's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_area, box_convert, box_iou, clip_boxes_to_image, generalized_box_iou, nms
+
+
+def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
+    """Corners to centre and size; [..., 4] to [..., 4]."""
+    return box_convert(boxes_xyxy, "xyxy", "cxcywh")
+
+
+def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
+    """Centre and size to corners; [..., 4] to [..., 4]."""
+    return box_convert(boxes_cxcywh, "cxcywh", "xyxy")
+
+
+def xyxy_to_xywh(boxes_xyxy: Tensor) -> Tensor:
+    """Corners to COCO's corner and size; [..., 4] to [..., 4]."""
+    return box_convert(boxes_xyxy, "xyxy", "xywh")
+
+
+def xywh_to_xyxy(boxes_xywh: Tensor) -> Tensor:
+    """COCO's corner and size to corners; [..., 4] to [..., 4]."""
+    return box_convert(boxes_xywh, "xywh", "xyxy")
+
+
+def area(boxes_xyxy: Tensor) -> Tensor:
+    """Areas, [N, 4] to [N], in the square of the boxes' unit."""
+    return box_area(boxes_xyxy)
+
+
+def pairwise_iou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
+    """Intersection over union of all pairs, [N, 4] and [M, 4] to [N, M]; 0 where both boxes have no area."""
+    return torch.nan_to_num(box_iou(boxes_a_xyxy, boxes_b_xyxy))
+
+
+def pairwise_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
+    """Generalised IoU of all pairs, [N, 4] and [M, 4] to [N, M], in (-1, 1]."""
+    return generalized_box_iou(boxes_a_xyxy, boxes_b_xyxy)
+
+
+def paired_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
+    """Generalised IoU of box i of one set with box i of the other, [N, 4] and [N, 4] to [N]."""
+    top_left = torch.maximum(boxes_a_xyxy[:, :2], boxes_b_xyxy[:, :2])
+    bottom_right = torch.minimum(boxes_a_xyxy[:, 2:], boxes_b_xyxy[:, 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=1)
+    union = box_area(boxes_a_xyxy) + box_area(boxes_b_xyxy) - intersection
+    hull_top_left = torch.minimum(boxes_a_xyxy[:, :2], boxes_b_xyxy[:, :2])
+    hull_bottom_right = torch.maximum(boxes_a_xyxy[:, 2:], boxes_b_xyxy[:, 2:])
+    hull = (hull_bottom_right - hull_top_left).clamp(min=0).prod(dim=1)
+    return intersection / union - (hull - union) / hull
+
+
+def clip(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Boxes cut to an image of (height, width) pixels, [N, 4] to [N, 4]."""
+    return clip_boxes_to_image(boxes_xyxy, size_hw)
+
+
+def has_area(boxes_xyxy: Tensor, min_side: float = 0.0) -> Tensor:
+    """Which boxes are finite and wider and higher than ``min_side``, [N, 4] to bool [N]."""
+    sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
+    return (sides > min_side).all(dim=1) & torch.isfinite(boxes_xyxy).all(dim=1)
+
+
+def normalise(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Pixel corners to centre and size as fractions of an image of (height, width), [N, 4] to [N, 4]."""
+    height, width = size_hw
+    return xyxy_to_cxcywh(boxes_xyxy) / boxes_xyxy.new_tensor([width, height, width, height])
+
+
+def denormalise(boxes_cxcywh: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Centre and size as fractions of an image of (height, width) to pixel corners, [N, 4] to [N, 4]."""
+    height, width = size_hw
+    return cxcywh_to_xyxy(boxes_cxcywh) * boxes_cxcywh.new_tensor([width, height, width, height])
+
+
+def suppress_overlaps(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Indices, best first, such that no two kept boxes have IoU above the threshold; the more confident one stays.
+
+    Source: seed 003 [0040], the filter between self-training stages (greedy, class-agnostic, no score threshold).
+    """
+    return nms(boxes_xyxy, scores, iou_threshold)
