@@ -1,0 +1,302 @@
+"""What the commands do: paths in, files and a few printed lines out. The work is in ``pipeline.py``.
+
+Heavy packages are imported inside the functions, so that ``simdetr --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+LOG = logging.getLogger(__name__)
+OUT = Console()
+
+
+def quickstart(
+    out: Path = Path("runs/quickstart"),
+    images: Path | None = None,
+    labels: Path | None = None,
+    val_images: Path | None = None,
+    val_labels: Path | None = None,
+    config: tuple[str, ...] = (),
+    options: tuple[str, ...] = (),
+) -> None:
+    """Run the whole method offline on scenes drawn here, and compare it with training from scratch.
+
+    Args:
+        out: Run folder.
+        images: Your own images instead of the drawn scenes.
+        labels: COCO JSON with boxes for them; needed for the comparison.
+        val_images: Images to evaluate on.
+        val_labels: COCO JSON with boxes for them.
+        config: YAML files over the built-in one.
+        options: ``--section.name=value`` strings; dotted options on the command line end here.
+    """
+    from simdetr.quickstart import LabelledSet
+    from simdetr.quickstart import quickstart as run
+
+    own = (
+        LabelledSet(images, labels, val_images, val_labels)
+        if images is not None and labels is not None and val_images is not None and val_labels is not None
+        else None
+    )
+    if images is not None and own is None:
+        raise ValueError(
+            "quickstart: with --images, give --labels, --val_images and --val_labels too, for the comparison; without "
+            "labels use `simdetr pretrain --images DIR`."
+        )
+    table, page = run(out, own, config=config, options=options)
+    OUT.print(Markdown(table))
+    OUT.print(f"report: {page}", soft_wrap=True)
+
+
+def doctor(path: Path, labels: Path | None = None) -> None:
+    """Look for what would go wrong: unreadable, duplicate and suspicious images, problems in labels.
+
+    Args:
+        path: Folder, list file or COCO JSON of images.
+        labels: COCO JSON of their boxes.
+    """
+    from simdetr.data.doctor import examine, summary
+
+    result = examine(path, labels)
+    OUT.print(summary(result), markup=False, highlight=False, soft_wrap=True)
+    if result.fatal:
+        sys.exit(1)
+
+
+def mine(
+    images: Path,
+    out: Path,
+    config: tuple[str, ...] = (),
+    device: str | None = None,
+    options: tuple[str, ...] = (),
+) -> None:
+    """Mine object proposals of a set of images into a store that ``cluster`` reads.
+
+    Args:
+        images: Folder, list file or COCO JSON of images.
+        out: Run folder; an unfinished run in it is resumed.
+        config: YAML files.
+        device: Torch device; the GPU if there is one.
+        options: ``--section.name=value`` strings.
+    """
+    from simdetr import pipeline
+    from simdetr.proposals.pseudo_labels import count_regions
+
+    store = pipeline.mine_proposals(images, out, config, device=device, options=options)
+    OUT.print(f"{count_regions(store):,} proposals on {len(store):,} images in {store.folder}", soft_wrap=True)
+
+
+def cluster(run: Path, num_classes: int = 2048, seed: int = 0) -> None:
+    """Give mined proposals pseudo-classes: the labels of stage 0.
+
+    Args:
+        run: Run folder with mined proposals.
+        num_classes: Pseudo-classes; 1 = class-unaware.
+        seed: Seed of the starting centroids.
+    """
+    from simdetr import pipeline
+
+    labels = pipeline.cluster_proposals(run, num_classes=num_classes, seed=seed)
+    OUT.print(f"{len(labels.boxes_xyxy):,} boxes in {labels.num_classes:,} pseudo-classes")
+
+
+def pretrain(
+    images: Path,
+    out: Path,
+    config: tuple[str, ...] = (),
+    truth: Path | None = None,
+    device: str | None = None,
+    options: tuple[str, ...] = (),
+) -> None:
+    """Pretrain a detector on unlabelled images: mine, cluster, then train and relabel for each stage.
+
+    The same command again resumes a run that was stopped.
+
+    Args:
+        images: Folder, list file (txt, CSV, Parquet) or COCO JSON of images.
+        out: Run folder.
+        config: YAML files, later ones over earlier ones.
+        truth: COCO JSON with boxes for these images; only for the recall in the report.
+        device: Torch device of mining and relabelling; the GPU if there is one.
+        options: ``--section.name=value`` strings; dotted options on the command line end here.
+    """
+    from simdetr import pipeline
+
+    run = pipeline.pretrain(images, out, config, truth=truth, device=device, options=options)
+    OUT.print(f"report: {run.report}", soft_wrap=True)
+
+
+def relabel(images: Path, checkpoint: Path, out: Path, iou_threshold: float = 0.55, max_boxes: int = 100) -> None:
+    """Label images with a detector as self-training does: every confidence, no overlaps.
+
+    Args:
+        images: Folder, list file or COCO JSON of images.
+        checkpoint: Run folder, detector folder or checkpoint.
+        out: Labels file to write, .parquet or .json.
+        iou_threshold: Overlap above which the less confident of two boxes goes.
+        max_boxes: Most confident boxes kept per image.
+    """
+    predict(images, checkpoint, out, min_score=0.0, iou_threshold=iou_threshold, max_boxes=max_boxes)
+
+
+def finetune(
+    images: Path,
+    labels: Path,
+    out: Path,
+    config: tuple[str, ...] = (),
+    init: Path | None = None,
+    val_images: Path | None = None,
+    val_labels: Path | None = None,
+    options: tuple[str, ...] = (),
+) -> None:
+    """Train a detector on labelled images, from a pretrained one or from scratch.
+
+    Args:
+        images: Training images.
+        labels: COCO JSON with their boxes; class ids of any kind.
+        out: Folder of this training.
+        config: YAML files, later ones over earlier ones.
+        init: Run folder, detector folder or checkpoint to start from; scratch when left out.
+        val_images: Validation images.
+        val_labels: COCO JSON with their boxes.
+        options: ``--section.name=value`` strings; dotted options on the command line end here.
+    """
+    from simdetr import pipeline
+
+    detector = pipeline.finetune(
+        images, labels, out, config, init=init, val_images=val_images, val_labels=val_labels, options=options
+    )
+    OUT.print(f"detector: {detector}", soft_wrap=True)
+
+
+def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = None) -> None:
+    """Print COCO's AP family and class-agnostic recall of a detector.
+
+    Args:
+        images: Images to evaluate on.
+        labels: COCO JSON with their boxes.
+        checkpoint: Run folder, detector folder or checkpoint.
+        out: JSON file to write the numbers to.
+    """
+    from simdetr import pipeline
+    from simdetr.data.atomic_files import atomic_path
+
+    scores = pipeline.evaluate(images, labels, checkpoint)
+    for name, value in scores.items():
+        OUT.print(f"{name:>10}  {100 * value:5.1f} %", highlight=False)
+    if out is not None:
+        with atomic_path(out) as temporary:
+            temporary.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+
+
+def compare(
+    images: Path,
+    labels: Path,
+    val_images: Path,
+    val_labels: Path,
+    init: Path,
+    out: Path,
+    config: tuple[str, ...] = (),
+    fractions: tuple[float, ...] = (0.01, 0.1),
+    seeds: tuple[int, ...] = (0, 1),
+    options: tuple[str, ...] = (),
+) -> None:
+    """Fine-tune from a pretrained detector and from scratch with equal budgets, and print what it was worth.
+
+    Args:
+        images: Training images.
+        labels: COCO JSON with their boxes.
+        val_images: Images to evaluate on.
+        val_labels: COCO JSON with their boxes.
+        init: Run folder or detector folder of the pretraining.
+        out: Folder of the comparison.
+        config: YAML files of the fine-tuning.
+        fractions: Parts of the labelled images to train on.
+        seeds: Seeds; two or more tell noise from gain.
+        options: ``--section.name=value`` strings; dotted options on the command line end here.
+    """
+    from simdetr import pipeline
+    from simdetr.evaluation.compare import comparison_table
+
+    rows = pipeline.compare(
+        images, labels, val_images, val_labels, init, out, config, fractions=fractions, seeds=seeds, options=options
+    )
+    OUT.print(Markdown(comparison_table(rows)))
+
+
+def predict(
+    images: Path,
+    checkpoint: Path,
+    out: Path,
+    pictures: Path | None = None,
+    min_score: float = 0.05,
+    iou_threshold: float = 1.0,
+    max_boxes: int = 100,
+) -> None:
+    """Detect objects in an image, a folder or a list, and write COCO JSON.
+
+    Args:
+        images: Image file, folder, list file or COCO JSON.
+        checkpoint: Run folder, detector folder or checkpoint.
+        out: File to write: .json (COCO, with scores) or .parquet.
+        pictures: Folder for copies of the images with the boxes drawn on them.
+        min_score: Boxes with a lower score are left out.
+        iou_threshold: Of two boxes that overlap more, the less confident goes; 1 keeps both.
+        max_boxes: Most confident boxes kept per image.
+    """
+    from simdetr import pipeline
+    from simdetr.data.images import open_images
+    from simdetr.evaluation.drawing import write_pictures
+
+    found = pipeline.predict(images, checkpoint, min_score=min_score, iou_threshold=iou_threshold, max_boxes=max_boxes)
+    _write(found, out)
+    if pictures is not None:
+        write_pictures(open_images(images), found, pictures)
+
+
+def export_labels(run: Path, stage: int, out: Path) -> None:
+    """Write the labels of a stage as COCO JSON with scores.
+
+    Args:
+        run: Run folder of ``pretrain``.
+        stage: 0 = mined, j = relabelled by the detector of stage j.
+        out: File to write: .json or .parquet.
+    """
+    from simdetr.data.labels import read_labels
+    from simdetr.training.run_folder import RunFolder
+
+    path = RunFolder(run).labels(stage)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"stage: {run} has no labels of stage {stage} yet; its last stage is {RunFolder(run).last_stage()}."
+        )
+    _write(read_labels(path), out)
+
+
+def report(run: Path, images: Path, truth: Path | None = None) -> None:
+    """Write the report page of a run from what is in its folder.
+
+    Args:
+        run: Run folder.
+        images: The run's images.
+        truth: COCO JSON with boxes for these images, for the recall per stage.
+    """
+    from simdetr import pipeline
+
+    OUT.print(f"report: {pipeline.report(run, images, truth=truth)}", soft_wrap=True)
+
+
+def _write(labels: object, out: Path) -> None:
+    from simdetr.data.coco import write_coco
+    from simdetr.data.labels import Labels, write_labels
+
+    assert isinstance(labels, Labels)
+    (write_labels if out.suffix == ".parquet" else write_coco)(labels, out)
+    OUT.print(f"{len(labels.boxes_xyxy):,} boxes on {len(labels):,} images in {out}", soft_wrap=True)

@@ -1,0 +1,42 @@
+"""Images and boxes: reading, checking, augmenting and writing them.
+
+In: files of the user's. Out: `ImageSource`, `Labels` and batches for a detector.
+"""
+
+from simdetr.data.coco import LabelProblems, read_coco, write_coco, write_detections
+from simdetr.data.dataset import Batch, DetectionDataset, collate
+from simdetr.data.doctor import DoctorReport, examine, summary
+from simdetr.data.images import ImageRecord, ImageSource, UnreadableImageError, open_images, read_image
+from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, read_labels, write_labels
+from simdetr.data.mosaic import Mosaic
+from simdetr.data.quarantine import Quarantine, TooManyUnreadableError
+from simdetr.data.transforms import eval_transforms, train_transforms
+
+__all__ = [
+    "Batch",
+    "Category",
+    "DetectionDataset",
+    "DoctorReport",
+    "ImageLabels",
+    "ImageRecord",
+    "ImageSource",
+    "LabelError",
+    "LabelProblems",
+    "Labels",
+    "Mosaic",
+    "Quarantine",
+    "TooManyUnreadableError",
+    "UnreadableImageError",
+    "collate",
+    "eval_transforms",
+    "examine",
+    "open_images",
+    "read_coco",
+    "read_image",
+    "read_labels",
+    "summary",
+    "train_transforms",
+    "write_coco",
+    "write_detections",
+    "write_labels",
+]

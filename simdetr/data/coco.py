@@ -1,0 +1,232 @@
+"""COCO JSON in, `Labels` and a count of what was wrong out; and back, with the ids as they came.
+
+Category ids of any kind (gaps, strings) become class indices 0, 1, … in the order of the ids, so that two files of one
+data set that list the same categories agree. The id of an image is its ``file_name``. Problems are repaired or
+dropped, and counted (design.md §11); ``strict`` makes the first one an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simdetr.data.coco_writing import write_coco, write_detections
+from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
+
+__all__ = ["LabelProblems", "read_coco", "write_coco", "write_detections"]
+
+_ROUNDING_PX = 0.1  # a box may leave the image by this much without being called wrong: COCO writes two decimals
+_EXAMPLES_PER_KIND = 5
+
+
+@dataclass
+class LabelProblems:
+    """What was wrong in a label file and what was done about it.
+
+    Attributes:
+        path: the file.
+        strict: whether the first problem is raised as a `LabelError`.
+        counts: number of problems by kind, such as ``"box clipped"``.
+        examples: the first few places of each kind.
+    """
+
+    path: Path
+    strict: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Number of problems of all kinds."""
+        return self.counts.total()
+
+    def add(self, kind: str, where: str) -> None:
+        """Count a problem at a place such as ``annotation 17``; raise it when strict."""
+        if self.strict:
+            raise LabelError(f"{self.path}: {where}: {kind} (strict)")
+        self.counts[kind] += 1
+        self.examples.setdefault(kind, [])
+        if len(self.examples[kind]) < _EXAMPLES_PER_KIND:
+            self.examples[kind].append(where)
+
+    def lines(self) -> list[str]:
+        """One line per kind: count, kind and examples."""
+        return [f"{count} × {kind}: {', '.join(self.examples[kind])}" for kind, count in sorted(self.counts.items())]
+
+
+def read_coco(
+    path: str | Path, *, strict: bool = False, image_ids: Iterable[str] | None = None
+) -> tuple[Labels, LabelProblems]:
+    """Read a COCO annotation file.
+
+    Args:
+        path: the JSON file with ``images``, ``annotations`` and ``categories``.
+        strict: raise at the first problem instead of repairing or dropping, with the file and the annotation's id.
+        image_ids: file names to keep, in this order; all of them by default.
+
+    Returns:
+        The labels (crowds are kept and marked; an annotation's ``score`` is kept) and the problems met.
+
+    Raises:
+        LabelError: the file cannot be used at all, or has a problem and ``strict`` is set.
+    """
+    path = Path(path)
+    content = _load(path)
+    problems = LabelProblems(path, strict)
+    categories = _categories(content, problems)
+    rows, sizes = _images(content, problems)
+    class_of = {category.id: index for index, category in enumerate(categories)}
+    boxes: dict[str, list[_Annotation]] = {file_name: [] for file_name in sizes}
+    seen: set[Any] = set()
+    for position, entry in enumerate(content.get("annotations", [])):
+        if not isinstance(entry, dict):
+            problems.add("annotation is no object, dropped", f"annotation number {position + 1}")
+            continue
+        where = f"annotation {entry.get('id', f'number {position + 1}')!r}"
+        identity = _plain_id(entry.get("id"))
+        if identity is not None and identity in seen:
+            problems.add("annotation id repeated, both kept", where)
+        seen.add(identity)
+        file_name = rows.get(_plain_id(entry.get("image_id")))
+        if file_name is None:
+            problems.add("unknown image, dropped", f"{where} with image_id {entry.get('image_id')!r}")
+        elif _plain_id(entry.get("category_id")) not in class_of:
+            problems.add("unknown category, dropped", f"{where} with category_id {entry.get('category_id')!r}")
+        else:
+            annotation = _annotation(entry, sizes[file_name], class_of, problems, where)
+            if annotation is not None:
+                boxes[file_name].append(annotation)
+    stage = content["info"].get("simdetr_stage", -1) if isinstance(content.get("info"), dict) else -1
+    labels = Labels.from_images(
+        (_stack(file_name, sizes[file_name], annotations) for file_name, annotations in boxes.items()),
+        categories,
+        stage=int(stage),
+    )
+    return (labels if image_ids is None else labels.select(image_ids)), problems
+
+
+@dataclass(frozen=True)
+class _Annotation:
+    box_xyxy: NDArray[np.float32]
+    class_index: int
+    score: float
+    crowd: bool
+    area: float
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LabelError(f"{path} cannot be read as JSON: {error}") from error
+    missing = {"images", "annotations", "categories"}
+    if isinstance(content, dict):
+        missing = {key for key in missing if not isinstance(content.get(key), list)}
+    if missing:
+        raise LabelError(f"{path} is no COCO annotation file: expected the lists {', '.join(sorted(missing))}")
+    checked: dict[str, Any] = content
+    return checked
+
+
+def _plain_id(value: object) -> int | str | None:
+    """An id as it can be looked up: whole floats as integers, anything but numbers and strings as None."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int | str) else None
+
+
+def _categories(content: Mapping[str, Any], problems: LabelProblems) -> list[Category]:
+    found: dict[int | str, Category] = {}
+    for position, entry in enumerate(content["categories"]):
+        identity = _plain_id(entry.get("id")) if isinstance(entry, dict) else None
+        if identity is None:
+            problems.add("category without id, dropped", f"category number {position + 1}")
+        elif identity in found:
+            problems.add("category id repeated, first kept", f"category {identity!r}")
+        else:
+            found[identity] = Category(identity, str(entry.get("name", identity)))
+    return [found[key] for key in sorted(found, key=lambda key: (isinstance(key, str), key))]
+
+
+def _images(
+    content: Mapping[str, Any], problems: LabelProblems
+) -> tuple[dict[int | str | None, str], dict[str, tuple[int, int]]]:
+    """File name by image id, and (height, width) by file name in the file's order."""
+    rows: dict[int | str | None, str] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    for position, entry in enumerate(content["images"]):
+        identity = _plain_id(entry.get("id")) if isinstance(entry, dict) else None
+        if identity is None or not isinstance(entry.get("file_name"), str):
+            problems.add("image without id or file_name, dropped", f"image number {position + 1}")
+            continue
+        if identity in rows:
+            problems.add("image id repeated, first kept", f"image {identity!r}")
+            continue
+        try:
+            height, width = int(entry["height"]), int(entry["width"])
+        except (KeyError, TypeError, ValueError):
+            height = width = 0
+        if height <= 0 or width <= 0:
+            raise LabelError(
+                f"{problems.path}: image {identity!r} ({entry['file_name']}): expected a positive width and height in "
+                f"pixels, got {entry.get('width')!r} and {entry.get('height')!r}; write them into the file"
+            )
+        rows[identity] = entry["file_name"]
+        if entry["file_name"] in sizes:
+            problems.add("file_name repeated, annotations merged", f"image {identity!r}")
+        sizes.setdefault(entry["file_name"], (height, width))
+    return rows, sizes
+
+
+def _annotation(
+    entry: Mapping[str, Any],
+    size_hw: tuple[int, int],
+    class_of: Mapping[int | str, int],
+    problems: LabelProblems,
+    where: str,
+) -> _Annotation | None:
+    try:
+        x, y, width, height = (float(value) for value in entry["bbox"])
+        score, area = float(entry.get("score", 1.0)), float(entry.get("area") or math.nan)
+    except (KeyError, TypeError, ValueError):
+        x = y = width = height = score = area = math.nan
+    if not all(math.isfinite(value) for value in (x, y, width, height, score)):
+        problems.add("box, score or area is no number, dropped", f"{where} with bbox {entry.get('bbox')!r}")
+        return None
+    full = np.array([x, y, x + width, y + height])
+    limits = np.array([size_hw[1], size_hw[0], size_hw[1], size_hw[0]])
+    box = np.clip(full, 0, limits).astype(np.float32)
+    if not (box[2:] > box[:2]).all():
+        problems.add("box without area in the image, dropped", f"{where} with bbox {entry['bbox']!r}")
+        return None
+    if np.abs(full - box).max() > _ROUNDING_PX:
+        problems.add("box outside the image, clipped", f"{where} with bbox {entry['bbox']!r}")
+    if not 0 <= score <= 1:
+        problems.add("score outside 0 to 1, clipped", f"{where} with score {score}")
+    return _Annotation(
+        box_xyxy=box,
+        class_index=class_of[_plain_id(entry["category_id"]) or 0],
+        score=min(max(score, 0.0), 1.0),
+        crowd=bool(entry.get("iscrowd", 0)),
+        area=area if area > 0 and math.isfinite(area) else float((box[2] - box[0]) * (box[3] - box[1])),
+    )
+
+
+def _stack(file_name: str, size_hw: tuple[int, int], annotations: list[_Annotation]) -> ImageLabels:
+    return ImageLabels.build(
+        file_name,
+        size_hw,
+        boxes_xyxy=[annotation.box_xyxy for annotation in annotations],
+        classes=[annotation.class_index for annotation in annotations],
+        scores=[annotation.score for annotation in annotations],
+        crowd=[annotation.crowd for annotation in annotations],
+        areas=[annotation.area for annotation in annotations],
+    )

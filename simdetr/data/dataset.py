@@ -1,0 +1,195 @@
+"""Images and labels in, samples and padded batches for a detector out.
+
+A sample depends only on (seed, epoch, index): neither the worker that loads it nor what was loaded before matters, so
+that a resumed run sees the same pixels. Letters: B images of a batch, H and W its padded size, T boxes of one image.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from simdetr.boxes import clip, normalise
+from simdetr.data.images import ImageSource, UnreadableImageError, read_image
+from simdetr.data.labels import LabelError, Labels
+from simdetr.data.quarantine import Quarantine
+
+Target = dict[str, Any]
+Sample = tuple[Tensor, Target]
+Transform = Callable[..., Any]
+
+_logger = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """Samples of different sizes in one tensor.
+
+    Attributes:
+        images: float [B, 3, H, W], zero below and to the right of each image.
+        mask: bool [B, H, W], True on the padding.
+        targets: one per image: ``labels`` int64 [T]; ``boxes`` float32 [T, 4], cxcywh as fractions of the image without
+            its padding; ``orig_size`` and ``size`` int64 [2], (height, width) of the file and of the transformed image;
+            ``image_index`` int64 scalar, the row in the labels, or in the source where there are no labels.
+    """
+
+    images: Tensor
+    mask: Tensor
+    targets: list[Target]
+
+
+class DetectionDataset(Dataset[Sample | None]):
+    """The labelled images of a source, or all of its images where no labels are given.
+
+    Args:
+        source: where the image files are; it may hold more images than the labels.
+        labels: boxes; row i of the labels is item i. Boxes of crowds are left out. None for prediction: item i is image
+            i of the source and the targets are empty.
+        transform: called with (tv_tensors.Image uint8 [3, H, W], target), where ``target["boxes"]`` are
+            tv_tensors.BoundingBoxes in pixels; gives the same pair, see `simdetr.data.transforms`.
+        quarantine: where unreadable images are recorded; without one they are logged.
+        replace_unreadable: take the next readable image in the place of an unreadable one, as training wants, instead
+            of giving None, which `collate` leaves out.
+        seed: seed of the augmentation.
+
+    Raises:
+        LabelError: a labelled image is not in the source.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        labels: Labels | None,
+        transform: Transform,
+        *,
+        quarantine: Quarantine | None = None,
+        replace_unreadable: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.source = source
+        self.labels = labels
+        self.image_ids: Sequence[str] = source.ids if labels is None else labels.image_ids
+        missing = [image_id for image_id in self.image_ids if image_id not in source]
+        if missing:
+            raise LabelError(
+                f"{len(missing)} of {len(self.image_ids)} labelled images are not in {source.root} (first: "
+                f"{missing[0]!r}, there are ids like {next(iter(source.ids), None)!r}); give the folder that the "
+                "labels' file names are relative to, or labels.select(...) the images that exist"
+            )
+        self.transform = transform
+        self.quarantine = quarantine
+        self.replace_unreadable = replace_unreadable
+        self.seed = seed
+        # in shared memory, so that persistent workers see the epoch change
+        self._epoch: Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+    @property
+    def epoch(self) -> int:
+        """Epoch that the augmentation is drawn for."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the augmentation is drawn for; also seen by workers that already run."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> Sample | None:
+        sample = self.load(index)
+        if sample is None:
+            return None
+        with item_randomness(self.seed, self.epoch, index):
+            return self.finish(sample)
+
+    def load(self, index: int) -> Sample | None:
+        """The untransformed sample: uint8 tv_tensors.Image and target with boxes in pixels; None where unreadable.
+
+        Raises:
+            UnreadableImageError: a replacement is wanted and no image at all can be read.
+        """
+        for step in range(len(self) if self.replace_unreadable else 1):
+            row = (index + step) % len(self)
+            record_path = self.source.path_of(self.image_ids[row])
+            try:
+                return self._raw_sample(row, read_image(record_path))
+            except UnreadableImageError as error:
+                if self.quarantine is not None:
+                    self.quarantine.add(self.image_ids[row], error.reason)
+                else:
+                    _logger.warning("%s is left out: %s", self.image_ids[row], error.reason)
+        if self.replace_unreadable:
+            raise UnreadableImageError(self.source.root, f"none of its {len(self)} images can be read")
+        return None
+
+    def finish(self, sample: Sample) -> Sample:
+        """Transform an untransformed sample and bring its target to the form that `Batch` describes."""
+        image, target = self.transform(*sample)
+        height, width = image.shape[-2:]
+        boxes = target["boxes"].as_subclass(Tensor).float().reshape(-1, 4)
+        return image.as_subclass(Tensor), {
+            "labels": target["labels"],
+            "boxes": normalise(boxes, (height, width)),
+            "orig_size": target["orig_size"],
+            "size": torch.tensor([height, width]),
+            "image_index": target["image_index"],
+        }
+
+    def _raw_sample(self, row: int, pixels: Tensor) -> Sample:
+        size_hw = (pixels.shape[-2], pixels.shape[-1])
+        boxes, classes = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+        if self.labels is not None:
+            truth = self.labels.image(row)
+            boxes, classes = truth.boxes_xyxy[~truth.crowd], truth.classes[~truth.crowd]
+        return tv_tensors.Image(pixels), {
+            "boxes": pixel_boxes(clip(torch.from_numpy(boxes), size_hw), size_hw),
+            "labels": torch.from_numpy(classes),
+            "orig_size": torch.tensor(size_hw),
+            "image_index": torch.tensor(row),
+        }
+
+
+def pixel_boxes(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> tv_tensors.BoundingBoxes:
+    """Boxes [T, 4] in pixels on an image of (height, width), as torchvision's transforms want them."""
+    return tv_tensors.BoundingBoxes(boxes_xyxy, format="XYXY", canvas_size=size_hw)
+
+
+def item_seed(seed: int, epoch: int, index: int) -> int:
+    """One well-mixed seed of 63 bits for an item of an epoch."""
+    state = np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)
+    return int(state[0]) >> 1
+
+
+@contextmanager
+def item_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Make torch's default CPU generator, which torchvision draws from, depend on the item alone inside the block."""
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed: that would reseed the accelerators too
+        torch.default_generator.manual_seed(item_seed(seed, epoch, index))
+        yield
+
+
+def collate(samples: Sequence[Sample | None]) -> Batch | None:
+    """Stack samples of different sizes into a padded batch, without the None of unreadable images.
+
+    Returns:
+        The batch, or None where no sample is left.
+    """
+    readable = [sample for sample in samples if sample is not None]
+    if not readable:
+        return None
+    height = max(image.shape[-2] for image, _ in readable)
+    width = max(image.shape[-1] for image, _ in readable)
+    images = readable[0][0].new_zeros(len(readable), readable[0][0].shape[0], height, width)
+    mask = torch.ones(len(readable), height, width, dtype=torch.bool)
+    for position, (image, _) in enumerate(readable):
+        images[position, :, : image.shape[-2], : image.shape[-1]] = image
+        mask[position, : image.shape[-2], : image.shape[-1]] = False
+    return Batch(images, mask, [target for _, target in readable])

@@ -1,0 +1,72 @@
+"""The boxes of one image, their categories, and the error for labels that break a rule.
+
+Letters: n boxes of one image. Boxes are xyxy in pixels of the upright original.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+class LabelError(ValueError):
+    """Labels that break a rule; the message names the rule, what was met and where."""
+
+
+@dataclass(frozen=True)
+class Category:
+    """A kind of object, with the id that the user's file gave it."""
+
+    id: int | str
+    name: str
+
+
+@dataclass(frozen=True)
+class ImageLabels:
+    """The boxes of one image; not checked before they are part of a `Labels`.
+
+    Attributes:
+        image_id: id of the image in its source.
+        size_hw: height and width of the upright original in pixels.
+        boxes_xyxy: float32 [n, 4] in pixels.
+        classes: int64 [n], indices into the categories.
+        scores: float32 [n] in [0, 1].
+        crowd: bool [n], True where a box stands for a group of objects.
+        areas: float32 [n], area of the object in square pixels.
+    """
+
+    image_id: str
+    size_hw: tuple[int, int]
+    boxes_xyxy: NDArray[np.float32]
+    classes: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    crowd: NDArray[np.bool_]
+    areas: NDArray[np.float32]
+
+    @classmethod
+    def build(
+        cls,
+        image_id: str,
+        size_hw: tuple[int, int],
+        boxes_xyxy: ArrayLike,
+        classes: ArrayLike,
+        scores: ArrayLike | None = None,
+        crowd: ArrayLike | None = None,
+        areas: ArrayLike | None = None,
+    ) -> ImageLabels:
+        """Labels from anything array-like; scores are 1, nothing is a crowd and areas are the boxes' unless given."""
+        boxes = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
+        return cls(
+            image_id=image_id,
+            size_hw=(int(size_hw[0]), int(size_hw[1])),
+            boxes_xyxy=boxes,
+            classes=np.asarray(classes, dtype=np.int64).reshape(-1),
+            scores=np.ones(len(boxes), np.float32) if scores is None else np.asarray(scores, np.float32).reshape(-1),
+            crowd=np.zeros(len(boxes), np.bool_) if crowd is None else np.asarray(crowd, np.bool_).reshape(-1),
+            areas=(boxes[:, 2:] - boxes[:, :2]).prod(1) if areas is None else np.asarray(areas, np.float32).reshape(-1),
+        )
+
+    def __len__(self) -> int:
+        return len(self.boxes_xyxy)

@@ -1,0 +1,246 @@
+"""Checkpoint path or URL -> encoder weights under timm's names; and those weights -> a module, with a report.
+
+Knows what self-supervised training leaves around an encoder: SwAV (``module.``, prototypes), DINO (student, teacher,
+``backbone.``), MoCo (``encoder_q``, ``base_encoder``, queues), MoBY (``encoder`` beside ``encoder_k``, the original
+Swin's place of ``downsample``), Lightning, this package's detectors (``backbone.body.``). Training heads are dropped.
+Nothing is unpickled: safetensors, or ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Where checkpoints keep the state dict, best first: a DINO teacher is better than its student.
+_NESTS = ("teacher", "state_dict", "model_state_dict", "model", "module", "student")
+# Prefixes of the encoder that is wanted, best first; when one occurs, keys without it belong to something else.
+_ENCODERS = (
+    "encoder_q.",
+    "base_encoder.",
+    "teacher.",
+    "backbone.body.",
+    "backbone.",
+    "encoder.",
+    "student.",
+    "module.",
+    "model.",
+    "_orig_mod.",
+)
+_HEADS = (
+    "classifier.",
+    "decoder.",
+    "fc.",
+    "head.",
+    "heads.",
+    "last_layer.",
+    "mask_token",
+    "mlp_head.",
+    "predictor.",
+    "projection_head.",
+    "projector.",
+    "prototypes",
+    "queue",
+)
+_BUFFERS = ("attn_mask", "relative_position_index", "relative_coords_table")
+
+
+class PretrainedWeightsError(ValueError):
+    """A checkpoint cannot be read, or does not fit the model it is for."""
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What happened to each name when weights met a module.
+
+    Attributes:
+        loaded: names of the module that were set.
+        missing: names of the module for which the checkpoint has nothing.
+        unexpected: names of the checkpoint that the module lacks.
+        mismatched: names in both whose shapes differ, as ``name: checkpoint shape -> module shape``.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+
+    def summary(self) -> str:
+        """One line with the counts and the first names of each kind."""
+        parts = [f"{len(self.loaded)} loaded"]
+        for kind in ("missing", "unexpected", "mismatched"):
+            names: tuple[str, ...] = getattr(self, kind)
+            shown = f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
+            parts.append(f"{len(names)} {kind}{shown}")
+        return ", ".join(parts)
+
+
+def load_backbone_weights(path_or_url: str | Path) -> dict[str, Tensor]:
+    """Read a checkpoint and return its encoder's tensors under timm's names, on the CPU.
+
+    Args:
+        path_or_url: a ``.safetensors`` or PyTorch file, or its URL (``http(s)://``, ``file://``), which is downloaded
+            once to torch.hub's cache.
+
+    Raises:
+        PretrainedWeightsError: when there is no such file, it is unreadable, or it holds no tensors.
+    """
+    path = _local_path(str(path_or_url))
+    weights = _find_encoder(_find_state_dict(_read(path), path))
+    if not weights:
+        raise PretrainedWeightsError(f"weights: {path} holds heads only, expected encoder weights")
+    return weights
+
+
+def load_into(module: nn.Module, weights: Mapping[str, Tensor], min_matched: float = 0.9) -> WeightReport:
+    """Copy weights into a module in place; names may differ by timm's ``features_only`` wrappers.
+
+    Args:
+        module: a timm model, plain or ``features_only``.
+        weights: as :func:`load_backbone_weights` returns them.
+        min_matched: smallest acceptable part of the module's parameter tensors that the weights set, 0..1.
+
+    Raises:
+        PretrainedWeightsError: when fewer match; nothing is copied then.
+    """
+    own = module.state_dict()
+    given = {_canonical(name): (name, tensor) for name, tensor in weights.items()}
+    chosen: dict[str, Tensor] = {}
+    missing, mismatched = [], []
+    for name, tensor in own.items():
+        source = given.pop(_canonical(name), None)
+        if source is None:
+            missing.append(name)
+            continue
+        value = source[1]
+        if value.shape != tensor.shape and name.endswith("pos_embed") and value.ndim == tensor.ndim == 3:
+            value = _resize_pos_embed(value, tensor)
+        if value.shape != tensor.shape:
+            mismatched.append(f"{name}: {tuple(source[1].shape)} -> {tuple(tensor.shape)}")
+            continue
+        chosen[name] = value
+    report = WeightReport(
+        loaded=tuple(chosen),
+        missing=tuple(missing),
+        unexpected=tuple(name for name, _ in given.values()),
+        mismatched=tuple(mismatched),
+    )
+    parameters = [name for name, _ in module.named_parameters()]
+    matched = sum(name in chosen for name in parameters)
+    if matched < min_matched * len(parameters):
+        raise PretrainedWeightsError(
+            f"weights: only {matched} of the model's {len(parameters)} parameter tensors are in the checkpoint, "
+            f"expected at least {min_matched:.0%}; is it for another architecture? {report.summary()}"
+        )
+    module.load_state_dict(chosen, strict=False)
+    return report
+
+
+def _local_path(path_or_url: str) -> Path:
+    """The file itself, or its copy in torch.hub's cache; a download is complete or absent, never partial."""
+    if "://" not in path_or_url:
+        path = Path(path_or_url).expanduser()
+        if not path.is_file():
+            raise PretrainedWeightsError(f"weights: no such file: {path}")
+        return path
+    tag = hashlib.sha256(path_or_url.encode()).hexdigest()[:8]
+    target = Path(torch.hub.get_dir()) / "checkpoints" / f"{tag}-{Path(urlparse(path_or_url).path).name}"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(path_or_url, str(target), progress=sys.stderr.isatty())
+        except OSError as error:
+            raise PretrainedWeightsError(
+                f"weights: cannot download {path_or_url} ({error}); download it elsewhere and give the file's path"
+            ) from error
+    return target
+
+
+def _read(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors raises its own untyped error
+            raise PretrainedWeightsError(f"weights: {path} is not a readable safetensors file: {error}") from error
+    # What DINO and MoBY keep beside their tensors; the latter's configuration object becomes an ordinary dictionary.
+    harmless: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler's errors are of many kinds
+        found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        reason = found[1].split(" was not an allowed")[0].strip() if found else f"no PyTorch checkpoint, {type(error).__name__}"
+        raise PretrainedWeightsError(
+            f"weights: {path} cannot be read as plain tensors ({reason}); expected a safetensors file or a PyTorch "
+            "checkpoint of tensors. If you trust its source, load it yourself and save its state dict again"
+        ) from error
+
+
+def _tensors_of(value: object) -> dict[str, Tensor]:
+    if not isinstance(value, Mapping):
+        return {}
+    return {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
+
+
+def _find_state_dict(checkpoint: object, path: Path) -> dict[str, Tensor]:
+    """Descend through the usual nests to the first mapping that is mostly tensors."""
+    while isinstance(checkpoint, Mapping):
+        tensors = _tensors_of(checkpoint)
+        if len(tensors) > len(checkpoint) / 2:
+            return tensors
+        nest = next((name for name in _NESTS if isinstance(checkpoint.get(name), Mapping)), None)
+        if nest is None:
+            break
+        checkpoint = checkpoint[nest]
+    held = sorted(map(str, checkpoint))[:8] if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+    raise PretrainedWeightsError(
+        f"weights: {path} holds no state dict, expected tensors or one of {_NESTS}, got {held}"
+    )
+
+
+def _find_encoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Strip wrappers until the encoder's own names remain; drop heads and derived buffers; move Swin's downsample."""
+    prefix: str | None = ""
+    while prefix is not None:
+        prefix = next((p for p in _ENCODERS if any(name.startswith(p) for name in tensors)), None)
+        if prefix is not None:
+            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    kept = {
+        name: tensor for name, tensor in tensors.items() if not name.startswith(_HEADS) and not name.endswith(_BUFFERS)
+    }
+    if any(name.startswith("layers.0.downsample.") for name in kept):  # the original Swin; timm has it one layer later
+        kept = {
+            re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name): tensor
+            for name, tensor in kept.items()
+        }
+    return kept
+
+
+def _canonical(name: str) -> str:
+    """One spelling for plain timm models and for the two ``features_only`` wrappers (``layers_0.``, ``model.``)."""
+    return re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", name.removeprefix("model."))
+
+
+def _resize_pos_embed(given: Tensor, wanted: Tensor) -> Tensor:
+    """Position embedding [1, P + g·g, D] resampled to the grid of ``wanted``; P class and register tokens are kept."""
+    prefix = wanted.shape[1] - isqrt(wanted.shape[1]) ** 2
+    grid, new_grid = isqrt(given.shape[1] - prefix), isqrt(wanted.shape[1] - prefix)
+    if grid**2 + prefix != given.shape[1] or new_grid**2 + prefix != wanted.shape[1]:
+        return given
+    tokens = rearrange(given[:, prefix:].float(), "one (h w) d -> one d h w", h=grid)
+    resized = functional.interpolate(tokens, (new_grid, new_grid), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat((given[:, :prefix], rearrange(resized, "one d h w -> one (h w) d").to(given.dtype)), dim=1)

@@ -1,0 +1,101 @@
+"""Images that could not be read go in, ``quarantine.csv`` and a stop past a fraction come out (design.md §11).
+
+Rows are appended one write at a time, so several worker processes may share the file; a row cut short by a crash is
+ignored when the file is read again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+
+_HEADER = ("image_id", "reason")
+
+
+class TooManyUnreadableError(RuntimeError):
+    """More images are unreadable than a run may put aside."""
+
+
+class Quarantine:
+    """The list of a run's unreadable images, on disk and shared by the processes of the run.
+
+    Args:
+        path: the CSV file with the columns ``image_id`` and ``reason``; rows of an earlier run are kept.
+        total: number of images of the run.
+        max_fraction: share of the images that may be unreadable before `add` stops the run.
+    """
+
+    def __init__(self, path: str | Path, total: int, max_fraction: float = 0.05) -> None:
+        if total < 0 or not 0 <= max_fraction <= 1:
+            raise ValueError(f"expected total >= 0 and max_fraction in [0, 1], got {total} and {max_fraction}")
+        self.path = Path(path)
+        self.total = total
+        self.max_fraction = max_fraction
+        self._reasons: dict[str, str] = {}
+        self._read_bytes = 0
+        self._read_new_rows()
+
+    def __len__(self) -> int:
+        self._read_new_rows()
+        return len(self._reasons)
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self.reasons
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Image id to reason, of all processes so far."""
+        self._read_new_rows()
+        return dict(self._reasons)
+
+    def add(self, image_id: str, reason: str) -> None:
+        """Put an image aside; doing it twice counts once.
+
+        Raises:
+            TooManyUnreadableError: more than ``max_fraction`` of the images are now put aside.
+        """
+        self._read_new_rows()
+        row = _one_line(image_id), _one_line(reason)
+        if row[0] not in self._reasons:
+            self._append(row)
+            self._read_new_rows()
+        if len(self._reasons) > self.max_fraction * self.total:
+            raise TooManyUnreadableError(
+                f"{len(self._reasons)} of {self.total} images are unreadable, more than {self.max_fraction:.0%} "
+                f"(last: {image_id}: {reason}); see {self.path}, then repair or remove the files or raise max_fraction"
+            )
+
+    def _append(self, row: tuple[str, str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0))
+        try:
+            size = os.fstat(descriptor).st_size
+            if size == 0:
+                writer.writerow(_HEADER)
+            elif os.lseek(descriptor, size - 1, os.SEEK_SET) >= 0 and os.read(descriptor, 1) != b"\n":
+                text.write("\n")  # ends the row that a crash cut short
+            writer.writerow(row)
+            os.write(descriptor, text.getvalue().encode())
+        finally:
+            os.close(descriptor)
+
+    def _read_new_rows(self) -> None:
+        """Read the whole lines that were added, by any process, since the last call."""
+        if not self.path.is_file() or self.path.stat().st_size <= self._read_bytes:
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(self._read_bytes)
+            new = stream.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        for row in csv.reader(io.StringIO(whole.decode("utf-8", errors="replace"))):
+            if len(row) == len(_HEADER) and tuple(row) != _HEADER:
+                self._reasons.setdefault(row[0], row[1])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines()).strip()

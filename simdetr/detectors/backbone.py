@@ -1,0 +1,149 @@
+"""Backbones: images [B, 3, H, W] in, feature maps from fine to coarse out, all [B, C_l, H_l, W_l].
+
+Any timm network serves: those with a hierarchy (ResNet, ConvNeXt, Swin, EfficientNet, ...) give maps of strides 8, 16
+and 32; a plain vision transformer gives one map, which a simple feature pyramid spreads over three strides. Freezing
+follows Deformable DETR (specs/detectors.md A1, A9 and part 2): batch norm and everything before the stage of stride 8.
+The network lives in ``body``, so that names in a state dict are ``backbone.body.`` and timm's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from timm.layers.norm_act import freeze_batch_norm_2d
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+
+from simdetr.detectors.feature_pyramid import SimpleFeaturePyramid
+
+
+class Backbone(nn.Module):
+    """A timm network as a source of multi-scale feature maps.
+
+    Args:
+        name: any name of ``timm.list_models()`` whose maps have strides 8, 16 and 32, or a plain vision transformer.
+        num_maps: 3 for strides 8, 16, 32; 1 for the coarsest map only (a transformer's own map, without a pyramid).
+        dilation: keep the last stage at stride 16 by dilating it (the DC5 variant; networks with ``output_stride``).
+        frozen_batch_norm: fix statistics and affine parameters of batch norm; wanted with small batches and pretrained
+            weights. Set it to False to train a batch-norm network from random weights.
+        freeze_stem: fix all parameters before the stage of stride 8 (ResNet: conv1, bn1, layer1; plain transformers:
+            before the first block). Running statistics of unfrozen batch norm in the stem still follow the data.
+        freeze_all: fix the whole network, batch norm included, and keep it in evaluation mode.
+        pretrained: load timm's pretrained weights (needs the network or timm's cache).
+        pyramid_channels: channels of the maps made by the pyramid of a plain vision transformer.
+
+    Attributes:
+        channels: channels of each map, fine to coarse.
+        strides: input pixels per cell of each map.
+        pad_multiple: image sides must be multiples of this many pixels (1 for convolutional networks).
+
+    Raises:
+        ValueError: unknown name, a network of fixed image size, or one without the needed strides.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_maps: int = 3,
+        dilation: bool = False,
+        frozen_batch_norm: bool = True,
+        freeze_stem: bool = True,
+        freeze_all: bool = False,
+        pretrained: bool = False,
+        pyramid_channels: int = 256,
+    ) -> None:
+        super().__init__()
+        if num_maps not in (1, 3):
+            raise ValueError(f"num_maps must be 1 or 3, got {num_maps}")
+        body = _create(name, dilation, pretrained)
+        info = body.feature_info
+        assert isinstance(info, FeatureInfo)
+        channels, strides = list(info.channels()), list(info.reduction())
+        plain = len(set(strides)) == 1
+        if not plain and strides != ([8, 16, 16] if dilation else [8, 16, 32]):
+            raise ValueError(
+                f"backbone {name!r} has maps of strides {strides}; expected 8, 16, 32. Choose another network."
+            )
+
+        if frozen_batch_norm or freeze_all:
+            body = freeze_batch_norm_2d(body)  # type: ignore[no-untyped-call]
+        if freeze_all:
+            body.requires_grad_(False)
+        elif freeze_stem:
+            _freeze_before(body, "model.blocks.0." if plain else info.module_name()[0] + ".")
+        self.body = body
+        self.freeze_all = freeze_all
+        self.pyramid = SimpleFeaturePyramid(channels[-1], pyramid_channels) if plain and num_maps == 3 else None
+        self.channels: list[int] = [pyramid_channels] * 3 if self.pyramid is not None else channels[-num_maps:]
+        self.strides: list[int] = (
+            [strides[-1] // 2, strides[-1], strides[-1] * 2] if self.pyramid else strides[-num_maps:]
+        )
+        self.pad_multiple = (strides[-1] if plain else strides[0] // 2) if _takes_one_size(name) else 1
+        self._channels_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Set the mode; a wholly frozen body stays in evaluation mode (no drop path, no dropout)."""
+        super().train(mode)
+        if self.freeze_all:
+            self.body.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of a batch.
+
+        Args:
+            images: normalised images [B, 3, H, W], sides multiples of ``pad_multiple``.
+
+        Returns:
+            Maps [B, channels[l], H_l, W_l], fine to coarse.
+        """
+        maps = self.body(images)
+        if self._channels_last:
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        if self.pyramid is not None:
+            pyramid: list[Tensor] = self.pyramid(maps[-1])
+            return pyramid
+        return list(maps[-len(self.channels) :])
+
+
+def _takes_one_size(name: str) -> bool:
+    """Whether a network is built for one image size unless told otherwise (transformers with positions or windows)."""
+    config = timm.get_pretrained_cfg(name)
+    return bool(config.fixed_input_size) if config is not None else False
+
+
+def _create(name: str, dilation: bool, pretrained: bool) -> nn.Module:
+    """Build the timm network with its last three maps."""
+    if not timm.is_model(name.split(".")[0]):
+        similar = ", ".join(timm.list_models(f"*{name[:8]}*")[:6]) or "none"
+        raise ValueError(f"backbone {name!r} is not a timm model; similar names: {similar}. See timm.list_models().")
+    options: dict[str, Any] = {}
+    if dilation:
+        options["output_stride"] = 16
+    if _takes_one_size(name):
+        options["dynamic_img_size"] = True
+        if name.startswith("swin_"):
+            # built for 224 px the last stage would be one window and lose its shift for good
+            options["always_partition"] = True
+    try:
+        body: nn.Module = timm.create_model(
+            name, pretrained=pretrained, features_only=True, out_indices=(-3, -2, -1), **options
+        )
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"backbone {name!r} cannot be built with {options}: {error}. Choose a network for any image size"
+            + (" that can be dilated (ResNet)." if dilation else " (ResNet, ConvNeXt, Swin, ViT).")
+        ) from error
+    return body
+
+
+def _freeze_before(body: nn.Module, first_trainable: str) -> None:
+    """Fix every parameter that comes, in order of definition, before the module of this name."""
+    # timm flattens the names of children that it lifts out of their parent: stages.1 becomes stages_1
+    starts = (first_trainable, first_trainable.replace(".", "_", first_trainable.count(".") - 1))
+    for name, parameter in body.named_parameters():
+        if name.startswith(starts):
+            return
+        parameter.requires_grad_(False)
+    raise AssertionError(f"no parameter of the backbone is called {first_trainable}...")

@@ -1,0 +1,261 @@
+"""Deformable DETR: images [B, 3, H, W] and their padding mask in, class logits and boxes of every query out.
+
+Source: Deformable DETR (arXiv 2010.04159); numerics, initialisation and parameter names of specs/detectors.md part A,
+so that the original's and transformers' checkpoints can be read (``state_dict_names``). Base, iterative box refinement,
+two-stage, single-scale and dilated variants.
+Letters: B images, Q queries, K classes, C channels, L levels, S cells of all levels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NotRequired, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simdetr.detectors.backbone import Backbone
+from simdetr.detectors.deformable_transformer import DeformableTransformer
+from simdetr.detectors.position_encoding import LearnedEncoding, SineEncoding
+
+
+class Prediction(TypedDict):
+    """Classes and boxes of one layer."""
+
+    pred_logits: Tensor
+    """[B, Q, K]; each class on its own (sigmoid), there is no class for background."""
+    pred_boxes: Tensor
+    """[B, Q, 4] cxcywh, fractions of the valid (unpadded) image."""
+
+
+class DetectorOutput(Prediction):
+    """What a detector returns: the last layer's prediction and those that only training needs."""
+
+    aux_outputs: list[Prediction]
+    """Predictions of the decoder's earlier layers, first to last."""
+    enc_outputs: NotRequired[Prediction]
+    """Two-stage only: one prediction per cell of the encoder's output, Q = S."""
+
+
+class BoxHead(nn.Module):
+    """Perceptron of three layers from a query state (C) to four offsets of box logits.
+
+    Args:
+        dim: C.
+        size_bias: offset of width and height at the start; all other offsets start at 0.
+    """
+
+    def __init__(self, dim: int, size_bias: float = 0.0) -> None:
+        super().__init__()
+        last = nn.Linear(dim, 4)
+        nn.init.zeros_(last.weight)
+        with torch.no_grad():
+            last.bias.copy_(torch.tensor([0.0, 0.0, size_bias, size_bias]))
+        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), last])
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., C] to [..., 4]."""
+        for layer in self.layers[:-1]:
+            states = F.relu(layer(states))
+        offsets: Tensor = self.layers[-1](states)
+        return offsets
+
+
+class DeformableDETR(nn.Module):
+    """Deformable DETR on a timm backbone.
+
+    Args:
+        num_classes: K. Classes are numbered from 0; there is no class for background.
+        backbone: timm name of the feature network.
+        pretrained_backbone: load timm's pretrained weights into it.
+        hidden_dim: C, width of the transformer; a multiple of 4 and of ``num_heads``.
+        num_heads: attention heads.
+        num_encoder_layers: layers of the encoder.
+        num_decoder_layers: layers of the decoder, each with its own prediction.
+        ffn_dim: width of the perceptrons in the layers.
+        dropout: probability of dropout in the transformer.
+        num_queries: Q, most objects that can be found in one image.
+        num_feature_levels: L; 1 uses the coarsest map only, 3 those of strides 8, 16 and 32; more add halved ones.
+        num_points: points that a head reads per level.
+        with_box_refine: each decoder layer corrects the boxes of the one before.
+        two_stage: queries are the encoder's best proposals instead of learned ones; needs ``with_box_refine``.
+        exclude_invalid_proposals: two-stage: no padding or border cell becomes a query. The original lets them.
+        dilation: keep the backbone's last stage at stride 16 (DC5).
+        position_encoding: fixed sine waves or learned rows and columns.
+        frozen_batch_norm: fix the backbone's batch norm; set False to train a batch-norm backbone from random weights.
+        freeze_stem: fix the backbone before its stage of stride 8; set False to train it from random weights.
+        freeze_backbone: fix the whole backbone.
+        class_prior: probability of every class at the start, which sets the bias of the class heads.
+
+    Raises:
+        ValueError: sizes that do not fit together, or an unsuitable backbone.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet50",
+        pretrained_backbone: bool = False,
+        hidden_dim: int = 256,
+        num_heads: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        ffn_dim: int = 1024,
+        dropout: float = 0.1,
+        num_queries: int = 300,
+        num_feature_levels: int = 4,
+        num_points: int = 4,
+        with_box_refine: bool = False,
+        two_stage: bool = False,
+        exclude_invalid_proposals: bool = False,
+        dilation: bool = False,
+        position_encoding: Literal["sine", "learned"] = "sine",
+        frozen_batch_norm: bool = True,
+        freeze_stem: bool = True,
+        freeze_backbone: bool = False,
+        class_prior: float = 0.01,
+    ) -> None:
+        # what rebuilds this detector; kept beside its weights
+        self.init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        _check_sizes(num_classes, hidden_dim, num_heads, num_feature_levels, num_decoder_layers, num_queries)
+        if two_stage and not with_box_refine:
+            raise ValueError("two_stage=True needs with_box_refine=True (specs/detectors.md A6); set both or neither")
+        self.num_classes = num_classes
+        self.backbone = Backbone(
+            backbone,
+            num_maps=1 if num_feature_levels == 1 else 3,
+            dilation=dilation,
+            frozen_batch_norm=frozen_batch_norm,
+            freeze_stem=freeze_stem,
+            freeze_all=freeze_backbone,
+            pretrained=pretrained_backbone,
+            pyramid_channels=hidden_dim,
+        )
+        self.input_proj = _input_projections(self.backbone.channels, num_feature_levels, hidden_dim)
+        self.position_encoding = (SineEncoding if position_encoding == "sine" else LearnedEncoding)(hidden_dim)
+        self.transformer = DeformableTransformer(
+            hidden_dim,
+            num_heads,
+            num_encoder_layers,
+            num_decoder_layers,
+            ffn_dim,
+            dropout,
+            num_feature_levels,
+            num_points,
+            refine=with_box_refine,
+            num_proposals=num_queries if two_stage else None,
+            exclude_invalid=exclude_invalid_proposals,
+        )
+        self.query_embed = None if two_stage else nn.Embedding(num_queries, hidden_dim * 2)
+        self._add_heads(hidden_dim, num_decoder_layers, with_box_refine, two_stage, class_prior)
+
+    def _add_heads(self, dim: int, num_layers: int, refine: bool, two_stage: bool, class_prior: float) -> None:
+        """Class and box heads with the original's initialisation and names (A5 to A7)."""
+        count = num_layers + 1 if two_stage else num_layers
+        distinct = count if refine else 1
+        class_heads = [nn.Linear(dim, self.num_classes) for _ in range(distinct)]
+        # boxes start at sigmoid(-2) = 0.12 of the image; proposals of the encoder bring their own size
+        box_heads = [BoxHead(dim, -2.0 if layer == 0 and not two_stage else 0.0) for layer in range(distinct)]
+        for head in class_heads:
+            nn.init.constant_(head.bias, -math.log((1 - class_prior) / class_prior))
+        self.class_embed = nn.ModuleList(class_heads[min(layer, distinct - 1)] for layer in range(count))
+        self.bbox_embed = nn.ModuleList(box_heads[min(layer, distinct - 1)] for layer in range(count))
+        # the original registers the heads again where the decoder uses them, and its checkpoints have both names
+        if refine:
+            self.transformer.decoder.bbox_embed = self.bbox_embed
+        if two_stage:
+            self.transformer.decoder.class_embed = self.class_embed
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
+        """Detect.
+
+        Args:
+            images: normalised images [B, 3, H, W], zero-padded at the bottom and right.
+            mask: bool [B, H, W], True = padding; None if no image is padded.
+
+        Returns:
+            Predictions of the last layer, of the earlier ones and, in the two-stage variant, of the encoder.
+        """
+        images, mask = self._pad(images, mask)
+        maps = self._levels(self.backbone(images))
+        masks = _level_masks(mask, maps)
+        out = self.transformer(
+            maps,
+            masks,
+            [self.position_encoding(level) for level in masks],
+            None if self.query_embed is None else self.query_embed.weight,
+            self.bbox_embed,
+            self.class_embed,
+        )
+        layers: list[Prediction] = [
+            {"pred_logits": head(states), "pred_boxes": boxes}
+            for head, states, boxes in zip(self.class_embed, out.states, out.boxes, strict=False)
+        ]
+        last = layers.pop()
+        result: DetectorOutput = {
+            "pred_logits": last["pred_logits"],
+            "pred_boxes": last["pred_boxes"],
+            "aux_outputs": layers,
+        }
+        if out.encoder_logits is not None and out.encoder_boxes is not None:
+            result["enc_outputs"] = {"pred_logits": out.encoder_logits, "pred_boxes": out.encoder_boxes}
+        return result
+
+    def _pad(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Zero-pad to the sides that the backbone needs; a mask without padding shrinks to one image to save work."""
+        height, width = images.shape[-2:]
+        if mask is None:
+            mask = torch.zeros(1, height, width, dtype=torch.bool, device=images.device)
+        elif mask.shape != (images.shape[0], height, width):
+            raise ValueError(f"mask must be [B, H, W] = {[images.shape[0], height, width]}, got {list(mask.shape)}")
+        elif mask.device.type == "cpu" and not mask.any():
+            mask = mask[:1]
+        multiple = self.backbone.pad_multiple
+        extra_h, extra_w = -height % multiple, -width % multiple
+        if extra_h or extra_w:
+            images = F.pad(images, (0, extra_w, 0, extra_h))
+            mask = F.pad(mask.expand(images.shape[0], -1, -1), (0, extra_w, 0, extra_h), value=True)
+        return images, mask
+
+    def _levels(self, maps: list[Tensor]) -> list[Tensor]:
+        """Project the backbone's maps to C channels and add coarser ones, the first of them from the raw last map."""
+        levels = [project(features) for project, features in zip(self.input_proj, maps, strict=False)]
+        source = maps[-1]
+        for project in self.input_proj[len(maps) :]:
+            source = project(source)
+            levels.append(source)
+        return levels
+
+
+def _check_sizes(classes: int, dim: int, heads: int, levels: int, layers: int, queries: int) -> None:
+    """Raise for sizes that do not fit together."""
+    if dim % 4 or dim % heads:
+        raise ValueError(f"hidden_dim must be a multiple of 4 and of num_heads={heads}, got {dim}")
+    if levels != 1 and levels < 3:
+        raise ValueError(f"num_feature_levels must be 1 (coarsest map only) or at least 3, got {levels}")
+    for name, value in (("num_classes", classes), ("num_decoder_layers", layers), ("num_queries", queries)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _input_projections(channels: list[int], num_levels: int, dim: int) -> nn.ModuleList:
+    """1x1 convolutions for the backbone's maps, then 3x3 convolutions of stride 2; each with group norm."""
+    projections = nn.ModuleList()
+    for level in range(num_levels):
+        if level < len(channels):
+            convolution = nn.Conv2d(channels[level], dim, 1)
+        else:
+            convolution = nn.Conv2d(channels[-1] if level == len(channels) else dim, dim, 3, stride=2, padding=1)
+        nn.init.xavier_uniform_(convolution.weight)
+        assert convolution.bias is not None
+        nn.init.zeros_(convolution.bias)
+        projections.append(nn.Sequential(convolution, nn.GroupNorm(math.gcd(32, dim), dim)))
+    return projections
+
+
+def _level_masks(mask: Tensor, maps: list[Tensor]) -> list[Tensor]:
+    """Nearest resize of the mask [B, H, W] to the size of every map."""
+    pixels = mask[:, None].float()
+    return [F.interpolate(pixels, size=features.shape[-2:], mode="nearest")[:, 0] > 0.5 for features in maps]

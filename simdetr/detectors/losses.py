@@ -1,0 +1,162 @@
+"""Detection losses: a detector's output and the targets of a batch in, a dictionary of scalars out.
+
+Focal, L1 and generalised IoU losses of the last layer, of every earlier decoder layer and of the encoder's proposals,
+each layer matched for itself. Source: Deformable DETR; definitions and weights of specs/detectors.md A8.
+Letters: N layers, B images, Q queries, K classes, T targets of one image, M matched pairs of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simdetr.boxes import cxcywh_to_xyxy, paired_giou
+from simdetr.detectors.matcher import (
+    FOCAL_ALPHA,
+    FOCAL_GAMMA,
+    HungarianMatcher,
+    Matches,
+    Target,
+    at_least_float32,
+    pad_targets,
+)
+
+
+class LayerLosses(NamedTuple):
+    """Losses of N layers, not yet divided by the number of boxes, each [N]."""
+
+    loss_ce: Tensor
+    loss_bbox: Tensor
+    loss_giou: Tensor
+
+
+class DetectionLoss(nn.Module):
+    """Matching and losses of a detection transformer.
+
+    Args:
+        class_weight: weight of the focal loss in the total.
+        box_weight: weight of the L1 loss of boxes in the total.
+        giou_weight: weight of the generalised IoU loss in the total.
+        class_cost: weight of the class term in matching.
+        box_cost: weight of the L1 term in matching.
+        giou_cost: weight of the generalised IoU term in matching.
+        focal_alpha: weight of positives against negatives in the focal loss.
+        focal_gamma: how much the focal loss plays down easy examples.
+        class_aware_encoder: let the encoder's proposals (two-stage) learn the targets' classes. By default, as in the
+            original, they learn class 0 for every object, which is the class that the choice of queries looks at.
+    """
+
+    def __init__(
+        self,
+        class_weight: float = 2.0,
+        box_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        class_cost: float = 2.0,
+        box_cost: float = 5.0,
+        giou_cost: float = 2.0,
+        focal_alpha: float = FOCAL_ALPHA,
+        focal_gamma: float = FOCAL_GAMMA,
+        class_aware_encoder: bool = False,
+    ) -> None:
+        super().__init__()
+        self.matcher = HungarianMatcher(class_cost, box_cost, giou_cost)
+        self.weights = {"loss_ce": class_weight, "loss_bbox": box_weight, "loss_giou": giou_weight}
+        self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
+        self.class_aware_encoder = class_aware_encoder
+
+    def forward(self, outputs: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Match every layer and sum its losses.
+
+        A prediction that is not finite makes ``loss`` not finite, wherever it is, so that the caller can stop.
+
+        Args:
+            outputs: ``pred_logits``, ``pred_boxes``, ``aux_outputs`` and, for two-stage detectors, ``enc_outputs``.
+            targets: ``labels`` and ``boxes`` of each image; images may be empty.
+
+        Returns:
+            ``loss``, the weighted total, and its terms unweighted: ``loss_ce``, ``loss_bbox``, ``loss_giou`` of the
+            last layer, with suffix ``_0``, ``_1``, ... of the earlier layers and ``_enc`` of the encoder.
+
+        Raises:
+            ValueError: targets that do not fit the batch or the number of classes.
+        """
+        layers = [*outputs.get("aux_outputs", []), outputs]
+        suffixes = [*(f"_{layer}" for layer in range(len(layers) - 1)), ""]
+        groups: list[tuple[tuple[Tensor, Tensor], Sequence[Target]]] = [(_stack(layers), targets)]
+        if "enc_outputs" in outputs:
+            suffixes.append("_enc")
+            blind = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+            groups.append((_stack([outputs["enc_outputs"]]), targets if self.class_aware_encoder else blind))
+
+        counts = _check_targets(targets, *outputs["pred_logits"].shape[::2])
+        costs = [self.matcher.costs(logits, boxes, aims) for (logits, boxes), aims in groups]
+        matches = self.matcher.assign(costs, counts)
+        num_boxes = global_mean_count(sum(counts), outputs["pred_boxes"].device)
+        parts = [
+            self._layer_losses(*prediction, match, aims)
+            for (prediction, aims), match in zip(groups, matches, strict=True)
+        ]
+        total = outputs["pred_logits"].new_zeros((), dtype=torch.float32)
+        losses: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            values = torch.cat([getattr(part, name) for part in parts]) / num_boxes
+            total = total + weight * values.sum()
+            losses |= {name + suffix: value for suffix, value in zip(suffixes, values.unbind(), strict=True)}
+        return {"loss": total, **losses}
+
+    def _layer_losses(self, logits: Tensor, boxes: Tensor, matches: Matches, targets: Sequence[Target]) -> LayerLosses:
+        """Sums of the three losses; logits [N, B, Q, K], boxes [N, B, Q, 4]."""
+        logits, boxes = at_least_float32(logits), at_least_float32(boxes)
+        image, query, target = (indices.to(logits.device, non_blocking=True) for indices in matches)
+        labels, target_boxes = (padded.to(logits.device) for padded in pad_targets(targets))
+        layer = torch.arange(logits.shape[0], device=logits.device)[:, None].expand_as(image)
+        classes = labels[image, target]
+        ce = self._focal(logits, (layer, image, query, classes))
+
+        predicted, wanted = boxes[layer, image, query], target_boxes[image, target].to(boxes.dtype)
+        # 0 · Σ keeps the graph where nothing is matched, and spreads NaN and infinity of unmatched queries to the loss
+        watch = 0.0 * boxes.flatten(1).sum(dim=1)
+        l1 = (predicted - wanted).abs().sum(dim=(1, 2)) + watch
+        giou = paired_giou(cxcywh_to_xyxy(predicted).flatten(0, 1), cxcywh_to_xyxy(wanted).flatten(0, 1))
+        return LayerLosses(ce, l1, (1.0 - giou).view(image.shape).sum(dim=1) + watch)
+
+    def _focal(self, logits: Tensor, positives: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        """Sigmoid focal loss of all logits, summed per layer: all as negatives, then the few positives put right."""
+        negative = (1.0 - self.focal_alpha) * logits.sigmoid() ** self.focal_gamma * F.softplus(logits)
+        matched = logits[positives]
+        correct = self.focal_alpha * (-matched).sigmoid() ** self.focal_gamma * F.softplus(-matched)
+        return negative.flatten(1).sum(dim=1) + (correct - negative[positives]).sum(dim=1)
+
+
+def _check_targets(targets: Sequence[Target], batch: int, num_classes: int) -> list[int]:
+    """Number of targets of each image; labels are looked at on the CPU only, where that costs nothing."""
+    if len(targets) != batch:
+        raise ValueError(f"targets has {len(targets)} images, but outputs has {batch}")
+    for index, labels in enumerate(target["labels"] for target in targets):
+        if labels.device.type != "cpu" or not len(labels):
+            continue
+        if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise ValueError(
+                f"labels of image {index} of the batch lie in {int(labels.min())}..{int(labels.max())}, but the "
+                f"detector has num_classes={num_classes}; number classes from 0 and link num_classes to the data"
+            )
+    return [len(target["labels"]) for target in targets]
+
+
+def _stack(layers: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Logits [N, B, Q, K] and boxes [N, B, Q, 4] of layers of one shape."""
+    return torch.stack([p["pred_logits"] for p in layers]), torch.stack([p["pred_boxes"] for p in layers])
+
+
+def global_mean_count(count: int, device: torch.device) -> float | Tensor:
+    """Targets per rank, averaged over all ranks, at least 1 (A8); a tensor without a host transfer when distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return max(float(count), 1.0)
+    total = torch.tensor(float(count), device=device)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).clamp(min=1.0)

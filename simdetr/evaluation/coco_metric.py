@@ -1,0 +1,191 @@
+"""Average precision as COCO defines it: human truth and predictions in, the twelve COCO numbers out.
+
+Both sides are `Labels`; pycocotools' COCOeval does the matching and the averaging, so the numbers are the ones that
+papers print. Images are matched by image id and categories by category id. Fractions in 0..1; ``nan`` where the truth
+holds no object that the number could be about (pycocotools says -1 there, which poisons averages).
+Source: https://cocodataset.org/#detection-eval; design, section 5 step 8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from simdetr.data.labels import Labels
+
+SIZES = ("all", "small", "medium", "large")  # COCO's area ranges: below 32², 32² to 96², above 96² px²
+SIZE_SUFFIX = {"all": "", "small": "s", "medium": "m", "large": "l"}
+
+
+@dataclass(frozen=True)
+class MatchScores:
+    """COCOeval's tables, with -1 where the truth holds no object.
+
+    T = 10 IoU thresholds 0.50:0.05:0.95, R = 101 recall levels, K = categories of the truth (1 if class-agnostic),
+    A = 4 area ranges in the order of `SIZES`, M = the asked numbers of boxes per image.
+    """
+
+    precision: NDArray[np.float64]  # [T, R, K, A, M]
+    recall: NDArray[np.float64]  # [T, K, A, M]
+    max_boxes: tuple[int, ...]  # M, ascending
+
+    def average_precision(self, *, size: str = "all", iou: int | None = None) -> float:
+        """AP with the largest number of boxes, over all IoU thresholds or at one given in percent (50, 55 .. 95)."""
+        return _mean_of_present(self.precision[_thresholds(iou), :, :, SIZES.index(size), -1])
+
+    def average_recall(self, boxes: int, *, size: str = "all", iou: int | None = None) -> float:
+        """Recall with at most ``boxes`` boxes per image, over all IoU thresholds or at one given in percent."""
+        return _mean_of_present(self.recall[_thresholds(iou), :, SIZES.index(size), self.max_boxes.index(boxes)])
+
+
+def _thresholds(iou: int | None) -> slice:
+    if iou is None:
+        return slice(None)
+    index = (iou - 50) // 5
+    return slice(index, index + 1)
+
+
+def _mean_of_present(values: NDArray[np.float64]) -> float:
+    present = values[values > -1]
+    return float(present.mean()) if present.size else float("nan")
+
+
+def coco_metrics(truth: Labels, predictions: Labels) -> dict[str, float]:
+    """The twelve COCO numbers: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl.
+
+    Args:
+        truth: the human labels; crowd boxes neither count nor punish. Images without predictions count as missed.
+        predictions: detections on these images, ranked by score (100 per image and class count; equal scores
+            keep their order). Boxes of categories that the truth does not know cannot match and are left out.
+
+    Returns:
+        Fractions in 0..1, 0 without predictions, ``nan`` where the truth holds no object of that size.
+
+    Raises:
+        ValueError: predictions for images that the truth does not hold, or no category id in common.
+    """
+    scores = match_boxes(truth, predictions)
+    metrics = {
+        "AP": scores.average_precision(),
+        "AP50": scores.average_precision(iou=50),
+        "AP75": scores.average_precision(iou=75),
+    }
+    metrics |= {f"AP{size[0]}": scores.average_precision(size=size) for size in SIZES[1:]}
+    metrics |= {f"AR{boxes}": scores.average_recall(boxes) for boxes in scores.max_boxes}
+    return metrics | {f"AR{size[0]}": scores.average_recall(100, size=size) for size in SIZES[1:]}
+
+
+def per_class_ap(truth: Labels, predictions: Labels) -> dict[int | str, float]:
+    """AP (IoU 0.50:0.95) of each category of the truth by its id, ``nan`` for a category without objects.
+
+    Raises:
+        ValueError: as `coco_metrics`.
+    """
+    precision = match_boxes(truth, predictions).precision[:, :, :, 0, -1]
+    return {c.id: _mean_of_present(precision[:, :, index]) for index, c in enumerate(truth.categories)}
+
+
+def match_boxes(
+    truth: Labels, predictions: Labels, *, class_agnostic: bool = False, max_boxes: Sequence[int] = (1, 10, 100)
+) -> MatchScores:
+    """Match predictions to truth greedily by score in every image, as COCOeval does.
+
+    Args:
+        truth: the human labels.
+        predictions: scored boxes on the same images.
+        class_agnostic: ignore the classes of both sides (COCOeval's ``useCats=0``).
+        max_boxes: numbers of best-scored boxes per image (and class) that are looked at.
+
+    Raises:
+        ValueError: predictions for unknown images, no category in common, or ``max_boxes`` empty or below 1.
+    """
+    if not max_boxes or min(max_boxes) < 1:
+        raise ValueError(f"max_boxes: expected at least one number of boxes >= 1, got {tuple(max_boxes)}")
+    images = _rows_of_images(truth, predictions)
+    if class_agnostic:
+        category_ids = [1]
+        truth_categories = np.ones(len(truth.classes), np.int64)
+        predicted_categories = np.ones(len(predictions.classes), np.int64)
+    else:
+        category_ids = list(range(1, len(truth.categories) + 1))
+        truth_categories = truth.classes + 1
+        predicted_categories = _truth_categories(truth, predictions)
+    own_images = np.repeat(np.arange(len(truth)), np.diff(truth.offsets))
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(
+            _coco(truth, own_images, truth_categories, category_ids),
+            _coco(predictions, images, predicted_categories, category_ids, as_detections=True),
+            "bbox",
+        )
+        evaluation.params.imgIds = list(range(len(truth)))
+        evaluation.params.catIds = category_ids
+        evaluation.params.maxDets = sorted(set(max_boxes))
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return MatchScores(evaluation.eval["precision"], evaluation.eval["recall"], tuple(evaluation.params.maxDets))
+
+
+def _rows_of_images(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
+    """The truth's image index of every predicted box."""
+    unknown = [image_id for image_id in predictions.image_ids if image_id not in truth]
+    if unknown:
+        raise ValueError(
+            f"predictions: {len(unknown)} of {len(predictions)} images are not among the {len(truth)} images of the "
+            f"truth (first: {unknown[0]!r}); the truth's ids look like {list(truth.image_ids[:1])}. Predict on the "
+            "truth's images, or keep the shared ones with predictions.select(...)"
+        )
+    indices = np.asarray([truth.row_of(image_id) for image_id in predictions.image_ids], np.int64)
+    return np.repeat(indices, np.diff(predictions.offsets))
+
+
+def _truth_categories(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
+    """COCO category (truth's class index + 1) of every predicted box, 0 for categories unknown to the truth."""
+    index_of = {category.id: index for index, category in enumerate(truth.categories)}
+    lookup = np.asarray([index_of.get(category.id, -1) + 1 for category in predictions.categories], np.int64)
+    if len(predictions.classes) and not lookup.any():
+        raise ValueError(
+            f"predictions: none of their {len(predictions.categories)} category ids "
+            f"(first: {[c.id for c in predictions.categories[:3]]}) is among the {len(truth.categories)} of the truth "
+            f"(first: {[c.id for c in truth.categories[:3]]}). Pseudo-classes have no AP: use proposal_recall"
+        )
+    return lookup[predictions.classes]
+
+
+def _coco(
+    labels: Labels,
+    images: NDArray[np.int64],
+    categories: NDArray[np.int64],
+    category_ids: list[int],
+    *,
+    as_detections: bool = False,
+) -> COCO:
+    """The labels as an indexed pycocotools object; annotation ids start at 1, since COCOeval takes 0 for no match."""
+    xywh = labels.boxes_xyxy.astype(np.float64)
+    xywh[:, 2:] -= xywh[:, :2]
+    areas = xywh[:, 2] * xywh[:, 3] if as_detections else labels.areas.astype(np.float64)
+    crowd = np.zeros(len(images), np.int64) if as_detections else labels.crowd.astype(np.int64)
+    columns: dict[str, list[Any]] = {
+        "id": list(range(1, len(images) + 1)),
+        "image_id": images.tolist(),
+        "category_id": categories.tolist(),
+        "bbox": xywh.tolist(),
+        "area": areas.tolist(),
+        "iscrowd": crowd.tolist(),
+        "score": labels.scores.astype(np.float64).tolist(),
+    }
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": index} for index in range(len(labels))],
+        "categories": [{"id": category} for category in category_ids],
+        "annotations": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+    }
+    coco.createIndex()
+    return coco

@@ -1,0 +1,256 @@
+"""A run's folder -> what its report shows.
+
+The folder: ``config.yaml``, ``steps.jsonl`` (one JSON object per finished step: name, seconds, count, what),
+``stage0/labels.parquet`` (mined) and ``stageJ/labels.parquet`` (relabelled by stage J), ``**/metrics.csv`` (Lightning's
+CSVLogger) and ``comparison.json`` (rows of `simdetr.evaluation.compare`). Whatever is not there yet is named with the
+reason in `ReportData.missing`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from simdetr.data.images import ImageSource, UnreadableImageError, read_image
+from simdetr.data.labels import ImageLabels, Labels, read_labels
+from simdetr.evaluation.drawing import class_colour, class_montage, draw_boxes
+from simdetr.evaluation.learning_curves import Curve, panels, read_curve
+from simdetr.evaluation.proposal_recall import proposal_recall
+from simdetr.evaluation.report import ReportData, Sample, StepRow
+
+MAX_BOXES_DRAWN = 15  # per picture and stage; the best-scored, so that a picture stays readable
+MAX_CURVES = 12
+MAX_RECALL_IMAGES = 2000  # beyond it the recall of a random part is within a percent of the whole
+PICTURE_PX = 420  # longer side of a sample picture
+STEP_TITLES = {"mine": "Mine proposals", "cluster": "Cluster regions", "finetune": "Fine-tune", "compare": "Compare"}
+
+
+def collect_run(
+    run_dir: Path,
+    source: ImageSource,
+    truth: Labels | None = None,
+    *,
+    num_samples: int = 6,
+    num_montages: int = 9,
+    seed: int = 0,
+    command: str = "",
+) -> ReportData:
+    """Gather what a run has made so far.
+
+    Args:
+        run_dir: the run's folder.
+        source: the run's images.
+        truth: human labels of some of these images (same ids), for recall per stage and as a column of the samples.
+        num_samples: images shown, chosen at random among those with labels of stage 0.
+        num_montages: pseudo-classes shown, spread from the most to the least frequent.
+        seed: of these choices.
+        command: the command line that made the run.
+
+    Raises:
+        FileNotFoundError: ``run_dir`` is no folder.
+        ValueError: a file of the run that cannot be understood.
+    """
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"run_dir: expected the folder of a run, got {run_dir}")
+    rng = np.random.default_rng(seed)
+    stages = _read_stages(run_dir)
+    missing: dict[str, str] = {}
+    steps = _read_steps(run_dir / "steps.jsonl", missing)
+    no_stage = f"there are no labels of any stage yet ({run_dir.name}/stage0/labels.parquet is made by clustering)."
+    if not stages:
+        missing |= {"samples": no_stage, "montages": no_stage, "recall": no_stage}
+    config = run_dir / "config.yaml"
+    return ReportData(
+        title=f"simdetr run “{run_dir.resolve().name}”",
+        created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        command=command,
+        steps=steps,
+        samples=_samples(stages, source, truth, num_samples, rng, missing) if stages else [],
+        montages=_montages(stages, source, num_montages, seed, missing) if stages else [],
+        recall=_recall(stages, truth, rng, missing) if stages else [],
+        curves=_curves(run_dir, missing),
+        comparison=_comparison(run_dir / "comparison.json", missing),
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        missing=missing,
+    )
+
+
+def stage_title(stage: int) -> str:
+    """What a stage's boxes are called: mined for stage 0, stage j for those of the j-th detector."""
+    return "mined" if stage == 0 else f"stage {stage}"
+
+
+def _read_stages(run_dir: Path) -> dict[int, Labels]:
+    paths = {int(path.parent.name[5:]): path for path in run_dir.glob("stage[0-9]*/labels.parquet")}
+    return {stage: read_labels(paths[stage]) for stage in sorted(paths)}
+
+
+def _read_steps(path: Path, missing: dict[str, str]) -> list[StepRow]:
+    if not path.is_file():
+        missing["steps"] = f"no step of this run has finished yet (there is no {path.name})."
+        return []
+    rows: dict[str, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # a run killed while it wrote
+                break
+            raise ValueError(f"{path}, line {number}: expected one JSON object per line, got {line[:60]!r}") from error
+        rows[row["name"]] = row  # a step that ran again replaces its first record
+    return [
+        StepRow(
+            name=_step_title(name),
+            count=f"{row['count']:,} {row.get('what', '')}".strip() if "count" in row else "",
+            seconds=row.get("seconds"),
+            note=str(row.get("note", "")),
+        )
+        for name, row in rows.items()
+    ]
+
+
+def _step_title(name: str) -> str:
+    staged = re.fullmatch(r"(fit|relabel)-stage(\d+)", name)
+    if staged:
+        return f"{'Train' if staged[1] == 'fit' else 'Relabel by'} stage {staged[2]}"
+    return STEP_TITLES.get(name, name.replace("-", " ").capitalize())
+
+
+def _samples(
+    stages: dict[int, Labels],
+    source: ImageSource,
+    truth: Labels | None,
+    count: int,
+    rng: np.random.Generator,
+    missing: dict[str, str],
+) -> list[Sample]:
+    """Random images as every stage sees them, and the truth where it knows them."""
+    columns = {stage_title(stage): labels for stage, labels in stages.items()}
+    if truth is not None:
+        columns["labelled by people"] = truth
+    in_source = frozenset(source.ids)
+    first = next(iter(stages.values()))
+    samples: list[Sample] = []
+    for index in rng.permutation(len(first)):
+        image_id = first.image_ids[index]
+        if len(samples) == count:
+            break
+        if image_id not in in_source:
+            continue
+        try:
+            image = read_image(source.path_of(image_id))
+        except UnreadableImageError:
+            continue
+        pictures = []
+        for title, labels in columns.items():
+            if image_id not in labels:
+                continue
+            boxes = labels.of(image_id)
+            best = np.argsort(-boxes.scores, kind="stable")[:MAX_BOXES_DRAWN]
+            picture = draw_boxes(
+                image,
+                boxes.boxes_xyxy[best],
+                colours=[class_colour(int(index)) for index in boxes.classes[best]],
+                min_side_px=PICTURE_PX,
+                max_side_px=PICTURE_PX,
+            )
+            pictures.append((_caption(title, boxes), picture))
+        samples.append(Sample(image_id, pictures))
+    if not samples:
+        missing["samples"] = f"none of the {len(first)} labelled images could be read below {source.root}."
+    return samples
+
+
+def _caption(title: str, boxes: ImageLabels) -> str:
+    count = len(boxes.classes)
+    if count > MAX_BOXES_DRAWN:
+        return f"{title}: {MAX_BOXES_DRAWN} of {count} boxes"
+    return f"{title}: {count} {'box' if count == 1 else 'boxes'}"
+
+
+def _montages(
+    stages: dict[int, Labels], source: ImageSource, count: int, seed: int, missing: dict[str, str]
+) -> list[tuple[str, Image.Image]]:
+    """Sheets of crops of classes spread evenly over the ranking by frequency; classes of less than 3 boxes are left."""
+    stage, labels = next(iter(stages.items()))
+    boxes_of_class = np.bincount(labels.classes, minlength=labels.num_classes)
+    ranked = np.argsort(-boxes_of_class, kind="stable")
+    ranked = ranked[boxes_of_class[ranked] >= 3]
+    picks = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int))]
+    montages = []
+    for index in picks.tolist():
+        try:
+            sheet = class_montage(source, labels, index, 12, seed, tile_px=84, columns=4)
+        except ValueError:  # none of the class's images can be read
+            continue
+        montages.append((f"class {index}: {boxes_of_class[index]:,} boxes, {stage_title(stage)}", sheet))
+    if not montages:
+        missing["montages"] = f"no class of {stage_title(stage)} has 3 boxes on images that can be read."
+    return montages
+
+
+def _recall(
+    stages: dict[int, Labels], truth: Labels | None, rng: np.random.Generator, missing: dict[str, str]
+) -> list[dict[str, Any]]:
+    if truth is None:
+        missing["recall"] = "no ground truth was given; name a COCO file of these images to see it."
+        return []
+    shared = [image_id for image_id in truth.image_ids if all(image_id in labels for labels in stages.values())]
+    if not shared:
+        first = next(iter(stages.values()))
+        missing["recall"] = (
+            f"the ground truth covers none of the run's images (ids such as {list(truth.image_ids[:1])} there and "
+            f"{list(first.image_ids[:1])} here)."
+        )
+        return []
+    if len(shared) > MAX_RECALL_IMAGES:
+        shared = [shared[index] for index in np.sort(rng.permutation(len(shared))[:MAX_RECALL_IMAGES])]
+    judged = truth.select(shared)
+    rows = []
+    for stage, labels in stages.items():
+        proposals = labels.select(shared)
+        row: dict[str, Any] = {
+            "stage": stage_title(stage),
+            "images": len(shared),
+            "boxes_per_image": len(proposals.classes) / len(shared),
+        }
+        rows.append(row | proposal_recall(judged, proposals))
+    return rows
+
+
+def _curves(run_dir: Path, missing: dict[str, str]) -> list[Curve]:
+    paths = sorted(run_dir.glob("**/metrics.csv"), key=lambda path: _natural(path.relative_to(run_dir).as_posix()))
+    curves = []
+    for path in paths:
+        parts = [p for p in path.parent.relative_to(run_dir).parts if p != "lightning_logs" and "version_" not in p]
+        curve = read_curve(" / ".join(parts).replace("stage", "stage ") or "training", path)
+        if panels(curve):
+            curves.append(curve)
+    if not curves:
+        missing["curves"] = f"no training run has logged losses or accuracies yet ({len(paths)} metrics.csv found)."
+    return curves[:MAX_CURVES]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key by which stage10 comes after stage2."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _comparison(path: Path, missing: dict[str, str]) -> list[dict[str, Any]] | None:
+    if not path.is_file():
+        missing["comparison"] = (
+            "this run was not compared with other initialisations; fine-tune from both and keep the rows in "
+            f"{path.name} (simdetr compare does it)."
+        )
+        return None
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects, one per fine-tuning run, got {type(rows).__name__}")
+    return rows

@@ -1,0 +1,72 @@
+"""Scores of a validation run: detections of ``DetectionTask.validation_step`` in, COCO numbers in the log out.
+
+A callback, so that the task knows nothing of metrics. Detections of all ranks are gathered; every rank logs the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from simdetr.data.labels import ImageLabels, Labels
+from simdetr.evaluation.coco_metric import coco_metrics
+from simdetr.evaluation.proposal_recall import proposal_recall
+
+
+class CocoValidation(Callback):
+    """Logs AP (or class-agnostic recall) of the validation images after each validation epoch.
+
+    Args:
+        class_agnostic: Log recall whatever the class, for pretraining on pseudo-classes.
+    """
+
+    def __init__(self, class_agnostic: bool = False) -> None:
+        self.class_agnostic = class_agnostic
+        self._rows: list[ImageLabels] = []
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the last epoch."""
+        self._rows = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch's detections."""
+        labels = _validation_labels(trainer)
+        mine = labels.image_ids[trainer.global_rank :: trainer.world_size]
+        for target, found in zip(batch.targets if batch is not None else [], outputs, strict=True):
+            height, width = (int(side) for side in target["orig_size"])
+            columns = (found[name].float().cpu().numpy() for name in ("boxes_xyxy", "labels", "scores"))
+            self._rows.append(ImageLabels.build(mine[int(target["image_index"])], (height, width), *columns))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gather, score and log."""
+        if trainer.sanity_checking:
+            return
+        truth = _validation_labels(trainer)
+        rows = self._gathered(trainer)
+        predictions = Labels.from_images(rows, trainer.datamodule.categories)  # type: ignore[attr-defined]
+        scores = proposal_recall(truth, predictions) if self.class_agnostic else coco_metrics(truth, predictions)
+        for name, value in scores.items():
+            pl_module.log(f"val/{name}", value, prog_bar=name in ("AP", "AR@100"), rank_zero_only=False)
+
+    def _gathered(self, trainer: pl.Trainer) -> list[ImageLabels]:
+        if trainer.world_size == 1:
+            return self._rows
+        parts: list[list[ImageLabels]] = [[] for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(parts, self._rows)
+        return [row for part in parts for row in part]
+
+
+def _validation_labels(trainer: pl.Trainer) -> Labels:
+    labels: Labels = trainer.datamodule.val_labels  # type: ignore[attr-defined]
+    return labels

@@ -1,0 +1,333 @@
+"""READ FIRST: the whole method, one call per step (seed 003, Algorithm 1).
+
+In: a folder of images, and for the second half a handful of labels. Out: a run folder with proposals, the labels and
+detector of every stage, and a report.
+
+    images -> mine -> cluster -> (fit -> relabel) x stages -> finetune -> evaluate | compare | predict
+
+Every step looks for its own output first: the same call again goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simdetr.data.atomic_files import atomic_path
+from simdetr.data.images import ImageSource, open_images
+from simdetr.data.labels import Labels, read_labels, write_labels
+from simdetr.evaluation.coco_metric import coco_metrics
+from simdetr.evaluation.proposal_recall import proposal_recall
+from simdetr.evaluation.report import write_report
+from simdetr.evaluation.run_folder import collect_run
+from simdetr.proposals.miner import mine
+from simdetr.proposals.pseudo_labels import count_regions, make_pseudo_labels
+from simdetr.proposals.store import ProposalStore
+from simdetr.recipe import PipelineSections, Recipe
+from simdetr.training.relabel import InferenceSettings, detect, detect_array, relabel
+from simdetr.training.run_folder import RunFolder
+from simdetr.training.train import train
+from simdetr.training.weights import load_detector
+
+LOG = logging.getLogger(__name__)
+
+
+def pretrain(
+    images: str | Path,
+    out: str | Path,
+    config: Sequence[str | Path] = (),
+    *,
+    truth: str | Path | None = None,
+    device: str | None = None,
+    options: Sequence[str] = (),
+) -> RunFolder:
+    """Pretrain a detector on unlabelled images.
+
+    Args:
+        images: Folder, list file (txt, CSV, Parquet) or COCO JSON of images; its boxes, if any, are not used.
+        out: Run folder; an unfinished run in it is resumed.
+        config: YAML files, later ones over earlier ones.
+        truth: COCO JSON with boxes for some of these images; only for the recall in the report.
+        device: Torch device of mining and relabelling; the GPU if there is one.
+        options: ``--section.name=value`` strings, over the files.
+
+    Returns:
+        The run folder: ``detector(stage)`` and ``labels(stage)`` are its results.
+    """
+    run, source = RunFolder(Path(out)), open_images(images)
+    device = device or default_device()
+    recipe = Recipe(tuple(str(path) for path in config), (f"--data.images={images}", *options))
+    sections = recipe.sections()
+    run.claim(recipe.resolved()[1])
+
+    labels = mine_and_cluster(run, source, sections, device)
+    for stage in range(1, sections.self_training.stages + 1):
+        fit_stage(run, recipe, sections, stage, num_images=len(labels))
+        labels = relabel_stage(run, source, sections, stage, device)
+    report(run.path, images, truth=truth)
+    return run
+
+
+def mine_and_cluster(run: RunFolder, source: ImageSource, sections: PipelineSections, device: str) -> Labels:
+    """Proposals of every image, then one k-means over all their features: the labels T0."""
+    if not run.labels(0).is_file():
+        with run.step("mine", "proposals") as step:
+            store = mine(source, sections.encoder, sections.mining, run.proposals, device=device, progress=True)
+            step.count = count_regions(store)
+        with run.step("cluster", "pseudo-classes") as step:
+            clustering = sections.clustering
+            labels = make_pseudo_labels(store, num_classes=clustering.num_classes, seed=clustering.seed)
+            write_labels(labels, run.labels(0))
+            step.count = labels.num_classes
+    return read_labels(run.labels(0))
+
+
+def mine_proposals(
+    images: str | Path,
+    out: str | Path,
+    config: Sequence[str | Path] = (),
+    *,
+    device: str | None = None,
+    options: Sequence[str] = (),
+) -> ProposalStore:
+    """Only the mining of ``pretrain``; arguments as there.
+
+    Returns:
+        The proposal store in ``out``/proposals.
+    """
+    sections = Recipe(tuple(str(path) for path in config), (f"--data.images={images}", *options)).sections()
+    folder = RunFolder(Path(out)).proposals
+    return mine(
+        open_images(images), sections.encoder, sections.mining, folder, device=device or default_device(), progress=True
+    )
+
+
+def cluster_proposals(run: str | Path, *, num_classes: int = 2048, seed: int = 0) -> Labels:
+    """Only the global clustering of ``pretrain``: labels T0 from mined proposals, kept in the run folder."""
+    folder = RunFolder(Path(run))
+    labels = make_pseudo_labels(ProposalStore(folder.proposals), num_classes=num_classes, seed=seed)
+    write_labels(labels, folder.labels(0))
+    return labels
+
+
+def fit_stage(run: RunFolder, recipe: Recipe, sections: PipelineSections, stage: int, num_images: int) -> None:
+    """Train the detector of a stage on the labels of the stage before."""
+    if run.detector(stage).is_dir():
+        return
+    options = [f"--data.labels={run.labels(stage - 1)}"]
+    if stage > 1 and not sections.self_training.from_scratch:
+        options.append(f"--model.init_weights={run.detector(stage - 1)}")
+    with run.step(f"fit-stage{stage}", "images trained on") as step:
+        every = sections.self_training.checkpoint_every_steps
+        train(recipe.training(run.stage(stage), *options, checkpoint_every_steps=every), run.stage(stage))
+        step.count = num_images
+
+
+def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSections, stage: int, device: str) -> Labels:
+    """Label all images with the detector of a stage: no confidence threshold, only an overlap filter."""
+    if not run.labels(stage).is_file():
+        loaded = load_detector(run.detector(stage))
+        settings = InferenceSettings.of(
+            loaded.image_settings,
+            iou_threshold=sections.self_training.iou_threshold,
+            max_boxes=sections.self_training.max_boxes,
+            device=device,
+        )
+        with run.step(f"relabel-stage{stage}", "boxes") as step:
+            labels = relabel(loaded.detector, source, loaded.categories, settings, run.labels(stage), stage=stage)
+            step.count = len(labels.boxes_xyxy)
+    return read_labels(run.labels(stage))
+
+
+def finetune(
+    images: str | Path,
+    labels: str | Path,
+    out: str | Path,
+    config: Sequence[str | Path] = (),
+    *,
+    init: str | Path | None = None,
+    val_images: str | Path | None = None,
+    val_labels: str | Path | None = None,
+    options: Sequence[str] = (),
+) -> Path:
+    """Train a detector on labelled images, from pretrained weights or from scratch.
+
+    Args:
+        images: Folder, list file or COCO JSON of the training images.
+        labels: COCO JSON (or Parquet) with their boxes; class ids of any kind.
+        out: Folder of this training; an unfinished one is resumed.
+        config: YAML files, later ones over earlier ones.
+        init: Run folder, detector folder or checkpoint to start from; its detector replaces the one of the config.
+        val_images: Validation images.
+        val_labels: Their boxes.
+        options: ``--section.name=value`` strings, over the files.
+
+    Returns:
+        The folder of the trained detector.
+    """
+    run = RunFolder(Path(out))
+    data = [f"--data.images={images}", f"--data.labels={labels}"]
+    if val_images is not None:
+        data += [f"--data.val_images={val_images}", f"--data.val_labels={val_labels or val_images}"]
+    recipe = Recipe(tuple(str(path) for path in config), (*data, *options))
+    if init is not None:
+        recipe = recipe.starting_from(detector_folder(init), run.path)
+    run.claim(recipe.resolved()[1])
+    detector = run.path / "detector"
+    if not detector.is_dir():
+        with run.step("finetune", "images trained on") as step:
+            step.count = len(train(recipe.training(run.path), run.path).labels)
+    return detector
+
+
+def compare(
+    images: str | Path,
+    labels: str | Path,
+    val_images: str | Path,
+    val_labels: str | Path,
+    init: str | Path,
+    out: str | Path,
+    config: Sequence[str | Path] = (),
+    *,
+    fractions: Sequence[float] = (0.01, 0.1),
+    seeds: Sequence[int] = (0, 1),
+    options: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """What the pretraining is worth: fine-tune from it and from scratch, same architecture, labels, steps and seeds.
+
+    Args:
+        images: Training images.
+        labels: Their boxes.
+        val_images: Images to evaluate on.
+        val_labels: Their boxes.
+        init: Run folder or detector folder of the pretraining.
+        out: Folder of the comparison; ``comparison.json`` grows with every finished training.
+        config: YAML files of the fine-tuning.
+        fractions: Parts of the labelled images to train on.
+        seeds: Seeds of subset, order, augmentation and new weights; at least two tell noise from gain.
+        options: ``--section.name=value`` strings, over the files.
+
+    Returns:
+        One row per training: ``initialisation``, ``label_budget``, ``seed``, ``images`` and the metrics.
+    """
+    out, detector = Path(out), detector_folder(init)
+    rows_file = out / "comparison.json"
+    rows: list[dict[str, Any]] = json.loads(rows_file.read_text(encoding="utf-8")) if rows_file.is_file() else []
+    done = {(row["label_budget"], row["seed"], row["initialisation"]) for row in rows}
+    for fraction, seed, pretrained in itertools.product(fractions, seeds, (True, False)):
+        key = (fraction, seed, "pretrained" if pretrained else "scratch")
+        if key in done:
+            continue
+        folder = out / f"{fraction:g}-seed{seed}-{key[2]}"
+        recipe = Recipe(tuple(str(path) for path in config)).starting_from(detector, folder, weights=pretrained)
+        seeded = [f"--data.label_fraction={fraction}", f"--data.seed={seed}", f"--model.seed={seed}"]
+        trained = finetune(
+            images, labels, folder, recipe.configs, options=(*options, *seeded, f"--seed_everything={seed}")
+        )
+        scores = evaluate(val_images, val_labels, trained)
+        rows.append({"initialisation": key[2], "label_budget": fraction, "seed": seed, **scores})
+        with atomic_path(rows_file) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return rows
+
+
+def predict(
+    images: str | Path | torch.Tensor,
+    checkpoint: str | Path,
+    *,
+    min_score: float = 0.0,
+    iou_threshold: float = 1.0,
+    max_boxes: int = 100,
+    device: str | None = None,
+) -> Labels:
+    """Detections on a path, a folder, a list or one image array.
+
+    Args:
+        images: What ``open_images`` takes, or one image, uint8 [3, H, W] RGB.
+        checkpoint: Run folder, detector folder or checkpoint.
+        min_score: Boxes with a lower score are left out.
+        iou_threshold: Of two boxes that overlap more, the less confident goes; 1 keeps both.
+        max_boxes: Most confident boxes kept per image.
+        device: Torch device; the GPU if there is one.
+
+    Returns:
+        Labels with scores, boxes in pixels, best first; categories as the training labels named them.
+    """
+    loaded = load_detector(detector_folder(checkpoint))
+    settings = InferenceSettings.of(
+        loaded.image_settings,
+        score_threshold=min_score,
+        iou_threshold=iou_threshold,
+        max_boxes=max_boxes,
+        device=device or default_device(),
+    )
+    if isinstance(images, torch.Tensor):
+        return detect_array(loaded.detector, images, loaded.categories, settings)
+    return detect(loaded.detector, open_images(images), loaded.categories, settings)
+
+
+def evaluate(
+    images: str | Path, labels: str | Path, checkpoint: str | Path, *, device: str | None = None
+) -> dict[str, float]:
+    """COCO's AP family and class-agnostic recall of a detector, fractions in 0..1.
+
+    Args:
+        images: Images to evaluate on.
+        labels: COCO JSON with their boxes.
+        checkpoint: Run folder, detector folder or checkpoint.
+        device: Torch device; the GPU if there is one.
+    """
+    truth = read_labels(Path(labels))
+    found = predict(images, checkpoint, device=device)
+    found = found.select([image_id for image_id in found.image_ids if image_id in truth])
+    return coco_metrics(truth, found) | proposal_recall(truth, found)
+
+
+def report(run: str | Path, images: str | Path, *, truth: str | Path | None = None) -> Path:
+    """Write the report of a run from what is in its folder.
+
+    Args:
+        run: Run folder.
+        images: The run's images.
+        truth: COCO JSON with boxes for some of these images, for recall per stage.
+
+    Returns:
+        The HTML page.
+    """
+    folder = RunFolder(Path(run))
+    known = read_labels(Path(truth)) if truth is not None else None
+    write_report(collect_run(folder.path, open_images(images), known), folder.report.parent)
+    return folder.report
+
+
+def detector_folder(path: str | Path) -> Path:
+    """The detector a path means: itself, or the last one of a run folder.
+
+    Raises:
+        FileNotFoundError: The path does not exist or holds no detector.
+    """
+    path = Path(path)
+    if path.is_file() or (path / "model.safetensors").is_file():
+        return path
+    if (path / "detector").is_dir():
+        return path / "detector"
+    if path.is_dir():
+        stages = [
+            stage for stage in range(RunFolder(path).last_stage() + 1) if RunFolder(path).detector(stage).is_dir()
+        ]
+        if stages:
+            return RunFolder(path).detector(stages[-1])
+    raise FileNotFoundError(
+        f"checkpoint: expected a run folder, a detector folder or a checkpoint file, got {path}, which holds none."
+    )
+
+
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,192 @@
+"""Mining in memory: images or feature maps of a batch in, at most a few dozen regions per image out.
+
+Source: seed 003 [0032]-[0034], [0053], [0057]-[0063]; design §5.1-5.4. :func:`mine_batch` is the whole computation,
+:func:`mine_maps` the part after the encoder, :func:`cluster_maps` the part before the filters.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from simdetr.proposals.features import Encoder
+from simdetr.proposals.filters import apply_filters
+from simdetr.proposals.image_loading import SIDE_MULTIPLE, shrink
+from simdetr.proposals.regions import Candidates, Regions, find_candidates, to_regions
+from simdetr.proposals.spectral_clustering import Affinity, spectral_clustering
+
+
+def _default_clusters() -> dict[int, list[int]]:
+    return {32: [2, 4, 8], 16: [8, 16]}
+
+
+def _default_filters() -> dict[str, float]:
+    return {
+        "merge_similar_clusters": 0.9,
+        "drop_fragmented_clusters": 10,
+        "drop_duplicate_boxes": 0.95,
+        "drop_similar_subsets": 0.9,
+        "keep_most_diverse": 25,
+    }
+
+
+@dataclass(frozen=True)
+class MiningConfig:
+    """Settings of the mining.
+
+    Args:
+        image_size: Long side, in pixels, at which images are encoded. The aspect is kept: the short side is rounded to
+            a multiple of 32 (no padding), and boxes are scaled back on each axis.
+        clusters: Numbers of clusters K per stride of the encoder.
+        affinity: Weight between two cells from their cosine: "exp" or "clamp".
+        temperature: Of the "exp" affinity; lower separates more.
+        centre: Subtract an image's mean feature before similarities are taken.
+        kmeans_starts: Seedings of the k-means in the spectral embedding.
+        connectivity: 4 or 8 neighbours join cells to a region.
+        filters: Box filters by name, each with its limit, in this order.
+        batch_size: Images of one shape that are encoded and clustered together; does not change the result.
+        shard_size: Images per file of the store; a killed run loses at most one unfinished shard.
+        max_unreadable: Fraction of unreadable images past which the run stops.
+        seed: Of all random numbers.
+    """
+
+    image_size: int = 448
+    clusters: dict[int, list[int]] = field(default_factory=_default_clusters)
+    affinity: Affinity = "exp"
+    temperature: float = 0.1
+    centre: bool = True
+    kmeans_starts: int = 4
+    connectivity: int = 4
+    filters: dict[str, float] = field(default_factory=_default_filters)
+    batch_size: int = 16
+    shard_size: int = 512
+    max_unreadable: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "batch_size", "shard_size", "kmeans_starts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.image_size % SIDE_MULTIPLE:
+            nearest = max(1, round(self.image_size / SIDE_MULTIPLE)) * SIDE_MULTIPLE
+            raise ValueError(f"image_size must be a multiple of {SIDE_MULTIPLE}, got {self.image_size}; try {nearest}")
+        if not self.clusters or not all(self.clusters.values()):
+            raise ValueError(f"clusters must name numbers of clusters for at least one stride, got {self.clusters}")
+
+    def result_settings(self) -> dict[str, object]:
+        """The settings that change what is mined, not how it is split up."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("batch_size", "shard_size", "max_unreadable")
+        }
+
+
+@torch.no_grad()
+def mine_batch(
+    images: Sequence[Tensor], encoder: Encoder, config: MiningConfig, device: str | torch.device = "cpu"
+) -> list[Regions]:
+    """Regions of images in memory, the pure computation.
+
+    Args:
+        images: uint8 [3, H, W] RGB each, of any sizes, or one uint8 [B, 3, H, W].
+        encoder: on ``device``.
+        config: the settings.
+        device: where to compute.
+
+    Returns:
+        One record per image, boxes in its own pixels.
+    """
+    shrunk = [shrink(image, config.image_size) for image in images]
+    results: dict[int, Regions] = {}
+    for batch in _equal_shapes(shrunk, config.batch_size):
+        pixels = torch.stack([shrunk[index] for index in batch]).to(device)
+        sizes = [(images[index].shape[-2], images[index].shape[-1]) for index in batch]
+        results.update(zip(batch, mine_maps(encode(pixels, encoder), sizes, config), strict=True))
+    return [results[index] for index in range(len(images))]
+
+
+def encode(pixels: Tensor, encoder: Encoder) -> dict[int, Tensor]:
+    """Feature maps of uint8 images [B, 3, H, W].
+
+    Raises:
+        FloatingPointError: if the encoder gives NaN or infinity.
+    """
+    maps = encoder(pixels.float() / 255)
+    for stride, level in maps.items():
+        if not bool(torch.isfinite(level).all()):
+            raise FloatingPointError(
+                f"the encoder's map at stride {stride} has NaN or infinity; check weights and precision"
+            )
+    return maps
+
+
+def cluster_maps(maps: Mapping[int, Tensor], config: MiningConfig) -> Candidates:
+    """All regions of all clusterings, before any filter.
+
+    Args:
+        maps: features [B, C, H_l, W_l] by stride; the strides' grids must nest.
+        config: the settings.
+
+    Raises:
+        ValueError: if the encoder lacks a stride of the config or the grids do not nest.
+    """
+    absent = set(config.clusters) - set(maps)
+    if absent:
+        raise ValueError(
+            f"clusters: expected strides out of {sorted(maps)}, which the encoder has, got {sorted(absent)}"
+        )
+    finest, last = min(config.clusters), max(maps)
+    height, width = maps[finest].shape[-2:]
+    labels, strides, ks = [], [], []
+    for stride in sorted(config.clusters, reverse=True):
+        rows, columns = maps[stride].shape[-2:]
+        step = height // rows
+        if (rows * step, columns * step) != (height, width):
+            raise ValueError(
+                f"maps: grids must nest, got {rows}x{columns} at {stride} and {height}x{width} at {finest}"
+            )
+        clustered = spectral_clustering(
+            maps[stride],
+            config.clusters[stride],
+            affinity=config.affinity,
+            temperature=config.temperature,
+            centre=config.centre,
+            starts=config.kmeans_starts,
+            seed=config.seed,
+        )
+        for k, label in clustered.items():
+            labels.append(repeat(label, "b h w -> b (h y) (w x)", y=step, x=step))
+            strides.append(stride)
+            ks.append(k)
+    used = {stride: maps[stride] for stride in {*config.clusters, last}}
+    return find_candidates(
+        torch.stack(labels, dim=1), strides, ks, used, connectivity=config.connectivity, centre=config.centre
+    )
+
+
+def mine_maps(maps: Mapping[int, Tensor], sizes_hw: Sequence[tuple[int, int]], config: MiningConfig) -> list[Regions]:
+    """Regions of images from their feature maps: clustering, components, filters.
+
+    Args:
+        maps: features [B, C, H_l, W_l] by stride.
+        sizes_hw: (height, width) of the originals in pixels.
+        config: the settings.
+    """
+    return to_regions(apply_filters(cluster_maps(maps, config), config.filters), sizes_hw)
+
+
+def _equal_shapes(images: Sequence[Tensor], batch_size: int) -> Iterator[list[int]]:
+    """Indices of images of one shape, at most ``batch_size`` together."""
+    shapes: dict[torch.Size, list[int]] = defaultdict(list)
+    for index, image in enumerate(images):
+        waiting = shapes[image.shape]
+        waiting.append(index)
+        if len(waiting) == batch_size:
+            yield shapes.pop(image.shape)
+    yield from shapes.values()

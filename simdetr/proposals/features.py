@@ -1,0 +1,159 @@
+"""Images [B, 3, H, W] in 0..1 -> feature maps at strides 16 and 32, by any timm backbone (seed 003 [0053]).
+
+The two top-most maps of a frozen encoder: stride 32 means more, stride 16 shows more. Every encoder is a module with
+``strides``, ``region_dim`` and ``fingerprint`` and returns ``{16: map, 32: map}``; the one that needs no weights is in
+:mod:`simdetr.proposals.colour_texture`.
+
+Letters: B images, H, W their size in pixels, C channels, h, w a map's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from simdetr.data.pretrained_weights import load_backbone_weights, load_into
+
+STRIDES = (16, 32)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Tried in this order; families that do not know an option refuse it. A Swin must take any size and keep its windows and
+# shifts at every stage; a ViT must take any size.
+_FAMILY_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"feature_cls": "getter", "dynamic_img_size": True, "always_partition": True},
+    {"dynamic_img_size": True, "dynamic_img_pad": True},
+    {"dynamic_img_size": True},
+    {},
+)
+_log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What mining needs of an encoder.
+
+    Attributes:
+        strides: of the maps, in pixels, fine to coarse.
+        region_dim: channels of the coarsest map, which region features are pooled from.
+        fingerprint: changes whenever the maps of an image would.
+    """
+
+    strides: tuple[int, ...]
+    region_dim: int
+    fingerprint: str
+
+    def __call__(self, images: Tensor) -> dict[int, Tensor]:
+        """Map images [B, 3, H, W], RGB in 0..1, to ``{stride: [B, C, ceil(H / stride), ceil(W / stride)]}``."""
+        ...
+
+
+class TimmEncoder(nn.Module):
+    """A frozen timm backbone: CNN or Swin (its own two levels), or ViT (one map, average-pooled to the second level).
+
+    Args:
+        model: timm's name, with or without a tag, for example ``resnet50`` or ``vit_small_patch16_224.dino``.
+        weights: a local file or URL, read by :func:`simdetr.data.pretrained_weights.load_backbone_weights`.
+        pretrained: fetch timm's own weights for the name; not together with ``weights``.
+        seed: of the random initialisation when there are neither.
+
+    Raises:
+        ValueError: for both kinds of weights, or a backbone without maps at strides 16 and 32.
+        PretrainedWeightsError: when the weights are unreadable or for another architecture.
+    """
+
+    def __init__(
+        self, model: str = "resnet50", weights: str | Path | None = None, pretrained: bool = False, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if weights is not None and pretrained:
+            raise ValueError("weights, pretrained: expected one of them, got both; drop pretrained to use your file")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net, reductions, channels = _build(model, pretrained)
+        if weights is not None:
+            report = load_into(self.net, load_backbone_weights(weights))
+            _log.info("weights of %s into %s: %s", weights, model, report.summary())
+        self.single_map = len(set(reductions)) == 1
+        if not self.single_map and not set(STRIDES) <= set(reductions):
+            raise ValueError(
+                f"model: expected maps at strides {STRIDES}, {model} has {reductions}; take another backbone"
+            )
+        self._levels = [] if self.single_map else [reductions.index(stride) for stride in STRIDES]
+        self.strides: tuple[int, ...] = STRIDES
+        self.region_dim: int = channels[-1] if self.single_map else channels[reductions.index(32)]
+        cfg = timm.models.get_pretrained_cfg(model)
+        mean, std = (cfg.mean, cfg.std) if cfg is not None else (_IMAGENET_MEAN, _IMAGENET_STD)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+        self.eval()
+        self.fingerprint: str = f"timm:{model}:{_digest(self)}"
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode whatever is asked: a frozen encoder keeps its statistics."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """Feature maps of a batch.
+
+        Args:
+            images: float [B, 3, H, W], RGB in 0..1; sides that are no multiple of 32 are continued by their edge.
+
+        Returns:
+            ``{16: [B, C16, ceil(H/16), ceil(W/16)], 32: [B, C32, ceil(H/32), ceil(W/32)]}``.
+        """
+        height, width = images.shape[-2:]
+        normalised = (images - self.mean) / self.std
+        padded = functional.pad(normalised, (0, -width % 32, 0, -height % 32), mode="replicate")
+        if self.single_map:
+            fine = self.net.forward_intermediates(padded, indices=1, norm=True, intermediates_only=True)[-1]
+            maps = [_resample(fine, padded.shape[-2] // stride, padded.shape[-1] // stride) for stride in STRIDES]
+        else:
+            levels = self.net(padded)
+            maps = [levels[level] for level in self._levels]
+        return {
+            stride: level[..., : -(-height // stride), : -(-width // stride)]
+            for stride, level in zip(STRIDES, maps, strict=True)
+        }
+
+
+def _build(model: str, pretrained: bool) -> tuple[Any, list[int], list[int]]:
+    """The network, and reduction and channels of each of its maps; a ViT comes whole, for its final norm."""
+    net: Any
+    for options in _FAMILY_OPTIONS:
+        try:
+            net = timm.create_model(model, features_only=True, pretrained=pretrained, **options)
+        except TypeError:  # this family has no such option
+            if not options:
+                raise
+            continue
+        break
+    reductions, channels = list(net.feature_info.reduction()), list(net.feature_info.channels())
+    if len(set(reductions)) == 1:
+        net = timm.create_model(model, num_classes=0, pretrained=pretrained, **options)
+    return net, reductions, channels
+
+
+def _resample(level: Tensor, height: int, width: int) -> Tensor:
+    """A map [B, C, h, w] averaged (or, where it is coarser, interpolated) to height x width cells."""
+    if level.shape[-2] >= height and level.shape[-1] >= width:
+        return functional.adaptive_avg_pool2d(level, (height, width))
+    return functional.interpolate(level, (height, width), mode="bilinear", align_corners=False)
+
+
+def _digest(module: nn.Module) -> str:
+    """Hash of all names and values, so that equal weights are equal wherever they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

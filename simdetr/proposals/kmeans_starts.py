@@ -1,0 +1,133 @@
+"""Feature blocks -> starting centroids for k-means: a sample of the rows, and k-means++ within it.
+
+The sample depends on the rows and the seed only, not on how rows are spread over blocks and ranks, so one rank and many
+start alike. Letters as in :mod:`simdetr.proposals.kmeans`; m rows of the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import log
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+_SAMPLE_PER_CLUSTER = 16
+_SAMPLE_AT_LEAST = 8192
+_EXTRA_TRIALS = 2  # of greedy k-means++, beside the logarithm of C
+
+
+def prepare_rows(block: Tensor, spherical: bool) -> Tensor:
+    """Rows as float32, of unit length if spherical (zero rows stay zero); [n, D] to [n, D].
+
+    Raises:
+        ValueError: for another number of axes.
+    """
+    if block.ndim != 2:
+        raise ValueError(f"features: expected blocks [n, D], got shape {tuple(block.shape)}")
+    block = block.float()
+    return functional.normalize(block, dim=1) if spherical else block
+
+
+def too_few_rows(num_clusters: int, rows: int) -> str:
+    """The message for fewer rows than clusters."""
+    return f"num_clusters: expected at most the number of rows, got {num_clusters} clusters for {rows} rows"
+
+
+def world_size() -> int:
+    """Ranks of the process group, 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sample_rows(blocks: Iterable[Tensor], num_clusters: int, spherical: bool, seed: int) -> Tensor:
+    """A sample of the different rows of all ranks, the same however rows are spread over blocks and ranks.
+
+    A row's key is a hash of its values; the rows with the lowest keys stay. One pass, memory of two samples.
+
+    Raises:
+        ValueError: on every rank, for rows that are not finite, blocks of unequal width or too few rows.
+    """
+    wanted = max(num_clusters * _SAMPLE_PER_CLUSTER, _SAMPLE_AT_LEAST)
+    keys, kept, total = torch.empty(0, dtype=torch.int64), torch.empty(0, 0), 0
+    problem = ""
+    for block in blocks:
+        if len(block) == 0:
+            continue
+        rows = prepare_rows(block, spherical)
+        if not bool(torch.isfinite(rows).all()):
+            problem = "features: expected finite rows, got NaN or infinity; mine these images again"
+        if total and rows.shape[1] != kept.shape[1]:
+            problem = f"features: expected blocks of {kept.shape[1]} dimensions, got {rows.shape[1]}"
+        if problem:
+            break
+        total += len(rows)
+        kept = rows if kept.numel() == 0 else torch.cat((kept, rows))
+        keys, kept = _lowest(torch.cat((keys, _hash_rows(block, seed))), kept, wanted)
+    if world_size() > 1:
+        parts: list[tuple[Tensor, Tensor, int, str]] = [(keys, kept, total, problem)] * world_size()
+        dist.all_gather_object(parts, (keys, kept.cpu(), total, problem))
+        problem = next((part[3] for part in parts if part[3]), "")
+        total = sum(part[2] for part in parts)
+        held = [part for part in parts if part[2] and not problem]
+        if held:
+            keys, kept = torch.cat([part[0] for part in held]), torch.cat([part[1] for part in held]).to(kept.device)
+            keys, kept = _lowest(keys, kept, wanted)
+    if problem:
+        raise ValueError(problem)
+    if total < num_clusters:
+        raise ValueError(too_few_rows(num_clusters, total))
+    return kept
+
+
+def _hash_rows(block: Tensor, seed: int) -> Tensor:
+    """Keys int64 [n] in pseudo-random order, equal for equal rows [n, D]; integers, hence exact in any blocking."""
+    bits = block.float().contiguous().view(torch.int32).long().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    odd = torch.randint(-(2**62), 2**62, (block.shape[1],), generator=generator) * 2 + 1
+    keys = (bits * odd).sum(dim=1)  # wraps around, which is what mixes
+    for _ in range(2):
+        keys = (keys ^ (keys >> 29)) * odd[0]
+    return keys ^ (keys >> 32)
+
+
+def _lowest(keys: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The different rows with the lowest keys, in the order of their keys."""
+    order = keys.argsort(stable=True)
+    ordered = keys[order]
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    order = order[is_first][:count]
+    return keys[order], rows[order.to(rows.device)]
+
+
+def spread_starts(sample: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """Greedy k-means++ (Arthur and Vassilvitskii 2007) within a sample: [m, D] to C starts [C, D].
+
+    Each new start is drawn in proportion to the squared distance from the starts so far; of several draws the one that
+    lowers the sum most is taken.
+    """
+    trials = _EXTRA_TRIALS + int(log(num_clusters))
+    norms = sample.square().sum(dim=1)
+    first = int(torch.randint(len(sample), (), generator=generator))
+    chosen = [first]
+    distance = _squared_distances(sample, norms, torch.tensor([first]))[:, 0]
+    for _ in range(num_clusters - 1):
+        cumulative = distance.double().cumsum(dim=0).cpu()
+        if float(cumulative[-1]) <= 0:  # fewer different rows than clusters: the rest coincide
+            draws = torch.randint(len(sample), (1,), generator=generator)
+        else:
+            points = torch.rand(trials, generator=generator, dtype=torch.float64) * cumulative[-1]
+            draws = torch.searchsorted(cumulative, points).clamp(max=len(sample) - 1)
+        candidates = torch.minimum(_squared_distances(sample, norms, draws), distance[:, None])
+        best = int(candidates.sum(dim=0).argmin())
+        chosen.append(int(draws[best]))
+        distance = candidates[:, best]
+    return sample[torch.tensor(chosen, device=sample.device)].clone()
+
+
+def _squared_distances(sample: Tensor, norms: Tensor, picks: Tensor) -> Tensor:
+    """Of all rows [m, D] to picked rows, [m, number of picks]."""
+    picks = picks.to(sample.device)
+    return (norms[:, None] + norms[picks] - 2 * sample @ sample[picks].T).clamp(min=0)

@@ -1,0 +1,146 @@
+"""Spectral clustering of feature maps: maps of a batch of images in, one label per cell and number of clusters out.
+
+Source: seed 003 [0032], [0053]; Ng, Jordan, Weiss 2001, "On spectral clustering". Letters: B images, D channels, H x W
+cells, N = H W nodes, K clusters. One eigen-decomposition per map serves all its K. Everything runs on the features'
+device, no loop goes over images or cells, and the labels of an image do not depend on its batch.
+
+A defined result for every graph: a node without neighbours (zero features) embeds at the origin; eigenvectors of
+non-positive eigenvalues describe no group and are dropped, which leaves identical nodes identical in the embedding, so
+that a flat image is one cluster whatever K is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from simdetr.proposals.batched_kmeans import batched_kmeans
+from simdetr.proposals.eigenvectors import leading_eigenvectors
+
+Affinity = Literal["clamp", "exp"]
+NO_GROUP = 1e-4  # eigenvalues up to here are zero or negative but for rounding
+FLAT = 1e-4  # a cell this close to its image's mean, relative to its own length, has no direction of its own
+
+
+def spectral_clustering(
+    features: Tensor,
+    cluster_counts: Sequence[int],
+    *,
+    affinity: Affinity = "exp",
+    temperature: float = 0.1,
+    centre: bool = True,
+    starts: int = 4,
+    seed: int = 0,
+) -> dict[int, Tensor]:
+    """Cluster the cells of every map into each number of clusters.
+
+    Args:
+        features: float [B, D, H, W].
+        cluster_counts: the K of this level, e.g. (2, 4, 8).
+        affinity: how cosine similarity becomes a weight, see :func:`cell_affinity`.
+        temperature: of the "exp" affinity.
+        centre: subtract an image's mean feature before the cosine.
+        starts: of k-means for each K.
+        seed: of all random numbers.
+
+    Returns:
+        For each K the labels, int64 [B, H, W], in 0..K-1, numbered in reading order of their first cell. There are
+        fewer than K where the graph has fewer distinct nodes.
+    """
+    height, width = features.shape[-2:]
+    cells = unit_cells(features, centre=centre)
+    weights = cell_affinity(cells, affinity, temperature)
+    labels = cluster_graphs(weights, cluster_counts, starts=starts, seed=seed)
+    return {k: rearrange(label, "b (h w) -> b h w", h=height, w=width) for k, label in labels.items()}
+
+
+def unit_cells(features: Tensor, *, centre: bool) -> Tensor:
+    """Cells as float32 vectors of length 1, or 0 where a cell has no direction; [B, D, H, W] to [B, D, N]."""
+    cells = rearrange(features, "b d h w -> b d (h w)").float()
+    length = torch.linalg.vector_norm(cells, dim=1, keepdim=True)
+    if centre:
+        cells = cells - cells.mean(dim=2, keepdim=True)
+    own_length = torch.linalg.vector_norm(cells, dim=1, keepdim=True) if centre else length
+    return cells * torch.where(own_length > FLAT * length, 1 / own_length, 0.0)
+
+
+def cell_affinity(cells: Tensor, kind: Affinity = "exp", temperature: float = 0.1) -> Tensor:
+    """Non-negative weights between all pairs of cells from their cosine; unit vectors [B, D, N] to [B, N, N].
+
+    "clamp" is max(cos, 0). "exp" is exp((cos - 1) / temperature): 1 for equal directions, and the lower the
+    temperature, the less far directions count.
+
+    Raises:
+        ValueError: for an unknown kind or a temperature that is not positive.
+    """
+    cosine = torch.bmm(cells.mT, cells)
+    if kind == "clamp":
+        return cosine.clamp_(min=0)
+    if kind != "exp":
+        raise ValueError(f"affinity must be 'clamp' or 'exp', got {kind!r}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}; 0.1 is a usual value")
+    return cosine.sub_(1).div_(temperature).exp_()
+
+
+def cluster_graphs(
+    weights: Tensor, cluster_counts: Sequence[int], *, starts: int = 4, seed: int = 0
+) -> dict[int, Tensor]:
+    """Partition weighted graphs (Ng, Jordan, Weiss 2001) into each number of clusters.
+
+    Args:
+        weights: float [B, N, N], symmetric, not negative; the diagonal is ignored.
+        cluster_counts: every K wanted.
+        starts: of k-means for each K.
+        seed: of all random numbers.
+
+    Returns:
+        For each K the labels, int64 [B, N].
+
+    Raises:
+        ValueError: if a K is less than 1.
+    """
+    if not cluster_counts or min(cluster_counts) < 1:
+        raise ValueError(f"cluster_counts must be numbers of clusters of at least 1, got {list(cluster_counts)}")
+    vectors = spectral_embedding(weights, max(cluster_counts), seed=seed)
+    return {
+        k: batched_kmeans(torch.nn.functional.normalize(vectors[:, :, :k], dim=2), k, starts=starts, seed=seed + k)
+        for k in cluster_counts
+    }
+
+
+def spectral_embedding(weights: Tensor, dims: int, *, seed: int = 0) -> Tensor:
+    """Leading eigenvectors of D^-1/2 W D^-1/2 without self-loops; [B, N, N] to [B, N, min(dims, N)].
+
+    Columns of eigenvalues that are not positive are zero.
+    """
+    own = weights.diagonal(dim1=1, dim2=2)
+    degree = weights.sum(dim=2) - own
+    scale = torch.where(degree > 0, degree, 1.0).rsqrt()
+    matrices = weights * scale[:, :, None] * scale[:, None, :]
+    matrices.diagonal(dim1=1, dim2=2).zero_()
+    values, vectors = leading_eigenvectors(matrices, dims, seed=seed)
+    # One more product with the self-loops restored: exact eigenvectors do not change, and identical nodes, which then
+    # have identical rows, come out identical although the solver stopped at a finite tolerance.
+    own = own * scale.square()
+    values = values[:, None, :]
+    smoothed = (torch.bmm(matrices, vectors) + own[:, :, None] * vectors) / (values + own[:, :, None]).clamp(
+        min=NO_GROUP
+    )
+    return torch.where(values > NO_GROUP, smoothed, 0.0)
+
+
+def normalised_cut(weights: Tensor, labels: Tensor) -> Tensor:
+    """Sum over clusters of cut(cluster, rest) / volume(cluster) (Shi and Malik 2000), [B, N, N] and [B, N] to [B].
+
+    The diagonal is ignored; a cluster without volume counts nothing.
+    """
+    weights = weights - torch.diag_embed(weights.diagonal(dim1=1, dim2=2))
+    member = torch.nn.functional.one_hot(labels).to(weights)
+    inside = (torch.bmm(weights, member) * member).sum(dim=1)
+    volume = torch.bmm(weights.sum(dim=2)[:, None, :], member)[:, 0]
+    return torch.where(volume > 0, 1 - inside / volume.clamp(min=torch.finfo(volume.dtype).tiny), 0.0).sum(dim=1)

@@ -1,0 +1,217 @@
+"""One YAML, two ways to run it: Lightning's own ``fit | validate | test`` and the stages of ``pipeline.py``.
+
+In: config files and command-line options. Out: the pipeline's sections, or a Trainer, a DetectionTask and a
+DetectionData that fit together; ``num_classes`` flows from the labels to the detector and is never typed. The sections
+``encoder``, ``mining``, ``clustering`` and ``self_training`` belong to the pipeline; ``fit`` reads and ignores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import nn
+
+from simdetr.data.atomic_files import atomic_path
+from simdetr.evaluation.validation import CocoValidation
+from simdetr.proposals.batch_mining import MiningConfig
+from simdetr.proposals.features import Encoder
+from simdetr.training.datamodule import DetectionData
+from simdetr.training.detection_task import DetectionTask
+from simdetr.training.weights import read_state
+
+DEFAULT_ENCODER = "torch.nn.Identity"
+
+
+@dataclass(frozen=True)
+class ClusteringConfig:
+    """Global clustering of region features into pseudo-classes.
+
+    Args:
+        num_classes: Pseudo-classes; 1 = class-unaware.
+        seed: Seed of the starting centroids.
+    """
+
+    num_classes: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SelfTrainingConfig:
+    """Rounds of training and relabelling.
+
+    Args:
+        stages: Rounds; the document found a third to change nothing.
+        iou_threshold: Overlap above which the less confident of two boxes goes.
+        max_boxes: Most confident boxes kept per image after the overlap filter.
+        from_scratch: Start each round from new weights instead of the last round's.
+        checkpoint_every_steps: Training steps between two points a killed run can resume from.
+    """
+
+    stages: int = 2
+    iou_threshold: float = 0.55
+    max_boxes: int = 100
+    from_scratch: bool = False
+    checkpoint_every_steps: int = 500
+
+
+class PipelineSections(NamedTuple):
+    """What the pipeline needs beside the training itself."""
+
+    encoder: Encoder
+    mining: MiningConfig
+    clustering: ClusteringConfig
+    self_training: SelfTrainingConfig
+
+
+def add_pipeline_sections(parser: ArgumentParser) -> None:
+    """Declare the sections that only the pipeline uses."""
+    parser.add_subclass_arguments(nn.Module, "encoder", required=False, help="Frozen encoder of the mining.")
+    parser.set_defaults({"encoder": {"class_path": DEFAULT_ENCODER}})
+    parser.add_class_arguments(MiningConfig, "mining")
+    parser.add_class_arguments(ClusteringConfig, "clustering")
+    parser.add_class_arguments(SelfTrainingConfig, "self_training")
+
+
+class RecipeCLI(LightningCLI):
+    """Lightning's command line for DetectionTask and DetectionData, with the pipeline's sections beside them.
+
+    Args:
+        args: Arguments instead of those of the process.
+        run: Whether the first argument is a subcommand to run.
+        parse_only: Parse and check, but build nothing: the labels of the first stage do not exist yet.
+        checkpoint_every_steps: Training steps between two points a killed run can resume from.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str] | None = None,
+        *,
+        run: bool = True,
+        parse_only: bool = False,
+        checkpoint_every_steps: int = 500,
+    ) -> None:
+        self._parse_only, self._checkpoint_every_steps = parse_only, checkpoint_every_steps
+        super().__init__(
+            DetectionTask,
+            DetectionData,
+            args=list(args) if args is not None else None,
+            run=run,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "reload_dataloaders_every_n_epochs": 1,  # the loader of an epoch knows its epoch: exact resume
+                "use_distributed_sampler": False,  # EpochBatchSampler shares images among ranks
+                "gradient_clip_val": 0.1,  # specs/detectors.md A9
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 10,
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The pipeline's sections, and the link from data to detector."""
+        add_pipeline_sections(parser)
+        parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, task and data, unless only parsing was asked for."""
+        if not self._parse_only:
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # noqa: ANN401
+        """A Trainer that logs and checkpoints below its root and scores validations, unless told otherwise."""
+        trainer = (self.config[str(self.subcommand)] if self.subcommand else self.config)["trainer"]
+        root = Path(trainer.get("default_root_dir") or ".")
+        if trainer.get("logger") in (None, True):
+            kwargs["logger"] = default_loggers(root)
+        callbacks: list[Callback] = [*kwargs.get("callbacks", [])]
+        if self.datamodule.val_labels is not None:
+            callbacks.append(CocoValidation())
+        if trainer.get("enable_checkpointing") is not False:
+            callbacks += self._checkpoints(root / "checkpoints")
+        return super().instantiate_trainer(**kwargs | {"callbacks": callbacks})
+
+    def _checkpoints(self, folder: Path) -> list[Callback]:
+        """The point to resume from, every so many steps, and the best (or, without validation, last) weights."""
+        validated = self.datamodule.val_labels is not None
+        kept = ModelCheckpoint(
+            folder,
+            filename="best" if validated else "last",
+            monitor="val/AP" if validated else None,
+            mode="max",
+            enable_version_counter=False,
+        )
+        every = self._checkpoint_every_steps
+        return [kept, ModelCheckpoint(folder, "resume", every_n_train_steps=every, enable_version_counter=False)]
+
+
+def default_loggers(root: Path) -> list[Logger]:
+    """CSV and TensorBoard below ``root``/logs; every start gets its own version, so a resume loses no rows."""
+    csv = CSVLogger(root, name="logs")
+    return [csv, TensorBoardLogger(root, name="logs", version=f"version_{csv.version}")]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Config files and options of one run, parsed again for every stage with that stage's inputs.
+
+    Args:
+        configs: YAML files, later ones over earlier ones.
+        options: ``--section.name=value`` strings, over the files.
+    """
+
+    configs: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+    def arguments(self, *options: str) -> list[str]:
+        """The command line of this recipe with more options at its end."""
+        return [*(f"--config={path}" for path in self.configs), *self.options, *options]
+
+    def starting_from(self, detector: Path, out: Path, *, weights: bool = True) -> Recipe:
+        """This recipe with the detector of a file instead of its own, with its weights or only its architecture.
+
+        The detector's class and arguments are written to ``out``/detector.yaml, a config over the others.
+        """
+        _, stored = read_state(detector)
+        if stored is None:
+            raise ValueError(f"init: {detector} has no config beside its weights; give a folder written by simdetr.")
+        arguments = {name: value for name, value in stored["init_args"].items() if name != "num_classes"}
+        model: dict[str, Any] = {"detector": {"class_path": stored["class_path"], "init_args": arguments}}
+        if weights:
+            model["init_weights"] = str(detector)
+        overlay = out / "detector.yaml"
+        with atomic_path(overlay) as temporary:
+            temporary.write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
+        return Recipe((*self.configs, str(overlay)), self.options)
+
+    def resolved(self, *options: str) -> tuple[Namespace, str]:
+        """The checked configuration and its YAML text; nothing is built."""
+        cli = RecipeCLI(self.arguments(*options), run=False, parse_only=True)
+        return cli.config, cli.parser.dump(cli.config, skip_link_targets=True)
+
+    def sections(self, *options: str) -> PipelineSections:
+        """The pipeline's sections, built."""
+        config, _ = self.resolved(*options)
+        parser = ArgumentParser()
+        add_pipeline_sections(parser)
+        own = {name: config[name] for name in PipelineSections._fields}
+        built = parser.instantiate_classes(parser.parse_object(own))
+        return PipelineSections(
+            built.encoder,
+            MiningConfig(**vars(built.mining)),
+            ClusteringConfig(**vars(built.clustering)),
+            SelfTrainingConfig(**vars(built.self_training)),
+        )
+
+    def training(self, out: Path, *options: str, checkpoint_every_steps: int = 500) -> RecipeCLI:
+        """Trainer, task and data of one training that writes below ``out`` and can be resumed."""
+        arguments = self.arguments(f"--trainer.default_root_dir={out}", *options)
+        return RecipeCLI(arguments, run=False, checkpoint_every_steps=checkpoint_every_steps)

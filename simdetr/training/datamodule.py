@@ -1,0 +1,153 @@
+"""Images and labels of one training as a LightningDataModule.
+
+In: a folder, list or COCO file of images and a labels file (COCO JSON or the Parquet of ``simdetr.data.labels``).
+Out: resumable loaders of ``Batch``; ``num_classes`` and ``categories`` come from the labels, never from a config.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from simdetr.data.coco import read_coco
+from simdetr.data.dataset import DetectionDataset, collate
+from simdetr.data.images import ImageSource, open_images
+from simdetr.data.labels import Category, Labels, read_labels
+from simdetr.data.mosaic import Mosaic
+from simdetr.data.quarantine import Quarantine
+from simdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transforms, train_transforms
+from simdetr.training.epoch_sampler import EpochBatchSampler, ResumableLoader
+from simdetr.training.label_subset import sample_images
+
+LOG = logging.getLogger(__name__)
+
+
+def read_training_labels(path: Path, *, strict: bool = False) -> Labels:
+    """Labels of a Parquet or COCO file; what had to be dropped or repaired in a COCO file is logged, counted.
+
+    Raises:
+        LabelError: The file holds no labels, or has a problem and ``strict`` is set.
+    """
+    if path.suffix.lower() != ".json":
+        return read_labels(path)
+    labels, problems = read_coco(path, strict=strict)
+    if problems.total:
+        LOG.warning("%s: %s", path, "; ".join(problems.lines()))
+    return labels
+
+
+class DetectionData(pl.LightningDataModule):
+    """Training and validation images with their boxes.
+
+    Args:
+        images: Folder, list file or COCO JSON of the training images.
+        labels: COCO JSON or Parquet with their boxes.
+        val_images: Validation images; none means no validation.
+        val_labels: Their boxes.
+        batch_size: Images per step and rank.
+        num_workers: Decoding processes; 0 decodes in the training process.
+        short_sides: Sizes in pixels of the shorter side, one drawn per image in training; the largest is used in
+            validation.
+        max_side: Longest side in pixels.
+        crop: Random crop in half of the training images.
+        colour: Strength of the colour augmentation.
+        mosaic: Probability that a training sample is a mosaic of four images.
+        label_fraction: Part of the labelled images to train on (semi-supervised protocols).
+        seed: Seed of order, subset and augmentation.
+        strict: Turn problems in label files into errors.
+    """
+
+    def __init__(
+        self,
+        images: str,
+        labels: str | None = None,
+        val_images: str | None = None,
+        val_labels: str | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        short_sides: Sequence[int] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
+        max_side: int = 1333,
+        crop: bool = True,
+        colour: Literal["none", "light", "strong"] = "light",
+        mosaic: float = 0.0,
+        label_fraction: float = 1.0,
+        seed: int = 0,
+        strict: bool = False,
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.short_sides, self.max_side = list(short_sides), max_side
+        self.crop, self.colour, self.mosaic = crop, colour, mosaic
+        self.source = open_images(images)
+        self.labels = read_training_labels(Path(labels if labels is not None else images), strict=strict)
+        if label_fraction < 1:
+            self.labels = self.labels.select(sample_images(self.labels, label_fraction, seed))
+        self.val_source: ImageSource | None = open_images(val_images) if val_images is not None else None
+        self.val_labels: Labels | None = None
+        if val_images is not None:
+            self.val_labels = read_training_labels(Path(val_labels or val_images), strict=strict)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes in the training labels; linked to the detector."""
+        return self.labels.num_classes
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """Categories with the ids of the user's file."""
+        return self.labels.categories
+
+    @property
+    def image_settings(self) -> dict[str, object]:
+        """How images are prepared at inference: sizes in pixels, mean and deviation."""
+        return {
+            "short_side": max(self.short_sides),
+            "max_side": self.max_side,
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+        }
+
+    def image_id(self, index: int) -> str:
+        """Id of the training image in row ``index`` of the labels."""
+        return self.labels.image_ids[index]
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Loader of the trainer's current epoch; Lightning asks again at every epoch."""
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        world_size = self.trainer.world_size if self.trainer is not None else 1
+        transform = train_transforms(self.short_sides, self.max_side, crop=self.crop, colour=self.colour)
+        dataset = DetectionDataset(
+            self.source, self.labels, transform, quarantine=self._quarantine(), replace_unreadable=True, seed=self.seed
+        )
+        samples = Mosaic(dataset, probability=self.mosaic, seed=self.seed) if self.mosaic > 0 else dataset
+        samples.set_epoch(epoch)
+        batches = EpochBatchSampler(len(dataset), self.batch_size, self.seed, epoch, rank, world_size)
+        return ResumableLoader(
+            samples, epoch=epoch, batch_sampler=batches, collate_fn=collate, num_workers=self.num_workers
+        )
+
+    def _quarantine(self) -> Quarantine | None:
+        if self.trainer is None:
+            return None
+        return Quarantine(Path(self.trainer.default_root_dir) / "quarantine.csv", total=len(self.labels))
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Loader of the validation images of this rank, in order; an empty list without any."""
+        if self.val_source is None or self.val_labels is None:
+            return []
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        world_size = self.trainer.world_size if self.trainer is not None else 1
+        mine = self.val_labels.select(self.val_labels.image_ids[rank::world_size])
+        transform = eval_transforms(max(self.short_sides), self.max_side)
+        dataset = DetectionDataset(self.val_source, mine, transform)
+        return DataLoader(dataset, self.batch_size, collate_fn=collate, num_workers=self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """The validation images."""
+        return self.val_dataloader()

@@ -1,0 +1,148 @@
+"""Training of one detector on boxes and classes: a LightningModule around any detector of ``simdetr.detectors``.
+
+In: batches of ``simdetr.data.dataset.collate``. Out: logged losses, detections in validation, checkpoints that
+carry what is needed to rebuild the detector. Source: seed 003 Eq. 1-2, specs/detectors.md A8-A9.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from simdetr.data.dataset import Batch
+from simdetr.detectors.losses import DetectionLoss
+from simdetr.detectors.predictions import Detections, postprocess
+from simdetr.training.optimisation import Schedule, lr_factor, parameter_groups
+from simdetr.training.weights import LoadReport, checkpoint_config, load_weights
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the batch was saved for replay."""
+
+
+class DetectionTask(pl.LightningModule):
+    """Trains a detector by Hungarian matching, all parameters together.
+
+    Args:
+        detector: Any module with the output contract of ``simdetr.detectors``.
+        criterion: The loss; the weights of Deformable DETR when left out.
+        lr: Learning rate of encoder, decoder and heads.
+        backbone_lr: Learning rate of the backbone; 0 freezes it.
+        weight_decay: AdamW weight decay of all groups.
+        schedule: ``step``, ``cosine`` or ``constant``; see ``lr_factor``.
+        drop_at: Fraction of the training after which ``step`` drops the rate.
+        warmup_steps: Optimiser steps of linear warm-up.
+        init_weights: Folder or file to start from; the class head is replaced if the classes differ.
+        top_k: Detections per image kept in validation.
+        seed: Seed of dropout; with it a resumed training equals an uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        criterion: DetectionLoss | None = None,
+        lr: float = 2e-4,
+        backbone_lr: float = 2e-5,
+        weight_decay: float = 1e-4,
+        schedule: Schedule = "step",
+        drop_at: float = 0.8,
+        warmup_steps: int = 0,
+        init_weights: str | None = None,
+        top_k: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.detector = detector
+        self.criterion = criterion if criterion is not None else DetectionLoss()
+        self.lr, self.backbone_lr, self.weight_decay = lr, backbone_lr, weight_decay
+        self.schedule, self.drop_at, self.warmup_steps = schedule, drop_at, warmup_steps
+        self.init_weights, self.top_k, self.seed = init_weights, top_k, seed
+        self.load_report: LoadReport | None = None
+        if init_weights is not None:
+            self.load_report = load_weights(detector, Path(init_weights))
+        if backbone_lr == 0:
+            for name, parameter in detector.named_parameters():
+                if name.startswith("backbone."):
+                    parameter.requires_grad_(False)
+
+    def forward(self, images: Tensor, mask: Tensor) -> dict[str, Any]:
+        """Raw outputs of the detector; images [B, 3, H, W] normalised, mask [B, H, W] True = padding."""
+        outputs: dict[str, Any] = self.detector(images, mask)
+        return outputs
+
+    def on_fit_start(self) -> None:
+        """Say what was loaded, once."""
+        if self.load_report is not None and self.global_rank == 0:
+            self.load_report.log()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout depends on (seed, step, rank) alone."""
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 4099 + self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one batch, summed over decoder layers."""
+        losses: dict[str, Tensor] = self.criterion(self(batch.images, batch.mask), batch.targets)
+        loss = losses["loss"]
+        if not torch.isfinite(loss):
+            self._stop_on_non_finite(batch, losses)
+        last_layer = {f"train/{name}": value.detach() for name, value in losses.items() if name != "loss"}
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.targets))
+        self.log_dict(last_layer, batch_size=len(batch.targets))
+        return loss
+
+    def _stop_on_non_finite(self, batch: Batch, losses: dict[str, Tensor]) -> None:
+        ids = self.image_ids_of(batch)
+        name = f"non_finite_batch_step{self.global_step}_rank{self.global_rank}.pt"
+        path = Path(self.trainer.default_root_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {
+                "image_ids": ids,
+                "batch": tuple(batch),
+                "losses": {name: float(value.detach()) for name, value in losses.items()},
+                "state_dict": self.detector.state_dict(),
+            },
+            path,
+        )
+        bad = [name for name, value in losses.items() if not torch.isfinite(value)]
+        raise NonFiniteLossError(
+            f"{', '.join(bad)} became NaN or infinite at step {self.global_step} on images {ids}. "
+            f"The batch and the weights are saved in {path} for replay. Lower lr (now {self.lr}), use fp32 or bf16 "
+            "instead of fp16, or look at these images and boxes."
+        )
+
+    def image_ids_of(self, batch: Batch) -> list[str]:
+        """Ids of a batch's images."""
+        indices = [int(target["image_index"]) for target in batch.targets]
+        data: Any = getattr(self.trainer, "datamodule", None)
+        return [data.image_id(i) for i in indices] if data is not None else [str(i) for i in indices]
+
+    def validation_step(self, batch: Batch | None, batch_idx: int) -> list[Detections]:  # type: ignore[override]
+        """Detections of one batch in pixels of the original images; a callback scores them."""
+        if batch is None:  # none of its images could be read
+            return []
+        sizes = torch.stack([target["orig_size"] for target in batch.targets])
+        return postprocess(self(batch.images, batch.mask), sizes, top_k=self.top_k)
+
+    def test_step(self, batch: Batch | None, batch_idx: int) -> list[Detections]:  # type: ignore[override]
+        """As in validation."""
+        return self.validation_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with the recipe's groups, and the schedule per step."""
+        groups = parameter_groups(self.detector, self.lr, self.backbone_lr)
+        optimiser = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
+        total = int(self.trainer.estimated_stepping_batches)
+        factor = lr_factor(self.schedule, total, warmup_steps=self.warmup_steps, drop_at=self.drop_at)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilds the detector: its class, arguments, categories and image sizes; plain types only."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        checkpoint["simdetr"] = checkpoint_config(self.detector, data)

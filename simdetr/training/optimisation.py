@@ -1,0 +1,64 @@
+"""Optimiser groups and learning-rate schedules of the published recipes (specs/detectors.md A9, B5).
+
+In: a detector with parameters named as in the official Deformable DETR. Out: AdamW groups and a schedule factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import nn
+
+Schedule = Literal["step", "cosine", "constant"]
+SLOW_NAMES = ("reference_points", "sampling_offsets")
+"""Parameters whose name holds one of these learn ten times slower (Deformable DETR)."""
+
+
+def parameter_groups(
+    detector: nn.Module, lr: float, backbone_lr: float, slow_factor: float = 0.1
+) -> list[dict[str, Any]]:
+    """Trainable parameters in three disjoint groups: backbone, slow (offsets and references), the rest.
+
+    Empty groups are left out. Weight decay is the same for all, as in the official recipe.
+    """
+    members: dict[str, list[nn.Parameter]] = {"backbone": [], "slow": [], "rest": []}
+    for name, parameter in detector.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("backbone."):
+            members["backbone"].append(parameter)
+        elif any(slow in name for slow in SLOW_NAMES):
+            members["slow"].append(parameter)
+        else:
+            members["rest"].append(parameter)
+    rates = {"backbone": backbone_lr, "slow": lr * slow_factor, "rest": lr}
+    return [{"params": members[name], "lr": rates[name], "name": name} for name in members if members[name]]
+
+
+def lr_factor(
+    schedule: Schedule, total_steps: int, *, warmup_steps: int = 0, drop_at: float = 0.8, floor: float = 1e-3
+) -> Callable[[int], float]:
+    """Factor on the learning rate at each optimiser step.
+
+    Args:
+        schedule: ``step`` multiplies by 0.1 at ``drop_at`` of the training; ``cosine`` falls to ``floor``;
+            ``constant`` stays at 1.
+        total_steps: Optimiser steps of the whole training.
+        warmup_steps: Linear rise over the first steps.
+        drop_at: Fraction of the training after which ``step`` drops (0.8 = epoch 40 of 50).
+        floor: Last factor of ``cosine``.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if schedule == "constant":
+            return 1.0
+        if schedule == "step":
+            return 1.0 if step < drop_at * total_steps else 0.1
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor

@@ -1,0 +1,171 @@
+"""Detections of a detector over a set of images: the labels of the next stage, or predictions for a user.
+
+In: a detector and an ImageSource. Out: ``Labels`` with scores. Long runs write their images part by part, and the
+same call goes on where it stopped. Source: seed 003 [0040]: every query's best class is kept whatever its
+confidence; of two boxes with IoU above 0.55 the more confident stays.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+
+from simdetr import boxes as box_ops
+from simdetr.data.dataset import DetectionDataset, collate, pixel_boxes
+from simdetr.data.images import ImageSource
+from simdetr.data.labels import Category, ImageLabels, Labels, read_labels, write_labels
+from simdetr.data.quarantine import Quarantine
+from simdetr.data.transforms import eval_transforms
+
+PART_SIZE = 1024
+"""Images per part of a resumable run."""
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """How images are prepared and detections are kept.
+
+    Args:
+        short_side: Shorter side in pixels.
+        max_side: Longest side in pixels.
+        mean: Channel means of the normalisation.
+        std: Channel deviations of the normalisation.
+        iou_threshold: Overlap above which the less confident box goes; 1 keeps all.
+        score_threshold: Boxes below it go; 0 keeps all, as self-training wants.
+        max_boxes: Most confident boxes kept per image.
+        batch_size: Images per forward pass.
+        num_workers: Decoding processes.
+        device: Torch device.
+    """
+
+    short_side: int
+    max_side: int
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    iou_threshold: float = 1.0
+    score_threshold: float = 0.0
+    max_boxes: int = 100
+    batch_size: int = 8
+    num_workers: int = 0
+    device: str = "cpu"
+
+    @classmethod
+    def of(cls, image_settings: Mapping[str, Any], **choices: Any) -> InferenceSettings:  # noqa: ANN401
+        """The settings a detector was saved with, and the choices of this run."""
+        return cls(**{**image_settings, **choices})
+
+
+def relabel(
+    detector: nn.Module,
+    source: ImageSource,
+    categories: tuple[Category, ...],
+    settings: InferenceSettings,
+    out: Path,
+    *,
+    stage: int,
+    progress: Callable[[int], None] | None = None,
+) -> Labels:
+    """Label every readable image with the detector and write ``out`` (Parquet); resumes part by part.
+
+    Unreadable images go to ``quarantine.csv`` beside ``out``.
+    """
+    parts = out.with_suffix(".parts")
+    quarantine = Quarantine(out.with_name("quarantine.csv"), total=len(source))
+    names = []
+    for start in range(0, len(source), PART_SIZE):
+        ids = source.ids[start : start + PART_SIZE]
+        part = parts / f"part-{start // PART_SIZE:05d}.parquet"
+        if not part.is_file():
+            labels = detect(detector, source.subset(ids), categories, settings, stage=stage, quarantine=quarantine)
+            write_labels(labels, part)
+        names.append(part)
+        if progress is not None:
+            progress(min(start + PART_SIZE, len(source)))
+    done = [read_labels(name) for name in names]
+    rows = (part.image(i) for part in done for i in range(len(part)))
+    labels = Labels.from_images(rows, categories, stage)
+    write_labels(labels, out)
+    shutil.rmtree(parts)
+    return labels
+
+
+def detect(
+    detector: nn.Module,
+    source: ImageSource,
+    categories: tuple[Category, ...],
+    settings: InferenceSettings,
+    *,
+    stage: int = -1,
+    quarantine: Quarantine | None = None,
+) -> Labels:
+    """Detections on every readable image, best first, in pixels of the upright original."""
+    return Labels.from_images(detections(detector, source, settings, quarantine), categories, stage)
+
+
+@torch.inference_mode()
+def detect_array(
+    detector: nn.Module, image: Tensor, categories: tuple[Category, ...], settings: InferenceSettings
+) -> Labels:
+    """Detections on one image in memory, uint8 [3, H, W] RGB; its id is ``image``.
+
+    Raises:
+        ValueError: The array is of another type or shape.
+    """
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(
+            f"images: expected a uint8 array [3, H, W] in RGB, got {image.dtype} {tuple(image.shape)}; "
+            "transpose [H, W, 3] with .permute(2, 0, 1), and BGR with .flip(0)."
+        )
+    size_hw = (image.shape[1], image.shape[2])
+    transform = eval_transforms(settings.short_side, settings.max_side, mean=settings.mean, std=settings.std)
+    target = {"boxes": pixel_boxes(torch.zeros(0, 4), size_hw), "labels": torch.zeros(0, dtype=torch.int64)}
+    pixels, _ = transform(tv_tensors.Image(image), target)
+    pixels = pixels[None].to(settings.device)
+    outputs = detector.to(settings.device).eval()(pixels, torch.zeros_like(pixels[:, 0], dtype=torch.bool))
+    row = _image_labels("image", size_hw, outputs["pred_boxes"][0], outputs["pred_logits"][0], settings)
+    return Labels.from_images([row], categories)
+
+
+@torch.inference_mode()
+def detections(
+    detector: nn.Module, source: ImageSource, settings: InferenceSettings, quarantine: Quarantine | None = None
+) -> Iterator[ImageLabels]:
+    """Detections image by image, in the order of the source, without the unreadable ones."""
+    transform = eval_transforms(settings.short_side, settings.max_side, mean=settings.mean, std=settings.std)
+    dataset = DetectionDataset(source, None, transform, quarantine=quarantine)
+    loader = DataLoader(dataset, settings.batch_size, collate_fn=collate, num_workers=settings.num_workers)
+    detector = detector.to(settings.device).eval()
+    for batch in loader:
+        if batch is None:
+            continue
+        outputs = detector(batch.images.to(settings.device), batch.mask.to(settings.device))
+        for target, boxes, logits in zip(batch.targets, outputs["pred_boxes"], outputs["pred_logits"], strict=True):
+            height, width = (int(side) for side in target["orig_size"])
+            image_id = source.ids[int(target["image_index"])]
+            yield _image_labels(image_id, (height, width), boxes, logits, settings)
+
+
+def _image_labels(
+    image_id: str, size_hw: tuple[int, int], boxes_cxcywh: Tensor, logits: Tensor, settings: InferenceSettings
+) -> ImageLabels:
+    """Best class of every query, [Q, 4] and [Q, K], as labels in pixels."""
+    scores, classes = logits.float().sigmoid().max(dim=-1)
+    boxes = box_ops.clip(box_ops.denormalise(boxes_cxcywh.float(), size_hw), size_hw)
+    kept = keep_boxes(boxes, scores, settings)
+    columns = (column[kept].cpu().numpy() for column in (boxes, classes, scores))
+    return ImageLabels.build(image_id, size_hw, *columns)
+
+
+def keep_boxes(boxes_xyxy: Tensor, scores: Tensor, settings: InferenceSettings) -> Tensor:
+    """Indices of the boxes to keep, best first: with area, above the threshold, not overlapping, at most max_boxes."""
+    usable = torch.nonzero(box_ops.has_area(boxes_xyxy) & (scores >= settings.score_threshold)).flatten()
+    kept = box_ops.suppress_overlaps(boxes_xyxy[usable], scores[usable], settings.iou_threshold)
+    return usable[kept[: settings.max_boxes]]

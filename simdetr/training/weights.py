@@ -1,0 +1,166 @@
+"""Detectors on disk: a folder with ``model.safetensors`` and ``config.json``, or a Lightning checkpoint.
+
+In: a detector with its categories and image sizes. Out: files that rebuild it without any other code or config.
+Nothing is unpickled: safetensors, or ``torch.load(weights_only=True)``. A head whose classes differ is replaced and
+listed; everything else is kept.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
+
+from simdetr.data.atomic_files import atomic_path
+from simdetr.data.labels import Category
+
+LOG = logging.getLogger(__name__)
+WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading weights did: names of tensors kept, replaced (shape differs), missing and unexpected."""
+
+    path: Path
+    kept: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+    def log(self) -> None:
+        """One line of counts, and the names of what was not kept."""
+        LOG.info("%s: %d tensors kept, %d replaced", self.path, len(self.kept), len(self.replaced))
+        for what in ("replaced", "missing", "unexpected"):
+            if names := getattr(self, what):
+                LOG.info("  %s: %s", what, ", ".join(names))
+
+
+@dataclass(frozen=True)
+class LoadedDetector:
+    """A detector ready for inference, with the categories it names and the image sizes it was trained for."""
+
+    detector: nn.Module
+    categories: tuple[Category, ...]
+    image_settings: dict[str, Any]
+
+
+def checkpoint_config(detector: nn.Module, data: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What rebuilds ``detector``, as plain JSON types; ``data`` gives categories and image settings, or None."""
+    return {
+        "class_path": f"{type(detector).__module__}.{type(detector).__qualname__}",
+        "init_args": getattr(detector, "init_args", {}),
+        "categories": [asdict(category) for category in data.categories] if data is not None else [],
+        "image_settings": dict(data.image_settings) if data is not None else {},
+    }
+
+
+def save_detector(detector: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    """Write ``model.safetensors`` and ``config.json``; each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / WEIGHTS_NAME) as temporary:
+        save_model(detector, str(temporary))
+    with atomic_path(folder / CONFIG_NAME) as temporary:
+        temporary.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors and, where present, the config of a detector folder, a .safetensors file or a Lightning checkpoint.
+
+    Raises:
+        FileNotFoundError: Nothing there, with the accepted forms.
+    """
+    if path.is_dir():
+        path = path / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights: expected a folder with {WEIGHTS_NAME}, a .safetensors file or a .ckpt, got {path}, which does "
+            "not exist."
+        )
+    if path.suffix == ".safetensors":
+        beside = path.with_name(CONFIG_NAME)
+        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+        return load_file(str(path)), config
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    state = averaged_state(checkpoint)
+    return state, checkpoint.get("simdetr")
+
+
+def averaged_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The detector's tensors of a Lightning checkpoint (the averaged ones if EMA was on) or of a plain state dict."""
+    state: dict[str, Tensor] = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+    prefix = "detector."
+    if any(name.startswith(prefix) for name in state):
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def load_weights(detector: nn.Module, path: Path) -> LoadReport:
+    """Copy every tensor whose name and shape agree; leave the others as initialised and list them.
+
+    Raises:
+        ValueError: No tensor agrees: the file is of another detector.
+    """
+    state, _ = read_state(path)
+    own = detector.state_dict()
+    # a module that stands under two names (shared heads) is stored once by safetensors: its other name is no loss
+    stored_at = {own[name].data_ptr() for name in state if name in own and own[name].numel() > 0}
+    kept = [name for name, value in state.items() if name in own and own[name].shape == value.shape]
+    replaced = [name for name, value in state.items() if name in own and own[name].shape != value.shape]
+    report = LoadReport(
+        path=path,
+        kept=kept,
+        replaced=replaced,
+        missing=[name for name in own if name not in state and own[name].data_ptr() not in stored_at],
+        unexpected=[name for name in state if name not in own],
+    )
+    if not kept:
+        raise ValueError(
+            f"init_weights: no tensor of {path} fits {type(detector).__name__}; it holds {len(state)} tensors such as "
+            f"{next(iter(state), 'none')!r}. Use weights of the same detector and backbone."
+        )
+    detector.load_state_dict({name: state[name] for name in kept}, strict=False)
+    return report
+
+
+def load_detector(path: Path) -> LoadedDetector:
+    """Rebuild a detector from a folder or checkpoint written by simdetr, in evaluation mode.
+
+    Raises:
+        ValueError: The file carries no config, or tensors are missing.
+    """
+    _, config = read_state(path)
+    if config is None:
+        raise ValueError(
+            f"checkpoint: {path} holds weights but no {CONFIG_NAME}; expected a folder or .ckpt written by simdetr. "
+            "Build the detector in Python and call simdetr.training.load_weights instead."
+        )
+    detector = build_detector(config)
+    report = load_weights(detector, path)
+    if report.missing or report.replaced:
+        raise ValueError(
+            f"checkpoint: {path} does not fit its own config: missing {report.missing[:5]}, other shape "
+            f"{report.replaced[:5]}. The file is damaged or was edited."
+        )
+    categories = tuple(Category(**category) for category in config["categories"])
+    return LoadedDetector(detector.eval(), categories, config["image_settings"])
+
+
+def build_detector(config: dict[str, Any]) -> nn.Module:
+    """Construct the class a config names, with new weights.
+
+    Raises:
+        ValueError: The class is not one of simdetr's detectors: a config must not name arbitrary code.
+    """
+    module_name, _, class_name = config["class_path"].rpartition(".")
+    if not module_name.startswith("simdetr.detectors"):
+        raise ValueError(f"class_path: expected a class of simdetr.detectors, got {config['class_path']!r}.")
+    detector: nn.Module = getattr(importlib.import_module(module_name), class_name)(**config["init_args"])
+    return detector

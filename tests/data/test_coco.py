@@ -1,0 +1,172 @@
+import json
+
+import numpy as np
+import pytest
+
+from simdetr.data.coco import read_coco, write_coco
+from simdetr.data.labels import Category, LabelError, read_labels
+
+IMAGES = [
+    {"id": 10, "file_name": "a.png", "height": 40, "width": 60},
+    {"id": "x7", "file_name": "sub/b.png", "height": 30, "width": 20},
+    {"id": 3, "file_name": "empty.png", "height": 8, "width": 9},
+]
+CATEGORIES = [{"id": 90, "name": "owl"}, {"id": 3, "name": "cat"}, {"id": "dog", "name": "Dog"}, {"id": 17}]
+
+
+def box(number, image_id=10, category_id=3, bbox=(1, 2, 10, 20), **more):
+    return {"id": number, "image_id": image_id, "category_id": category_id, "bbox": list(bbox), **more}
+
+
+def test_ids_with_gaps_and_strings_become_contiguous(coco_file):
+    path = coco_file(IMAGES, [box(1, category_id=90), box(2, "x7", "dog"), box(3, category_id=17)], CATEGORIES)
+    labels, problems = read_coco(path)
+    assert labels.categories == (Category(3, "cat"), Category(17, "17"), Category(90, "owl"), Category("dog", "Dog"))
+    assert labels.image_ids == ("a.png", "sub/b.png", "empty.png") and labels.offsets.tolist() == [0, 2, 3, 3]
+    assert labels.classes.tolist() == [2, 1, 3]
+    assert labels.boxes_xyxy.tolist() == [[1, 2, 11, 22]] * 3
+    assert labels.sizes_hw.tolist() == [[40, 60], [30, 20], [8, 9]]
+    assert labels.stage == -1 and problems.total == 0 and problems.lines() == []
+
+
+def test_order_of_the_category_list_does_not_matter(coco_file):
+    one, _ = read_coco(coco_file(IMAGES, [box(1, category_id=90)], CATEGORIES, "one.json"))
+    two, _ = read_coco(coco_file(IMAGES, [box(1, category_id=90)], CATEGORIES[::-1], "two.json"))
+    assert one.categories == two.categories and one.classes.tolist() == two.classes.tolist()
+
+
+def test_area_score_and_crowd_are_kept(coco_file):
+    path = coco_file(IMAGES, [box(1, area=50.5, iscrowd=1, score=0.25), box(2, area=0)], CATEGORIES)
+    labels, problems = read_coco(path)
+    assert labels.areas.tolist() == [50.5, 200] and labels.crowd.tolist() == [True, False]
+    assert labels.scores.tolist() == [0.25, 1] and problems.total == 0
+
+
+BAD_ANNOTATIONS = {
+    "unknown category, dropped": box(71, category_id=4),
+    "unknown image, dropped": box(72, image_id=99),
+    "box outside the image, clipped": box(73, bbox=(-1, 2, 10, 20)),
+    "box without area in the image, dropped": box(74, bbox=(5, 5, 0, 10)),
+    "box, score or area is no number, dropped": box(75, bbox=(5, None, 10, 10)),
+    "annotation id repeated, both kept": box(1),
+    "annotation is no object, dropped": 5,
+    "score outside 0 to 1, clipped": box(76, score=2),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ANNOTATIONS)
+def test_each_problem_is_counted_or_is_an_error_when_strict(coco_file, kind):
+    path = coco_file(IMAGES, [box(1), BAD_ANNOTATIONS[kind]], CATEGORIES)
+    labels, problems = read_coco(path)
+    assert dict(problems.counts) == {kind: 1} and problems.total == 1
+    assert len(labels.boxes_xyxy) == (1 if "dropped" in kind else 2)
+    assert problems.lines()[0].startswith(f"1 × {kind}: annotation")
+    number = "number 2" if kind.startswith("annotation is") else str(BAD_ANNOTATIONS[kind]["id"])
+    with pytest.raises(LabelError, match=rf"instances.json: annotation {number}.*{kind}"):
+        read_coco(path, strict=True)
+    with pytest.raises(LabelError, match="strict"):
+        read_labels(path, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("bbox", "expected"),
+    [
+        ((-5, -5, 20, 20), [0, 0, 15, 15]),
+        ((50, 30, 20, 20), [50, 30, 60, 40]),
+        ((1, 1, 60, 40), [1, 1, 60, 40]),  # off by one, as boxes counted from 1
+        ((0, 0, 60.05, 40), [0, 0, 60, 40]),
+        ((70, 10, 5, 5), None),
+        ((10, 10, -3, 5), None),
+        ((10, 10, 1e-9, 5), None),
+        ((10, 10, float("inf"), 5), None),
+        ((float("nan"), 10, 5, 5), None),
+        ((1, 2, 3), None),
+        ("none", None),
+    ],
+)
+def test_boxes_are_clipped_or_dropped(coco_file, bbox, expected):
+    labels, problems = read_coco(coco_file(IMAGES, [box(1, bbox=bbox)], CATEGORIES))
+    assert labels.boxes_xyxy.tolist() == ([] if expected is None else [expected])
+    assert problems.total == (0 if bbox == (0, 0, 60.05, 40) else 1)  # rounding is no problem
+
+
+def test_problems_of_images_and_categories(coco_file):
+    images = [*IMAGES, {"id": 10, "file_name": "c.png", "height": 1, "width": 1}, {"id": 11}]
+    images.append({"id": 12, "file_name": "a.png", "height": 40, "width": 60})
+    path = coco_file(images, [box(1), box(2, image_id=12)], [*CATEGORIES, {"id": 3, "name": "lion"}, {"name": "no id"}])
+    labels, problems = read_coco(path)
+    assert labels.image_ids == ("a.png", "sub/b.png", "empty.png") and labels.offsets.tolist() == [0, 2, 2, 2]
+    assert labels.categories[0] == Category(3, "cat")
+    assert dict(problems.counts) == {
+        "image id repeated, first kept": 1,
+        "image without id or file_name, dropped": 1,
+        "file_name repeated, annotations merged": 1,
+        "category id repeated, first kept": 1,
+        "category without id, dropped": 1,
+    }
+
+
+def test_examples_are_few_and_counts_are_full(coco_file):
+    path = coco_file(IMAGES, [box(number, category_id=4) for number in range(50)], CATEGORIES)
+    _, problems = read_coco(path)
+    assert problems.counts["unknown category, dropped"] == 50
+    assert len(problems.examples["unknown category, dropped"]) == 5
+
+
+def test_image_ids_choose_and_order_the_images(coco_file):
+    path = coco_file(IMAGES, [box(1), box(2, "x7")], CATEGORIES)
+    labels, _ = read_coco(path, image_ids=["sub/b.png", "empty.png"])
+    assert labels.image_ids == ("sub/b.png", "empty.png") and len(labels.boxes_xyxy) == 1
+
+
+def test_image_without_size_names_the_fix(coco_file):
+    path = coco_file([{"id": 1, "file_name": "a.png"}], [], CATEGORIES)
+    with pytest.raises(LabelError, match=r"image 1 .a.png.: expected a positive width and height.*write them"):
+        read_coco(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "cannot be read as JSON"), ("[]", "expected the lists"), ('{"images": []}', "annotations, categories")],
+)
+def test_unusable_file(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(LabelError, match=message):
+        read_coco(tmp_path / "a.json")
+    with pytest.raises(LabelError, match="cannot be read"):
+        read_coco(tmp_path / "missing.json")
+
+
+def test_round_trip_keeps_ids_scores_and_stage(coco_file, tmp_path):
+    annotations = [
+        box(1, category_id="dog", score=0.1234567, area=33),
+        box(2, "x7", 90, (0.3, 0.7, 3.3, 4.1), iscrowd=1),
+    ]
+    labels, _ = read_coco(coco_file(IMAGES, annotations, CATEGORIES))
+    object.__setattr__(labels, "stage", 1)
+    write_coco(labels, tmp_path / "out.json")
+    again, problems = read_coco(tmp_path / "out.json", strict=True)
+    assert problems.total == 0 and again.image_ids == labels.image_ids and again.categories == labels.categories
+    assert again.stage == 1 and (again.scores == labels.scores).all() and (again.crowd == labels.crowd).all()
+    assert (again.classes == labels.classes).all() and (again.offsets == labels.offsets).all()
+    assert np.abs(again.boxes_xyxy - labels.boxes_xyxy).max() < 1e-3
+    assert np.abs(again.areas - labels.areas).max() < 1e-3
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [entry["category_id"] for entry in written["annotations"]] == ["dog", 90]
+    assert written["annotations"][0]["score"] == 0.1234567 and written["images"][1]["file_name"] == "sub/b.png"
+
+
+def test_real_files_read_without_problems_and_agree_with_pycocotools(shared_data):
+    coco = pytest.importorskip("pycocotools.coco")
+    path = shared_data / "coco256" / "instances_val.json"
+    labels, problems = read_coco(path, strict=True)
+    truth = coco.COCO(str(path))
+    assert problems.total == 0 and len(labels) == len(truth.imgs) and len(labels.boxes_xyxy) == len(truth.anns)
+    for image_id, entry in list(truth.imgs.items())[:20]:
+        mine = labels.of(entry["file_name"])
+        theirs = truth.loadAnns(truth.getAnnIds(image_id))
+        expected = np.array([annotation["bbox"] for annotation in theirs]).reshape(-1, 4)
+        expected[:, 2:] += expected[:, :2]
+        assert np.abs(mine.boxes_xyxy - expected).max(initial=0) < 0.1
+        names = [labels.categories[index].id for index in mine.classes]
+        assert names == [annotation["category_id"] for annotation in theirs]

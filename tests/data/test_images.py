@@ -1,0 +1,303 @@
+import json
+import pickle
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from simdetr.data.images import ImageSource, UnreadableImageError, open_images, read_image
+
+GREY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
+
+
+def saved(path, array_or_image, **options):
+    image = array_or_image if isinstance(array_or_image, Image.Image) else Image.fromarray(array_or_image)
+    image.save(path, **options)
+    return path
+
+
+def rgb_of(path):
+    pixels = read_image(path)
+    assert pixels.dtype == torch.uint8 and pixels.shape[0] == 3 and pixels.is_contiguous()
+    return pixels.permute(1, 2, 0).numpy()
+
+
+def test_rgb_png_comes_back_as_it_was(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    assert (rgb_of(saved(tmp_path / "a.png", array)) == array).all()
+
+
+def test_grayscale_has_three_equal_channels(tmp_path):
+    assert (rgb_of(saved(tmp_path / "a.png", GREY)) == GREY[..., None]).all()
+
+
+def test_one_bit_image_is_black_and_white(tmp_path):
+    bits = GREY % 2 == 0
+    assert (rgb_of(saved(tmp_path / "a.png", bits)) == 255 * bits[..., None]).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_are_scaled_by_257(tmp_path, name):
+    sixteen = GREY.astype(np.uint16) * 257
+    assert (rgb_of(saved(tmp_path / name, sixteen)) == GREY[..., None]).all()
+
+
+def test_big_endian_sixteen_bit_tiff(tmp_path):
+    pixels = (GREY.astype(np.uint16) * 257).astype(">u2").tobytes()
+    tags = [(256, 20), (257, 12), (258, 16), (259, 1), (262, 1), (273, 8 + 2 + 9 * 12 + 4), (277, 1), (278, 12)]
+    tags.append((279, len(pixels)))
+    entries = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags)
+    (tmp_path / "a.tif").write_bytes(
+        b"MM\0*" + struct.pack(">IH", 8, len(tags)) + entries + struct.pack(">I", 0) + pixels
+    )
+    with Image.open(tmp_path / "a.tif") as stored:
+        assert stored.mode == "I;16B"
+    assert (rgb_of(tmp_path / "a.tif") == GREY[..., None]).all()
+
+
+def test_palette_image(tmp_path):
+    palette = Image.fromarray(GREY // 120).convert("P")
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    expected = np.where((GREY // 120)[..., None] == 0, [255, 0, 0], [0, 0, 255])
+    assert (rgb_of(saved(tmp_path / "a.png", palette)) == expected).all()
+
+
+def test_palette_with_bytes_of_transparency_lies_on_white_and_does_not_warn(tmp_path):
+    palette = Image.fromarray(GREY // 120).convert("P")
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    path = saved(tmp_path / "a.png", palette, transparency=bytes([0, 255]))
+    expected = np.where((GREY // 120)[..., None] == 0, [255, 255, 255], [0, 0, 255])
+    assert (rgb_of(path) == expected).all()
+
+
+def test_rgba_is_blended_with_white(tmp_path):
+    rgba = np.zeros((2, 3, 4), np.uint8)
+    rgba[..., 0] = 200
+    rgba[..., 3] = [[0, 255, 128]] * 2
+    expected = np.round(rgba[..., :3] * (rgba[..., 3:] / 255) + 255 * (1 - rgba[..., 3:] / 255))
+    assert np.abs(rgb_of(saved(tmp_path / "a.png", rgba)).astype(int) - expected).max() <= 1
+
+
+def test_gray_with_alpha_and_transparent_rgb_lie_on_white(tmp_path):
+    grey_alpha = np.stack([GREY, np.where(GREY < 100, 0, 255).astype(np.uint8)], axis=-1)
+    path = saved(tmp_path / "la.png", Image.fromarray(grey_alpha))
+    assert (rgb_of(path)[..., 0] == np.where(GREY < 100, 255, GREY)).all()
+    rgb = np.zeros((2, 2, 3), np.uint8)
+    rgb[0, 0] = (9, 8, 7)
+    assert rgb_of(saved(tmp_path / "trns.png", rgb, transparency=(9, 8, 7)))[0, 0].tolist() == [255, 255, 255]
+
+
+def test_cmyk_jpeg_is_the_colour_it_shows(tmp_path):
+    red = Image.new("RGB", (16, 16), (230, 20, 30))
+    got = rgb_of(saved(tmp_path / "a.jpg", red.convert("CMYK"), quality=95))
+    assert np.abs(got.astype(int) - [230, 20, 30]).max() <= 6
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert rgb_of(tmp_path / "a.gif")[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+def test_exif_orientation_is_undone_as_pillow_does_it(tmp_path, orientation, mode):
+    array = np.random.default_rng(1).integers(0, 256, (10, 14, 3), dtype=np.uint8)
+    image = Image.fromarray(array) if mode == "RGB" else Image.fromarray(array[..., 0].astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.png", image, exif=exif)
+    with Image.open(path) as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored))
+    expected = expected if mode == "RGB" else np.repeat((expected // 257).astype(np.uint8)[..., None], 3, axis=2)
+    got = rgb_of(path)
+    assert got.shape[:2] == ((10, 14) if orientation < 5 else (14, 10))
+    assert (got == expected).all()
+
+
+def test_damaged_exif_does_not_hide_the_pixels(tmp_path):
+    path = saved(tmp_path / "a.jpg", GREY, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01")
+    assert rgb_of(path).shape == (12, 20, 3)
+
+
+def png_header(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_truncated_file_is_unreadable(tmp_path, suffix):
+    array = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = saved(tmp_path / f"a.{suffix}", array)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UnreadableImageError) as error:
+        read_image(path)
+    assert error.value.path == path and error.value.reason
+
+
+def test_reasons_name_the_cause(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "folder.png").mkdir()
+    saved(tmp_path / "float.tif", GREY.astype(np.float32))
+    saved(tmp_path / "deep.tif", GREY.astype(np.int32) * 100_000)
+    for name, reason in {
+        "empty.png": "empty file",
+        "text.png": "no image",
+        "missing.png": "no such file",
+        "folder.png": "directory",
+        "float.tif": "no defined range",
+        "deep.tif": "exceed 16 bits",
+    }.items():
+        with pytest.raises(UnreadableImageError, match=reason):
+            read_image(tmp_path / name)
+
+
+def test_oversized_image_is_refused_before_it_is_decoded(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png_header(60_000, 60_000))
+    with pytest.raises(UnreadableImageError, match=r"pixel"):
+        read_image(tmp_path / "bomb.png")
+    path = saved(tmp_path / "a.png", GREY)
+    with pytest.raises(UnreadableImageError, match="20×12 has more than 239 pixels"):
+        read_image(path, max_pixels=239)
+    assert read_image(path, max_pixels=240).shape == (3, 12, 20)
+
+
+def test_large_header_below_the_limit_fails_for_its_truth_and_not_for_a_warning(tmp_path):
+    (tmp_path / "large.png").write_bytes(png_header(12_000, 10_000))  # past the size at which Pillow warns
+    with pytest.raises(UnreadableImageError, match="truncated"):
+        read_image(tmp_path / "large.png")
+
+
+def test_threads_leave_the_warning_filters_as_they_were(tmp_path):
+    path = saved(tmp_path / "a.png", GREY)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        sizes = list(pool.map(lambda _: read_image(path).shape[1:], range(200)))
+    assert set(sizes) == {(12, 20)} and warnings.filters == before
+
+
+def test_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(UnreadableImageError("a/b.png", "empty file")))
+    assert error.path.name == "b.png" and error.reason == "empty file" and str(error).endswith("b.png: empty file")
+
+
+def make_tree(root):
+    for name in ("b.png", "a.JPG", "sub/c.jpeg", "sub/deep/d.webp"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        saved(root / name, GREY, **({"format": "JPEG"} if name.endswith("JPG") else {}))
+    (root / "notes.txt").write_text("no image")
+    (root / "._b.png").write_bytes(b"a file system's shadow")
+    (root / ".hidden").mkdir()
+    saved(root / ".hidden" / "e.png", GREY)
+    return root
+
+
+def test_folder_is_listed_recursively_in_a_stable_order(tmp_path):
+    source = open_images(make_tree(tmp_path / "tree"))
+    assert list(source.ids) == ["a.JPG", "b.png", "sub/c.jpeg", "sub/deep/d.webp"]
+    assert source[2].id == "sub/c.jpeg" and source[2].path == tmp_path / "tree" / "sub" / "c.jpeg"
+    assert [record.id for record in source] == list(source.ids) and len(source) == 4
+    assert all(read_image(record.path).shape == (3, 12, 20) for record in source)
+
+
+def test_fingerprint_depends_on_ids_and_not_on_the_root(tmp_path):
+    one, two = open_images(make_tree(tmp_path / "one")), open_images(make_tree(tmp_path / "two"))
+    assert one.fingerprint() == two.fingerprint()
+    assert one.subset(one.ids[:3]).fingerprint() != one.fingerprint()
+    assert ImageSource(tmp_path, ["ab", "c"]).fingerprint() != ImageSource(tmp_path, ["a", "bc"]).fingerprint()
+
+
+def test_link_to_a_parent_does_not_loop(tmp_path):
+    root = make_tree(tmp_path / "tree")
+    (root / "sub" / "loop").symlink_to(root, target_is_directory=True)
+    assert len(open_images(root)) == 4
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "csv_bare", "parquet", "parquet_first"])
+def test_lists_keep_their_order_and_name_each_image_once(tmp_path, kind):
+    root = make_tree(tmp_path / "tree")
+    names = ["sub/c.jpeg", "b.png", str(root / "a.JPG"), "b.png"]
+    path = root / f"list.{kind.split('_')[0]}"
+    if kind == "txt":
+        path.write_text("# chosen\n\n" + "\n".join(names) + "\n")
+    elif kind == "csv":
+        pd.DataFrame({"weight": range(4), "path": names}).to_csv(path, index=False)
+    elif kind == "csv_bare":
+        path.write_text("\n".join(f"{name},1" for name in names))
+    else:
+        pd.DataFrame({"path" if kind == "parquet" else "file": names, "weight": range(4)}).to_parquet(path)
+    source = open_images(path)
+    assert list(source.ids) == ["sub/c.jpeg", "b.png", "a.JPG"]
+    assert all(record.path.is_file() for record in source)
+
+
+def test_list_with_a_root_elsewhere(tmp_path):
+    root = make_tree(tmp_path / "tree")
+    (tmp_path / "list.txt").write_text("b.png")
+    assert open_images(tmp_path / "list.txt", root=root)[0].path == root / "b.png"
+
+
+@pytest.mark.parametrize("folder", ["", "val", "images"])
+def test_coco_file_finds_its_images_near_it(tmp_path, folder):
+    root = tmp_path / folder
+    root.mkdir(exist_ok=True)
+    saved(root / "x.png", GREY)
+    path = tmp_path / "instances_val.json"
+    path.write_text(json.dumps({"images": [{"id": 1, "file_name": "x.png"}]}))
+    assert open_images(path)[0].path == root / "x.png"
+
+
+def test_coco_layout_with_an_annotation_folder(tmp_path):
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    saved(tmp_path / "val2017" / "x.png", GREY)
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps({"images": [{"id": 1, "file_name": "x.png"}]}))
+    assert open_images(path)[0].path == tmp_path / "val2017" / "x.png"
+
+
+def test_single_image_is_a_source_of_one(tmp_path):
+    path = saved(tmp_path / "a.png", GREY)
+    assert [record.path for record in open_images(path)] == [path]
+
+
+def test_bad_sources_say_what_is_wrong(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.xyz").touch()
+    (tmp_path / "list.txt").write_text("# nothing\n")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "other.json").write_text("[1]")
+    (tmp_path / "lost.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "x.png"}]}))
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    for name, message in {
+        "empty": "holds no images; expected files named",
+        "a.xyz": "expected a folder, an image or a list",
+        "list.txt": "holds no images",
+        "broken.json": "cannot be read as an image list",
+        "other.json": "no COCO file",
+        "lost.json": "none of its images was found.*pass root=",
+        "bad.parquet": "cannot be read as an image list",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            open_images(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_images(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="1 of 2 are not in this source, such as 'y'"):
+        ImageSource(tmp_path, ["x"]).subset(["x", "y"])
+    with pytest.raises(ValueError, match="1 repeated"):
+        ImageSource(tmp_path, ["x", "x"])
+
+
+def test_real_sets_open_with_their_split_folder(shared_data):
+    source = open_images(shared_data / "coco256" / "instances_val.json")
+    assert len(source) == 128 and source.root.name == "val" and source[0].path.is_file()

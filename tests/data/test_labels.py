@@ -1,0 +1,171 @@
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, read_labels, write_labels
+
+CATEGORIES = (Category(7, "cat"), Category("d", "dog"), Category(30, "owl"))
+
+
+def example(stage=2):
+    return Labels.from_images(
+        [
+            ImageLabels.build("a.png", (40, 60), [[1, 2, 11, 22], [0, 0, 60, 40]], [2, 0], scores=[0.25, 1]),
+            ImageLabels.build("empty.png", (10, 20), [], []),
+            ImageLabels.build("sub/b.png", (30, 30), [[3.5, 4, 9, 5]], [1], crowd=[True], areas=[5]),
+        ],
+        CATEGORIES,
+        stage,
+    )
+
+
+def assert_same(one, two):
+    assert one.image_ids == two.image_ids and one.categories == two.categories and one.stage == two.stage
+    for name in ("sizes_hw", "offsets", "boxes_xyxy", "classes", "scores", "areas", "crowd"):
+        left, right = getattr(one, name), getattr(two, name)
+        assert left.dtype == right.dtype and left.shape == right.shape and (left == right).all(), name
+
+
+def test_columns_of_stacked_images():
+    labels = example()
+    assert len(labels) == 3 and labels.num_classes == 3
+    assert labels.offsets.tolist() == [0, 2, 2, 3]
+    assert labels.sizes_hw.tolist() == [[40, 60], [10, 20], [30, 30]]
+    assert labels.classes.tolist() == [2, 0, 1]
+    assert labels.areas.tolist() == [200, 2400, 5]  # the box's where none is given
+    assert labels.scores.tolist() == [0.25, 1, 1]
+    assert labels.crowd.tolist() == [False, False, True]
+    assert labels.boxes_xyxy.dtype == np.float32 and labels.classes.dtype == np.int64
+
+
+def test_labels_of_one_image():
+    labels = example()
+    first = labels.image(0)
+    assert first.image_id == "a.png" and first.size_hw == (40, 60) and len(first) == 2
+    assert first.boxes_xyxy.tolist() == [[1, 2, 11, 22], [0, 0, 60, 40]] and first.scores.tolist() == [0.25, 1]
+    assert len(labels.of("empty.png")) == 0 and labels.of("empty.png").boxes_xyxy.shape == (0, 4)
+    assert labels.of("sub/b.png").crowd.tolist() == [True] and labels.of("sub/b.png").areas.tolist() == [5]
+    assert "a.png" in labels and "b.png" not in labels and labels.row_of("sub/b.png") == 2
+    with pytest.raises(LabelError, match=r"'b.png' is not among the 3 labelled images"):
+        labels.of("b.png")
+
+
+def test_select_follows_the_given_order():
+    labels = example()
+    chosen = labels.select(["sub/b.png", "a.png"])
+    assert chosen.offsets.tolist() == [0, 1, 3] and chosen.classes.tolist() == [1, 2, 0]
+    assert chosen.boxes_xyxy.tolist() == [[3.5, 4, 9, 5], [1, 2, 11, 22], [0, 0, 60, 40]]
+    assert_same(labels.select(labels.image_ids), labels)
+    assert len(labels.select([])) == 0 and labels.select(["empty.png"]).boxes_xyxy.shape == (0, 4)
+    with pytest.raises(LabelError, match="not among"):
+        labels.select(["a.png", "c.png"])
+
+
+def test_class_agnostic_keeps_all_but_the_class():
+    labels = example().class_agnostic()
+    assert labels.num_classes == 1 and labels.classes.tolist() == [0, 0, 0]
+    assert labels.boxes_xyxy.tolist() == example().boxes_xyxy.tolist()
+
+
+def test_other_categories_are_matched_by_id():
+    labels = example()
+    wider = [Category(1, "ant"), Category("d", "hound"), Category(7, "cat"), Category(30, "owl")]
+    assert labels.with_categories(wider).classes.tolist() == [3, 2, 1]
+    assert labels.with_categories(wider).categories == tuple(wider)
+    narrower = [Category(30, "owl"), Category(7, "cat")]
+    assert labels.select(["a.png"]).with_categories(narrower).classes.tolist() == [0, 1]
+    with pytest.raises(LabelError, match="boxes of dog have no category in the given 2"):
+        labels.with_categories(narrower)
+
+
+@pytest.mark.parametrize("labels", [example(), example(-1).select(["empty.png"]), example().select([])])
+def test_parquet_round_trip(tmp_path, labels):
+    write_labels(labels, tmp_path / "deep" / "labels.parquet")
+    read = read_labels(tmp_path / "deep" / "labels.parquet")
+    assert_same(read, labels)
+    read.boxes_xyxy[:] = 1  # writable: torch.from_numpy warns otherwise
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["labels.parquet"]
+
+
+def test_parquet_round_trip_over_many_row_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr("simdetr.data.labels._ROWS_PER_GROUP", 7)
+    generator = np.random.default_rng(0)
+    images = []
+    for number in range(50):
+        corners = np.sort(generator.uniform(0, 30, (generator.integers(0, 4), 2, 2)), axis=1).reshape(-1, 4)
+        images.append(ImageLabels.build(f"{number}", (30, 30), corners, generator.integers(0, 3, len(corners))))
+    labels = Labels.from_images(images, CATEGORIES, stage=0)
+    write_labels(labels, tmp_path / "a.parquet")
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 8
+    assert_same(read_labels(tmp_path / "a.parquet"), labels)
+
+
+def test_parquet_is_one_row_per_image_that_others_can_read(tmp_path):
+    write_labels(example(), tmp_path / "a.parquet")
+    row = pq.read_table(tmp_path / "a.parquet").to_pylist()[0]
+    assert row["image_id"] == "a.png" and (row["height"], row["width"]) == (40, 60)
+    assert row["boxes_xyxy"] == [[1, 2, 11, 22], [0, 0, 60, 40]] and row["classes"] == [2, 0]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    write_labels(example(), path)
+    before = path.read_bytes()
+
+    def fail(table, temporary, **options):
+        temporary.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pq, "write_table", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_labels(example(), path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_unusable_files_are_named(tmp_path):
+    (tmp_path / "text.parquet").write_text("no")
+    pq.write_table(pa.table({"path": ["a"]}), tmp_path / "list.parquet")
+    with pytest.raises(LabelError, match=r"missing.parquet cannot be read"):
+        read_labels(tmp_path / "missing.parquet")
+    with pytest.raises(LabelError, match=r"text.parquet cannot be read as Parquet"):
+        read_labels(tmp_path / "text.parquet")
+    with pytest.raises(LabelError, match=r"list.parquet holds no labels.*columns \['path'\]"):
+        read_labels(tmp_path / "list.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"boxes_xyxy": [[0, 0, 5, 5], [9, 0, 3, 5], [0, 0, 1, 1]]},
+            r"x0 <= x1.*\[9.0, 0.0, 3.0, 5.0\] in image 'a.png'",
+        ),
+        ({"boxes_xyxy": [[0, 0, 5, 5], [0, 0, 3, 5], [0, 0, np.nan, 1]]}, "finite.*in image 'sub/b.png'"),
+        ({"boxes_xyxy": [[0, 0, 5]]}, "boxes_xyxy: expected shape"),
+        ({"classes": [0, 1]}, r"classes: expected shape \(3,\), got \(2,\)"),
+        ({"classes": [0, 3, 0]}, "classes: expected 0 to 2, got 3 in image 'a.png'"),
+        ({"classes": [0, -1, 0]}, "classes: expected 0 to 2, got -1"),
+        ({"scores": [0, 1.5, 1]}, "scores: expected 0 to 1, got 1.5"),
+        ({"scores": [0, np.nan, 1]}, "scores: expected 0 to 1, got nan"),
+        ({"areas": [1, 1, -1]}, "areas: expected finite and >= 0, got -1.0"),
+        ({"offsets": [0, 2, 1, 3]}, "offsets: expected to rise from 0 to 3"),
+        ({"offsets": [0, 2, 2, 2]}, "offsets: expected to rise from 0 to 3"),
+        ({"offsets": [0, 3]}, "offsets: expected shape"),
+        ({"sizes_hw": [[40, 60], [0, 20], [30, 30]]}, "sizes_hw: expected > 0.*'empty.png'"),
+        ({"image_ids": ("a", "b", "a")}, "image_ids: expected each id once, got 1 repeated"),
+        ({"categories": (*CATEGORIES, Category(7, "again"))}, "categories: expected each id once"),
+    ],
+)
+def test_broken_columns_are_refused(change, message):
+    columns = {name: getattr(example(), name) for name in Labels.__dataclass_fields__}
+    with pytest.raises(LabelError, match=message):
+        Labels(**(columns | change))
+
+
+def test_labels_survive_pickling():
+    labels = example()
+    assert labels.row_of("sub/b.png") == 2
+    assert_same(pickle.loads(pickle.dumps(labels)), labels)

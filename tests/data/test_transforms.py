@@ -1,0 +1,170 @@
+import pickle
+
+import pytest
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from simdetr.data.dataset import pixel_boxes
+from simdetr.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RandomSizeCrop,
+    ResizeShortSide,
+    eval_transforms,
+    train_transforms,
+)
+
+COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
+
+
+def scene(height, width, boxes):
+    """A black image with one rectangle of pure colour per box, and its target."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    for colour, (x0, y0, x1, y1) in zip(COLOURS, boxes, strict=False):
+        image[:, y0:y1, x0:x1] = colour[:, None, None]
+    target = {
+        "boxes": pixel_boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), (height, width)),
+        "labels": torch.arange(len(boxes)),
+        "orig_size": torch.tensor([height, width]),
+    }
+    return tv_tensors.Image(image), target
+
+
+def drawn_box(image, label):
+    """xyxy of the pixels in which the label's colour is the brightest and at least half on."""
+    rows, columns = torch.nonzero((image[label] > 0.5) & (image.argmax(dim=0) == label), as_tuple=True)
+    return torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=torch.float32)
+
+
+def check_boxes(image, target, tolerance=1.5):
+    for box, label in zip(target["boxes"], target["labels"].tolist(), strict=True):
+        assert (box - drawn_box(image, label)).abs().max() <= tolerance
+
+
+BOXES = [[5, 10, 45, 50], [60, 8, 110, 30], [70, 40, 90, 75]]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_boxes_stay_on_their_pixels(seed):
+    transform = train_transforms([64, 80, 96], 160, colour="none", mean=(0, 0, 0), std=(1, 1, 1))
+    torch.manual_seed(seed)
+    image, target = transform(*scene(80, 120, BOXES))
+    assert image.dtype == torch.float32 and max(image.shape) <= 160
+    assert len(target["labels"]) == len(target["boxes"])
+    big_enough = (target["boxes"][:, 2:] - target["boxes"][:, :2]).amin(dim=1) > 3  # a sliver is half blended away
+    target = {"boxes": target["boxes"][big_enough], "labels": target["labels"][big_enough]}
+    check_boxes(image, target)
+    visible = [label for label in range(3) if ((image[label] > 0.9) & (image.argmax(0) == label)).sum() > 16]
+    assert set(visible) <= set(target["labels"].tolist())  # nothing that is seen lost its box
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "long", "expected"),
+    [
+        ((480, 640), 800, 1333, (800, 1067)),
+        ((640, 480), 800, 1333, (1067, 800)),
+        ((400, 1000), 800, 1333, (533, 1333)),
+        ((100, 100), 224, 400, (224, 224)),
+        ((2, 4000), 224, 400, (1, 400)),
+        ((1, 1), 32, 64, (32, 32)),
+    ],
+)
+def test_short_side_and_bound(size, short, long, expected):
+    image, target = ResizeShortSide([short], long)(*scene(*size, [[0, 0, size[1], size[0]]]))
+    assert tuple(image.shape[-2:]) == expected
+    assert torch.allclose(target["boxes"][0], torch.tensor([0, 0, expected[1], expected[0]]).float())
+
+
+def test_all_short_sides_are_drawn():
+    resize = ResizeShortSide([16, 24, 32], 100)
+    torch.manual_seed(0)
+    assert {min(resize(*scene(20, 30, []))[0].shape[-2:]) for _ in range(40)} == {16, 24, 32}
+
+
+def test_crop_sides_are_in_range_and_bounded_by_the_image():
+    torch.manual_seed(0)
+    sizes = [tuple(RandomSizeCrop(20, 50)(*scene(40, 100, []))[0].shape[-2:]) for _ in range(300)]
+    assert {height for height, _ in sizes} == set(range(20, 41))
+    assert {width for _, width in sizes} == set(range(20, 51))
+    white = tv_tensors.Image(torch.full((3, 40, 100), 255, dtype=torch.uint8))
+    assert all(int(RandomSizeCrop(5, 9)(white, scene(40, 100, [])[1])[0].min()) == 255 for _ in range(50))
+    small, _ = RandomSizeCrop(20, 50)(*scene(10, 12, []))
+    assert small.shape[-2:] == (10, 12)
+
+
+def test_published_crop_sizes_at_the_published_short_side():
+    choice = next(step for step in train_transforms([480, 800], 1333).transforms if isinstance(step, v2.RandomChoice))
+    whole, cut = choice.transforms
+    assert whole.short_sides == (480, 800) and cut.transforms[0].short_sides == (400, 500, 600)
+    assert (cut.transforms[1].min_side, cut.transforms[1].max_side) == (384, 600) and choice.p == [0.5, 0.5]
+
+
+def test_flip_mirrors_half_of_the_images():
+    transform = train_transforms([80], 120, crop=False, colour="none")
+    torch.manual_seed(0)
+    lefts = [float(transform(*scene(80, 120, BOXES[:1]))[1]["boxes"][0, 0]) for _ in range(60)]
+    assert set(lefts) == {5.0, 75.0} and 15 < lefts.count(75.0) < 45
+    still = train_transforms([80], 120, crop=False, colour=0, flip=False)
+    assert {float(still(*scene(80, 120, BOXES[:1]))[1]["boxes"][0, 0]) for _ in range(10)} == {5.0}
+
+
+def test_normalisation_is_by_mean_and_deviation():
+    grey = tv_tensors.Image(torch.full((3, 8, 8), 51, dtype=torch.uint8))
+    target = scene(8, 8, [])[1]
+    image, _ = eval_transforms(8, 8)(grey, target)
+    expected = (0.2 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    assert torch.allclose(image[:, 0, 0], expected, atol=1e-6) and type(image) is torch.Tensor
+    other, _ = eval_transforms(8, 8, mean=[0.1] * 3, std=[0.5] * 3)(grey, target)
+    assert torch.allclose(other, torch.full((3, 8, 8), 0.2), atol=1e-6)
+
+
+def test_eval_is_not_random():
+    transform = eval_transforms(64, 100)
+    one, two = (transform(*scene(80, 120, BOXES)) for _ in range(2))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1]["boxes"], two[1]["boxes"])
+
+
+def colour_change(colour):
+    transform = train_transforms([40], 60, crop=False, flip=False, colour=colour, mean=(0, 0, 0), std=(1, 1, 1))
+    image = tv_tensors.Image(
+        torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    )
+    torch.manual_seed(0)
+    changed = [transform(image, scene(40, 60, [])[1])[0] for _ in range(30)]
+    return sum(float((one - image / 255).abs().mean()) for one in changed) / 30
+
+
+def test_colour_strength_orders_the_changes_and_never_moves_boxes():
+    changes = [colour_change(colour) for colour in ("none", 0.1, "light", "strong")]
+    assert changes[0] < 1e-6 and changes == sorted(changes) and changes[3] > 2 * changes[1]
+    transform = train_transforms([80], 120, crop=False, flip=False, colour="strong")
+    _, target = transform(*scene(80, 120, BOXES))
+    assert target["boxes"].tolist() == BOXES
+
+
+def test_boxes_below_one_pixel_are_dropped_with_their_labels():
+    _, target = eval_transforms(40, 60)(*scene(80, 120, [[0, 0, 40, 40], [50, 50, 51, 70], [60, 20, 64, 24]]))
+    assert target["labels"].tolist() == [0, 2] and target["boxes"].tolist() == [[0, 0, 20, 20], [30, 10, 32, 12]]
+
+
+def test_transforms_are_picklable():
+    transform = pickle.loads(pickle.dumps(train_transforms([32, 40], 64)))
+    torch.manual_seed(0)
+    assert transform(*scene(40, 60, []))[0].shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"short_sides": []}, "at least 1 pixel"),
+        ({"short_sides": [0]}, "at least 1 pixel"),
+        ({"short_sides": [32], "colour": "loud"}, "colour: expected none, light, strong or a number.*got 'loud'"),
+        ({"short_sides": [32], "colour": 1.5}, "colour: expected a number from 0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        train_transforms(max_side=64, **arguments)
+    with pytest.raises(ValueError, match="min_side <= max_side, got 5 and 4"):
+        RandomSizeCrop(5, 4)

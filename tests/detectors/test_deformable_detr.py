@@ -1,0 +1,264 @@
+"""The detector: initialisation, parameter counts, shapes, learning (specification T4, T5, T24)."""
+
+import math
+import pickle
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+
+from simdetr.boxes import cxcywh_to_xyxy, pairwise_iou
+from simdetr.detectors import DeformableDETR, DetectionLoss, postprocess
+
+TRAINABLE = {
+    "base": ({}, 39_847_265),
+    "refine": ({"with_box_refine": True}, 40_627_260),
+    "two_stage": ({"with_box_refine": True, "two_stage": True}, 40_959_129),
+    "single_scale": ({"num_feature_levels": 1}, 33_844_193),
+}
+
+
+@pytest.mark.parametrize("variant", TRAINABLE)
+def test_parameter_counts_of_the_original(variant):
+    settings, expected = TRAINABLE[variant]
+    with torch.device("meta"):
+        model = DeformableDETR(91, **settings)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    fixed = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    assert (trainable, fixed) == (expected, 222_400)
+    assert sum(buffer.numel() for buffer in model.buffers()) == 106_240
+
+
+def test_parameter_groups_of_the_original():
+    """The groups of the original's optimiser are told apart by these parts of names."""
+    with torch.device("meta"):
+        model = DeformableDETR(91)
+    counts = {"backbone": 0, "slow": 0, "rest": 0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            slow = "reference_points" in name or "sampling_offsets" in name
+            counts["backbone" if name.startswith("backbone.") else "slow" if slow else "rest"] += parameter.numel()
+    assert counts == {"backbone": 23_232_512, "slow": 790_018, "rest": 15_824_735}
+
+
+def test_initialisation_of_heads(make_detector):
+    for variant, biases in {"base": [-2.0] * 3, "refine": [-2.0, 0.0, 0.0], "two_stage": [0.0] * 4}.items():
+        detector = make_detector(variant)
+        for head, size in zip(detector.bbox_embed, biases, strict=True):
+            assert head.layers[-1].weight.count_nonzero() == 0
+            assert head.layers[-1].bias.tolist() == [0.0, 0.0, size, size]
+        for head in detector.class_embed:
+            torch.testing.assert_close(head.bias, torch.full((7,), -math.log(99)))
+    assert math.log(99) == pytest.approx(4.59512, abs=1e-5)
+
+
+def test_heads_are_shared_without_refinement(make_detector):
+    base, refine = make_detector("base"), make_detector("refine")
+    assert len(set(base.class_embed)) == 1 == len(set(base.bbox_embed))
+    assert len(set(refine.class_embed)) == 3 == len(set(refine.bbox_embed))
+    assert refine.transformer.decoder.bbox_embed is refine.bbox_embed
+
+
+def test_initialisation_of_the_transformer(make_detector):
+    detector = make_detector("base", hidden_dim=128)
+    state = detector.state_dict()
+    for name, fan in {
+        "transformer.encoder.layers.0.linear1.weight": 256,
+        "transformer.decoder.layers.1.self_attn.in_proj_weight": 128 * 4,
+        "transformer.decoder.layers.1.self_attn.out_proj.weight": 256,
+        "transformer.reference_points.weight": 130,
+    }.items():
+        bound = math.sqrt(6 / fan)
+        assert 0.9 * bound < state[name].abs().max() <= bound, name
+    for name in ("self_attn.in_proj_bias", "self_attn.out_proj.bias", "cross_attn.value_proj.bias"):
+        assert state[f"transformer.decoder.layers.0.{name}"].count_nonzero() == 0
+    assert state["transformer.reference_points.bias"].count_nonzero() == 0
+    assert state["input_proj.0.0.bias"].count_nonzero() == 0
+    assert state["transformer.level_embed"].std().item() == pytest.approx(1.0, abs=0.1)
+    assert state["query_embed.weight"].std().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_first_boxes(make_detector, batch):
+    """One-stage boxes start at sigmoid(-2) of the image, two-stage boxes at the cells' own."""
+    with torch.no_grad():
+        base, refine = make_detector("base")(*batch[:2]), make_detector("refine")(*batch[:2])
+        two_stage = make_detector("two_stage")(*batch[:2])
+    size = torch.tensor(-2.0).sigmoid()
+    for boxes in (base["pred_boxes"], refine["aux_outputs"][0]["pred_boxes"]):
+        torch.testing.assert_close(boxes[..., 2:], size.expand_as(boxes[..., 2:]))
+    for boxes in (two_stage["pred_boxes"], two_stage["aux_outputs"][0]["pred_boxes"]):
+        sides = boxes[0, :, 2:]
+        assert all(min(abs(side - 0.05 * 2**level) for level in range(4)) < 1e-5 for side in sides[sides < 0.9])
+
+
+@pytest.mark.parametrize("variant", ["base", "refine", "two_stage", "single_scale", "dc5"])
+def test_outputs_and_gradients(variant, make_detector, batch):
+    images, mask, targets = batch
+    detector = make_detector(variant).train()
+    out = detector(images, mask)
+    assert out["pred_logits"].shape == (2, 20, 7) and out["pred_boxes"].shape == (2, 20, 4)
+    assert len(out["aux_outputs"]) == 2 and ("enc_outputs" in out) is (variant == "two_stage")
+    DetectionLoss()(out, targets)["loss"].backward()
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"])
+def test_other_backbones_take_any_size(name, make_detector):
+    """Odd sizes are padded where the backbone needs it, and the padding is masked."""
+    detector = make_detector("base", backbone=name, num_encoder_layers=1, num_decoder_layers=1)
+    with torch.no_grad():
+        out = detector(torch.zeros(2, 3, 75, 83))
+    assert torch.isfinite(out["pred_boxes"]).all() and out["pred_boxes"].shape == (2, 20, 4)
+
+
+def test_a_mask_without_padding_is_no_mask(make_detector, shake, batch):
+    detector = shake(make_detector("two_stage"))
+    images = batch[0]
+    with torch.no_grad():
+        without, blank = detector(images), detector(images, torch.zeros(2, 120, 136, dtype=torch.bool))
+        # an image in a batch with a padded one takes the general path
+        general = detector(images, batch[1])
+    torch.testing.assert_close(blank["pred_logits"], without["pred_logits"], rtol=0, atol=0)
+    torch.testing.assert_close(general["pred_logits"][0], without["pred_logits"][0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(general["pred_logits"][1], without["pred_logits"][1], atol=1e-3)
+
+
+def test_one_image_alone_or_in_a_batch(make_detector, shake, batch):
+    detector = shake(make_detector("refine"))
+    images, mask, _ = batch
+    with torch.no_grad():
+        together, alone = detector(images, mask), detector(images[1:], mask[1:])
+    torch.testing.assert_close(alone["pred_boxes"][0], together["pred_boxes"][1], rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_keeps_boxes_in_float32(make_detector, batch):
+    images, mask, targets = batch
+    detector = make_detector("two_stage").train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = detector(images, mask)
+        loss = DetectionLoss()(out, targets)["loss"]
+    assert out["pred_boxes"].dtype == loss.dtype == torch.float32
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in detector.parameters() if p.grad is not None)
+
+
+def test_widths_that_32_does_not_divide(make_detector, batch):
+    detector = make_detector("two_stage", hidden_dim=36, num_heads=3)
+    with torch.no_grad():
+        assert detector(*batch[:2])["pred_boxes"].shape == (2, 20, 4)
+
+
+def test_copies_and_pickles(make_detector):
+    detector = make_detector("two_stage")
+    again = pickle.loads(pickle.dumps(detector))
+    assert all(torch.equal(a, b) for a, b in zip(detector.parameters(), again.parameters(), strict=True))
+    assert again.transformer.decoder.bbox_embed is again.bbox_embed
+
+
+def test_yaml_can_build_it():
+    parser = ArgumentParser()
+    parser.add_argument("--detector", type=torch.nn.Module)
+    parser.add_argument("--loss", type=torch.nn.Module)
+    config = parser.parse_object(
+        {
+            "detector": {
+                "class_path": "simdetr.detectors.DeformableDETR",
+                "init_args": {
+                    "num_classes": 3,
+                    "backbone": "resnet18",
+                    "hidden_dim": 32,
+                    "position_encoding": "learned",
+                },
+            },
+            "loss": {"class_path": "simdetr.detectors.DetectionLoss", "init_args": {"class_cost": 1.0}},
+        }
+    )
+    built = parser.instantiate_classes(config)
+    assert built.detector.num_classes == 3 and built.loss.matcher.class_cost == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"two_stage": True}, "needs with_box_refine"),
+        ({"hidden_dim": 66}, "multiple of 4 and of num_heads=4, got 66"),
+        ({"hidden_dim": 64, "num_heads": 5}, "multiple of 4 and of num_heads=5, got 64"),
+        ({"num_feature_levels": 2}, "must be 1 .* or at least 3, got 2"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_do_not_fit(changes, message, make_detector):
+    with pytest.raises(ValueError, match=message):
+        make_detector("base", **changes)
+
+
+def test_mask_of_another_size(make_detector, batch):
+    with pytest.raises(ValueError, match=r"mask must be \[B, H, W\] = \[2, 120, 136\], got \[2, 60, 68\]"):
+        make_detector("base")(batch[0], batch[1][:, ::2, ::2])
+
+
+def rectangles():
+    """Two images of coloured rectangles on grey, 96 px, with their boxes and colours as classes."""
+    places = [[(8, 12, 48, 44, 0), (52, 50, 90, 88, 1)], [(20, 40, 80, 90, 2)]]
+    images, targets = torch.full((2, 3, 96, 96), 0.0), []
+    for image, boxes in enumerate(places):
+        for x0, y0, x1, y1, colour in boxes:
+            images[image, :, y0:y1, x0:x1] = -1.0
+            images[image, colour, y0:y1, x0:x1] = 2.0
+        xyxy = torch.tensor([box[:4] for box in boxes], dtype=torch.float32)
+        cxcywh = torch.cat(((xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]), dim=1) / 96
+        targets.append({"labels": torch.tensor([box[4] for box in boxes]), "boxes": cxcywh})
+    return images, targets
+
+
+def overfit(detector, steps, lr=4e-4):
+    """Train on the two images; first and last loss."""
+    images, targets = rectangles()
+    criterion, optimiser = DetectionLoss(), torch.optim.AdamW(detector.parameters(), lr=lr)
+    losses = []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(steps):
+            loss = criterion(detector(images), targets)["loss"]
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.1)
+            optimiser.step()
+            losses.append(loss.item())
+    return losses[0], losses[-1]
+
+
+def best_boxes_are_right(detector, min_iou):
+    images, targets = rectangles()
+    with torch.no_grad():
+        detections = postprocess(detector.eval()(images), [(96, 96)] * 2)
+    for found, target in zip(detections, targets, strict=True):
+        count = len(target["labels"])
+        ious = pairwise_iou(cxcywh_to_xyxy(target["boxes"]) * 96, found["boxes_xyxy"][:count])
+        assert (ious.amax(dim=1) > min_iou).all(), ious
+        assert sorted(found["labels"][:count].tolist()) == sorted(target["labels"].tolist())
+
+
+def overfitting_detector(make_detector, variant):
+    changes = {"num_classes": 3, "frozen_batch_norm": False, "freeze_stem": False, "dropout": 0.0, "num_queries": 10}
+    # batch norm in evaluation mode would need statistics of more than two images
+    return make_detector(variant, backbone="resnet10t", **changes)
+
+
+def test_learns_two_images_a_little(make_detector):
+    detector = overfitting_detector(make_detector, "refine")
+    first, last = overfit(detector, steps=60)
+    assert last < first / 3
+    best_boxes_are_right(detector, min_iou=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["base", "refine", "two_stage"])
+def test_learns_two_images_by_heart(variant, make_detector):
+    detector = overfitting_detector(make_detector, variant)
+    first, last = overfit(detector, steps=300)
+    assert last < first / 10
+    best_boxes_are_right(detector, min_iou=0.9)

@@ -1,0 +1,196 @@
+import contextlib
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from simdetr.data.coco import read_coco, write_detections
+from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.evaluation.coco_metric import coco_metrics, match_boxes, per_class_ap
+
+NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+SQUARE = (0, 0, 100, 100)
+OTHER = (200, 200, 300, 300)
+
+
+def pycocotools_numbers(truth_json: Path, detections_json: Path) -> dict[str, float]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(truth_json))
+        evaluation = COCOeval(truth, truth.loadRes(str(detections_json)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {name: math.nan if value == -1 else value for name, value in zip(NAMES, evaluation.stats, strict=True)}
+
+
+def test_perfect_predictions_score_one_and_sizes_without_objects_are_nan(make_labels, capsys):
+    truth = make_labels({"a": [(*SQUARE, 0), (10, 10, 30, 30, 1)], "b": [], "c": [(*OTHER, 1)]}, (5, 9))
+    metrics = coco_metrics(truth, truth)
+    assert list(metrics) == NAMES
+    present = {name: value for name, value in metrics.items() if name not in ("APm", "ARm", "AR1")}
+    assert present == pytest.approx(dict.fromkeys(present, 1.0))
+    assert math.isnan(metrics["APm"]) and math.isnan(metrics["ARm"])
+    assert capsys.readouterr().out == ""
+
+
+def test_one_false_positive_between_two_hits(make_labels):
+    truth = make_labels({"a": [(*SQUARE, 0), (*OTHER, 0)]})
+    found = make_labels({"a": [(*OTHER, 0, 0.7), (400, 400, 500, 500, 0, 0.8), (*SQUARE, 0, 0.9)]})
+    metrics = coco_metrics(truth, found)
+    # recall levels 0.00..0.50 at precision 1, the 50 above at 2/3
+    assert metrics["AP"] == pytest.approx((51 + 50 * 2 / 3) / 101)
+    assert metrics["AR1"] == pytest.approx(0.5)
+    assert metrics["AR10"] == pytest.approx(1.0)
+
+
+def test_overlap_decides_at_which_thresholds_a_box_counts(make_labels):
+    truth = make_labels({"a": [(*SQUARE, 0)]})
+    found = make_labels({"a": [(0, 0, 100, 72, 0, 0.9)]})  # IoU 0.72: hits at 0.50 .. 0.70
+    metrics = coco_metrics(truth, found)
+    assert (metrics["AP50"], metrics["AP75"]) == (pytest.approx(1.0), 0.0)
+    assert metrics["AP"] == pytest.approx(0.5)
+
+
+def test_crowds_neither_count_nor_punish(make_labels):
+    boxes = {"a": [(*SQUARE, 0), (200, 200, 600, 600, 0)]}
+    found = make_labels({"a": [(*SQUARE, 0, 0.5), (210, 210, 250, 250, 0, 0.9), (300, 300, 350, 350, 0, 0.8)]})
+    with_crowd = coco_metrics(make_labels(boxes, crowd=[False, True]), found)
+    assert with_crowd["AP"] == pytest.approx(1.0)
+    assert coco_metrics(make_labels(boxes), found)["AP"] < 0.5
+
+
+def test_no_predictions_score_zero(make_labels):
+    truth = make_labels({"a": [(*SQUARE, 0)], "b": []})
+    for found in (make_labels({"a": [], "b": []}), make_labels({})):
+        metrics = coco_metrics(truth, found)
+        assert {metrics[name] for name in ("AP", "AP50", "APl", "AR100")} == {0.0}
+
+
+def test_truth_without_objects_gives_nan(make_labels):
+    metrics = coco_metrics(make_labels({"a": []}), make_labels({"a": [(*SQUARE, 0, 0.9)]}))
+    assert all(math.isnan(value) for value in metrics.values())
+
+
+def test_images_and_categories_are_matched_by_id_not_by_position(make_labels):
+    truth = make_labels({"a": [(*SQUARE, 0)], "b": [(*OTHER, 1)]}, ("cat", 17))
+    found = make_labels({"b": [(*OTHER, 2, 0.9)], "a": [(*SQUARE, 1, 0.9), (*OTHER, 0, 0.95)]}, ("dog", "cat", 17))
+    # the dog is unknown to the truth and is left out
+    assert coco_metrics(truth, found)["AP"] == pytest.approx(1.0)
+    assert per_class_ap(truth, found) == {"cat": pytest.approx(1.0), 17: pytest.approx(1.0)}
+
+
+def test_per_class_ap_averages_to_ap_and_is_nan_for_absent_classes(make_labels):
+    truth = make_labels({"a": [(*SQUARE, 0), (*OTHER, 2)]}, (1, 2, 3))
+    found = make_labels({"a": [(*SQUARE, 0, 0.9), (0, 0, 90, 90, 2, 0.9)]}, (1, 2, 3))
+    by_class = per_class_ap(truth, found)
+    assert by_class[1] == pytest.approx(1.0) and by_class[3] == 0.0
+    assert math.isnan(by_class[2])
+    assert coco_metrics(truth, found)["AP"] == pytest.approx(np.nanmean(list(by_class.values())))
+
+
+def test_equal_scores_keep_their_order(make_labels):
+    truth = make_labels({"a": [(*SQUARE, 0)]})
+    wrong = (400, 400, 500, 500, 0, 0.5)
+    hit_first = coco_metrics(truth, make_labels({"a": [(*SQUARE, 0, 0.5), wrong]}))
+    hit_second = coco_metrics(truth, make_labels({"a": [wrong, (*SQUARE, 0, 0.5)]}))
+    assert (hit_first["AR1"], hit_second["AR1"]) == (pytest.approx(1.0), 0.0)
+    assert (hit_first["AP"], hit_second["AP"]) == (pytest.approx(1.0), pytest.approx(0.5))
+
+
+def test_predictions_for_unknown_images_are_refused(make_labels):
+    truth = make_labels({"a": [], "b": []})
+    with pytest.raises(ValueError, match=r"2 of 3 images are not among the 2 images of the truth \(first: 'c'\)"):
+        coco_metrics(truth, make_labels({"a": [], "c": [], "d": []}))
+
+
+def test_pseudo_classes_are_refused(make_labels):
+    truth = make_labels({"a": [(*SQUARE, 0)]}, (1,))
+    with pytest.raises(ValueError, match=r"none of their 2 category ids.*use proposal_recall"):
+        coco_metrics(truth, make_labels({"a": [(*SQUARE, 0, 0.9)]}, ("x", "y")))
+
+
+@pytest.mark.parametrize("max_boxes", [(), (0, 10)])
+def test_box_numbers_below_one_are_refused(make_labels, max_boxes):
+    labels = make_labels({"a": []})
+    with pytest.raises(ValueError, match="max_boxes: expected at least one number of boxes >= 1"):
+        match_boxes(labels, labels, max_boxes=max_boxes)
+
+
+def test_equals_pycocotools_on_json_files_with_ties_crowds_and_all_sizes(tmp_path):
+    rng = np.random.default_rng(0)
+    category_ids = [3, 7, 90]
+    content = {
+        "images": [{"id": 10 + i, "file_name": f"{i:02d}.jpg", "height": 512, "width": 512} for i in range(12)],
+        "categories": [{"id": id_, "name": f"kind {id_}"} for id_ in category_ids],
+        "annotations": [],
+    }
+    detections = []
+    for image in content["images"][:10]:  # the last two stay empty in the truth
+        for _ in range(rng.integers(0, 9)):
+            x, y = rng.integers(0, 400, 2) / 2
+            width, height = np.exp(rng.uniform(np.log(8), np.log(250), 2)).round()
+            box = [float(v) for v in (x, y, width, height)]
+            category = int(rng.choice(category_ids))
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image["id"],
+                    "category_id": category,
+                    "bbox": box,
+                    "area": float(width * height * rng.choice([1.0, 0.5])),
+                    "iscrowd": int(rng.random() < 0.1),
+                }
+            )
+            for _ in range(rng.integers(0, 4)):
+                shifted = [max(0.0, v + float(d)) for v, d in zip(box, rng.integers(-10, 11, 4) / 2, strict=True)]
+                detections.append({"image_id": image["id"], "category_id": category, "bbox": shifted})
+    for image in content["images"]:
+        for _ in range(3):
+            box = [float(v) for v in (*rng.integers(0, 200, 2), *rng.integers(4, 200, 2))]
+            detections.append({"image_id": image["id"], "category_id": int(rng.choice(category_ids)), "bbox": box})
+    detections = [{**d, "score": float(rng.integers(1, 16)) / 16} for d in detections if min(d["bbox"][2:]) > 0]
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    (tmp_path / "detections.json").write_text(json.dumps(detections))
+
+    truth, _ = read_coco(tmp_path / "truth.json")
+    rows = []
+    for image in content["images"]:
+        own = [d for d in detections if d["image_id"] == image["id"]]
+        xywh = np.asarray([d["bbox"] for d in own]).reshape(-1, 4)
+        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+        classes = [category_ids.index(d["category_id"]) for d in own]
+        rows.append(ImageLabels.build(image["file_name"], (512, 512), corners, classes, [d["score"] for d in own]))
+    found = Labels.from_images(rows, [Category(id_, "") for id_ in category_ids])
+
+    expected = pycocotools_numbers(tmp_path / "truth.json", tmp_path / "detections.json")
+    assert 0.05 < expected["AP"] < 0.95  # the data can tell right from wrong
+    assert coco_metrics(truth, found) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_equals_pycocotools_on_real_annotations(tmp_path):
+    data = Path(os.environ.get("SIMDETR_DATA", Path(__file__).parents[3] / "shared/data"))
+    path = data / "coco256/instances_val.json"
+    if not path.is_file():
+        pytest.skip(f"no {path}; set SIMDETR_DATA to the folder of the image sets")
+    truth, _ = read_coco(path)
+    rng = np.random.default_rng(1)
+    rows = []
+    for index in range(len(truth)):
+        boxes = truth.image(index)
+        sides = np.tile(boxes.boxes_xyxy[:, 2:] - boxes.boxes_xyxy[:, :2], 2)
+        moved = boxes.boxes_xyxy + rng.normal(0, 0.07, sides.shape) * sides
+        corners = np.concatenate([np.minimum(moved[:, :2], moved[:, 2:]), np.maximum(moved[:, :2], moved[:, 2:])], 1)
+        scores = rng.random(len(boxes))
+        rows.append(ImageLabels.build(boxes.image_id, boxes.size_hw, corners, boxes.classes, scores))
+    found = Labels.from_images(rows, truth.categories)
+    write_detections(found, tmp_path / "detections.json", path)
+    expected = pycocotools_numbers(path, tmp_path / "detections.json")
+    assert 0.2 < expected["AP"] < 0.9
+    # float32 boxes and areas against the file's decimals: a box at the very edge of a threshold may fall to either side
+    assert coco_metrics(truth, found) == pytest.approx(expected, abs=2e-3)

@@ -1,0 +1,177 @@
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from simdetr.evaluation.learning_curves import Curve
+from simdetr.evaluation.report import (
+    NOT_GIVEN,
+    ReportData,
+    Sample,
+    StepRow,
+    data_uri,
+    format_duration,
+    render_report,
+    write_report,
+)
+
+VOID = {"img", "meta", "br", "path", "use", "rect"}
+
+
+class Page(HTMLParser):
+    """The page's elements, links, sources and text; fails on elements that are not closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.text = ""
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name == "src":
+                self.sources.append(value)
+            elif name in ("href", "xlink:href"):
+                self.links.append(value)
+            elif name == "id":
+                self.ids.add(value)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def full_report():
+    picture = Image.new("RGB", (64, 48), (200, 30, 30))
+    return ReportData(
+        title="run <one>",
+        created="2024-05-01 12:00",
+        command="simdetr pretrain --images 'a & b'",
+        steps=[StepRow("Mine proposals", "1,234 proposals", 75.0, "8 images"), StepRow("Cluster", "16 classes", 2.0)],
+        samples=[Sample("a/<b>.jpg", [("mined: 3 boxes", picture), ("stage 1: 2 boxes", picture)])],
+        montages=[("class 0: 12 boxes", picture)],
+        recall=[
+            {"stage": "mined", "images": 1200, "boxes_per_image": 7.25, "AR@100": 0.4012, "AR@100l": float("nan")},
+            {"stage": "stage 1", "images": 1200, "boxes_per_image": 50.0, "AR@100": 0.5, "AR@100l": 0.25},
+        ],
+        curves=[Curve("stage <1>", {"train/loss": ([0, 1], [2.0, 1.0])})],
+        comparison=[
+            {"initialisation": "scratch", "label_budget": "1 %", "seed": 0, "AP": 0.1},
+            {"initialisation": "pretrained", "label_budget": "1 %", "seed": 0, "AP": 0.25},
+        ],
+        config="encoder: <script>alert(1)</script>\n",
+    )
+
+
+def test_page_shows_every_part(full_report):
+    page = Page(render_report(full_report))
+    text = " ".join(page.text.split())
+    for expected in (
+        "run <one>",
+        "1 min 17 s in all",
+        "simdetr pretrain --images 'a & b'",
+        "1,234 proposals",
+        "1 min 15 s · 8 images",
+        "a/<b>.jpg",
+        "mined: 3 boxes",
+        "class 0: 12 boxes",
+        "1,200",
+        "40.1",
+        "stage <1>",
+        "+15.0",
+        "<script>alert(1)</script>",
+    ):
+        assert expected in text
+    assert "Not shown" not in text
+    assert "recall at IoU 0.5" not in text  # no row has it
+    assert page.tags.count("img") == 3 and page.tags.count("svg") == 1
+
+
+def test_page_needs_nothing_else(full_report):
+    html = render_report(full_report)
+    page = Page(html)
+    assert len(page.sources) == 3
+    for source in page.sources:
+        head, _, payload = source.partition(",")
+        assert head == "data:image/jpeg;base64"
+        with Image.open(io.BytesIO(base64.b64decode(payload, validate=True))) as picture:
+            assert (picture.format, picture.size) == ("JPEG", (64, 48))
+    assert page.links and {link[1:] for link in page.links if link.startswith("#")} <= page.ids
+    assert all(link.startswith("#") for link in page.links)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"url\((?!#)|@import|\son\w+=", html)
+
+
+def test_empty_parts_say_why():
+    page = Page(render_report(ReportData("t", "now", missing={"recall": "the labels are on Mars."})))
+    text = " ".join(page.text.split())
+    reasons = {**NOT_GIVEN, "recall": "the labels are on Mars."}
+    assert len(reasons) == 7
+    for reason in reasons.values():
+        assert f"Not shown: {reason}" in text
+
+
+def test_report_is_written_whole_or_not_at_all(tmp_path, full_report):
+    folder = tmp_path / "runs" / "report"
+    path = write_report(full_report, folder)
+    assert path == folder / "index.html"
+    before = path.read_text(encoding="utf-8")
+    assert before == render_report(full_report)
+    broken = ReportData("t", "now", curves=[Curve("x", {})])
+    with pytest.raises(ValueError, match="curve 'x'"):
+        write_report(broken, folder)
+    assert path.read_text(encoding="utf-8") == before
+    assert list(folder.iterdir()) == [path]
+
+
+def test_runs_without_an_ap_have_neither_bar_nor_gain():
+    rows = [
+        {"initialisation": "scratch", "label_budget": "1 %", "AP": None},
+        {"initialisation": "pretrained", "label_budget": "1 %", "AP": 0.2},
+    ]
+    html = render_report(ReportData("t", "now", comparison=rows))
+    assert html.count('class="bar"') == 1
+    assert "nan" not in html
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "–"),
+        (0, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3599.7, "1 h 00 min"),
+        (7620, "2 h 07 min"),
+    ],
+)
+def test_durations_read_well(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_pictures_with_transparency_become_jpeg():
+    head, _, payload = data_uri(Image.new("RGBA", (5, 4))).partition(",")
+    assert head == "data:image/jpeg;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(payload))).mode == "RGB"

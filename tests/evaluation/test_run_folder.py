@@ -1,0 +1,139 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from simdetr.data.coco import read_coco
+from simdetr.data.images import open_images
+from simdetr.data.labels import write_labels
+from simdetr.data.scenes import render_scenes
+from simdetr.evaluation import run_folder
+from simdetr.evaluation.proposal_recall import proposal_recall
+from simdetr.evaluation.report import StepRow, render_report
+from simdetr.evaluation.run_folder import collect_run
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    path = render_scenes(tmp_path_factory.mktemp("scenes"), 12, size=(96, 96), seed=5)
+    return open_images(path), read_coco(path)[0]
+
+
+@pytest.fixture
+def run(tmp_path, scenes):
+    """A run of two stages: half of the boxes mined, all of them relabelled."""
+    _, truth = scenes
+    for stage in (0, 1):
+        labels = replace(truth, stage=stage)
+        if stage == 0:
+            keep = np.arange(len(labels.classes)) % 2 == 0
+            counts = np.add.reduceat(np.append(keep, False), labels.offsets[:-1]) * (np.diff(labels.offsets) > 0)
+            columns = {
+                name: getattr(labels, name)[keep] for name in ("boxes_xyxy", "classes", "scores", "areas", "crowd")
+            }
+            labels = replace(labels, offsets=np.concatenate([[0], np.cumsum(counts)]), **columns)
+        write_labels(labels, tmp_path / f"stage{stage}/labels.parquet")
+    steps = [
+        {"name": "mine", "seconds": 12.5, "count": 1200, "what": "proposals"},
+        {"name": "fit-stage1", "seconds": 1.0},
+        {"name": "relabel-stage1", "seconds": 2.0, "count": 7, "what": "boxes", "note": "all images"},
+        {"name": "fit-stage1", "seconds": 30.0, "count": 5, "what": "epochs"},
+    ]
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps) + '{"name": "fit-st')
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    for name in ("stage10", "stage1/lightning_logs/version_0", "stage2"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "metrics.csv").write_text("epoch,step,train/loss\n0,1,2.0\n0,2,1.0\n")
+    (tmp_path / "comparison.json").write_text(
+        json.dumps([{"initialisation": "scratch", "label_budget": "1 %", "seed": 0, "AP": 0.1}])
+    )
+    return tmp_path
+
+
+def test_everything_of_a_run_is_collected(run, scenes):
+    source, truth = scenes
+    data = collect_run(run, source, truth, num_samples=4, num_montages=3, command="simdetr pretrain")
+    assert data.missing == {}
+    assert data.title.endswith(f"“{run.name}”") and data.command == "simdetr pretrain"
+    assert data.steps == [
+        StepRow("Mine proposals", "1,200 proposals", 12.5),
+        StepRow("Train stage 1", "5 epochs", 30.0),  # run again: the last record counts; the torn line is passed over
+        StepRow("Relabel by stage 1", "7 boxes", 2.0, "all images"),
+    ]
+    assert [curve.name for curve in data.curves] == ["stage 1", "stage 2", "stage 10"]
+    assert data.comparison is not None and data.config == "seed: 3\n"
+    assert len(data.montages) == 3
+    assert render_report(data).count("Not shown") == 0
+
+
+def test_samples_show_every_stage_of_one_image(run, scenes):
+    source, truth = scenes
+    data = collect_run(run, source, truth, num_samples=4, seed=1)
+    assert len({sample.image_id for sample in data.samples}) == 4
+    for sample in data.samples:
+        captions = [caption.split(":")[0] for caption, _ in sample.pictures]
+        assert captions == ["mined", "stage 1", "labelled by people"]
+        count = len(truth.of(sample.image_id))
+        assert sample.pictures[1][0] == f"stage 1: {count} box{'' if count == 1 else 'es'}"
+        relabelled, people = (np.asarray(picture) for _, picture in sample.pictures[1:])
+        assert (relabelled == people).all()  # same boxes, same classes: same picture
+    again = collect_run(run, source, truth, num_samples=4, seed=1)
+    assert [s.image_id for s in again.samples] == [s.image_id for s in data.samples]
+    other = collect_run(run, source, truth, num_samples=4, seed=2)
+    assert [s.image_id for s in other.samples] != [s.image_id for s in data.samples]
+
+
+def test_recall_is_measured_on_shared_images(run, scenes):
+    source, truth = scenes
+    shared = truth.image_ids[3:9]
+    data = collect_run(run, source, truth.select(shared))
+    mined, relabelled = data.recall
+    assert (mined["stage"], mined["images"], relabelled["stage"]) == ("mined", 6, "stage 1")
+    assert relabelled["AR@100"] == pytest.approx(1.0)
+    stage0 = run_folder.read_labels(run / "stage0/labels.parquet").select(shared)
+    assert mined["AR@100"] == pytest.approx(proposal_recall(truth.select(shared), stage0)["AR@100"])
+    assert 0 < mined["AR@100"] < 1
+    assert mined["boxes_per_image"] == pytest.approx(len(stage0.classes) / 6)
+
+
+def test_recall_of_many_images_is_measured_on_a_part(run, scenes, monkeypatch):
+    source, truth = scenes
+    monkeypatch.setattr(run_folder, "MAX_RECALL_IMAGES", 5)
+    assert [row["images"] for row in collect_run(run, source, truth).recall] == [5, 5]
+
+
+def test_foreign_truth_is_named(run, scenes, make_labels):
+    source, _ = scenes
+    data = collect_run(run, source, make_labels({"elsewhere.jpg": [(0, 0, 9, 9, 0)]}))
+    assert data.recall == []
+    assert "covers none of the run's images" in data.missing["recall"] and "elsewhere.jpg" in data.missing["recall"]
+    assert [len(sample.pictures) for sample in data.samples] == [2] * 6
+
+
+def test_missing_images_are_named(run, scenes, tmp_path):
+    source, truth = scenes
+    (tmp_path / "nothing").mkdir()
+    data = collect_run(run, replace(source, root=tmp_path / "nothing"), truth)
+    assert data.samples == [] and data.montages == []
+    assert "could be read" in data.missing["samples"] and "can be read" in data.missing["montages"]
+    assert len(data.recall) == 2  # needs no pixels
+
+
+def test_a_fresh_folder_says_what_is_not_there_yet(tmp_path, scenes):
+    data = collect_run(tmp_path, scenes[0], None)
+    assert set(data.missing) == {"steps", "samples", "montages", "recall", "curves", "comparison"}
+    assert render_report(data).count("Not shown") == 7
+    with pytest.raises(FileNotFoundError, match="run_dir: expected the folder of a run"):
+        collect_run(tmp_path / "absent", scenes[0], None)
+
+
+def test_broken_files_are_named(run, scenes):
+    source, truth = scenes
+    (run / "steps.jsonl").write_text('{"name": "mine"\n{"name": "cluster"}\n')
+    with pytest.raises(ValueError, match=r"steps.jsonl, line 1: expected one JSON object per line"):
+        collect_run(run, source, truth)
+    (run / "steps.jsonl").unlink()
+    (run / "comparison.json").write_text('{"AP": 1}')
+    with pytest.raises(ValueError, match=r"comparison.json: expected a list of objects"):
+        collect_run(run, source, truth)

@@ -1,0 +1,196 @@
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from sklearn.cluster import KMeans as SklearnKMeans
+
+from simdetr.proposals.kmeans import _lloyd, fit_kmeans, nearest
+from simdetr.proposals.kmeans_starts import sample_rows, spread_starts
+
+
+def blobs(clusters=12, rows=3000, dims=10, spread=0.35, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(clusters, dims, generator=generator)
+    own = torch.randint(clusters, (rows,), generator=generator)
+    return centres[own] + spread * torch.randn(rows, dims, generator=generator)
+
+
+def exact_inertia(rows, centroids):
+    return float(torch.cdist(rows.double(), centroids.double()).amin(dim=1).square().sum())
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0])
+def test_inertia_is_within_one_percent_of_scikit_learn(spread):
+    rows = blobs(spread=spread)
+    ours = fit_kmeans(rows, 12, spherical=False, starts=4, max_iterations=100)
+    theirs = SklearnKMeans(12, n_init=10, random_state=0).fit(rows.numpy())
+    assert ours.inertia <= 1.01 * theirs.inertia_
+    assert ours.inertia == pytest.approx(exact_inertia(rows, ours.centroids), rel=1e-4)
+    assert torch.equal(ours.counts, torch.bincount(ours.assign(rows), minlength=12))
+
+
+def test_single_starts_are_as_good_as_scikit_learns():
+    """Many well separated groups, where poor starts are never mended: the average over seeds must not be worse."""
+    rows = blobs(clusters=40, rows=3000)
+    ours = [fit_kmeans(rows, 40, spherical=False, seed=seed).inertia for seed in range(5)]
+    theirs = [SklearnKMeans(40, n_init=1, random_state=seed).fit(rows.numpy()).inertia_ for seed in range(5)]
+    assert np.mean(ours) <= 1.03 * np.mean(theirs)
+    assert min(ours) <= 1.01 * np.mean(theirs)
+
+
+def test_spherical_clusters_are_directions():
+    rows = blobs(dims=6)
+    scaled = rows * torch.rand(len(rows), 1, generator=torch.Generator().manual_seed(1)).mul(5).add(0.1)
+    plain, other = fit_kmeans(rows, 8), fit_kmeans(scaled, 8)
+    torch.testing.assert_close(plain.centroids.norm(dim=1), torch.ones(8))
+    assert other.inertia == pytest.approx(plain.inertia, rel=0.01)
+    units = torch.nn.functional.normalize(rows, dim=1)
+    assert plain.inertia == pytest.approx(exact_inertia(units, plain.centroids), rel=1e-4)
+    assert torch.equal(plain.assign(rows), plain.assign(rows * 7))
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_faiss_and_torch_agree_within_one_percent(spherical):
+    rows = blobs(clusters=20, rows=4000)
+    ours = fit_kmeans(rows, 20, spherical=spherical, starts=3)
+    faiss = fit_kmeans(rows, 20, spherical=spherical, starts=5, backend="faiss")
+    assert ours.inertia == pytest.approx(faiss.inertia, rel=0.01) or ours.inertia < faiss.inertia
+    assert int(faiss.counts.sum()) == len(rows)
+
+
+class Blocks:
+    """Blocks made anew in every pass; counts the passes."""
+
+    def __init__(self, rows, size):
+        self.rows, self.size, self.passes = rows, size, 0
+
+    def __iter__(self):
+        self.passes += 1
+        yield from torch.split(self.rows, self.size)
+        yield self.rows[:0]
+
+
+def test_streaming_equals_clustering_at_once():
+    rows = blobs(rows=2500)
+    blocks = Blocks(rows, 170)
+    streamed, whole = fit_kmeans(blocks, 12, seed=3), fit_kmeans(rows, 12, seed=3)
+    torch.testing.assert_close(streamed.centroids, whole.centroids, atol=1e-5, rtol=1e-4)
+    assert torch.equal(streamed.counts, whole.counts)
+    assert blocks.passes == streamed.iterations + 2  # one for the sample, one for the first assignment
+
+
+def test_sample_depends_on_the_rows_only():
+    rows = torch.cat((blobs(rows=9000), torch.zeros(5000, 10)))  # a flat image's regions must not fill the sample
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(5))
+    first, second = sample_rows([rows], 4, False, 0), sample_rows(torch.split(rows[order], 999), 4, False, 0)
+    assert torch.equal(first, second)
+    assert len(first) < 9000 and int((first == 0).all(dim=1).sum()) <= 1
+    assert not torch.equal(first, sample_rows([rows], 4, False, 1))
+    picked = first[:, 0].double()
+    assert float(picked.mean()) == pytest.approx(float(rows[:9000, 0].double().mean()), abs=0.03)
+
+
+def test_starts_are_rows_and_spread_over_far_groups():
+    rows = torch.cat([torch.full((300, 2), 100.0 * group) + torch.rand(300, 2) for group in range(5)])
+    starts = spread_starts(rows, 5, torch.Generator().manual_seed(0))
+    assert sorted((starts[:, 0] // 100).int().tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_nearest_in_tiles_is_the_exact_nearest(monkeypatch):
+    monkeypatch.setattr("simdetr.proposals.kmeans._TILE_ELEMENTS", 64)
+    rows, centroids = blobs(rows=333), blobs(rows=7, seed=1)
+    labels, distances = nearest(rows, centroids)
+    exact = torch.cdist(rows.double(), centroids.double()).square().min(dim=1)
+    assert torch.equal(labels, exact.indices)
+    torch.testing.assert_close(distances.double(), exact.values, atol=1e-4, rtol=1e-4)
+
+
+def test_empty_clusters_start_again():
+    """From starts that all coincide, every cluster but one is empty at first; still each group gets its own."""
+    groups = torch.tensor([[0.0, 1.0], [9.0, 0.0], [50.0, 9.0], [51.0, 30.0], [-80.0, 7.0]])
+    rows = groups.repeat(50, 1)
+    result = _lloyd([rows], rows[:1].repeat(5, 1), groups, spherical=False, max_iterations=20, tolerance=1e-4)
+    assert (result.counts == 50).all()
+    assert result.inertia == pytest.approx(0, abs=1e-2)
+
+
+def test_fewer_different_rows_than_clusters_is_defined():
+    result = fit_kmeans(torch.ones(30, 4), 3)
+    assert result.inertia == pytest.approx(0, abs=1e-5)
+    assert int(result.counts.sum()) == 30 and torch.isfinite(result.centroids).all()
+
+
+def test_one_cluster_is_the_mean():
+    rows = blobs(rows=500)
+    result = fit_kmeans(rows, 1, spherical=False)
+    torch.testing.assert_close(result.centroids[0], rows.mean(dim=0), atol=1e-5, rtol=1e-4)
+    assert result.inertia == pytest.approx(float((rows - rows.mean(dim=0)).square().sum()), rel=1e-4)
+    assert result.counts.tolist() == [500]
+
+
+def test_same_seed_same_result_and_global_generator_untouched():
+    rows = blobs()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first, second = fit_kmeans(rows, 12, seed=7), fit_kmeans(rows, 12, seed=7)
+    assert torch.equal(first.centroids, second.centroids)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_more_clusters_than_rows_names_both_numbers(backend):
+    with pytest.raises(ValueError, match="got 11 clusters for 10 rows"):
+        fit_kmeans(torch.rand(10, 3), 11, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "message"),
+    [
+        (torch.rand(10, 3), {"num_clusters": 0}, "at least 1 each, got 0"),
+        (torch.full((10, 3), torch.nan), {"num_clusters": 2}, "finite rows"),
+        (torch.rand(10), {"num_clusters": 2}, r"blocks \[n, D\], got shape \(10,\)"),
+        ([torch.rand(10, 3), torch.rand(10, 4)], {"num_clusters": 2}, "blocks of 3 dimensions, got 4"),
+        (iter([torch.rand(10, 3)]), {"num_clusters": 2}, "can be repeated, got an iterator"),
+        ([], {"num_clusters": 2}, "got 2 clusters for 0 rows"),
+        (torch.rand(10, 3), {"num_clusters": 2, "backend": "other"}, "expected 'torch' or 'faiss', got 'other'"),
+    ],
+)
+def test_wrong_input_is_refused(features, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit_kmeans(features, **options)
+
+
+def _cluster_a_shard(rank, address, rows, out):
+    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    shard = rows[rank::2][: len(rows) // 2 - 40 * rank]  # unequal shares, rows interleaved
+    result = fit_kmeans(shard if rank == 0 else [shard[:100], shard[100:]], 12, seed=3)
+    failures = []
+    for features, clusters in ((torch.rand(3, 4), 7), (torch.full((9, 4), torch.nan if rank else 0.0), 2)):
+        try:
+            fit_kmeans(features, clusters)
+        except ValueError as error:
+            failures.append(str(error))
+    torch.save((result.centroids, result.counts, result.inertia, failures), out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_two_ranks_equal_one(tmp_path):
+    rows = blobs(rows=2000)
+    mp.spawn(_cluster_a_shard, args=(tmp_path / "rendezvous", rows, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    seen = torch.cat((rows[0::2], rows[1::2][: len(rows) // 2 - 40]))
+    alone = fit_kmeans(seen, 12, seed=3)
+    torch.testing.assert_close(first[0], alone.centroids, atol=1e-5, rtol=1e-4)
+    assert torch.equal(first[1], alone.counts)
+    assert first[2] == pytest.approx(alone.inertia, rel=1e-5)
+    for _, _, _, failures in (first, second):  # both ranks stop, also the one whose own rows are fine
+        assert "got 7 clusters for 6 rows" in failures[0] and "finite rows" in failures[1]
+
+
+def test_result_is_plain_numbers():
+    result = fit_kmeans(blobs(rows=200), 3)
+    assert isinstance(result.inertia, float) and result.counts.dtype == torch.int64
+    assert np.isfinite(result.inertia)
