@@ -6,21 +6,24 @@ Commands are plain typed functions; jsonargparse makes their ``--help``. Options
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.logging import RichHandler
 
 from simdetr import commands
 
+Command = Callable[..., None]
 LIGHTNING = ("fit", "validate", "test")
-COMMANDS: dict[str, Any] = {
+COMMANDS: dict[str, Command | dict[str, Command]] = {
     "quickstart": commands.quickstart,
     "doctor": commands.doctor,
     "mine": commands.mine,
@@ -31,7 +34,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": commands.evaluate,
     "compare": commands.compare,
     "predict": commands.predict,
-    "export": {"_help": "Write results in other formats.", "labels": commands.export_labels},
+    "export": {"labels": commands.export_labels},
     "report": commands.report,
 }
 USER_ERRORS = (FileNotFoundError, PermissionError, ValueError, RuntimeError, OSError)
@@ -44,19 +47,16 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     console = Console(stderr=True)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_path=False, rich_tracebacks=False)],
-    )
-    quieten()
+    handler = RichHandler(console=console, show_path=False)
+    quieten(handler)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     try:
         if arguments[:1] and arguments[0] in LIGHTNING:
             from simdetr.recipe import RecipeCLI  # here, because Lightning takes seconds to import
 
             RecipeCLI(arguments)
         else:
-            auto_cli(COMMANDS, args=fold_options(arguments), as_positional=False, prog="simdetr", version=version())
+            run(fold_options(arguments))
     except USER_ERRORS as error:
         if debug:
             raise
@@ -64,20 +64,56 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def version() -> str:
-    """Version of the installed package."""
-    from importlib.metadata import version as installed
+def run(arguments: list[str]) -> None:
+    """Parse the arguments of one of ``COMMANDS`` and call it."""
+    values = command_parser().parse_args(arguments)
+    command: Any = COMMANDS
+    while isinstance(command, dict):
+        command, values = command[values.subcommand], values[values.subcommand]
+    command(**values)
 
-    return installed("simdetr")
+
+def command_parser() -> ArgumentParser:
+    """The parser of the whole command line: a subcommand for every function, its help from type hints and docstring."""
+    parser = ArgumentParser(prog="simdetr", version=version("simdetr"), description=purpose())
+    _add_commands(parser, COMMANDS)
+    return parser
 
 
-def quieten() -> None:
+def _add_commands(parser: ArgumentParser, commands_by_name: dict[str, Any]) -> None:
+    subcommands = parser.add_subcommands()
+    for name, command in commands_by_name.items():
+        own = ArgumentParser()
+        if isinstance(command, dict):
+            subcommands.add_subcommand(name, own, help=f"Write results in other formats: {', '.join(command)}.")
+            _add_commands(own, command)
+        else:
+            summary = str(inspect.getdoc(command)).split("\n\n")[0]
+            own.description = summary
+            own.add_function_arguments(command)
+            subcommands.add_subcommand(name, own, help=summary)
+
+
+def purpose() -> str:
+    """What the command is for, and where Lightning's own commands are."""
+    return (
+        "From unlabelled images to a pretrained detection transformer, from few labels to a detector. "
+        f"Lightning's own {' | '.join(LIGHTNING)} run on the same YAML files."
+    )
+
+
+def quieten(handler: logging.Handler) -> None:
     """Keep the terminal for what a user can act on: third parties' notices about their own internals are left out."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning.utilities._pytree")  # its own use of torch
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval.*")
+    noisy = ("pytorch_lightning", "lightning", "torch", "fsspec", "matplotlib")
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or not record.name.startswith(noisy))
+    for message in (
+        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+        ".*does not have many workers.*",
+        ".*Total length of `list` across ranks is zero.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*number of training batches .* is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def fold_options(arguments: Sequence[str]) -> list[str]:

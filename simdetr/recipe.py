@@ -7,6 +7,7 @@ DetectionData that fit together; ``num_classes`` flows from the labels to the de
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,12 @@ class RecipeCLI(LightningCLI):
         checkpoint_every_steps: int = 500,
     ) -> None:
         self._parse_only, self._checkpoint_every_steps = parse_only, checkpoint_every_steps
+        with warnings.catch_warnings():
+            # the arguments are ours on purpose, also under the `simdetr` command
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+            self._build(args, run)
+
+    def _build(self, args: Sequence[str] | None, run: bool) -> None:
         super().__init__(
             DetectionTask,
             DetectionData,
@@ -112,6 +119,7 @@ class RecipeCLI(LightningCLI):
                 "use_distributed_sampler": False,  # EpochBatchSampler shares images among ranks
                 "gradient_clip_val": 0.1,  # specs/detectors.md A9
                 "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
                 "log_every_n_steps": 10,
             },
         )

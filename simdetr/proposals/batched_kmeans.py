@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SAME_POINT = 1e-7  # squared distance below which two points of an embedding on the unit sphere are one
+SAME_POINT = 1e-5  # squared distance below which two points of an embedding on the unit sphere are one
 SAME_INERTIA = 1e-4  # relative; rounding must not decide between two starts that are equally good
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from simdetr.proposals.kmeans_starts import prepare_rows, sample_rows, spread_starts, too_few_rows, world_size
+from simdetr.proposals.kmeans_starts import prepare_rows, sample_rows, spread_starts, world_size
 
 Backend = Literal["torch", "faiss"]
 Features = Tensor | Iterable[Tensor]
@@ -75,7 +75,7 @@ def fit_kmeans(
         max_iterations: Lloyd iterations at most, each one pass over the rows.
         tolerance: stop when the inertia falls by less than this fraction.
         starts: independent starts, the best of which is returned.
-        backend: "torch", or "faiss" for one process whose rows fit in memory.
+        backend: "torch", or "faiss" (same starts) for one process whose rows fit in memory.
 
     Raises:
         ValueError: for fewer rows than clusters, numbers out of range, rows that are not finite, an iterable that
@@ -91,16 +91,19 @@ def fit_kmeans(
             "features: expected an iterable that can be repeated, got an iterator; give a list or a loader"
         )
     blocks: Iterable[Tensor] = torch.split(features, _BLOCK_ROWS) if isinstance(features, Tensor) else features
-    if backend == "faiss":
-        return _fit_faiss(blocks, num_clusters, seed, spherical, max_iterations, starts)
-    if backend != "torch":
+    if backend not in ("torch", "faiss"):
         raise ValueError(f"backend: expected 'torch' or 'faiss', got {backend!r}")
+    if backend == "faiss" and world_size() > 1:
+        raise ValueError("backend: expected 'torch' under several ranks, got 'faiss', which clusters on one process")
     runs = []
     for start in range(starts):
         generator = torch.Generator().manual_seed(seed + start)
         sample = sample_rows(blocks, num_clusters, spherical, seed + start)
         centroids = spread_starts(sample, num_clusters, generator)
-        runs.append(_lloyd(blocks, centroids, sample, spherical, max_iterations, tolerance))
+        if backend == "faiss":
+            runs.append(_lloyd_by_faiss(blocks, centroids, spherical, max_iterations))
+        else:
+            runs.append(_lloyd(blocks, centroids, sample, spherical, max_iterations, tolerance))
     return min(runs, key=lambda run: run.inertia)
 
 
@@ -183,26 +186,18 @@ def _means(sums: Tensor, counts: Tensor, centroids: Tensor, sample: Tensor, sphe
     return means
 
 
-def _fit_faiss(
-    blocks: Iterable[Tensor], num_clusters: int, seed: int, spherical: bool, max_iterations: int, starts: int
-) -> KMeans:
-    """faiss.Kmeans over all rows (no subsampling), then our own count and inertia of its centroids."""
-    if world_size() > 1:
-        raise ValueError("backend: expected 'torch' under several ranks, got 'faiss', which clusters on one process")
-    rows = torch.cat([prepare_rows(block, spherical) for block in blocks]).cpu()
-    if len(rows) < num_clusters:
-        raise ValueError(too_few_rows(num_clusters, len(rows)))
+def _lloyd_by_faiss(blocks: Iterable[Tensor], centroids: Tensor, spherical: bool, max_iterations: int) -> KMeans:
+    """All of faiss' iterations over all rows (no subsampling), then our own count and inertia of its centroids."""
+    rows = torch.cat([prepare_rows(block, spherical).cpu() for block in blocks if len(block)])
     solver = faiss.Kmeans(
         rows.shape[1],
-        num_clusters,
+        len(centroids),
         niter=max_iterations,
-        nredo=starts,
-        seed=seed,
         spherical=spherical,
         min_points_per_centroid=1,
         max_points_per_centroid=len(rows),
     )
-    solver.train(rows.numpy())
-    centroids = torch.from_numpy(np.array(solver.centroids, dtype=np.float32))
-    _, counts, inertia = _pass((rows,), centroids, spherical)
-    return KMeans(centroids, inertia, counts, max_iterations, spherical)
+    solver.train(rows.numpy(), init_centroids=centroids.cpu().numpy())
+    found = torch.from_numpy(np.array(solver.centroids, dtype=np.float32)).to(centroids.device)
+    _, counts, inertia = _pass(blocks, found, spherical)
+    return KMeans(found, inertia, counts, max_iterations, spherical)

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from simdetr.data.dataset import Batch
+from simdetr.data.pretrained_weights import load_backbone_weights, load_into
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.predictions import Detections, postprocess
 from simdetr.training.optimisation import Schedule, lr_factor, parameter_groups
@@ -37,6 +38,7 @@ class DetectionTask(pl.LightningModule):
         schedule: ``step``, ``cosine`` or ``constant``; see ``lr_factor``.
         drop_at: Fraction of the training after which ``step`` drops the rate.
         warmup_steps: Optimiser steps of linear warm-up.
+        backbone_weights: Checkpoint (path or URL; SwAV, DINO, MoCo, MoBY, timm) the backbone starts from.
         init_weights: Folder or file to start from; the class head is replaced if the classes differ.
         top_k: Detections per image kept in validation.
         seed: Seed of dropout; with it a resumed training equals an uninterrupted one.
@@ -52,6 +54,7 @@ class DetectionTask(pl.LightningModule):
         schedule: Schedule = "step",
         drop_at: float = 0.8,
         warmup_steps: int = 0,
+        backbone_weights: str | None = None,
         init_weights: str | None = None,
         top_k: int = 100,
         seed: int = 0,
@@ -62,6 +65,8 @@ class DetectionTask(pl.LightningModule):
         self.lr, self.backbone_lr, self.weight_decay = lr, backbone_lr, weight_decay
         self.schedule, self.drop_at, self.warmup_steps = schedule, drop_at, warmup_steps
         self.init_weights, self.top_k, self.seed = init_weights, top_k, seed
+        if backbone_weights is not None and init_weights is None:
+            load_into(detector.get_submodule("backbone.body"), load_backbone_weights(backbone_weights))
         self.load_report: LoadReport | None = None
         if init_weights is not None:
             self.load_report = load_weights(detector, Path(init_weights))

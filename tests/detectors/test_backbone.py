@@ -123,7 +123,7 @@ def test_weights_of_timm_load_by_prefix():
 def test_bad_names():
     with pytest.raises(ValueError, match="'resnet1801' is not a timm model; similar names"):
         Backbone("resnet1801")
-    with pytest.raises(ValueError, match="hiera_tiny_224.*network for any image size"):
+    with pytest.raises(ValueError, match=r"hiera_tiny_224.*network for any image size"):
         Backbone("hiera_tiny_224")
     with pytest.raises(ValueError, match="num_maps must be 1 or 3, got 2"):
         Backbone("resnet18", num_maps=2)

@@ -1,0 +1,43 @@
+# Two commands set everything up on a fresh machine: `make quickstart` and `make test`. Each makes .venv and installs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := dev
+PYTEST_ARGS ?= -m "not slow"
+
+.PHONY: quickstart test test-all lint docs format clean
+
+quickstart: $(VENV)/quickstart-installed ## render scenes, pretrain, fine-tune, compare, report: minutes, offline
+	$(BIN)/simdetr quickstart --out runs/quickstart
+
+test: $(VENV)/dev-installed ## the default tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: ## the slow tests too
+	$(MAKE) test PYTEST_ARGS='-m "slow or not slow"'
+
+lint: $(VENV)/dev-installed ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/dev-installed ## the documentation, into site/
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/quickstart-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/dev-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@ $(VENV)/quickstart-installed
+
+clean:
+	rm -rf $(VENV) build dist site *.egg-info
