@@ -2,13 +2,18 @@
 
     images -> mine -> cluster -> (fit -> relabel) x stages -> finetune -> evaluate | compare | predict
 
-Read ``simdetr/pipeline.py`` first: it is the whole method, one call per step.
+Read ``simdetr/pipeline.py`` first: it is the whole method, one call per step. Names are imported when they are first
+used (PEP 562), because torch and Lightning take seconds and ``simdetr --help`` should not.
 """
 
-from simdetr.data.images import ImageSource, open_images
-from simdetr.data.labels import Labels, read_labels, write_labels
-from simdetr.pipeline import compare, evaluate, finetune, mine_proposals, predict, pretrain, report
-from simdetr.proposals.store import ProposalStore
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from simdetr.data.images import ImageSource, open_images
+    from simdetr.data.labels import Labels, read_labels, write_labels
+    from simdetr.pipeline import compare, evaluate, finetune, mine_proposals, predict, pretrain, report
+    from simdetr.proposals.store import ProposalStore
 
 __all__ = [
     "ImageSource",
@@ -25,3 +30,24 @@ __all__ = [
     "report",
     "write_labels",
 ]
+
+_HOMES = {
+    "ImageSource": "simdetr.data.images",
+    "open_images": "simdetr.data.images",
+    "Labels": "simdetr.data.labels",
+    "read_labels": "simdetr.data.labels",
+    "write_labels": "simdetr.data.labels",
+    "ProposalStore": "simdetr.proposals.store",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'simdetr' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_HOMES.get(name, "simdetr.pipeline")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -285,7 +285,13 @@ def evaluate(
     """
     truth = read_labels(Path(labels))
     found = predict(images, checkpoint, device=device)
-    found = found.select([image_id for image_id in found.image_ids if image_id in truth])
+    shared = [image_id for image_id in found.image_ids if image_id in truth]
+    if not shared:
+        raise ValueError(
+            f"labels: {labels} names none of the {len(found)} images (there {list(truth.image_ids[:1])}, here "
+            f"{list(found.image_ids[:1])}); give the folder that its file names are relative to."
+        )
+    truth, found = truth.select(shared), found.select(shared)
     return coco_metrics(truth, found) | proposal_recall(truth, found)
 
 

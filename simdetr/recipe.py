@@ -8,6 +8,7 @@ DetectionData that fit together; ``num_classes`` flows from the labels to the de
 from __future__ import annotations
 
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
@@ -25,11 +26,12 @@ from simdetr.data.atomic_files import atomic_path
 from simdetr.evaluation.validation import CocoValidation
 from simdetr.proposals.batch_mining import MiningConfig
 from simdetr.proposals.features import Encoder
+from simdetr.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.detection_task import DetectionTask
 from simdetr.training.weights import read_state
 
-DEFAULT_ENCODER = "torch.nn.Identity"
+DEFAULT_ENCODER = "simdetr.proposals.colour_texture.ColourTextureEncoder"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class SelfTrainingConfig:
     max_boxes: int = 100
     from_scratch: bool = False
     checkpoint_every_steps: int = 500
+
+
+class RecipeError(ValueError):
+    """Config files or options that do not fit together; the message names the key."""
 
 
 class PipelineSections(NamedTuple):
@@ -104,7 +110,10 @@ class RecipeCLI(LightningCLI):
         with warnings.catch_warnings():
             # the arguments are ours on purpose, also under the `simdetr` command
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-            self._build(args, run)
+            try:
+                self._build(args, run)
+            except ArgumentError as error:
+                raise RecipeError(f"config: {error}") from error
 
     def _build(self, args: Sequence[str] | None, run: bool) -> None:
         super().__init__(
@@ -112,6 +121,7 @@ class RecipeCLI(LightningCLI):
             DetectionData,
             args=list(args) if args is not None else None,
             run=run,
+            parser_kwargs={} if run else {"exit_on_error": False},  # a library raises, only commands exit
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
@@ -140,30 +150,23 @@ class RecipeCLI(LightningCLI):
         root = Path(trainer.get("default_root_dir") or ".")
         if trainer.get("logger") in (None, True):
             kwargs["logger"] = default_loggers(root)
-        callbacks: list[Callback] = [*kwargs.get("callbacks", [])]
-        if self.datamodule.val_labels is not None:
+        if trainer.get("plugins") is None:
+            kwargs["plugins"] = [AtomicCheckpointIO()]
+        built = self.config_init[str(self.subcommand)] if self.subcommand else self.config_init
+        own = built["trainer"].get("callbacks") or []
+        callbacks: list[Callback] = [*own] if isinstance(own, list) else [own]
+        validated = self.datamodule.val_labels is not None
+        if validated:
             callbacks.append(CocoValidation())
         if trainer.get("enable_checkpointing") is not False:
-            callbacks += self._checkpoints(root / "checkpoints")
+            folder = root / "checkpoints"
+            callbacks += checkpoint_callbacks(folder, self._checkpoint_every_steps, validated=validated)
         return super().instantiate_trainer(**kwargs | {"callbacks": callbacks})
-
-    def _checkpoints(self, folder: Path) -> list[Callback]:
-        """The point to resume from, every so many steps, and the best (or, without validation, last) weights."""
-        validated = self.datamodule.val_labels is not None
-        kept = ModelCheckpoint(
-            folder,
-            filename="best" if validated else "last",
-            monitor="val/AP" if validated else None,
-            mode="max",
-            enable_version_counter=False,
-        )
-        every = self._checkpoint_every_steps
-        return [kept, ModelCheckpoint(folder, "resume", every_n_train_steps=every, enable_version_counter=False)]
 
 
 def default_loggers(root: Path) -> list[Logger]:
     """CSV and TensorBoard below ``root``/logs; every start gets its own version, so a resume loses no rows."""
-    csv = CSVLogger(root, name="logs")
+    csv = CSVLogger(root, name="logs", flush_logs_every_n_steps=1)  # a killed run keeps its rows
     return [csv, TensorBoardLogger(root, name="logs", version=f"version_{csv.version}")]
 
 
@@ -192,6 +195,8 @@ class Recipe:
         if stored is None:
             raise ValueError(f"init: {detector} has no config beside its weights; give a folder written by simdetr.")
         arguments = {name: value for name, value in stored["init_args"].items() if name != "num_classes"}
+        if weights and "pretrained_backbone" in arguments:
+            arguments["pretrained_backbone"] = False  # it would be downloaded only to be overwritten
         model: dict[str, Any] = {"detector": {"class_path": stored["class_path"], "init_args": arguments}}
         if weights:
             model["init_weights"] = str(detector)

@@ -45,13 +45,13 @@ def multi_scale_deformable_attention(
         for level, (cells, (height, width)) in enumerate(zip(levels, shapes, strict=True)):
             samples = F.grid_sample(
                 rearrange(cells, "b (h w) m d -> (b m) d h w", h=height, w=width),
-                rearrange(grids[:, :, :, level], "b n m p xy -> (b m) n p xy"),
+                rearrange(grids[:, :, :, level], "b n m p xy -> (b m) p n xy"),
                 mode="bilinear",
                 padding_mode="zeros",
                 align_corners=False,
             )
-            weighted = samples * rearrange(weights[:, :, :, level], "b n m p -> (b m) 1 n p")
-            summed = weighted.sum(dim=-1)
+            # points before queries: the sum over the few points then runs along long rows
+            summed = (samples * rearrange(weights[:, :, :, level], "b n m p -> (b m) 1 p n")).sum(dim=2)
             total = summed if total is None else total + summed
         assert total is not None, "no levels"
         return rearrange(total, "(b m) d n -> b n (m d)", b=batch, m=heads).to(dtype)

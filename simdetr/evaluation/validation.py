@@ -41,12 +41,11 @@ class CocoValidation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch's detections."""
-        labels = _validation_labels(trainer)
-        mine = labels.image_ids[trainer.global_rank :: trainer.world_size]
+        image_ids = _validation_labels(trainer).image_ids
         for target, found in zip(batch.targets if batch is not None else [], outputs, strict=True):
             height, width = (int(side) for side in target["orig_size"])
             columns = (found[name].float().cpu().numpy() for name in ("boxes_xyxy", "labels", "scores"))
-            self._rows.append(ImageLabels.build(mine[int(target["image_index"])], (height, width), *columns))
+            self._rows.append(ImageLabels.build(image_ids[int(target["image_index"])], (height, width), *columns))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gather, score and log."""
@@ -57,7 +56,8 @@ class CocoValidation(Callback):
         predictions = Labels.from_images(rows, trainer.datamodule.categories)  # type: ignore[attr-defined]
         scores = proposal_recall(truth, predictions) if self.class_agnostic else coco_metrics(truth, predictions)
         for name, value in scores.items():
-            pl_module.log(f"val/{name}", value, prog_bar=name in ("AP", "AR@100"), rank_zero_only=False)
+            # every rank has the same value; without sync_dist Lightning warns
+            pl_module.log(f"val/{name}", value, prog_bar=name in ("AP", "AR@100"), sync_dist=True)
 
     def _gathered(self, trainer: pl.Trainer) -> list[ImageLabels]:
         if trainer.world_size == 1:

@@ -47,6 +47,7 @@ class MiningConfig:
         temperature: Of the "exp" affinity; lower separates more.
         centre: Subtract an image's mean feature before similarities are taken.
         kmeans_starts: Seedings of the k-means in the spectral embedding.
+        cut_steps: Times that cells are moved between clusters to lower the normalised cut; 0 leaves the plain k-means.
         connectivity: 4 or 8 neighbours join cells to a region.
         filters: Box filters by name, each with its limit, in this order.
         batch_size: Images of one shape that are encoded and clustered together; does not change the result.
@@ -61,6 +62,7 @@ class MiningConfig:
     temperature: float = 0.1
     centre: bool = True
     kmeans_starts: int = 4
+    cut_steps: int = 2
     connectivity: int = 4
     filters: dict[str, float] = field(default_factory=_default_filters)
     batch_size: int = 16
@@ -158,6 +160,7 @@ def cluster_maps(maps: Mapping[int, Tensor], config: MiningConfig) -> Candidates
             temperature=config.temperature,
             centre=config.centre,
             starts=config.kmeans_starts,
+            cut_steps=config.cut_steps,
             seed=config.seed,
         )
         for k, label in clustered.items():

@@ -31,11 +31,6 @@ def prepare_rows(block: Tensor, spherical: bool) -> Tensor:
     return functional.normalize(block, dim=1) if spherical else block
 
 
-def too_few_rows(num_clusters: int, rows: int) -> str:
-    """The message for fewer rows than clusters."""
-    return f"num_clusters: expected at most the number of rows, got {num_clusters} clusters for {rows} rows"
-
-
 def world_size() -> int:
     """Ranks of the process group, 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -77,7 +72,9 @@ def sample_rows(blocks: Iterable[Tensor], num_clusters: int, spherical: bool, se
     if problem:
         raise ValueError(problem)
     if total < num_clusters:
-        raise ValueError(too_few_rows(num_clusters, total))
+        raise ValueError(
+            f"num_clusters: expected at most the number of rows, got {num_clusters} clusters for {total} rows"
+        )
     return kept
 
 

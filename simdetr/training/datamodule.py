@@ -21,7 +21,7 @@ from simdetr.data.labels import Category, Labels, read_labels
 from simdetr.data.mosaic import Mosaic
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transforms, train_transforms
-from simdetr.training.epoch_sampler import EpochBatchSampler, ResumableLoader
+from simdetr.training.epoch_sampler import EpochBatchSampler, ResumableLoader, ShareBatchSampler
 from simdetr.training.label_subset import sample_images
 
 LOG = logging.getLogger(__name__)
@@ -143,10 +143,10 @@ class DetectionData(pl.LightningDataModule):
             return []
         rank = self.trainer.global_rank if self.trainer is not None else 0
         world_size = self.trainer.world_size if self.trainer is not None else 1
-        mine = self.val_labels.select(self.val_labels.image_ids[rank::world_size])
         transform = eval_transforms(max(self.short_sides), self.max_side)
-        dataset = DetectionDataset(self.val_source, mine, transform)
-        return DataLoader(dataset, self.batch_size, collate_fn=collate, num_workers=self.num_workers)
+        dataset = DetectionDataset(self.val_source, self.val_labels, transform)
+        batches = ShareBatchSampler(len(dataset), self.batch_size, rank, world_size)
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=self.num_workers)
 
     def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The validation images."""

@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from simdetr.data.dataset import Batch
+from simdetr.data.dataset import Batch, item_seed
 from simdetr.data.pretrained_weights import load_backbone_weights, load_into
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.predictions import Detections, postprocess
@@ -86,8 +86,8 @@ class DetectionTask(pl.LightningModule):
             self.load_report.log()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout depends on (seed, step, rank) alone."""
-        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 4099 + self.global_rank)
+        """Dropout depends on (seed, epoch, batch, rank) alone."""
+        torch.manual_seed(item_seed(self.seed, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch, summed over decoder layers."""

@@ -1,7 +1,8 @@
 """Batches that depend only on (seed, epoch, step): what makes a killed training resume exactly.
 
 In: number of images, batch size, rank. Out: lists of indices, the same on every run; the loader remembers how many
-batches of the epoch it has served, so that Lightning's checkpoint resumes in the middle of an epoch.
+batches of the epoch it has served, so that Lightning's checkpoint resumes in the middle of an epoch. For validation,
+the share of each rank in order.
 """
 
 from __future__ import annotations
@@ -48,6 +49,31 @@ class EpochBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start, self.num_batches):
             yield self._batches[step].tolist()
+
+
+class ShareBatchSampler(Sampler[list[int]]):
+    """Batches of this rank's share of a set, in order: images rank, rank + world_size, ...
+
+    All ranks get the same number of batches, since a step of one rank may wait for the others; the last ones may be
+    empty.
+
+    Args:
+        num_images: Size of the set.
+        batch_size: Images per batch and rank.
+        rank: Rank of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        mine = list(range(rank, num_images, world_size))
+        num_batches = -(-num_images // (batch_size * world_size))
+        self._batches = [mine[i * batch_size : (i + 1) * batch_size] for i in range(num_batches)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)
 
 
 class ResumableLoader(DataLoader[Any]):

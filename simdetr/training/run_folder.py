@@ -13,8 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from simdetr.data.atomic_files import atomic_path
+from simdetr.training.weights import is_saved
 
 LOG = logging.getLogger(__name__)
 
@@ -69,6 +73,10 @@ class RunFolder:
         """Detector that a stage trained."""
         return self.stage(stage) / "detector"
 
+    def has_detector(self, stage: int) -> bool:
+        """Whether a stage's detector is complete."""
+        return is_saved(self.detector(stage))
+
     def last_stage(self) -> int:
         """Number of the last stage whose labels or detector exist.
 
@@ -84,19 +92,22 @@ class RunFolder:
         """Keep the configuration, or check that it is the one this run was started with.
 
         Raises:
-            RunMismatchError: It differs; the message lists the lines.
+            RunMismatchError: It differs; the message lists the settings.
         """
         if not self.config.is_file():
             with atomic_path(self.config) as temporary:
                 temporary.write_text(config_yaml, encoding="utf-8")
             return
-        before, now = self.config.read_text(encoding="utf-8").splitlines(), config_yaml.splitlines()
-        if before != now:
-            was = [line.strip() for line in before if line not in now]
-            is_now = [line.strip() for line in now if line not in before]
+        there, asked = (dict(_leaves(yaml.safe_load(text))) for text in (self.config.read_text("utf-8"), config_yaml))
+        differing = [
+            f"{name} is {there.get(name, 'not set')!r} there, {asked.get(name, 'not set')!r} asked"
+            for name in sorted({*there, *asked})
+            if (name in there, there.get(name)) != (name in asked, asked.get(name))
+        ]
+        if differing:
             raise RunMismatchError(
-                f"out: {self.path} holds a run with other settings (there: {'; '.join(was) or 'nothing more'}; asked: "
-                f"{'; '.join(is_now) or 'nothing more'}). Repeat the first command to resume it, or choose another out."
+                f"out: {self.path} holds a run with other settings ({'; '.join(differing)}). Repeat the first command "
+                "to resume it, or choose another out."
             )
 
     @contextmanager
@@ -111,3 +122,12 @@ class RunFolder:
         row = {"name": name, "seconds": round(seconds, 3), "count": result.count, "what": what}
         with self.steps.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    """Dotted names and values of nested settings; a list is one value."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value

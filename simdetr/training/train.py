@@ -6,6 +6,8 @@ else the last ones.
 
 from __future__ import annotations
 
+import inspect
+import logging
 import shutil
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +15,13 @@ from typing import Protocol
 import pytorch_lightning as pl
 import torch
 
+from simdetr.data.quarantine import Quarantine
+from simdetr.training.checkpoints import RESUME, kept_weights
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.detection_task import DetectionTask
 from simdetr.training.weights import averaged_state, checkpoint_config, save_detector
+
+LOG = logging.getLogger(__name__)
 
 
 class Training(Protocol):
@@ -32,25 +38,32 @@ def train(training: Training, out: Path) -> DetectionData:
     The checkpoints are removed at the end: ``detector/`` holds the weights.
     """
     checkpoints = out / "checkpoints"
-    resume = checkpoints / "resume.ckpt"
-    training.trainer.fit(
+    resume = checkpoints / RESUME
+    trainer, data = training.trainer, training.datamodule
+    trainer.fit(
         training.model,
-        datamodule=training.datamodule,
+        datamodule=data,
         ckpt_path=str(resume) if resume.is_file() else None,
-        **_safe_loading(training.trainer),
+        **_safe_loading(trainer),
     )
-    best = checkpoints / "best.ckpt"
-    if training.trainer.is_global_zero:
+    if trainer.is_global_zero:
         detector = training.model.detector
-        if best.is_file():
-            checkpoint = torch.load(best, map_location="cpu", weights_only=True)
-            detector.load_state_dict(averaged_state(checkpoint))
-        save_detector(detector, checkpoint_config(detector, training.datamodule), out / "detector")
+        if (kept := kept_weights(checkpoints)) is not None:
+            # also without validation: a run resumed at its very end has not run the hook that averages weights
+            detector.load_state_dict(averaged_state(torch.load(kept, map_location="cpu", weights_only=True)))
+        save_detector(detector, checkpoint_config(detector, data), out / "detector")
         shutil.rmtree(checkpoints, ignore_errors=True)
-    training.trainer.strategy.barrier()
-    return training.datamodule
+        _count_unreadable(out / "quarantine.csv", data)
+    trainer.strategy.barrier()
+    return data
+
+
+def _count_unreadable(path: Path, data: DetectionData) -> None:
+    count = len(Quarantine(path, total=len(data.labels)))
+    if count:
+        LOG.warning("%d of %d training images are unreadable, see %s", count, len(data.labels), path)
 
 
 def _safe_loading(trainer: pl.Trainer) -> dict[str, bool]:
     """``weights_only`` where this Lightning knows it (2.6 and later); before, its own loader is used."""
-    return {"weights_only": True} if "weights_only" in trainer.fit.__code__.co_varnames else {}
+    return {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}

@@ -12,9 +12,11 @@ import json
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
@@ -71,11 +73,17 @@ def save_detector(detector: nn.Module, config: dict[str, Any], folder: Path) -> 
         temporary.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether ``save_detector`` ended well in this folder: it writes the config last."""
+    return (folder / WEIGHTS_NAME).is_file() and (folder / CONFIG_NAME).is_file()
+
+
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Tensors and, where present, the config of a detector folder, a .safetensors file or a Lightning checkpoint.
 
     Raises:
         FileNotFoundError: Nothing there, with the accepted forms.
+        ValueError: The file is damaged, or is no such file.
     """
     if path.is_dir():
         path = path / WEIGHTS_NAME
@@ -84,13 +92,21 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             f"weights: expected a folder with {WEIGHTS_NAME}, a .safetensors file or a .ckpt, got {path}, which does "
             "not exist."
         )
-    if path.suffix == ".safetensors":
-        beside = path.with_name(CONFIG_NAME)
-        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
-        return load_file(str(path)), config
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    state = averaged_state(checkpoint)
-    return state, checkpoint.get("simdetr")
+    try:
+        if path.suffix == ".safetensors":
+            beside = path.with_name(CONFIG_NAME)
+            config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+            return load_file(str(path)), config
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"it holds a {type(checkpoint).__name__}")
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or "it ends too early").splitlines()[0]
+        raise ValueError(
+            f"weights: {path} cannot be read as a detector ({reason}); the file is damaged, or is no .safetensors file "
+            "and no checkpoint of tensors."
+        ) from error
+    return averaged_state(checkpoint), checkpoint.get("simdetr")
 
 
 def averaged_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -157,10 +173,17 @@ def build_detector(config: dict[str, Any]) -> nn.Module:
     """Construct the class a config names, with new weights.
 
     Raises:
-        ValueError: The class is not one of simdetr's detectors: a config must not name arbitrary code.
+        ValueError: The class is not one of simdetr's detectors (a config must not name arbitrary code), or does not
+            take the arguments.
     """
     module_name, _, class_name = config["class_path"].rpartition(".")
-    if not module_name.startswith("simdetr.detectors"):
+    allowed = module_name == "simdetr.detectors" or module_name.startswith("simdetr.detectors.")
+    found = getattr(importlib.import_module(module_name), class_name, None) if allowed else None
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(f"class_path: expected a class of simdetr.detectors, got {config['class_path']!r}.")
-    detector: nn.Module = getattr(importlib.import_module(module_name), class_name)(**config["init_args"])
-    return detector
+    # its weights are in the file: there is nothing to download
+    arguments = {name: value for name, value in config["init_args"].items() if name != "pretrained_backbone"}
+    try:
+        return found(**arguments)
+    except TypeError as error:
+        raise ValueError(f"init_args: {found.__name__} does not take the arguments of the file ({error}).") from error

@@ -246,7 +246,6 @@ def best_boxes_are_right(detector, min_iou):
 
 def overfitting_detector(make_detector, variant):
     changes = {"num_classes": 3, "frozen_batch_norm": False, "freeze_stem": False, "dropout": 0.0, "num_queries": 10}
-    # batch norm in evaluation mode would need statistics of more than two images
     return make_detector(variant, backbone="resnet10t", **changes)
 
 

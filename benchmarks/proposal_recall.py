@@ -1,0 +1,127 @@
+"""Recall of mined boxes, by encoder and image set -> benchmarks/results/proposal_recall.json.
+
+Encoders that need no download, against a crude one (mean and deviation of RGB, gradient energy per cell) and against
+untrained networks. Class-agnostic recall at IoU 0.5 and average recall over IoU 0.50:0.95 (pycocotools' matching) on
+evenly spaced validation images, of all boxes before any filter and of the at most 25 that the filters keep. Settings
+were chosen on training images; see benchmarks/LOG.md.
+
+    python benchmarks/proposal_recall.py [--images 60] [--data ../shared/data]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from simdetr.data.coco import read_coco
+from simdetr.data.images import read_image
+from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.evaluation.proposal_recall import proposal_recall
+from simdetr.proposals import MiningConfig, mine_batch
+from simdetr.proposals.colour_texture import ColourTextureEncoder
+from simdetr.proposals.features import Encoder, TimmEncoder
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SETS = ("fod", "coco256", "bccd")
+ALL_BOXES = 2000  # more than any clustering gives
+
+
+class CrudeEncoder(nn.Module):
+    """The plain idea: RGB mean and deviation, and gradient energy, of every cell."""
+
+    strides = (16, 32)
+    region_dim = 8
+    fingerprint = "crude"
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """Images [B, 3, H, W] to maps of 8 channels."""
+        grey = images.mean(dim=1, keepdim=True)
+        across = functional.pad((grey[..., 1:] - grey[..., :-1]).abs(), (0, 1))
+        down = functional.pad((grey[..., 1:, :] - grey[..., :-1, :]).abs(), (0, 0, 0, 1))
+        maps = {}
+        for stride in self.strides:
+            mean = functional.avg_pool2d(images, stride)
+            deviation = (functional.avg_pool2d(images.square(), stride) - mean.square()).clamp(min=0).sqrt()
+            energy = functional.avg_pool2d(torch.cat((across, down), dim=1), stride)
+            maps[stride] = torch.cat((mean, deviation, energy), dim=1)
+        return maps
+
+
+def subset(truth: Labels, count: int) -> Labels:
+    """Evenly spaced images of a set."""
+    rows = np.unique(np.linspace(0, len(truth) - 1, min(count, len(truth))).round().astype(int))
+    return truth.select(truth.image_ids[row] for row in rows)
+
+
+def recall_of(encoder: Encoder, config: MiningConfig, images: list[Tensor], truth: Labels) -> dict[str, float]:
+    """Recall of the boxes that one encoder and configuration give, and how many they are."""
+    started = time.perf_counter()
+    regions = mine_batch(images, encoder, config)
+    seconds = time.perf_counter() - started
+    rows = [
+        ImageLabels.build(image_id, (image.shape[1], image.shape[2]), found.boxes_xyxy, np.zeros(len(found)))
+        for image_id, image, found in zip(truth.image_ids, images, regions, strict=True)
+    ]
+    limit = 25 if config.filters else ALL_BOXES
+    recall = proposal_recall(truth, Labels.from_images(rows, (Category(1, "object"),), stage=0), (limit,))
+    return {
+        "recall50": round(recall[f"recall50@{limit}"], 4),
+        "AR": round(recall[f"AR@{limit}"], 4),
+        "boxes_per_image": round(sum(map(len, regions)) / len(regions), 1),
+        "images_per_second": round(len(images) / seconds, 2),
+    }
+
+
+def main() -> None:
+    """Measure every encoder on every set and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, default=60, help="validation images per set, evenly spaced")
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("SIMDETR_DATA", REPOSITORY / "../shared/data"))
+    )
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/proposal_recall.json")
+    arguments = parser.parse_args()
+    default = MiningConfig()
+    kernel = MiningConfig(affinity="clamp", centre=False)
+    rows: list[tuple[str, Encoder, str, MiningConfig]] = [
+        ("colour-texture", ColourTextureEncoder(), "clamp, not centred", kernel),
+        ("colour-texture", ColourTextureEncoder(), "default", default),
+        ("untrained resnet50", TimmEncoder("resnet50"), "default", default),
+        ("untrained resnet18", TimmEncoder("resnet18"), "default", default),
+        ("crude colour", CrudeEncoder(), "default", default),
+    ]
+    results = []
+    for name in SETS:
+        truth = subset(read_coco(arguments.data / name / "instances_val.json")[0], arguments.images)
+        images = [read_image(arguments.data / name / "val" / image_id) for image_id in truth.image_ids]
+        for encoder_name, encoder, config_name, config in rows:
+            row = {"set": name, "images": len(images), "encoder": encoder_name, "config": config_name}
+            row["all"] = recall_of(encoder, replace(config, filters={}), images, truth)
+            row["kept"] = recall_of(encoder, config, images, truth)
+            results.append(row)
+            print(f"{name:8} {encoder_name:20} {config_name:20} all {row['all']} kept {row['kept']}", flush=True)
+    report = {
+        "what": "class-agnostic recall of mined boxes at 448 px, evenly spaced validation images",
+        "command": f"python benchmarks/proposal_recall.py --images {arguments.images}",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads",
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
+        "default_config": default.result_settings(),
+        "rows": results,
+    }
+    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

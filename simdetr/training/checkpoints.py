@@ -1,0 +1,98 @@
+"""The checkpoints of a training: the point a killed run resumes from, and the weights to keep.
+
+In: a Lightning Trainer's hooks. Out: ``resume.ckpt``, replaced every so many steps, and ``best.ckpt`` or ``last.ckpt``.
+Files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint
+
+from simdetr.data.atomic_files import atomic_path
+
+RESUME, BEST, LAST = "resume.ckpt", "best.ckpt", "last.ckpt"
+
+
+class ResumePoint(Checkpoint):
+    """Keeps one checkpoint from which a resumed run ends with the weights of an uninterrupted one.
+
+    The last batch of an epoch is followed by validation, which a checkpoint from in between would skip; there the
+    checkpoint is taken at the end of the epoch.
+
+    Args:
+        path: The checkpoint.
+        every_n_steps: Optimiser steps between two checkpoints.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoint_every_steps: expected at least 1, got {every_n_steps}.")
+        self.path, self.every_n_steps = path, every_n_steps
+        self._last_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count from where the training starts or resumes."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+    ) -> None:
+        """Save when it is time, except after the last batch of an epoch."""
+        if not trainer.is_last_batch:
+            self._save_if_time(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if it was time at the last batch."""
+        self._save_if_time(trainer)
+
+    def _save_if_time(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step - self._last_step >= self.every_n_steps:
+            self._last_step = trainer.global_step
+            trainer.save_checkpoint(self.path)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it; Lightning's own goes over the system's temporary folder."""
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike[str],
+        storage_options: Any = None,  # noqa: ANN401
+    ) -> None:
+        """Write ``checkpoint`` to the local file ``path``."""
+        with atomic_path(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+def checkpoint_callbacks(folder: Path, every_n_steps: int, *, validated: bool) -> list[Callback]:
+    """The weights to keep (the best if there is validation, else the last), then the point to resume from.
+
+    In this order: a resume point must never be newer than the best weights it follows.
+    """
+    kept = ModelCheckpoint(
+        folder,
+        filename=Path(BEST if validated else LAST).stem,
+        monitor="val/AP" if validated else None,
+        mode="max",
+        save_on_train_epoch_end=not validated,
+        enable_version_counter=False,
+    )
+    return [kept, ResumePoint(folder / RESUME, every_n_steps)]
+
+
+def kept_weights(folder: Path) -> Path | None:
+    """The file of the weights to keep, if there is one."""
+    return next((folder / name for name in (BEST, LAST) if (folder / name).is_file()), None)

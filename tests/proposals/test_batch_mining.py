@@ -1,0 +1,117 @@
+"""The computation on images in memory: degenerate images, batches, settings."""
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from simdetr.proposals.batch_mining import MiningConfig, cluster_maps, mine_batch, mine_maps
+from simdetr.proposals.features import TimmEncoder
+
+SMALL = MiningConfig(image_size=128)
+
+
+def assert_same_regions(first, second):
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_allclose(a.boxes_xyxy, b.boxes_xyxy, atol=1e-3)
+        np.testing.assert_allclose(a.features, b.features, atol=1e-4)
+        np.testing.assert_array_equal(a.k, b.k)
+
+
+def test_boxes_lie_on_the_image_and_are_few(scenes, encoder):
+    for image, regions in zip(scenes, mine_batch(scenes, encoder, SMALL), strict=True):
+        height, width = image.shape[-2:]
+        assert 1 <= len(regions) <= 25
+        assert regions.boxes_xyxy.min() >= 0
+        assert (regions.boxes_xyxy[:, 2::2] <= width + 1e-3).all()
+        assert (regions.boxes_xyxy[:, 3::2] <= height + 1e-3).all()
+        assert regions.features.shape[1] == 3
+        assert set(regions.stride.tolist()) <= {16, 32}
+
+
+def test_a_rectangle_is_found(encoder):
+    image = torch.full((3, 256, 256), 200, dtype=torch.uint8)
+    image[:, 64:128, 96:208] = torch.tensor([20, 90, 10], dtype=torch.uint8)[:, None, None]
+    (regions,) = mine_batch([image], encoder, MiningConfig(image_size=256))
+    assert [96, 64, 208, 128] in regions.boxes_xyxy.tolist()
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+@pytest.mark.parametrize("size", [(96, 128), (1, 1), (1, 2000), (3, 5)])
+def test_flat_image_is_one_region(value, size, encoder):
+    image = torch.full((3, *size), value, dtype=torch.uint8)
+    (regions,) = mine_batch([image], encoder, SMALL)
+    np.testing.assert_allclose(regions.boxes_xyxy, [[0, 0, size[1], size[0]]], rtol=1e-6)
+    assert np.isfinite(regions.features).all()
+
+
+def test_thin_image_with_content(encoder):
+    image = torch.randint(0, 256, (3, 1, 2000), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (regions,) = mine_batch([image], encoder, MiningConfig(image_size=448))
+    assert len(regions) >= 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batch_size_does_not_matter(scenes, encoder, batch_size):
+    config = MiningConfig(image_size=128, batch_size=batch_size)
+    assert_same_regions(mine_batch(scenes, encoder, config), mine_batch(scenes, encoder, SMALL))
+
+
+def test_batch_size_does_not_matter_on_photographs(photographs):
+    maps = TimmEncoder("resnet18")(photographs[:4] / 255)
+    sizes = [(448, 448)] * 4
+    together = mine_maps(maps, sizes, MiningConfig())
+    alone = [mine_maps({s: m[i : i + 1] for s, m in maps.items()}, sizes[:1], MiningConfig())[0] for i in range(4)]
+    assert_same_regions(together, alone)
+    assert len(together[0]) > 1
+
+
+def test_order_of_the_images_does_not_matter(scenes, encoder):
+    assert_same_regions(mine_batch(scenes[::-1], encoder, SMALL)[::-1], mine_batch(scenes, encoder, SMALL))
+
+
+def test_tensor_of_equal_images_is_taken_too(scenes, encoder):
+    equal = [image for image in scenes if image.shape == scenes[0].shape]
+    assert_same_regions(mine_batch(torch.stack(equal), encoder, SMALL), mine_batch(equal, encoder, SMALL))
+
+
+def test_every_clustering_is_a_candidate(scenes, encoder):
+    candidates = cluster_maps(encoder(scenes[0][None] / 255), SMALL)
+    assert candidates.strides == (32, 32, 32, 16, 16)
+    assert candidates.ks == (2, 4, 8, 8, 16)
+    for clustering, k in enumerate(candidates.ks):
+        assert candidates.labels[0, clustering].max() < k
+
+
+def test_nan_features_stop_with_their_level(scenes):
+    def broken(images):
+        return {16: torch.ones(len(images), 2, 8, 8), 32: torch.full((len(images), 2, 4, 4), torch.nan)}
+
+    with pytest.raises(FloatingPointError, match="stride 32 has NaN or infinity"):
+        mine_batch(scenes[:1], broken, SMALL)
+
+
+def test_unknown_stride_is_named(scenes, encoder):
+    with pytest.raises(ValueError, match=r"expected strides out of \[16, 32\], which the encoder has, got \[8\]"):
+        mine_batch(scenes[:1], encoder, MiningConfig(image_size=128, clusters={8: [2]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_size": 100}, "image_size must be a multiple of 32, got 100; try 96"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"clusters": {}}, "clusters must name numbers of clusters"),
+        ({"clusters": {16: []}}, "clusters must name numbers of clusters"),
+    ],
+)
+def test_wrong_settings_are_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        MiningConfig(**change)
+
+
+def test_settings_come_from_yaml():
+    parser = ArgumentParser()
+    parser.add_class_arguments(MiningConfig, "mining")
+    text = "mining: {image_size: 224, clusters: {32: [2], 16: [8]}, filters: {keep_most_diverse: 10}}"
+    built = MiningConfig(**vars(parser.instantiate_classes(parser.parse_string(text)).mining))
+    assert built == MiningConfig(image_size=224, clusters={32: [2], 16: [8]}, filters={"keep_most_diverse": 10})
