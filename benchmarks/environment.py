@@ -6,6 +6,7 @@ import subprocess
 import sys
 from datetime import date
 from importlib.metadata import version
+from pathlib import Path
 
 PACKAGES = ("simdetr", "torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "pytorch-lightning")
 
@@ -31,8 +32,7 @@ def describe() -> dict[str, object]:
 def processor() -> str:
     """Model name of the processor."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
         return platform.processor() or platform.machine()

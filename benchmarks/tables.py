@@ -1,6 +1,6 @@
 """Put the tables of the README together from benchmarks/results/*.json.
 
-    python benchmarks/tables.py
+python benchmarks/tables.py
 """
 
 import json
@@ -25,9 +25,9 @@ def hardware(result: dict) -> str:
 def fod(result: dict) -> str:
     rows = comparison_table(result["rows"])
     return (
-        f"**Pretrained or not, on one domain** (FOD-A frames, {result['unlabelled_images']:,} unlabelled; ResNet-18 Deformable "
-        f"DETR at 144 to 176 px; AP in percent on {result['val_images']} validation frames; no network weights, proposals "
-        f"by the colour-texture encoder):\n\n{rows}\n{hardware(result)}\n"
+        f"**Pretrained or not, on one domain** (FOD-A, {result['unlabelled_images']:,} frames without labels; ResNet-18 "
+        f"Deformable DETR at 144 to 176 px; percent on {result['val_images']} validation frames; no network weights, "
+        f"proposals by the colour-texture encoder; the same steps for both):\n\n{rows}\n{hardware(result)}\n"
     )
 
 

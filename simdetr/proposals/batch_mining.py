@@ -62,7 +62,7 @@ class MiningConfig:
     temperature: float = 0.1
     centre: bool = True
     kmeans_starts: int = 4
-    cut_steps: int = 2
+    cut_steps: int = 1
     connectivity: int = 4
     filters: dict[str, float] = field(default_factory=_default_filters)
     batch_size: int = 16

@@ -36,7 +36,7 @@ def spectral_clustering(
     temperature: float = 0.1,
     centre: bool = True,
     starts: int = 4,
-    cut_steps: int = 2,
+    cut_steps: int = 1,
     seed: int = 0,
 ) -> dict[int, Tensor]:
     """Cluster the cells of every map into each number of clusters.
@@ -92,7 +92,7 @@ def cell_affinity(cells: Tensor, kind: Affinity = "exp", temperature: float = 0.
 
 
 def cluster_graphs(
-    weights: Tensor, cluster_counts: Sequence[int], *, starts: int = 4, cut_steps: int = 2, seed: int = 0
+    weights: Tensor, cluster_counts: Sequence[int], *, starts: int = 4, cut_steps: int = 1, seed: int = 0
 ) -> dict[int, Tensor]:
     """Partition weighted graphs (Ng, Jordan, Weiss 2001) into each number of clusters.
 
