@@ -25,7 +25,7 @@ def hardware(result: dict) -> str:
 def fod(result: dict) -> str:
     rows = comparison_table(result["rows"])
     return (
-        f"**Pretrained or not, on one domain** (FOD-A, {result['unlabelled_images']:,} frames without labels; ResNet-18 "
+        f"**Pretrained or not, on one domain** (FOD-A, {result['unlabelled_images']:,} frames without labels; R18 "
         f"Deformable DETR at 144 to 176 px; percent on {result['val_images']} validation frames; no network weights, "
         f"proposals by the colour-texture encoder; the same steps for both):\n\n{rows}\n{hardware(result)}\n"
     )

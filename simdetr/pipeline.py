@@ -12,30 +12,40 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Labels, read_labels, write_labels
-from simdetr.evaluation.coco_metric import coco_metrics
-from simdetr.evaluation.proposal_recall import proposal_recall
 from simdetr.evaluation.report import write_report
 from simdetr.evaluation.run_folder import collect_run
+from simdetr.inference import default_device, detector_folder, evaluate, json_ready, predict
 from simdetr.proposals.miner import mine
 from simdetr.proposals.pseudo_labels import count_regions, make_pseudo_labels
 from simdetr.proposals.store import ProposalStore
 from simdetr.recipe import PipelineSections, Recipe
-from simdetr.training.relabel import InferenceSettings, detect, detect_array, relabel
-from simdetr.training.run_folder import RunFolder
+from simdetr.training.checkpoints import RESUME
+from simdetr.training.progress import image_progress
+from simdetr.training.relabel import InferenceSettings, relabel
+from simdetr.training.run_folder import RunFolder, leads, made_once
 from simdetr.training.train import train
-from simdetr.training.weights import load_detector
+from simdetr.training.weights import is_saved, load_detector
 
-LOG = logging.getLogger(__name__)
+__all__ = [
+    "cluster_proposals",
+    "compare",
+    "evaluate",
+    "finetune",
+    "mine_proposals",
+    "predict",
+    "pretrain",
+    "report",
+]
 
 
 def pretrain(
@@ -64,27 +74,44 @@ def pretrain(
     device = device or default_device()
     recipe = Recipe(tuple(str(path) for path in config), (f"--data.images={images}", *options))
     sections = recipe.sections()
-    run.claim(recipe.resolved()[1])
+    run.claim(recipe.resolved()[1], _settled(run))
 
     labels = mine_and_cluster(run, source, sections, device)
     for stage in range(1, sections.self_training.stages + 1):
         fit_stage(run, recipe, sections, stage, num_images=len(labels))
         labels = relabel_stage(run, source, sections, stage, device)
-    report(run.path, images, truth=truth)
+    if leads() and (truth is not None or _is_older(run.report, run.steps)):
+        report(run.path, images, truth=truth)
     return run
+
+
+def _settled(run: RunFolder) -> tuple[str, ...] | None:
+    """Sections that a started run cannot change; the proposal store guards its own."""
+    if not run.labels(0).is_file():
+        return ()
+    return None if run.stage(1).is_dir() else ("encoder", "mining", "clustering", "data.images")
+
+
+def _is_older(result: Path, source: Path) -> bool:
+    return not result.is_file() or result.stat().st_mtime < source.stat().st_mtime
 
 
 def mine_and_cluster(run: RunFolder, source: ImageSource, sections: PipelineSections, device: str) -> Labels:
     """Proposals of every image, then one k-means over all their features: the labels T0."""
-    if not run.labels(0).is_file():
+
+    def make() -> None:
         with run.step("mine", "proposals") as step:
-            store = mine(source, sections.encoder, sections.mining, run.proposals, device=device, progress=True)
+            store = mine(
+                source, sections.encoder, sections.mining, run.proposals, device=device, progress=sys.stderr.isatty()
+            )
             step.count = count_regions(store)
         with run.step("cluster", "pseudo-classes") as step:
             clustering = sections.clustering
             labels = make_pseudo_labels(store, num_classes=clustering.num_classes, seed=clustering.seed)
             write_labels(labels, run.labels(0))
             step.count = labels.num_classes
+
+    made_once(run.labels(0), make)
     return read_labels(run.labels(0))
 
 
@@ -102,9 +129,13 @@ def mine_proposals(
         The proposal store in ``out``/proposals.
     """
     sections = Recipe(tuple(str(path) for path in config), (f"--data.images={images}", *options)).sections()
-    folder = RunFolder(Path(out)).proposals
     return mine(
-        open_images(images), sections.encoder, sections.mining, folder, device=device or default_device(), progress=True
+        open_images(images),
+        sections.encoder,
+        sections.mining,
+        RunFolder(Path(out)).proposals,
+        device=device or default_device(),
+        progress=sys.stderr.isatty(),
     )
 
 
@@ -118,7 +149,7 @@ def cluster_proposals(run: str | Path, *, num_classes: int = 2048, seed: int = 0
 
 def fit_stage(run: RunFolder, recipe: Recipe, sections: PipelineSections, stage: int, num_images: int) -> None:
     """Train the detector of a stage on the labels of the stage before."""
-    if run.detector(stage).is_dir():
+    if run.has_detector(stage):
         return
     options = [f"--data.labels={run.labels(stage - 1)}"]
     if stage > 1 and not sections.self_training.from_scratch:
@@ -131,7 +162,8 @@ def fit_stage(run: RunFolder, recipe: Recipe, sections: PipelineSections, stage:
 
 def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSections, stage: int, device: str) -> Labels:
     """Label all images with the detector of a stage: no confidence threshold, only an overlap filter."""
-    if not run.labels(stage).is_file():
+
+    def make() -> None:
         loaded = load_detector(run.detector(stage))
         settings = InferenceSettings.of(
             loaded.image_settings,
@@ -139,9 +171,16 @@ def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSection
             max_boxes=sections.self_training.max_boxes,
             device=device,
         )
-        with run.step(f"relabel-stage{stage}", "boxes") as step:
-            labels = relabel(loaded.detector, source, loaded.categories, settings, run.labels(stage), stage=stage)
+        with (
+            run.step(f"relabel-stage{stage}", "boxes") as step,
+            image_progress("relabelling", len(source)) as progress,
+        ):
+            labels = relabel(
+                loaded.detector, source, loaded.categories, settings, run.labels(stage), stage=stage, progress=progress
+            )
             step.count = len(labels.boxes_xyxy)
+
+    made_once(run.labels(stage), make)
     return read_labels(run.labels(stage))
 
 
@@ -178,9 +217,10 @@ def finetune(
     recipe = Recipe(tuple(str(path) for path in config), (*data, *options))
     if init is not None:
         recipe = recipe.starting_from(detector_folder(init), run.path)
-    run.claim(recipe.resolved()[1])
     detector = run.path / "detector"
-    if not detector.is_dir():
+    begun = is_saved(detector) or (run.path / "checkpoints" / RESUME).is_file()
+    run.claim(recipe.resolved()[1], None if begun else ())
+    if not is_saved(detector):
         with run.step("finetune", "images trained on") as step:
             step.count = len(train(recipe.training(run.path), run.path).labels)
     return detector
@@ -214,9 +254,14 @@ def compare(
         options: ``--section.name=value`` strings, over the files.
 
     Returns:
-        One row per training: ``initialisation``, ``label_budget``, ``seed``, ``images`` and the metrics.
+        One row per training: ``initialisation``, ``label_budget``, ``seed`` and the metrics.
     """
     out, detector = Path(out), detector_folder(init)
+    common = Recipe(
+        tuple(str(path) for path in config), (f"--data.images={images}", f"--data.labels={labels}", *options)
+    )
+    inputs = {"init": str(detector), "val_images": str(val_images), "val_labels": str(val_labels)}
+    RunFolder(out).claim(common.resolved()[1] + yaml.safe_dump({"compare": inputs}))
     rows_file = out / "comparison.json"
     rows: list[dict[str, Any]] = json.loads(rows_file.read_text(encoding="utf-8")) if rows_file.is_file() else []
     done = {(row["label_budget"], row["seed"], row["initialisation"]) for row in rows}
@@ -231,68 +276,10 @@ def compare(
             images, labels, folder, recipe.configs, options=(*options, *seeded, f"--seed_everything={seed}")
         )
         scores = evaluate(val_images, val_labels, trained)
-        rows.append({"initialisation": key[2], "label_budget": fraction, "seed": seed, **scores})
+        rows.append({"initialisation": key[2], "label_budget": fraction, "seed": seed, **json_ready(scores)})
         with atomic_path(rows_file) as temporary:
             temporary.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return rows
-
-
-def predict(
-    images: str | Path | torch.Tensor,
-    checkpoint: str | Path,
-    *,
-    min_score: float = 0.0,
-    iou_threshold: float = 1.0,
-    max_boxes: int = 100,
-    device: str | None = None,
-) -> Labels:
-    """Detections on a path, a folder, a list or one image array.
-
-    Args:
-        images: What ``open_images`` takes, or one image, uint8 [3, H, W] RGB.
-        checkpoint: Run folder, detector folder or checkpoint.
-        min_score: Boxes with a lower score are left out.
-        iou_threshold: Of two boxes that overlap more, the less confident goes; 1 keeps both.
-        max_boxes: Most confident boxes kept per image.
-        device: Torch device; the GPU if there is one.
-
-    Returns:
-        Labels with scores, boxes in pixels, best first; categories as the training labels named them.
-    """
-    loaded = load_detector(detector_folder(checkpoint))
-    settings = InferenceSettings.of(
-        loaded.image_settings,
-        score_threshold=min_score,
-        iou_threshold=iou_threshold,
-        max_boxes=max_boxes,
-        device=device or default_device(),
-    )
-    if isinstance(images, torch.Tensor):
-        return detect_array(loaded.detector, images, loaded.categories, settings)
-    return detect(loaded.detector, open_images(images), loaded.categories, settings)
-
-
-def evaluate(
-    images: str | Path, labels: str | Path, checkpoint: str | Path, *, device: str | None = None
-) -> dict[str, float]:
-    """COCO's AP family and class-agnostic recall of a detector, fractions in 0..1.
-
-    Args:
-        images: Images to evaluate on.
-        labels: COCO JSON with their boxes.
-        checkpoint: Run folder, detector folder or checkpoint.
-        device: Torch device; the GPU if there is one.
-    """
-    truth = read_labels(Path(labels))
-    found = predict(images, checkpoint, device=device)
-    shared = [image_id for image_id in found.image_ids if image_id in truth]
-    if not shared:
-        raise ValueError(
-            f"labels: {labels} names none of the {len(found)} images (there {list(truth.image_ids[:1])}, here "
-            f"{list(found.image_ids[:1])}); give the folder that its file names are relative to."
-        )
-    truth, found = truth.select(shared), found.select(shared)
-    return coco_metrics(truth, found) | proposal_recall(truth, found)
 
 
 def report(run: str | Path, images: str | Path, *, truth: str | Path | None = None) -> Path:
@@ -310,30 +297,3 @@ def report(run: str | Path, images: str | Path, *, truth: str | Path | None = No
     known = read_labels(Path(truth)) if truth is not None else None
     write_report(collect_run(folder.path, open_images(images), known), folder.report.parent)
     return folder.report
-
-
-def detector_folder(path: str | Path) -> Path:
-    """The detector a path means: itself, or the last one of a run folder.
-
-    Raises:
-        FileNotFoundError: The path does not exist or holds no detector.
-    """
-    path = Path(path)
-    if path.is_file() or (path / "model.safetensors").is_file():
-        return path
-    if (path / "detector").is_dir():
-        return path / "detector"
-    if path.is_dir():
-        stages = [
-            stage for stage in range(RunFolder(path).last_stage() + 1) if RunFolder(path).detector(stage).is_dir()
-        ]
-        if stages:
-            return RunFolder(path).detector(stages[-1])
-    raise FileNotFoundError(
-        f"checkpoint: expected a run folder, a detector folder or a checkpoint file, got {path}, which holds none."
-    )
-
-
-def default_device() -> str:
-    """The GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

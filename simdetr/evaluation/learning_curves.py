@@ -42,26 +42,30 @@ class Curve:
     metrics: dict[str, tuple[Sequence[float], Sequence[float]]]
 
 
-def read_curve(run_name: str, metrics_csv: Path) -> Curve:
-    """Read a Lightning CSVLogger file: columns ``step``, ``epoch`` and one per metric, with holes.
+def read_curve(run_name: str, *metrics_csv: Path) -> Curve:
+    """Read the Lightning CSVLogger files of one training: columns ``step``, ``epoch`` and one per metric, with holes.
+
+    Args:
+        run_name: what the curve is called.
+        metrics_csv: one file per start of the training, in order; a resumed start replaces the steps it repeats.
 
     Raises:
         ValueError: no ``step`` column.
     """
-    steps: dict[str, list[float]] = defaultdict(list)
-    values: dict[str, list[float]] = defaultdict(list)
-    with metrics_csv.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if "step" not in (reader.fieldnames or ()):
-            raise ValueError(
-                f"{metrics_csv}: expected a Lightning metrics file with a column 'step', got {reader.fieldnames}"
-            )
-        for row in reader:
-            for name, text in row.items():
-                if row["step"] and text and name not in ("step", "epoch"):
-                    steps[name].append(float(row["step"]))
-                    values[name].append(float(text))
-    return Curve(name=run_name, metrics={name: (steps[name], values[name]) for name in values})
+    series: dict[str, dict[float, float]] = defaultdict(dict)
+    for path in metrics_csv:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if "step" not in (reader.fieldnames or ()):
+                raise ValueError(
+                    f"{path}: expected a Lightning metrics file with a column 'step', got {reader.fieldnames}"
+                )
+            for row in reader:
+                for name, text in row.items():
+                    if row["step"] and text and name not in ("step", "epoch"):
+                        series[name][float(row["step"])] = float(text)
+    metrics = {name: (sorted(points), [points[step] for step in sorted(points)]) for name, points in series.items()}
+    return Curve(name=run_name, metrics=metrics)
 
 
 def panels(curve: Curve) -> dict[str, list[str]]:

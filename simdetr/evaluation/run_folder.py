@@ -227,12 +227,11 @@ def _recall(
 
 def _curves(run_dir: Path, missing: dict[str, str]) -> list[Curve]:
     paths = sorted(run_dir.glob("**/metrics.csv"), key=lambda path: _natural(path.relative_to(run_dir).as_posix()))
-    curves = []
+    starts: dict[str, list[Path]] = {}  # a training that was resumed has one file per start
     for path in paths:
-        parts = [p for p in path.parent.relative_to(run_dir).parts if p != "lightning_logs" and "version_" not in p]
-        curve = read_curve(" / ".join(parts).replace("stage", "stage ") or "training", path)
-        if panels(curve):
-            curves.append(curve)
+        parts = [p for p in path.parent.relative_to(run_dir).parts if not p.startswith(("logs", "version_"))]
+        starts.setdefault(" / ".join(parts).replace("stage", "stage ") or "training", []).append(path)
+    curves = [curve for name, files in starts.items() if panels(curve := read_curve(name, *files))]
     if not curves:
         missing["curves"] = f"no training run has logged losses or accuracies yet ({len(paths)} metrics.csv found)."
     return curves[:MAX_CURVES]

@@ -87,7 +87,9 @@ class DetectionTask(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout depends on (seed, epoch, batch, rank) alone."""
-        torch.manual_seed(item_seed(self.seed, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank))
+        torch.manual_seed(
+            item_seed(self.seed, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank)
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch, summed over decoder layers."""

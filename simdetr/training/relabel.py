@@ -7,6 +7,7 @@ confidence; of two boxes with IoU above 0.55 the more confident stays.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from simdetr.data.labels import Category, ImageLabels, Labels, read_labels, writ
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.transforms import eval_transforms
 
+LOG = logging.getLogger(__name__)
+Progress = Callable[[int], None]
 PART_SIZE = 1024
 """Images per part of a resumable run."""
 
@@ -71,11 +74,11 @@ def relabel(
     out: Path,
     *,
     stage: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = lambda count: None,
 ) -> Labels:
     """Label every readable image with the detector and write ``out`` (Parquet); resumes part by part.
 
-    Unreadable images go to ``quarantine.csv`` beside ``out``.
+    Unreadable images go to ``quarantine.csv`` beside ``out``. ``progress`` hears of every batch of images done.
     """
     parts = out.with_suffix(".parts")
     quarantine = Quarantine(out.with_name("quarantine.csv"), total=len(source))
@@ -83,17 +86,21 @@ def relabel(
     for start in range(0, len(source), PART_SIZE):
         ids = source.ids[start : start + PART_SIZE]
         part = parts / f"part-{start // PART_SIZE:05d}.parquet"
-        if not part.is_file():
-            labels = detect(detector, source.subset(ids), categories, settings, stage=stage, quarantine=quarantine)
-            write_labels(labels, part)
         names.append(part)
-        if progress is not None:
-            progress(min(start + PART_SIZE, len(source)))
+        if part.is_file():
+            progress(len(ids))
+            continue
+        labels = detect(
+            detector, source.subset(ids), categories, settings, stage=stage, quarantine=quarantine, progress=progress
+        )
+        write_labels(labels, part)
     done = [read_labels(name) for name in names]
     rows = (part.image(i) for part in done for i in range(len(part)))
     labels = Labels.from_images(rows, categories, stage)
     write_labels(labels, out)
     shutil.rmtree(parts)
+    if len(quarantine):
+        LOG.warning("%d of %d images are unreadable, see %s", len(quarantine), len(source), quarantine.path)
     return labels
 
 
@@ -105,9 +112,10 @@ def detect(
     *,
     stage: int = -1,
     quarantine: Quarantine | None = None,
+    progress: Progress = lambda count: None,
 ) -> Labels:
     """Detections on every readable image, best first, in pixels of the upright original."""
-    return Labels.from_images(detections(detector, source, settings, quarantine), categories, stage)
+    return Labels.from_images(detections(detector, source, settings, quarantine, progress), categories, stage)
 
 
 @torch.inference_mode()
@@ -136,14 +144,19 @@ def detect_array(
 
 @torch.inference_mode()
 def detections(
-    detector: nn.Module, source: ImageSource, settings: InferenceSettings, quarantine: Quarantine | None = None
+    detector: nn.Module,
+    source: ImageSource,
+    settings: InferenceSettings,
+    quarantine: Quarantine | None = None,
+    progress: Progress = lambda count: None,
 ) -> Iterator[ImageLabels]:
     """Detections image by image, in the order of the source, without the unreadable ones."""
     transform = eval_transforms(settings.short_side, settings.max_side, mean=settings.mean, std=settings.std)
     dataset = DetectionDataset(source, None, transform, quarantine=quarantine)
     loader = DataLoader(dataset, settings.batch_size, collate_fn=collate, num_workers=settings.num_workers)
     detector = detector.to(settings.device).eval()
-    for batch in loader:
+    for index, batch in enumerate(loader):
+        progress(min(settings.batch_size, len(source) - index * settings.batch_size))
         if batch is None:
             continue
         outputs = detector(batch.images.to(settings.device), batch.mask.to(settings.device))

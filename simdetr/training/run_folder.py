@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pytorch_lightning.utilities import rank_zero_only
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.training.weights import is_saved
@@ -77,32 +78,34 @@ class RunFolder:
         """Whether a stage's detector is complete."""
         return is_saved(self.detector(stage))
 
-    def last_stage(self) -> int:
-        """Number of the last stage whose labels or detector exist.
+    def stages(self) -> list[int]:
+        """Numbers of the stages that have begun, ascending."""
+        return sorted(int(path.name.removeprefix("stage")) for path in self.path.glob("stage[0-9]*") if path.is_dir())
 
-        Raises:
-            FileNotFoundError: The folder holds no stage.
-        """
-        stages = [int(path.name.removeprefix("stage")) for path in self.path.glob("stage[0-9]*") if any(path.iterdir())]
-        if not stages:
-            raise FileNotFoundError(f"run: {self.path} holds no stage; expected the --out of `simdetr pretrain`.")
-        return max(stages)
-
-    def claim(self, config_yaml: str) -> None:
+    def claim(self, config_yaml: str, settled: Sequence[str] | None = None) -> None:
         """Keep the configuration, or check that it is the one this run was started with.
 
+        Args:
+            config_yaml: The resolved configuration.
+            settled: Sections that finished work depends on; only they must not differ. All, when left out.
+
         Raises:
-            RunMismatchError: It differs; the message lists the settings.
+            RunMismatchError: They differ; the message lists the settings.
         """
-        if not self.config.is_file():
-            with atomic_path(self.config) as temporary:
-                temporary.write_text(config_yaml, encoding="utf-8")
-            return
-        there, asked = (dict(_leaves(yaml.safe_load(text))) for text in (self.config.read_text("utf-8"), config_yaml))
+        if self.config.is_file():
+            self._check_settled(yaml.safe_load(self.config.read_text(encoding="utf-8")), config_yaml, settled)
+            if self.config.read_text(encoding="utf-8") == config_yaml:
+                return
+        with atomic_path(self.config) as temporary:
+            temporary.write_text(config_yaml, encoding="utf-8")
+
+    def _check_settled(self, before: object, config_yaml: str, settled: Sequence[str] | None) -> None:
+        there, asked = dict(_leaves(before)), dict(_leaves(yaml.safe_load(config_yaml)))
         differing = [
             f"{name} is {there.get(name, 'not set')!r} there, {asked.get(name, 'not set')!r} asked"
             for name in sorted({*there, *asked})
             if (name in there, there.get(name)) != (name in asked, asked.get(name))
+            and (settled is None or any(f"{name}.".startswith(f"{section}.") for section in settled))
         ]
         if differing:
             raise RunMismatchError(
@@ -120,8 +123,26 @@ class RunFolder:
         seconds = time.perf_counter() - start
         LOG.info("%s: %s %s in %.1f s", name, f"{result.count:,}", what, seconds)
         row = {"name": name, "seconds": round(seconds, 3), "count": result.count, "what": what}
+        if not leads():
+            return
         with self.steps.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def leads() -> bool:
+    """Whether this process is the one of its run that writes files; True where there is only one."""
+    return int(rank_zero_only.rank) == 0
+
+
+def made_once(output: Path, make: Callable[[], object], *, poll_s: float = 1.0) -> None:
+    """Let one process of the run make a file that does not exist yet; the others wait for it."""
+    if output.is_file():
+        return
+    if leads():
+        make()
+        return
+    while not output.is_file():
+        time.sleep(poll_s)
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401

@@ -101,3 +101,10 @@ def test_missing_values_leave_gaps_and_infinite_losses_do_not_break_the_picture(
 def test_nothing_to_draw_is_an_error():
     with pytest.raises(ValueError, match=r"curve 'x': no loss, AP or AR among its metrics \['lr'\]"):
         draw_curve(Curve("x", {"lr": ([0], [0.1])}))
+
+
+def test_a_resumed_training_is_one_curve(tmp_path):
+    (tmp_path / "a.csv").write_text("epoch,step,train/loss\n0,1,4.0\n0,2,3.0\n0,3,9.0\n")
+    (tmp_path / "b.csv").write_text("epoch,step,train/loss\n0,3,2.0\n0,4,1.0\n")
+    curve = read_curve("stage 1", tmp_path / "a.csv", tmp_path / "b.csv")
+    assert curve.metrics == {"train/loss": ([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0])}

@@ -42,7 +42,7 @@ def run(tmp_path, scenes):
     ]
     (tmp_path / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps) + '{"name": "fit-st')
     (tmp_path / "config.yaml").write_text("seed: 3\n")
-    for name in ("stage10", "stage1/lightning_logs/version_0", "stage2"):
+    for name in ("stage10", "stage1/logs/version_0", "stage2"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "metrics.csv").write_text("epoch,step,train/loss\n0,1,2.0\n0,2,1.0\n")
     (tmp_path / "comparison.json").write_text(

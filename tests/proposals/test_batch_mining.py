@@ -30,9 +30,9 @@ def test_boxes_lie_on_the_image_and_are_few(scenes, encoder):
 
 def test_a_rectangle_is_found(encoder):
     image = torch.full((3, 256, 256), 200, dtype=torch.uint8)
-    image[:, 64:128, 96:208] = torch.tensor([20, 90, 10], dtype=torch.uint8)[:, None, None]
+    image[:, 64:128, 96:224] = torch.tensor([20, 90, 10], dtype=torch.uint8)[:, None, None]
     (regions,) = mine_batch([image], encoder, MiningConfig(image_size=256))
-    assert [96, 64, 208, 128] in regions.boxes_xyxy.tolist()
+    assert [96, 64, 224, 128] in regions.boxes_xyxy.tolist()
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
@@ -113,5 +113,5 @@ def test_settings_come_from_yaml():
     parser = ArgumentParser()
     parser.add_class_arguments(MiningConfig, "mining")
     text = "mining: {image_size: 224, clusters: {32: [2], 16: [8]}, filters: {keep_most_diverse: 10}}"
-    built = MiningConfig(**vars(parser.instantiate_classes(parser.parse_string(text)).mining))
+    built = MiningConfig(**vars(parser.instantiate(parser.parse_string(text)).mining))
     assert built == MiningConfig(image_size=224, clusters={32: [2], 16: [8]}, filters={"keep_most_diverse": 10})

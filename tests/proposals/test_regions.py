@@ -84,7 +84,10 @@ def random_candidates(seed=0, batch=3, connectivity=4):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 2, (batch, 1, 4, 5), generator=generator)
     labels = torch.cat(
-        [coarse.repeat_interleave(2, 2).repeat_interleave(2, 3), torch.randint(0, 3, (batch, 2, 8, 10), generator=generator)],
+        [
+            coarse.repeat_interleave(2, 2).repeat_interleave(2, 3),
+            torch.randint(0, 3, (batch, 2, 8, 10), generator=generator),
+        ],
         dim=1,
     )
     maps = {

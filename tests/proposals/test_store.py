@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from simdetr.proposals.regions import Regions
 from simdetr.proposals.shards import ProposalRow
@@ -109,8 +110,6 @@ def test_shard_in_the_wrong_place_or_with_lost_rows_is_missing(store, rows):
 
 
 def test_parquet_of_someone_else_is_missing(store):
-    import pandas as pd
-
     pd.DataFrame({"a": [1, 2, 3]}).to_parquet(store.shard_path(0))
     assert store.missing_shards() == [0]
 

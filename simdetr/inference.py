@@ -1,0 +1,131 @@
+"""A trained detector at work: images in, detections or COCO's numbers out."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from simdetr.data.images import ImageSource, open_images
+from simdetr.data.labels import Labels, read_labels
+from simdetr.data.quarantine import Quarantine
+from simdetr.evaluation.coco_metric import coco_metrics
+from simdetr.evaluation.proposal_recall import proposal_recall
+from simdetr.training.progress import image_progress
+from simdetr.training.relabel import InferenceSettings, detect, detect_array
+from simdetr.training.run_folder import RunFolder
+from simdetr.training.weights import is_saved, load_detector
+
+LOG = logging.getLogger(__name__)
+
+
+def predict(
+    images: str | Path | ImageSource | torch.Tensor | NDArray[np.uint8],
+    checkpoint: str | Path,
+    *,
+    min_score: float = 0.0,
+    iou_threshold: float = 1.0,
+    max_boxes: int = 100,
+    device: str | None = None,
+    quarantine: Path | None = None,
+) -> Labels:
+    """Detections on a path, a folder, a list or one image array.
+
+    Args:
+        images: What ``open_images`` takes, or one RGB image: a uint8 tensor [3, H, W] or array [H, W, 3].
+        checkpoint: Run folder, detector folder or checkpoint.
+        min_score: Boxes with a lower score are left out.
+        iou_threshold: Of two boxes that overlap more, the less confident goes; 1 keeps both.
+        max_boxes: Most confident boxes kept per image.
+        device: Torch device; the GPU if there is one.
+        quarantine: File that lists unreadable images; without it they are only logged.
+
+    Returns:
+        Labels with scores, boxes in pixels, best first; categories as the training labels named them.
+
+    Raises:
+        TooManyUnreadableError: More than 5 % of the images cannot be read (with ``quarantine``).
+    """
+    source = open_images(images) if isinstance(images, str | Path) else images
+    loaded = load_detector(detector_folder(checkpoint))
+    settings = InferenceSettings.of(
+        loaded.image_settings,
+        score_threshold=min_score,
+        iou_threshold=iou_threshold,
+        max_boxes=max_boxes,
+        device=device or default_device(),
+    )
+    if not isinstance(source, ImageSource):
+        pixels = torch.from_numpy(source).permute(2, 0, 1) if isinstance(source, np.ndarray) else source
+        return detect_array(loaded.detector, pixels, loaded.categories, settings)
+    aside = Quarantine(quarantine, total=len(source)) if quarantine is not None else None
+    with image_progress("predicting", len(source)) as progress:
+        found = detect(loaded.detector, source, loaded.categories, settings, quarantine=aside, progress=progress)
+    if len(found) < len(source):
+        LOG.warning("%d of %d images could not be read%s", len(source) - len(found), len(source), _listed(quarantine))
+    return found
+
+
+def _listed(quarantine: Path | None) -> str:
+    return f", see {quarantine}" if quarantine is not None else ""
+
+
+def evaluate(
+    images: str | Path, labels: str | Path, checkpoint: str | Path, *, device: str | None = None
+) -> dict[str, float]:
+    """COCO's AP family and class-agnostic recall of a detector, fractions in 0..1.
+
+    Args:
+        images: Images to evaluate on; those without labels are left out.
+        labels: COCO JSON with their boxes; labelled images that are not there count as missed.
+        checkpoint: Run folder, detector folder or checkpoint.
+        device: Torch device; the GPU if there is one.
+
+    Raises:
+        ValueError: No image has labels.
+    """
+    truth, source = read_labels(Path(labels)), open_images(images)
+    shared = [image_id for image_id in source.ids if image_id in truth]
+    if not shared:
+        raise ValueError(
+            f"images: none of the {len(source)} images of {images} is in {labels} (ids like {source.ids[0]!r} there, "
+            f"{next(iter(truth.image_ids), None)!r} here); give the folder that the labels' file names are relative to."
+        )
+    if len(shared) < len(truth):
+        LOG.warning("%d of %d labelled images are not in %s", len(truth) - len(shared), len(truth), images)
+    found = predict(source.subset(shared), checkpoint, device=device)
+    return coco_metrics(truth, found) | proposal_recall(truth, found)
+
+
+def detector_folder(path: str | Path) -> Path:
+    """The detector a path means: itself, or the last one of a run folder.
+
+    Raises:
+        FileNotFoundError: The path does not exist or holds no detector.
+    """
+    path = Path(path)
+    if path.is_file() or is_saved(path):
+        return path
+    run = RunFolder(path)
+    trained = [path / "detector", *(run.detector(stage) for stage in reversed(run.stages()))]
+    for folder in trained:
+        if is_saved(folder):
+            return folder
+    raise FileNotFoundError(
+        f"checkpoint: expected a run folder, a detector folder or a checkpoint file, got {path}, which "
+        f"{'holds none' if path.exists() else 'does not exist'}."
+    )
+
+
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def json_ready(scores: dict[str, float]) -> dict[str, Any]:
+    """Scores with None in place of nan, which JSON does not know."""
+    return {name: None if np.isnan(value) else value for name, value in scores.items()}
