@@ -1,38 +1,51 @@
-"""What a number was measured on: hardware, versions, date and command, kept beside every result."""
+"""What a number was measured on: hardware, versions and the command, written beside it as JSON."""
 
+from __future__ import annotations
+
+import json
 import os
 import platform
-import subprocess
+import shlex
 import sys
-from datetime import date
-from importlib.metadata import version
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("simdetr", "torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "pytorch-lightning")
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+DATA = Path(os.environ.get("SIMDETR_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-def describe() -> dict[str, object]:
-    """Processor, cores in use, versions, date, command and commit."""
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+def environment(packages: tuple[str, ...]) -> dict[str, object]:
+    """Processor, cores, threads, versions, date and command line of this run."""
     return {
-        "processor": processor(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch_threads": torch.get_num_threads(),
+        "load_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "date": date.today().isoformat(),
-        "command": " ".join(sys.argv),
-        "commit": commit.stdout.strip(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": " ".join(["python", *map(shlex.quote, _relative(sys.argv))]),
     }
 
 
-def processor() -> str:
-    """Model name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def write_result(name: str, result: dict[str, object]) -> Path:
+    """Write ``results/<name>.json`` and return its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _relative(arguments: list[str]) -> list[str]:
+    root = str(Path(__file__).parents[1]) + os.sep
+    return [argument.removeprefix(root) for argument in arguments]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

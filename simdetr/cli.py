@@ -18,6 +18,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from simdetr import commands
 
@@ -60,8 +61,16 @@ def main(args: Sequence[str] | None = None) -> None:
     except USER_ERRORS as error:
         if debug:
             raise
-        console.print(f"[bold red]error[/]: {error}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error[/]: {escape(one_line(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without what only its author can use, such as the traceback of a loader's process."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def run(arguments: list[str]) -> None:

@@ -5,7 +5,6 @@ Heavy packages are imported inside the functions, so that ``simdetr --help`` ans
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -185,15 +184,16 @@ def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = No
         checkpoint: Run folder, detector folder or checkpoint.
         out: JSON file to write the numbers to.
     """
-    from simdetr import pipeline
-    from simdetr.data.atomic_files import atomic_path
+    from simdetr import inference
+    from simdetr.results import check_writable, write_scores
 
-    scores = pipeline.evaluate(images, labels, checkpoint)
+    if out is not None:
+        check_writable(out)
+    scores = inference.evaluate(images, labels, checkpoint)
     for name, value in scores.items():
         OUT.print(f"{name:>10}  {100 * value:5.1f} %", highlight=False)
     if out is not None:
-        with atomic_path(out) as temporary:
-            temporary.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+        write_scores(scores, out)
 
 
 def compare(
@@ -239,8 +239,11 @@ def predict(
     min_score: float = 0.05,
     iou_threshold: float = 1.0,
     max_boxes: int = 100,
+    device: str | None = None,
 ) -> None:
     """Detect objects in an image, a folder or a list, and write COCO JSON.
+
+    Unreadable images are listed beside it, in ``<name>_quarantine.csv``; past 5 % of the images the command fails.
 
     Args:
         images: Image file, folder, list file or COCO JSON.
@@ -250,13 +253,26 @@ def predict(
         min_score: Boxes with a lower score are left out.
         iou_threshold: Of two boxes that overlap more, the less confident goes; 1 keeps both.
         max_boxes: Most confident boxes kept per image.
+        device: Torch device; the GPU if there is one.
     """
-    from simdetr import pipeline
+    from simdetr import inference
     from simdetr.data.images import open_images
     from simdetr.evaluation.drawing import write_pictures
+    from simdetr.results import check_writable, write_result
 
-    found = pipeline.predict(images, checkpoint, min_score=min_score, iou_threshold=iou_threshold, max_boxes=max_boxes)
-    _write(found, out)
+    check_writable(out)
+    quarantine = out.with_name(f"{out.stem}_quarantine.csv")
+    quarantine.unlink(missing_ok=True)  # it may be of other images
+    found = inference.predict(
+        images,
+        checkpoint,
+        min_score=min_score,
+        iou_threshold=iou_threshold,
+        max_boxes=max_boxes,
+        device=device,
+        quarantine=quarantine,
+    )
+    OUT.print(write_result(found, out), soft_wrap=True)
     if pictures is not None:
         write_pictures(open_images(images), found, pictures)
 
@@ -270,14 +286,15 @@ def export_labels(run: Path, stage: int, out: Path) -> None:
         out: File to write: .json or .parquet.
     """
     from simdetr.data.labels import read_labels
+    from simdetr.results import write_result
     from simdetr.training.run_folder import RunFolder
 
-    path = RunFolder(run).labels(stage)
+    folder = RunFolder(run)
+    path = folder.labels(stage)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"stage: {run} has no labels of stage {stage} yet; its last stage is {RunFolder(run).last_stage()}."
-        )
-    _write(read_labels(path), out)
+        done = [number for number in folder.stages() if folder.labels(number).is_file()]
+        raise FileNotFoundError(f"stage: {run} has no labels of stage {stage}; it has those of stages {done}.")
+    OUT.print(write_result(read_labels(path), out), soft_wrap=True)
 
 
 def report(run: Path, images: Path, truth: Path | None = None) -> None:
@@ -291,12 +308,3 @@ def report(run: Path, images: Path, truth: Path | None = None) -> None:
     from simdetr import pipeline
 
     OUT.print(f"report: {pipeline.report(run, images, truth=truth)}", soft_wrap=True)
-
-
-def _write(labels: object, out: Path) -> None:
-    from simdetr.data.coco import write_coco
-    from simdetr.data.labels import Labels, write_labels
-
-    assert isinstance(labels, Labels)
-    (write_labels if out.suffix == ".parquet" else write_coco)(labels, out)
-    OUT.print(f"{len(labels.boxes_xyxy):,} boxes on {len(labels):,} images in {out}", soft_wrap=True)

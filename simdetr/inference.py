@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -124,8 +123,3 @@ def detector_folder(path: str | Path) -> Path:
 def default_device() -> str:
     """The GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def json_ready(scores: dict[str, float]) -> dict[str, Any]:
-    """Scores with None in place of nan, which JSON does not know."""
-    return {name: None if np.isnan(value) else value for name, value in scores.items()}

@@ -24,11 +24,12 @@ from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Labels, read_labels, write_labels
 from simdetr.evaluation.report import write_report
 from simdetr.evaluation.run_folder import collect_run
-from simdetr.inference import default_device, detector_folder, evaluate, json_ready, predict
+from simdetr.inference import default_device, detector_folder, evaluate, predict
 from simdetr.proposals.miner import mine
 from simdetr.proposals.pseudo_labels import count_regions, make_pseudo_labels
 from simdetr.proposals.store import ProposalStore
 from simdetr.recipe import PipelineSections, Recipe
+from simdetr.results import json_ready
 from simdetr.training.checkpoints import RESUME
 from simdetr.training.progress import image_progress
 from simdetr.training.relabel import InferenceSettings, relabel

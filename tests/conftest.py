@@ -12,7 +12,7 @@ import yaml
 from simdetr.data.scenes import render_scenes
 
 TINY_DETECTOR = {
-    "backbone": "resnet18",
+    "backbone": "test_resnet",
     "hidden_dim": 16,
     "num_heads": 2,
     "num_encoder_layers": 1,
@@ -26,7 +26,7 @@ TINY_DETECTOR = {
 """A detector that takes a training step in a fraction of a second."""
 
 TINY_CONFIG = {
-    "encoder": {"class_path": "simdetr.proposals.features.TimmEncoder", "init_args": {"model": "resnet18"}},
+    "encoder": {"class_path": "simdetr.proposals.features.TimmEncoder", "init_args": {"model": "test_resnet"}},
     "mining": {"image_size": 64},
     "clustering": {"num_classes": 3},
     "self_training": {"stages": 1, "max_boxes": 5},

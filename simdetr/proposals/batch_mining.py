@@ -27,10 +27,10 @@ def _default_clusters() -> dict[int, list[int]]:
 
 def _default_filters() -> dict[str, float]:
     return {
-        "merge_similar_clusters": 0.9,
+        "merge_similar_clusters": 0.5,
         "drop_fragmented_clusters": 10,
         "drop_duplicate_boxes": 0.95,
-        "drop_similar_subsets": 0.9,
+        "drop_similar_subsets": 0.7,
         "keep_most_diverse": 25,
     }
 
@@ -62,7 +62,7 @@ class MiningConfig:
     temperature: float = 0.1
     centre: bool = True
     kmeans_starts: int = 4
-    cut_steps: int = 1
+    cut_steps: int = 2
     connectivity: int = 4
     filters: dict[str, float] = field(default_factory=_default_filters)
     batch_size: int = 16

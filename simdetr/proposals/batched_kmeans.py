@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 SAME_POINT = 1e-5  # squared distance below which two points of an embedding on the unit sphere are one
-SAME_INERTIA = 1e-4  # relative; rounding must not decide between two starts that are equally good
+DRAWS = 3  # candidates for each seed
+SAME_COST = 1e-4  # rounding must not decide between two starts that are equally good
 
 
 def batched_kmeans(points: Tensor, num_clusters: int, *, starts: int = 4, max_steps: int = 50, seed: int = 0) -> Tensor:
@@ -22,12 +23,20 @@ def batched_kmeans(points: Tensor, num_clusters: int, *, starts: int = 4, max_st
         points: float [B, N, D].
         num_clusters: K; may exceed N.
         starts: independent seedings; the one with the lowest sum of squared distances wins.
-        max_steps: of Lloyd's iteration; it stops earlier when no label of the batch changes.
+        max_steps: of Lloyd's iteration; a point set stops earlier when none of its labels change.
         seed: of the random numbers that all point sets share.
 
     Returns:
         Labels int64 [B, N]; clusters are numbered by their first point, so equal partitions have equal labels.
     """
+    labels, inertia = kmeans_of_starts(points, num_clusters, starts=starts, max_steps=max_steps, seed=seed)
+    return number_by_first_member(take_lowest(labels, inertia))
+
+
+def kmeans_of_starts(
+    points: Tensor, num_clusters: int, *, starts: int, max_steps: int = 50, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Labels int64 [B, N, S] and sums of squared distances [B, S] of every start; arguments as above."""
     batch, count, _ = points.shape
     centroids, used = _spread_seeds(points, num_clusters, starts, seed)
     squares = points.square().sum(dim=2)
@@ -45,9 +54,14 @@ def batched_kmeans(points: Tensor, num_clusters: int, *, starts: int = 4, max_st
             active, points, assigned = active[moving], points[moving], assigned[moving]
             centroids, used = centroids[moving], used[moving]
         centroids, current = _means(points, assigned, centroids), assigned
-    good = inertia <= inertia.amin(dim=1, keepdim=True) * (1 + SAME_INERTIA) + SAME_POINT * count
+    return labels, inertia
+
+
+def take_lowest(labels: Tensor, costs: Tensor) -> Tensor:
+    """Of the starts' labels [B, N, S] those with the lowest cost [B, S], the first of equals; to [B, N]."""
+    good = costs <= costs.amin(dim=1, keepdim=True) * (1 + SAME_COST) + SAME_COST
     best = good.int().argmax(dim=1)
-    return number_by_first_member(labels.gather(2, best[:, None, None].expand(-1, count, 1))[:, :, 0])
+    return labels.gather(2, best[:, None, None].expand(-1, labels.shape[1], 1))[:, :, 0]
 
 
 def number_by_first_member(labels: Tensor) -> Tensor:
@@ -61,24 +75,34 @@ def number_by_first_member(labels: Tensor) -> Tensor:
 
 
 def _spread_seeds(points: Tensor, num_clusters: int, starts: int, seed: int) -> tuple[Tensor, Tensor]:
-    """k-means++ seeds [B, S, K, D], and which of them [B, S, K] differ from all earlier ones."""
-    batch, count, _ = points.shape
+    """k-means++ seeds [B, S, K, D], and which of them [B, S, K] differ from all earlier ones.
+
+    Of several draws for a seed the one that leaves the least sum of squares is taken, as scikit-learn does.
+    """
+    batch, count, dims = points.shape
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(starts, num_clusters, generator=generator).to(points)
+    draws = torch.rand(num_clusters, starts, DRAWS, generator=generator).to(points)
     rows = torch.arange(batch, device=points.device)[:, None]
     nearest = points.new_full((batch, starts, count), torch.inf)
     weights = points.new_ones(batch, starts, count)
     centroids, used = [], []
-    for step in range(num_clusters):
+    for draw in draws:
         cumulative = weights.cumsum(dim=2)
-        target = cumulative[:, :, -1] * draws[:, step]
-        chosen = torch.searchsorted(cumulative, target[:, :, None], right=True)[:, :, 0].clamp(max=count - 1)
-        centroid = points[rows, chosen]
-        used.append(weights.gather(2, chosen[:, :, None])[:, :, 0] > 0)
-        centroids.append(centroid)
-        nearest = torch.minimum(nearest, _squared_distances(points, centroid).transpose(1, 2))
+        chosen = torch.searchsorted(cumulative, cumulative[:, :, -1:] * draw, right=True).clamp(max=count - 1)
+        drawn = points[rows, chosen.flatten(1)]
+        distances = _squared_distances(drawn, points).reshape(batch, starts, DRAWS, count)
+        left = torch.minimum(nearest[:, :, None], distances)
+        best = left.sum(dim=3).argmin(dim=2)
+        used.append(weights.gather(2, chosen.gather(2, best[:, :, None]))[:, :, 0] > 0)
+        centroids.append(_pick(drawn.reshape(batch, starts, DRAWS, dims), best))
+        nearest = _pick(left, best)
         weights = torch.where(nearest > SAME_POINT, nearest, 0.0)
     return torch.stack(centroids, dim=2), torch.stack(used, dim=2)
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """Of [B, S, T, X] the entry that [B, S] names, [B, S, X]."""
+    return values.gather(2, index[:, :, None, None].expand(-1, -1, 1, values.shape[3]))[:, :, 0]
 
 
 def _squared_distances(points: Tensor, centroids: Tensor) -> Tensor:

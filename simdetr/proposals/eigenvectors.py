@@ -1,10 +1,10 @@
 """Leading eigenvectors of many symmetric matrices at once: normalised graph matrices in, orthonormal vectors out.
 
-Letters: B graphs, N nodes, C wanted eigenvectors, M basis vectors, held as rows. Small matrices are decomposed whole by
-LAPACK. Of larger ones a few vectors out of hundreds are wanted, and block Lanczos with full reorthogonalisation (Golub and
-Underwood 1977) finds them with the fewest products; `benchmarks/LOG.md` has the measurement against whole decompositions,
-Chebyshev-filtered subspace iteration and ARPACK. Each matrix stops on its own residual and leaves the batch, so a result
-never depends on what else was in the batch.
+Letters: B graphs, N nodes, C wanted eigenvectors. Small matrices are decomposed whole by LAPACK. Of larger ones a few
+vectors out of hundreds are wanted, and block Lanczos with full reorthogonalisation (Golub, Underwood 1977) finds them
+with the fewest products; `benchmarks/LOG.md` has the measurement against whole decompositions and Chebyshev-filtered
+subspace iteration. Each matrix stops on its own residual and leaves the batch, so a result never depends on what else
+was in the batch.
 """
 
 from __future__ import annotations

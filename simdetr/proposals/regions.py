@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
+
+from simdetr.proposals.components import connected_components
 
 
 @dataclass(frozen=True)
@@ -209,66 +210,6 @@ def find_candidates(
         cells=padded(torch.bincount(flat, minlength=len(firsts)), 0),
         boxes=torch.stack([padded(edge, 0) for edge in edges], dim=2),
     )
-
-
-def connected_components(labels: Tensor, *, connectivity: int = 4) -> Tensor:
-    """Join neighbouring cells of equal label; int64 [..., H, W] to the flat index of each component's first cell.
-
-    Grids along the leading dimensions are independent. On the host scipy labels all masks of all grids in one call, with
-    a structure that does not reach from one mask to the next; on other devices cells are joined where they are.
-
-    Raises:
-        ValueError: if connectivity is neither 4 nor 8.
-    """
-    if connectivity not in (4, 8):
-        raise ValueError(f"connectivity must be 4 or 8, got {connectivity}")
-    if not labels.numel():
-        return labels.clone()
-    return _components_on_host(labels, connectivity) if labels.is_cpu else _components_on_device(labels, connectivity)
-
-
-def _components_on_host(labels: Tensor, connectivity: int) -> Tensor:
-    grids = rearrange(labels, "... h w -> (...) 1 h w").numpy()
-    masks = grids == np.arange(grids.max() + 1)[:, None, None]
-    within = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
-    numbers, count = ndimage.label(masks.reshape(-1, *grids.shape[2:]), np.stack([0 * within, within, 0 * within]))
-    numbers = numbers.reshape(masks.shape).max(axis=1).ravel()
-    first = np.empty(count + 1, np.int64)
-    first[numbers[::-1]] = np.arange(numbers.size)[::-1]
-    return torch.from_numpy(first[numbers]).reshape(labels.shape)
-
-
-def _components_on_device(labels: Tensor, connectivity: int) -> Tensor:
-    """Every cell points at a cell of its component, at first itself.
-
-    In each round it takes over the lowest pointer among its neighbours (hooking) and follows it (jumping), as parallel
-    algorithms do (Shiloach and Vishkin 1982), so the number of rounds grows with the logarithm of a region's extent.
-    """
-    pointers = torch.arange(labels.numel(), device=labels.device)
-    pairs = _neighbour_pairs(labels, connectivity)
-    while True:
-        ends = pointers[pairs]
-        low = ends.amin(dim=0)
-        hooked = pointers.scatter_reduce(0, ends.flatten(), low.repeat(2), "amin")
-        hooked = hooked[hooked]
-        hooked = hooked[hooked]
-        if torch.equal(hooked, pointers):
-            return pointers.reshape(labels.shape)
-        pointers = hooked
-
-
-def _neighbour_pairs(labels: Tensor, connectivity: int) -> Tensor:
-    """Flat indices of all neighbouring cells with equal labels, int64 [2, P]."""
-    index = torch.arange(labels.numel(), device=labels.device).reshape(labels.shape)
-    height, width = labels.shape[-2:]
-    shifts = [(0, 1), (1, 0)] + ([(1, 1), (1, -1)] if connectivity == 8 else [])
-    pairs = []
-    for down, right in shifts:
-        here = (..., slice(0, height - down), slice(max(-right, 0), width - max(right, 0)))
-        there = (..., slice(down, height), slice(max(right, 0), width - max(-right, 0)))
-        equal = labels[here] == labels[there]
-        pairs.append(torch.stack([index[here][equal], index[there][equal]]))
-    return torch.cat(pairs, dim=1)
 
 
 def to_regions(candidates: Candidates, sizes_hw: Sequence[tuple[int, int]]) -> list[Regions]:

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from simdetr.proposals.batched_kmeans import batched_kmeans, number_by_first_member
+from simdetr.proposals.batched_kmeans import kmeans_of_starts, number_by_first_member, take_lowest
 from simdetr.proposals.eigenvectors import leading_eigenvectors
 
 Affinity = Literal["clamp", "exp"]
@@ -36,7 +36,7 @@ def spectral_clustering(
     temperature: float = 0.1,
     centre: bool = True,
     starts: int = 4,
-    cut_steps: int = 1,
+    cut_steps: int = 2,
     seed: int = 0,
 ) -> dict[int, Tensor]:
     """Cluster the cells of every map into each number of clusters.
@@ -92,14 +92,14 @@ def cell_affinity(cells: Tensor, kind: Affinity = "exp", temperature: float = 0.
 
 
 def cluster_graphs(
-    weights: Tensor, cluster_counts: Sequence[int], *, starts: int = 4, cut_steps: int = 1, seed: int = 0
+    weights: Tensor, cluster_counts: Sequence[int], *, starts: int = 4, cut_steps: int = 2, seed: int = 0
 ) -> dict[int, Tensor]:
     """Partition weighted graphs (Ng, Jordan, Weiss 2001) into each number of clusters.
 
     Args:
         weights: float [B, N, N], symmetric, not negative; the diagonal is ignored.
         cluster_counts: every K wanted.
-        starts: of k-means for each K.
+        starts: of k-means for each K; the one with the lowest normalised cut is taken.
         cut_steps: at most so many times, move cells between clusters on the graph itself, see :func:`lower_cut`.
         seed: of all random numbers.
 
@@ -115,8 +115,9 @@ def cluster_graphs(
     partitions = {}
     for k in cluster_counts:
         points = torch.nn.functional.normalize(vectors[:, :, :k], dim=2)
-        labels = batched_kmeans(points, k, starts=starts, seed=seed + k)
-        partitions[k] = number_by_first_member(lower_cut(weights, labels, cut_steps))
+        labels, _ = kmeans_of_starts(points, k, starts=starts, seed=seed + k)
+        best = take_lowest(labels, _cuts_of_starts(weights, labels, k, empty=1.0))
+        partitions[k] = number_by_first_member(lower_cut(weights, best, cut_steps))
     return partitions
 
 
@@ -182,8 +183,18 @@ def normalised_cut(weights: Tensor, labels: Tensor) -> Tensor:
 
     The diagonal is ignored; a cluster without volume counts nothing.
     """
-    weights = weights - torch.diag_embed(weights.diagonal(dim1=1, dim2=2))
-    member = torch.nn.functional.one_hot(labels).to(weights)
-    inside = (torch.bmm(weights, member) * member).sum(dim=1)
-    volume = torch.bmm(weights.sum(dim=2)[:, None, :], member)[:, 0]
-    return torch.where(volume > 0, 1 - inside / volume.clamp(min=torch.finfo(volume.dtype).tiny), 0.0).sum(dim=1)
+    return _cuts_of_starts(weights, labels[:, :, None], int(labels.max()) + 1, empty=0.0)[:, 0]
+
+
+def _cuts_of_starts(weights: Tensor, labels: Tensor, clusters: int, *, empty: float) -> Tensor:
+    """Normalised cuts of several labellings of each graph, [B, N, N] and [B, N, S] to [B, S].
+
+    A cluster without volume counts ``empty``: 1, the most a cluster can, where leaving clusters out must not pay.
+    """
+    own = weights.diagonal(dim1=1, dim2=2)
+    member = rearrange(torch.nn.functional.one_hot(labels, clusters).to(weights), "b n s k -> b (s k) n").contiguous()
+    links = torch.bmm(member, weights) - own[:, None] * member
+    inside = rearrange((links * member).sum(dim=2), "b (s k) -> b s k", k=clusters)
+    degree = weights.sum(dim=2) - own
+    volume = rearrange(torch.bmm(member, degree[:, :, None]), "b (s k) 1 -> b s k", k=clusters)
+    return torch.where(volume > 0, 1 - inside / volume.clamp(min=TINY), empty).sum(dim=2)

@@ -1,7 +1,7 @@
-"""The checkpoints of a training: the point a killed run resumes from, and the weights to keep.
+"""The checkpoints of a training: the point a killed run resumes from, and the best weights.
 
-In: a Lightning Trainer's hooks. Out: ``resume.ckpt``, replaced every so many steps, and ``best.ckpt`` or ``last.ckpt``.
-Files appear whole or not at all.
+In: a Lightning Trainer's hooks. Out: ``resume.ckpt``, replaced every so many steps, and
+``best.ckpt``. Files appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint
 
 from simdetr.data.atomic_files import atomic_path
 
-RESUME, BEST, LAST = "resume.ckpt", "best.ckpt", "last.ckpt"
+RESUME, BEST = "resume.ckpt", "best.ckpt"
 
 
 class ResumePoint(Checkpoint):
     """Keeps one checkpoint from which a resumed run ends with the weights of an uninterrupted one.
 
     The last batch of an epoch is followed by validation, which a checkpoint from in between would skip; there the
-    checkpoint is taken at the end of the epoch.
+    checkpoint is taken at the end of the epoch, and speaks of that epoch as finished: from its own kind of
+    end-of-epoch checkpoint Lightning (2.6) loses an epoch where ``max_steps`` is set.
 
     Args:
         path: The checkpoint.
@@ -36,6 +37,7 @@ class ResumePoint(Checkpoint):
             raise ValueError(f"checkpoint_every_steps: expected at least 1, got {every_n_steps}.")
         self.path, self.every_n_steps = path, every_n_steps
         self._last_step = 0
+        self._epoch_ended = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count from where the training starts or resumes."""
@@ -55,7 +57,21 @@ class ResumePoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if it was time at the last batch."""
+        self._epoch_ended = True
         self._save_if_time(trainer)
+        self._epoch_ended = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Make a checkpoint from the end of an epoch one from before the next."""
+        if self._epoch_ended:
+            loop = checkpoint["loops"]["fit_loop"]
+            for counts in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
+                counts["completed"] = counts["processed"]
+            batches = loop["epoch_loop.batch_progress"]
+            batches["current"] = dict.fromkeys(batches["current"], 0)
+            batches["is_last_batch"] = False
 
     def _save_if_time(self, trainer: pl.Trainer) -> None:
         if trainer.global_step - self._last_step >= self.every_n_steps:
@@ -78,21 +94,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def checkpoint_callbacks(folder: Path, every_n_steps: int, *, validated: bool) -> list[Callback]:
-    """The weights to keep (the best if there is validation, else the last), then the point to resume from.
+    """The weights that validate best, if there is validation, and the point to resume from.
 
     In this order: a resume point must never be newer than the best weights it follows.
     """
-    kept = ModelCheckpoint(
+    best = ModelCheckpoint(
         folder,
-        filename=Path(BEST if validated else LAST).stem,
-        monitor="val/AP" if validated else None,
+        filename=Path(BEST).stem,
+        monitor="val/AP",
         mode="max",
-        save_on_train_epoch_end=not validated,
+        save_on_train_epoch_end=False,
         enable_version_counter=False,
     )
-    return [kept, ResumePoint(folder / RESUME, every_n_steps)]
-
-
-def kept_weights(folder: Path) -> Path | None:
-    """The file of the weights to keep, if there is one."""
-    return next((folder / name for name in (BEST, LAST) if (folder / name).is_file()), None)
+    return [*([best] if validated else []), ResumePoint(folder / RESUME, every_n_steps)]

@@ -83,6 +83,8 @@ class DetectionData(pl.LightningDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.short_sides, self.max_side = list(short_sides), max_side
         self.crop, self.colour, self.mosaic = crop, colour, mosaic
+        self._loader: ResumableLoader | None = None
+        self._position: dict[str, int] | None = None
         self.source = open_images(images)
         self.labels = read_training_labels(Path(labels if labels is not None else images), strict=strict)
         if label_fraction < 1:
@@ -128,9 +130,25 @@ class DetectionData(pl.LightningDataModule):
         samples = Mosaic(dataset, probability=self.mosaic, seed=self.seed) if self.mosaic > 0 else dataset
         samples.set_epoch(epoch)
         batches = EpochBatchSampler(len(dataset), self.batch_size, self.seed, epoch, rank, world_size)
-        return ResumableLoader(
+        loader = ResumableLoader(
             samples, epoch=epoch, batch_sampler=batches, collate_fn=collate, num_workers=self.num_workers
         )
+        if self._position is not None:
+            loader.load_state_dict(self._position)
+        self._loader = loader
+        return loader
+
+    def state_dict(self) -> dict[str, int]:
+        """Position in the epoch; Lightning's own place for it comes too late where the schedule asks for a length."""
+        return self._loader.state_dict() if self._loader is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Remember where an interrupted run stood."""
+        self._position = state_dict or None
+
+    def teardown(self, stage: str) -> None:
+        """Forget it: the next training starts at its beginning."""
+        self._position = None
 
     def _quarantine(self) -> Quarantine | None:
         if self.trainer is None:

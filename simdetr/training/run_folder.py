@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pytorch_lightning.utilities import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.training.weights import is_saved
@@ -131,7 +131,7 @@ class RunFolder:
 
 def leads() -> bool:
     """Whether this process is the one of its run that writes files; True where there is only one."""
-    return int(rank_zero_only.rank) == 0
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def made_once(output: Path, make: Callable[[], object], *, poll_s: float = 1.0) -> None:

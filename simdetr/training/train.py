@@ -10,13 +10,13 @@ import inspect
 import logging
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
 
 from simdetr.data.quarantine import Quarantine
-from simdetr.training.checkpoints import RESUME, kept_weights
+from simdetr.training.checkpoints import BEST, RESUME
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.detection_task import DetectionTask
 from simdetr.training.weights import averaged_state, checkpoint_config, save_detector
@@ -40,22 +40,31 @@ def train(training: Training, out: Path) -> DetectionData:
     checkpoints = out / "checkpoints"
     resume = checkpoints / RESUME
     trainer, data = training.trainer, training.datamodule
+    start = resume if resume.is_file() else None
+    start_step = -1 if start is None else int(_read(start)["global_step"])
     trainer.fit(
         training.model,
         datamodule=data,
-        ckpt_path=str(resume) if resume.is_file() else None,
+        ckpt_path=None if start is None else str(start),
         **_safe_loading(trainer),
     )
     if trainer.is_global_zero:
         detector = training.model.detector
-        if (kept := kept_weights(checkpoints)) is not None:
-            # also without validation: a run resumed at its very end has not run the hook that averages weights
-            detector.load_state_dict(averaged_state(torch.load(kept, map_location="cpu", weights_only=True)))
+        # resumed at its very end, a run has not passed the hook that puts averaged weights in place
+        ended = start if trainer.global_step == start_step else None
+        kept = checkpoints / BEST if (checkpoints / BEST).is_file() else ended
+        if kept is not None:
+            detector.load_state_dict(averaged_state(_read(kept)))
         save_detector(detector, checkpoint_config(detector, data), out / "detector")
         shutil.rmtree(checkpoints, ignore_errors=True)
         _count_unreadable(out / "quarantine.csv", data)
     trainer.strategy.barrier()
     return data
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return content
 
 
 def _count_unreadable(path: Path, data: DetectionData) -> None:

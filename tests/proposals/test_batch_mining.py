@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+
 from simdetr.proposals.batch_mining import MiningConfig, cluster_maps, mine_batch, mine_maps
 from simdetr.proposals.features import TimmEncoder
 

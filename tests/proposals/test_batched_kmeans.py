@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from simdetr.proposals.batched_kmeans import batched_kmeans, number_by_first_member
 from sklearn.cluster import KMeans
+
+from simdetr.proposals.batched_kmeans import batched_kmeans, number_by_first_member
 
 
 def inertia(points, labels):

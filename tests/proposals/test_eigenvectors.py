@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from simdetr.proposals.eigenvectors import leading_eigenvectors, symmetric_eigh
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from simdetr.proposals.filters import (
     FILTERS,
     apply_filters,
@@ -16,7 +17,7 @@ from simdetr.proposals.regions import find_candidates
 
 
 def draw(*clusterings, directions=None, connectivity=4):
-    """Candidates of one image from drawings of digits; ``directions`` gives the feature of a cell by its first digit."""
+    """Candidates of one image from drawings of digits; ``directions`` has the feature of a cell by its first digit."""
     grids = [np.array([[int(c) for c in row] for row in rows.split()]) for rows in clusterings]
     labels = torch.from_numpy(np.stack(grids))[None]
     table = torch.eye(10) if directions is None else torch.tensor(directions, dtype=torch.float32)

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+
 from simdetr.data.images import open_images
 from simdetr.proposals import image_loading
 from simdetr.proposals.image_loading import ImageLoading, shrink

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
 from simdetr.data.images import ImageSource, open_images, read_image
 from simdetr.data.quarantine import TooManyUnreadableError
 from simdetr.proposals import miner

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+
 from simdetr.proposals.regions import Regions
 from simdetr.proposals.shards import ProposalRow
 from simdetr.proposals.store import Manifest, ProposalStore, StoreError
@@ -99,7 +100,7 @@ def test_damaged_shard_is_missing_and_can_be_written_again(store, rows, damage):
 
 def test_reading_a_damaged_shard_says_what_to_do(store):
     truncate(store.shard_path(0))
-    with pytest.raises(StoreError, match="shard-00000.parquet is damaged .* run the mining command again"):
+    with pytest.raises(StoreError, match=r"shard-00000\.parquet is damaged .* run the mining command again"):
         list(store.iter_rows())
 
 
@@ -143,13 +144,13 @@ def test_no_store(tmp_path):
 
 def test_shards_without_manifest_are_not_adopted(store):
     (store.folder / "manifest.json").unlink()
-    with pytest.raises(StoreError, match="holds shards without manifest.json"):
+    with pytest.raises(StoreError, match=r"holds shards without manifest\.json"):
         ProposalStore.create(store.folder, MANIFEST)
 
 
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot write to .*; choose another output folder"):
+    with pytest.raises(StoreError, match=r"cannot write to .*; choose another output folder"):
         ProposalStore.create(tmp_path / "file" / "store", MANIFEST)
 
 

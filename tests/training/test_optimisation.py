@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+
+from simdetr.detectors import DeformableDETR
+from simdetr.training.optimisation import lr_factor, parameter_groups
+
+
+def test_groups_of_the_base_model_have_the_official_sizes():
+    detector = DeformableDETR(91)
+    groups = parameter_groups(detector, lr=2e-4, backbone_lr=2e-5)
+    sizes = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
+    assert sizes == {"rest": 15_824_735, "backbone": 23_232_512, "slow": 790_018}  # specs/detectors.md T5
+    assert {g["name"]: g["lr"] for g in groups} == {"rest": 2e-4, "backbone": 2e-5, "slow": pytest.approx(2e-5)}
+    members = [id(p) for group in groups for p in group["params"]]
+    assert len(members) == len(set(members))
+    assert set(members) == {id(p) for p in detector.parameters() if p.requires_grad}
+
+
+def test_frozen_parameters_and_empty_groups_are_left_out():
+    detector = DeformableDETR(3, backbone="resnet18", hidden_dim=16, num_heads=2, ffn_dim=16, freeze_backbone=True)
+    groups = parameter_groups(detector, lr=1.0, backbone_lr=1.0)
+    assert [group["name"] for group in groups] == ["slow", "rest"]
+    assert all(p.requires_grad for group in groups for p in group["params"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "expected"),
+    [
+        ("constant", {}, {0: 1, 9: 1}),
+        ("constant", {"warmup_steps": 3}, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1, 9: 1}),
+        ("step", {}, {0: 1, 7: 1, 8: 0.1, 9: 0.1}),
+        ("step", {"drop_at": 0.5, "warmup_steps": 1}, {0: 0.5, 1: 1, 4: 1, 5: 0.1}),
+        # halfway between 1 and the floor, then a quarter of the cosine: 0.5 (1 + cos 135°) = 0.146447
+        ("cosine", {"floor": 0.0}, {0: 1, 5: 0.5, 7.5: 0.1464466, 10: 0, 12: 0}),
+        ("cosine", {"warmup_steps": 2, "floor": 0.1}, {0: 1 / 3, 1: 2 / 3, 2: 1, 6: 0.55, 10: 0.1}),
+    ],
+)
+def test_schedules(schedule, options, expected):
+    factor = lr_factor(schedule, 10, **options)
+    assert {step: factor(step) for step in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_deformable_detr_drops_at_epoch_40_of_50():
+    steps_per_epoch = 7
+    factor = lr_factor("step", 50 * steps_per_epoch, drop_at=0.8)
+    assert factor(40 * steps_per_epoch - 1) == 1
+    assert factor(40 * steps_per_epoch) == 0.1

@@ -1,0 +1,169 @@
+"""Resuming: a killed training ends with the weights of one that was never interrupted, bit by bit."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from simdetr.training.checkpoints import ResumePoint
+from simdetr.training.train import train
+
+# three batches of two images per epoch, two optimiser steps of them; dropout, mosaic and colour are on
+HARD = (
+    "--trainer.accumulate_grad_batches=2",
+    "--trainer.log_every_n_steps=1",
+    "--model.schedule=cosine",
+    "--model.warmup_steps=2",
+    "--data.label_fraction=0.5",
+)
+EPOCHS = ("--trainer.max_steps=-1", "--trainer.max_epochs=3")
+EMA = {
+    "trainer": {
+        "callbacks": [{"class_path": "pytorch_lightning.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}]
+    }
+}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "detector" / "model.safetensors")
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    mine, other = weights(a), weights(b)
+    assert mine.keys() == other.keys()
+    return max(float((mine[name].float() - other[name].float()).abs().max()) for name in mine)
+
+
+@pytest.fixture
+def validation(scenes):
+    return (f"--data.val_images={scenes}", f"--data.val_labels={scenes / 'instances.json'}")
+
+
+@pytest.fixture
+def keep_every_resume_point(monkeypatch, tmp_path):
+    """Copies of the checkpoint folder as a kill right after each save would leave it."""
+    copies: list[Path] = []
+    save = ResumePoint._save_if_time
+
+    def save_and_copy(self, trainer):
+        before = self._last_step
+        save(self, trainer)
+        if self._last_step != before:
+            copies.append(tmp_path / f"copy{len(copies)}")
+            shutil.copytree(self.path.parent, copies[-1] / "checkpoints")
+
+    monkeypatch.setattr(ResumePoint, "_save_if_time", save_and_copy)
+    yield copies
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("case", ["epochs", "steps", "validation", "ema", "workers"])
+def test_every_resume_point_leads_to_the_same_weights(case, recipe, tmp_path, keep_every_resume_point, validation):
+    options = {
+        "epochs": EPOCHS,
+        "steps": ("--trainer.max_steps=5",),  # ends within the third epoch
+        "validation": (*EPOCHS, *validation),
+        "ema": EPOCHS,
+        "workers": (*EPOCHS, "--data.num_workers=2"),
+    }[case]
+    made = recipe(*HARD, *options)
+    if case == "ema":
+        (tmp_path / "ema.yaml").write_text(yaml.safe_dump(EMA))
+        made = type(made)((*made.configs, str(tmp_path / "ema.yaml")), made.options)
+    whole = tmp_path / "whole"
+    whole_cli = made.training(whole, checkpoint_every_steps=1)
+    train(whole_cli, whole)
+    steps = whole_cli.trainer.global_step
+    copies = list(keep_every_resume_point)
+    assert len(copies) == steps == (5 if case == "steps" else 6)
+    assert not (whole / "checkpoints").exists()
+
+    # in the middle and at the end of an epoch, in a later epoch, and at the very end
+    for copy in [copies[0], copies[1], copies[2], copies[-1]]:
+        resumed = made.training(copy, checkpoint_every_steps=100)
+        train(resumed, copy)
+        assert resumed.trainer.global_step == steps
+        assert largest_difference(whole, copy) == 0, copy.name
+
+
+def test_ema_keeps_the_averaged_detector(recipe, tmp_path):
+    (tmp_path / "ema.yaml").write_text(yaml.safe_dump(EMA))
+    plain = recipe("--trainer.max_steps=2", "--data.label_fraction=0.5", "--model.schedule=constant")
+    averaged = type(plain)((*plain.configs, str(tmp_path / "ema.yaml")), plain.options)
+    for name, made in (("plain", plain), ("averaged", averaged)):
+        train(made.training(tmp_path / name), tmp_path / name)
+    one_step = recipe("--trainer.max_steps=1", "--data.label_fraction=0.5", "--model.schedule=constant")
+    train(one_step.training(tmp_path / "one"), tmp_path / "one")
+    after_one, after_two = weights(tmp_path / "one"), weights(tmp_path / "plain")
+    name = "input_proj.0.0.weight"
+    expected = 0.5 * (after_one[name] + after_two[name])  # the average starts as the first step's weights
+    assert torch.allclose(weights(tmp_path / "averaged")[name], expected, atol=1e-7)
+    assert not torch.equal(after_one[name], after_two[name])
+
+
+def test_killed_process_resumes_and_keeps_its_log(recipe, tmp_path):
+    made = recipe(*HARD, "--trainer.max_steps=-1", "--trainer.max_epochs=4")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(made.training(whole), whole)
+
+    script = (
+        "import sys; from pathlib import Path; import torch; torch.set_num_threads(1); import time\n"
+        "from simdetr.recipe import Recipe; from simdetr.training.train import train\n"
+        "from simdetr.training.detection_task import DetectionTask\n"
+        "step = DetectionTask.training_step\n"
+        "DetectionTask.training_step = lambda *a: (time.sleep(0.3), step(*a))[1]\n"  # so that the kill is in between
+        "out = Path(sys.argv[1])\n"
+        "train(Recipe((sys.argv[2],), tuple(sys.argv[3:])).training(out, checkpoint_every_steps=3), out)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(killed), *made.configs, *made.options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    resume = killed / "checkpoints" / "resume.ckpt"
+    deadline = time.monotonic() + 120
+    while not resume.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.4)  # one more batch, which is lost and done again
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "detector").exists()
+
+    train(made.training(killed, checkpoint_every_steps=3), killed)
+    assert largest_difference(whole, killed) == 0
+    rows = {}
+    for version in (0, 1):  # the killed process's log and the resumed one's, side by side
+        with (killed / "logs" / f"version_{version}" / "metrics.csv").open() as file:
+            rows |= {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]}
+    with (whole / "logs" / "version_0" / "metrics.csv").open() as file:
+        expected = {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]}
+    assert rows == expected
+
+
+def test_a_second_call_of_a_finished_training_only_reads(recipe, tmp_path):
+    made = recipe()
+    train(made.training(tmp_path), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "detector").iterdir()) == ["config.json", "model.safetensors"]
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_best_validated_weights_are_kept(recipe, tmp_path, validation, monkeypatch):
+    scores = iter([0.2, 0.9, 0.1])
+    monkeypatch.setattr("simdetr.evaluation.validation.coco_metrics", lambda *a: {"AP": next(scores)})
+    options = ("--data.label_fraction=0.34", "--model.schedule=constant")
+    three = recipe(*options, *validation, "--trainer.max_steps=-1", "--trainer.max_epochs=3")
+    train(three.training(tmp_path / "three"), tmp_path / "three")
+    two = recipe(*options, "--trainer.max_steps=-1", "--trainer.max_epochs=2")
+    train(two.training(tmp_path / "two"), tmp_path / "two")
+    assert largest_difference(tmp_path / "three", tmp_path / "two") == 0
