@@ -58,7 +58,7 @@ def main() -> None:
     ]
     few, many = (run["peak_rss_mb"] for run in runs)
     result = {
-        "what": f"mining fod/train frames at {arguments.image_size} px with the colour-texture encoder, one process each",
+        "what": f"mining fod/train frames at {arguments.image_size} px, colour-texture encoder, one process each",
         "runs": runs,
         "difference": round(many / few - 1, 4),
         "bar": 0.10,

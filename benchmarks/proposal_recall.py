@@ -118,7 +118,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/proposal_recall.json")
     arguments = parser.parse_args()
-    configs = {"default": MiningConfig(), "kernel": MiningConfig(affinity="clamp", centre=False, cut_steps=0)}
+    default = MiningConfig()
+    limits = {**default.filters, "merge_similar_clusters": 0.9, "drop_similar_subsets": 0.9}
+    kernel = MiningConfig(affinity="clamp", centre=False, cut_steps=0, filters=limits)
+    configs = {"default": default, "kernel": kernel}
     encoders: dict[str, Encoder] = {
         "colour-texture": ColourTextureEncoder(),
         "untrained resnet50": TimmEncoder("resnet50"),

@@ -26,7 +26,6 @@ TINY_DETECTOR = {
 """A detector that takes a training step in a fraction of a second."""
 
 TINY_CONFIG = {
-    "encoder": {"class_path": "simdetr.proposals.features.TimmEncoder", "init_args": {"model": "test_resnet"}},
     "mining": {"image_size": 64},
     "clustering": {"num_classes": 3},
     "self_training": {"stages": 1, "max_boxes": 5},
@@ -74,3 +73,11 @@ def own_scenes(scenes: Path, tmp_path: Path) -> Path:
         (folder / image["file_name"]).write_bytes((scenes / image["file_name"]).read_bytes())
     (folder / "instances.json").write_text(json.dumps(content))
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_detector():
+    """Build the smallest detector, with changes."""
+    from simdetr.detectors import DeformableDETR
+
+    return lambda num_classes=3, **changes: DeformableDETR(num_classes, **{**TINY_DETECTOR, **changes})

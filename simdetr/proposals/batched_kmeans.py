@@ -17,44 +17,36 @@ SAME_COST = 1e-4  # rounding must not decide between two starts that are equally
 
 
 def batched_kmeans(points: Tensor, num_clusters: int, *, starts: int = 4, max_steps: int = 50, seed: int = 0) -> Tensor:
-    """Best of several k-means++ starts (Arthur and Vassilvitskii 2007), refined by Lloyd's iteration.
+    """Several k-means++ starts (Arthur and Vassilvitskii 2007), each refined by Lloyd's iteration.
 
     Args:
         points: float [B, N, D].
         num_clusters: K; may exceed N.
-        starts: independent seedings; the one with the lowest sum of squared distances wins.
+        starts: independent seedings.
         max_steps: of Lloyd's iteration; a point set stops earlier when none of its labels change.
         seed: of the random numbers that all point sets share.
 
     Returns:
-        Labels int64 [B, N]; clusters are numbered by their first point, so equal partitions have equal labels.
+        Labels int64 [B, N, S] of every start.
     """
-    labels, inertia = kmeans_of_starts(points, num_clusters, starts=starts, max_steps=max_steps, seed=seed)
-    return number_by_first_member(take_lowest(labels, inertia))
-
-
-def kmeans_of_starts(
-    points: Tensor, num_clusters: int, *, starts: int, max_steps: int = 50, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Labels int64 [B, N, S] and sums of squared distances [B, S] of every start; arguments as above."""
     batch, count, _ = points.shape
     centroids, used = _spread_seeds(points, num_clusters, starts, seed)
-    squares = points.square().sum(dim=2)
-    labels = torch.zeros(batch, count, starts, dtype=torch.int64, device=points.device)
-    inertia = points.new_zeros(batch, starts)
+    labels = torch.zeros(batch, starts, count, dtype=torch.int64, device=points.device)
     active = torch.arange(batch, device=points.device)
-    current = torch.full_like(labels, -1)
+    before = points.new_zeros(batch, starts, num_clusters, count)
     for step in range(max_steps + 1):
-        assigned, gain = _assign(points, centroids, used)
-        labels[active], inertia[active] = assigned, squares[active].sum(dim=1, keepdim=True) - gain
-        moving = (assigned != current).flatten(1).any(dim=1)
-        if step == max_steps or not bool(moving.any()):
+        scores = _scores(points, centroids, used)
+        member = (scores == scores.amax(dim=2, keepdim=True)).to(points)  # far cheaper than argmax; a tie counts twice
+        moving = (member != before).flatten(1).any(dim=1)
+        settled = ~moving if step < max_steps else torch.ones_like(moving)
+        if bool(settled.any()):
+            labels[active[settled]] = scores[settled].argmax(dim=2)
+            active, points, member = active[~settled], points[~settled], member[~settled]
+            centroids, used = centroids[~settled], used[~settled]
+        if not len(active):
             break
-        if not bool(moving.all()):
-            active, points, assigned = active[moving], points[moving], assigned[moving]
-            centroids, used = centroids[moving], used[moving]
-        centroids, current = _means(points, assigned, centroids), assigned
-    return labels, inertia
+        centroids, before = _means(points, member, centroids), member
+    return labels.transpose(1, 2)
 
 
 def take_lowest(labels: Tensor, costs: Tensor) -> Tensor:
@@ -112,24 +104,17 @@ def _squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
     return (squares - 2 * products).clamp(min=0)
 
 
-def _assign(points: Tensor, centroids: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest used centroid of every point [B, N, S], and what assignment takes off the sum of squares [B, S].
-
-    A point x is nearest to the centroid c with the highest 2 x.c - |c|^2, which is |x|^2 less the squared distance.
-    """
+def _scores(points: Tensor, centroids: Tensor, used: Tensor) -> Tensor:
+    """2 x.c - |c|^2, highest for the nearest centroid, [B, S, K, N]; minus infinity for centroids that are not used."""
     batch, starts, clusters, dims = centroids.shape
     flat = centroids.reshape(batch, starts * clusters, dims)
     penalty = flat.square().sum(dim=2).masked_fill(~used.reshape(batch, -1), torch.inf)
-    score = torch.baddbmm(penalty[:, None, :], points, flat.mT, beta=-1, alpha=2)
-    nearest = score.reshape(batch, -1, starts, clusters).max(dim=3)
-    return nearest.indices, nearest.values.sum(dim=1)
+    scores = torch.baddbmm(penalty[:, :, None], flat, points.mT, beta=-1, alpha=2)
+    return scores.reshape(batch, starts, clusters, -1)
 
 
-def _means(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """Mean of every cluster [B, S, K, D]; a cluster that lost all its points stays where it was."""
-    batch, starts, clusters, dims = centroids.shape
-    member = points.new_zeros(batch, points.shape[1], starts, clusters).scatter_(3, labels[..., None], 1.0)
-    member = member.reshape(batch, -1, starts * clusters)
-    counts = member.sum(dim=1).reshape(batch, starts, clusters, 1)
-    sums = torch.bmm(member.mT, points).reshape(batch, starts, clusters, dims)
+def _means(points: Tensor, member: Tensor, centroids: Tensor) -> Tensor:
+    """Mean of every cluster [B, S, K, D] by membership [B, S, K, N]; a cluster without points stays where it was."""
+    counts = member.sum(dim=3, keepdim=True)
+    sums = torch.bmm(member.flatten(1, 2), points).reshape(centroids.shape)
     return torch.where(counts > 0, sums / counts.clamp(min=1), centroids)

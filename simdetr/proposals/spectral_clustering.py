@@ -12,17 +12,20 @@ that a flat image is one cluster whatever K is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from simdetr.proposals.batched_kmeans import kmeans_of_starts, number_by_first_member, take_lowest
+from simdetr.proposals.batched_kmeans import batched_kmeans, number_by_first_member, take_lowest
 from simdetr.proposals.eigenvectors import leading_eigenvectors
 
 Affinity = Literal["clamp", "exp"]
 NO_GROUP = 1e-4  # eigenvalues up to here are zero or negative but for rounding
+CACHED_WEIGHTS = 4_000_000  # of the graphs that the host works on together, so that they stay in its cache
+ROW_BLOCKS = 4
 CUT_GAIN = 1e-6  # less is rounding
 TINY = torch.finfo(torch.float32).tiny
 FLAT = 1e-4  # a cell this close to its image's mean, relative to its own length, has no direction of its own
@@ -56,39 +59,52 @@ def spectral_clustering(
         fewer than K where the graph has fewer distinct nodes.
     """
     height, width = features.shape[-2:]
-    cells = unit_cells(features, centre=centre)
-    weights = cell_affinity(cells, affinity, temperature)
-    labels = cluster_graphs(weights, cluster_counts, starts=starts, cut_steps=cut_steps, seed=seed)
-    return {k: rearrange(label, "b (h w) -> b h w", h=height, w=width) for k, label in labels.items()}
+    together = len(features) if not features.is_cpu else max(1, CACHED_WEIGHTS // (height * width) ** 2)
+    parts = []
+    for part in features.split(together):
+        weights = cell_affinity(part, affinity, temperature, centre=centre)
+        parts.append(cluster_graphs(weights, cluster_counts, starts=starts, cut_steps=cut_steps, seed=seed))
+    return {
+        k: rearrange(torch.cat([part[k] for part in parts]), "b (h w) -> b h w", h=height, w=width)
+        for k in cluster_counts
+    }
 
 
-def unit_cells(features: Tensor, *, centre: bool) -> Tensor:
-    """Cells as float32 vectors of length 1, or 0 where a cell has no direction; [B, D, H, W] to [B, D, N]."""
-    cells = rearrange(features, "b d h w -> b d (h w)").float()
-    length = torch.linalg.vector_norm(cells, dim=1, keepdim=True)
-    if centre:
-        cells = cells - cells.mean(dim=2, keepdim=True)
-    own_length = torch.linalg.vector_norm(cells, dim=1, keepdim=True) if centre else length
-    return cells * torch.where(own_length > FLAT * length, 1 / own_length, 0.0)
-
-
-def cell_affinity(cells: Tensor, kind: Affinity = "exp", temperature: float = 0.1) -> Tensor:
-    """Non-negative weights between all pairs of cells from their cosine; unit vectors [B, D, N] to [B, N, N].
+def cell_affinity(features: Tensor, kind: Affinity = "exp", temperature: float = 0.1, *, centre: bool = True) -> Tensor:
+    """Non-negative weights between all pairs of cells from their cosine; [B, D, H, W] to float32 [B, N, N].
 
     "clamp" is max(cos, 0). "exp" is exp((cos - 1) / temperature): 1 for equal directions, and the lower the
-    temperature, the less far directions count.
+    temperature, the less far directions count. With ``centre`` the image's mean feature is subtracted before. A cell
+    without direction, because it is zero or equals the mean, has cosine 0 with every cell.
 
     Raises:
         ValueError: for an unknown kind or a temperature that is not positive.
     """
-    cosine = torch.bmm(cells.mT, cells)
-    if kind == "clamp":
-        return cosine.clamp_(min=0)
-    if kind != "exp":
+    if kind not in ("clamp", "exp"):
         raise ValueError(f"affinity must be 'clamp' or 'exp', got {kind!r}")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}; 0.1 is a usual value")
-    return cosine.sub_(1).div_(temperature).exp_()
+    cells = rearrange(features, "b d h w -> b d (h w)").float()
+    mean = cells.mean(dim=2, keepdim=True) * float(centre)
+    cells = cells - mean if centre else cells
+    products = _products_of_pairs(cells)
+    own = products.diagonal(dim1=1, dim2=2).clone()
+    before = own + 2 * torch.bmm(mean.mT, cells)[:, 0] + mean.square().sum(dim=1)
+    scale = torch.where(own > FLAT**2 * before, own, torch.inf).rsqrt()
+    cosine = products.mul_(scale[:, :, None]).mul_(scale[:, None, :])
+    return cosine.clamp_(min=0) if kind == "clamp" else cosine.sub_(1).div_(temperature).exp_()
+
+
+def _products_of_pairs(cells: Tensor) -> Tensor:
+    """All scalar products, [B, D, N] to [B, N, N]; by blocks of rows, because the lower triangle mirrors the upper."""
+    batch, _, nodes = cells.shape
+    products = cells.new_empty(batch, nodes, nodes)
+    edges = [nodes * block // ROW_BLOCKS for block in range(ROW_BLOCKS + 1)]
+    for start, end in pairwise(edges):
+        block = torch.bmm(cells[:, :, start:end].mT, cells[:, :, start:])
+        products[:, start:end, start:] = block
+        products[:, end:, start:end] = block[:, :, end - start :].mT
+    return products
 
 
 def cluster_graphs(
@@ -115,7 +131,7 @@ def cluster_graphs(
     partitions = {}
     for k in cluster_counts:
         points = torch.nn.functional.normalize(vectors[:, :, :k], dim=2)
-        labels, _ = kmeans_of_starts(points, k, starts=starts, seed=seed + k)
+        labels = batched_kmeans(points, k, starts=starts, seed=seed + k)
         best = take_lowest(labels, _cuts_of_starts(weights, labels, k, empty=1.0))
         partitions[k] = number_by_first_member(lower_cut(weights, best, cut_steps))
     return partitions

@@ -7,21 +7,21 @@ listed; everything else is kept.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.labels import Category
+from simdetr.detectors.state_dict_names import from_official
 
 LOG = logging.getLogger(__name__)
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
@@ -97,10 +97,11 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             beside = path.with_name(CONFIG_NAME)
             config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
             return load_file(str(path)), config
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the original keeps its options beside the tensors
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict):
             raise TypeError(f"it holds a {type(checkpoint).__name__}")
-    except (SafetensorError, UnpicklingError, EOFError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a damaged file fails in any way
         reason = (str(error).strip() or "it ends too early").splitlines()[0]
         raise ValueError(
             f"weights: {path} cannot be read as a detector ({reason}); the file is damaged, or is no .safetensors file "
@@ -110,12 +111,16 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 
 def averaged_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The detector's tensors of a Lightning checkpoint (the averaged ones if EMA was on) or of a plain state dict."""
+    """The detector's tensors of a Lightning checkpoint (the averaged ones if EMA was on) or of a plain state dict.
+
+    Checkpoints of the original Deformable DETR are given our names.
+    """
     state: dict[str, Tensor] = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
     prefix = "detector."
     if any(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return from_official(state) if any(name.startswith("backbone.0.") for name in state) else state
 
 
 def load_weights(detector: nn.Module, path: Path) -> LoadReport:

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from simdetr import cli, pipeline
+from simdetr.cli import COMMANDS, fold_options, main, one_line
+from simdetr.data.labels import read_labels
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, scenes, tiny_config) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    pipeline.pretrain(scenes, out, [tiny_config])
+    return out
+
+
+def fails(capsys, *arguments: object) -> str:
+    """Run a command that must fail, and give the one line that it says."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    assert caught.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def names(commands, prefix=()):
+    for name, command in commands.items():
+        yield from names(command, (*prefix, name)) if isinstance(command, dict) else [(*prefix, name)]
+
+
+@pytest.mark.parametrize("command", [(), *names(COMMANDS), ("fit",), ("validate",), ("test",)], ids=" ".join)
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_help_is_fast_and_import_is_quiet():
+    start = time.perf_counter()
+    heavy = "[name for name in ('torch', 'pytorch_lightning') if name in sys.modules]"
+    code = f"import sys, simdetr, simdetr.cli; simdetr.cli.command_parser(); print({heavy})"
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
+    assert time.perf_counter() - start < 10  # seconds less on a machine that does nothing else
+
+
+def test_options_and_configs_are_folded():
+    words = ["pretrain", "--config", "a", "--config=b", "--images", "x", "--model.lr", "1e-4", "--data.mosaic=0"]
+    assert fold_options(words) == [
+        "pretrain",
+        "--images",
+        "x",
+        '--config=["a", "b"]',
+        '--options=["--model.lr=1e-4", "--data.mosaic=0"]',
+    ]
+    with pytest.raises(ValueError, match=r"--model\.lr: expected a value"):
+        fold_options(["pretrain", "--model.lr"])
+
+
+def test_export_writes_labels_of_a_stage(run, scenes, tmp_path, capsys):
+    for stage in (0, 1):
+        out = tmp_path / f"stage{stage}.json"
+        main(["export", "labels", "--run", str(run), "--stage", str(stage), "--out", str(out)])
+        content = json.loads(out.read_text())
+        source = json.loads((scenes / "instances.json").read_text())
+        assert {row["file_name"] for row in content["images"]} == {row["file_name"] for row in source["images"]}
+        assert {row["category_id"] for row in content["annotations"]} <= {row["id"] for row in content["categories"]}
+        assert all(0 < row["score"] <= 1 for row in content["annotations"])
+        labels = read_labels(run / f"stage{stage}" / "labels.parquet")
+        assert len(content["annotations"]) == len(labels.boxes_xyxy)
+    assert "boxes on 12 images" in capsys.readouterr().out
+
+
+def test_predict_writes_boxes_and_pictures(run, scenes, tmp_path, capsys):
+    out, pictures = tmp_path / "found.json", tmp_path / "pictures"
+    main(
+        f"predict --images {scenes} --checkpoint {run} --out {out} --pictures {pictures} --min_score 0 --max_boxes 3"
+        .split()
+    )  # fmt: skip
+    content = json.loads(out.read_text())
+    assert len(content["images"]) == 12
+    assert 0 < len(content["annotations"]) <= 36
+    assert len(list(pictures.rglob("*.jpg"))) == 12
+
+
+def test_relabel_leaves_no_overlaps_and_no_threshold(run, scenes, tmp_path):
+    out = tmp_path / "labels.parquet"
+    main(f"relabel --images {scenes} --checkpoint {run} --out {out} --max_boxes 5".split())
+    relabelled, of_run = read_labels(out), read_labels(run / "stage1" / "labels.parquet")
+    assert len(relabelled.boxes_xyxy) == len(of_run.boxes_xyxy)
+
+
+def test_finetune_then_evaluate(run, scenes, tiny_config, tmp_path, capsys):
+    truth = scenes / "instances.json"
+    main(
+        f"finetune --images {scenes} --labels {truth} --out {tmp_path / 'ft'} --config {tiny_config} --init {run} "
+        "--data.batch_size 3".split()
+    )
+    out = tmp_path / "scores.json"
+    main(f"evaluate --images {scenes} --labels {truth} --checkpoint {tmp_path / 'ft'} --out {out}".split())
+    assert "AP50" in capsys.readouterr().out
+    scores = json.loads(out.read_text())
+    assert {"AP", "AP50", "AR@100"} <= scores.keys()
+
+
+def test_too_few_regions_are_one_clear_line(scenes, tiny_config, tmp_path, capsys):
+    line = fails(
+        capsys, "pretrain", "--images", scenes, "--out", tmp_path, "--config", tiny_config,
+        "--clustering.num_classes", 5000,
+    )  # fmt: skip
+    assert "5000" in line.replace(",", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("pretrain --images {tmp}/missing --out {tmp}/o --config {config}", "does not exist"),
+        ("pretrain --images {scenes} --out {tmp}/o --config {config} --model.lrr 1", "lrr"),
+        ("pretrain --images {scenes} --out {tmp}/o --config {tmp}/none.yaml", "none.yaml"),
+        ("predict --images {scenes} --checkpoint {tmp}/none --out {tmp}/o.json", "does not exist"),
+        ("predict --images {scenes} --checkpoint {run} --out {run}/config.yaml/o.json", "cannot be written to"),
+        ("predict --images {scenes} --checkpoint {run} --out {run}", "expected a file name"),
+        ("export labels --run {run} --stage 7 --out {tmp}/o.json", "has no labels of stage 7"),
+        ("evaluate --images {scenes} --labels {tmp}/none.json --checkpoint {run}", "none.json"),
+        ("pretrain --images {scenes} --out {run} --config {config} --model.lr 9", "model.lr is 0.001 there, 9"),
+        ("pretrain --images {scenes} --out {tmp}/o --config {config} --model.lr", "expected a value"),
+        ("quickstart --images {scenes}", "give --labels"),
+    ],
+)
+def test_users_mistakes_are_one_line(arguments, said, run, scenes, tiny_config, tmp_path, capsys):
+    words = arguments.format(tmp=tmp_path, scenes=scenes, run=run, config=tiny_config).split()
+    assert said in fails(capsys, *words)
+
+
+def test_debug_shows_where_it_happened(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        main(["predict", "--images", str(tmp_path / "no"), "--checkpoint", "x", "--out", str(tmp_path / "o"), "--debug"])
+
+
+def test_wrong_arguments_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", "--imagse", "x"])
+    assert caught.value.code == 2
+
+
+def test_errors_of_loader_processes_are_one_line():
+    message = (
+        "Caught TooManyUnreadableError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1, in y\nsimdetr.data.quarantine.TooManyUnreadableError: 2 of 6 images: a\n'
+    )
+    assert one_line(RuntimeError(message)) == "2 of 6 images: a"
+    assert one_line(ValueError("a\n  b")) == "a b"
+    assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_commands_have_homes():
+    assert {"quickstart", "doctor", "mine", "cluster", "pretrain", "relabel", "finetune", "evaluate", "compare",
+            "predict", "export", "report"} <= set(cli.COMMANDS)  # fmt: skip

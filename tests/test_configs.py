@@ -1,0 +1,59 @@
+"""Every shipped configuration trains one step; those of full size are shrunk by configs/tiny.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import simdetr
+from simdetr.recipe import Recipe
+from simdetr.training.train import train
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+BUILT_IN = sorted(Path(simdetr.__file__).parent.glob("*.yaml"))
+SMALLEST = (
+    "--trainer.max_steps=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--data.batch_size=2",
+    "--data.num_workers=0",
+    "--data.short_sides=[64]",
+    "--data.max_side=80",
+    "--model.detector.init_args.backbone=test_resnet",
+    "--model.detector.init_args.num_queries=10",
+)
+
+
+def test_there_are_configs():
+    assert {path.relative_to(REPOSITORY / "configs").as_posix() for path in CONFIGS} >= {
+        "tiny.yaml",
+        "pretrain/deformable_detr_r50.yaml",
+        "finetune/deformable_detr_r50.yaml",
+    }
+    assert [path.name for path in BUILT_IN] == ["quickstart_finetune.yaml", "quickstart_pretrain.yaml"]
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *BUILT_IN], ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_trains_one_step(path, scenes, tmp_path):
+    tiny = REPOSITORY / "configs" / "tiny.yaml"
+    alone = "detector" in yaml.safe_load(path.read_text())["model"]
+    configs = [path, tiny] if alone else [tiny, path]  # a config without detector is put after one that has it
+    data = (f"--data.images={scenes}", f"--data.labels={scenes / 'instances.json'}")
+    recipe = Recipe(tuple(str(config) for config in configs), (*data, *SMALLEST))
+    cli = recipe.training(tmp_path)
+    train(cli, tmp_path)
+    assert cli.trainer.global_step == 1
+    assert (tmp_path / "detector" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *BUILT_IN], ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_is_valid_as_it_stands(path, scenes):
+    tiny = str(REPOSITORY / "configs" / "tiny.yaml")
+    configs = (str(path),) if "detector" in yaml.safe_load(path.read_text())["model"] else (tiny, str(path))
+    config, _ = Recipe(configs, (f"--data.images={scenes}",)).resolved()
+    if config.trainer.max_steps != -1:
+        # a limit in epochs of an earlier file would end the training before its steps
+        assert config.trainer.max_epochs in (None, -1)

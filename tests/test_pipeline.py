@@ -1,0 +1,312 @@
+"""The whole method on a dozen scenes with the smallest detector: results, resuming, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+from simdetr import pipeline
+from simdetr.data.images import read_image
+from simdetr.data.labels import Labels, read_labels
+from simdetr.data.quarantine import TooManyUnreadableError
+from simdetr.training.run_folder import RunFolder, RunMismatchError
+
+
+def same_labels(a: Labels, b: Labels) -> bool:
+    columns = ("sizes_hw", "offsets", "boxes_xyxy", "classes", "scores")
+    return a.image_ids == b.image_ids and all(np.array_equal(getattr(a, name), getattr(b, name)) for name in columns)
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, scenes, tiny_config) -> RunFolder:
+    """A pretraining of two stages of one step each."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    return pipeline.pretrain(
+        scenes, out, [tiny_config], truth=scenes / "instances.json", options=["--self_training.stages=2"]
+    )
+
+
+def test_pretraining_makes_every_part_of_a_run(run, scenes):
+    assert [path.name for path in sorted(run.path.iterdir())] == [
+        "config.yaml", "proposals", "report", "stage0", "stage1", "stage2", "steps.jsonl",
+    ]  # fmt: skip
+    steps = [json.loads(line)["name"] for line in run.steps.read_text().splitlines()]
+    assert steps == ["mine", "cluster", "fit-stage1", "relabel-stage1", "fit-stage2", "relabel-stage2"]
+    mined = read_labels(run.labels(0))
+    assert (mined.stage, mined.num_classes, len(mined)) == (0, 3, 12)
+    assert set(mined.scores.tolist()) == {1.0}
+    for stage in (1, 2):
+        labels = read_labels(run.labels(stage))
+        assert (labels.stage, labels.num_classes, labels.image_ids) == (stage, 3, mined.image_ids)
+        assert max(np.diff(labels.offsets)) <= 5  # max_boxes
+    assert run.report.stat().st_size > 10_000
+
+
+def test_relabelled_boxes_do_not_overlap(run):
+    for stage in (1, 2):
+        labels = read_labels(run.labels(stage))
+        for i in range(len(labels)):
+            boxes = torch.from_numpy(labels.image(i).boxes_xyxy)
+            overlaps = box_iou(boxes, boxes).fill_diagonal_(0)
+            assert not (overlaps > 0.55).any()
+
+
+def test_the_same_call_again_changes_nothing(run, scenes, tiny_config):
+    before = times(run.path)
+    again = pipeline.pretrain(scenes, run.path, [tiny_config], options=["--self_training.stages=2"])
+    assert again.path == run.path
+    assert times(run.path) == before
+
+
+def test_other_settings_on_a_run_are_refused(run, scenes, tiny_config):
+    with pytest.raises(RunMismatchError, match=r"model\.lr is 0\.001 there, 0\.5 asked"):
+        pipeline.pretrain(
+            scenes, run.path, [tiny_config], options=["--self_training.stages=2", "--model.lr=0.5"]
+        )
+
+
+@pytest.mark.parametrize("killed_in", ["make_pseudo_labels", "train", "relabel", "load_detector"])
+def test_a_run_killed_between_steps_ends_with_the_same_labels(killed_in, run, scenes, tiny_config, tmp_path):
+    out, options = tmp_path / "run", ["--self_training.stages=2"]
+
+    class Killed(BaseException):
+        pass
+
+    def die(*args, **kwargs):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, killed_in, die)
+        with pytest.raises(Killed):
+            pipeline.pretrain(scenes, out, [tiny_config], options=options)
+    done = {path: stamp for path, stamp in times(out).items() if path.suffix in (".parquet", ".safetensors")}
+    assert done
+    resumed = pipeline.pretrain(scenes, out, [tiny_config], options=options)
+    for stage in range(3):
+        assert same_labels(read_labels(resumed.labels(stage)), read_labels(run.labels(stage)))
+    now = times(out)
+    assert all(now[path] == stamp for path, stamp in done.items())
+
+
+def test_the_next_stage_starts_from_the_last_or_from_scratch(run, scenes, tiny_config, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pipeline, "train", lambda training, out: seen.append(training.model.init_weights))
+    monkeypatch.setattr(pipeline.RunFolder, "has_detector", lambda self, stage: False)
+    for from_scratch in ("false", "true"):
+        recipe = pipeline.Recipe(
+            (str(tiny_config),), (f"--data.images={scenes}", f"--self_training.from_scratch={from_scratch}")
+        )
+        pipeline.fit_stage(run, recipe, recipe.sections(), 2, num_images=1)
+    assert seen == [str(run.detector(1)), None]
+
+
+def test_class_unaware_pretraining(scenes, tiny_config, tmp_path):
+    run = pipeline.pretrain(scenes, tmp_path, [tiny_config], options=["--clustering.num_classes=1"])
+    assert read_labels(run.labels(0)).num_classes == read_labels(run.labels(1)).num_classes == 1
+
+
+def test_too_few_regions_name_both_numbers_and_can_be_put_right(scenes, tiny_config, tmp_path):
+    with pytest.raises(ValueError, match=r"5,?000") as caught:
+        pipeline.pretrain(scenes, tmp_path, [tiny_config], options=["--clustering.num_classes=5000"])
+    regions = json.loads((tmp_path / "steps.jsonl").read_text().splitlines()[0])["count"]
+    assert str(regions) in str(caught.value).replace(",", "")
+    run = pipeline.pretrain(scenes, tmp_path, [tiny_config])  # the mined proposals are used again
+    assert read_labels(run.labels(0)).num_classes == 3
+
+
+def test_mining_and_clustering_alone(run, scenes, tiny_config, tmp_path):
+    store = pipeline.mine_proposals(scenes, tmp_path, [tiny_config])
+    assert len(store) == 12
+    assert same_labels(pipeline.cluster_proposals(tmp_path, num_classes=3), read_labels(run.labels(0)))
+
+
+def test_predictions_on_a_path_a_folder_and_an_array_are_equal(run, scenes):
+    folder = pipeline.predict(scenes, run.path)
+    assert len(folder) == 12
+    image_id = folder.image_ids[4]
+    expected = folder.of(image_id)
+    path = scenes / image_id
+    pixels = read_image(path)
+    singles = [
+        pipeline.predict(path, run.path),
+        pipeline.predict(str(path), run.detector(2)),
+        pipeline.predict(pixels, run.path),
+        pipeline.predict(pixels.permute(1, 2, 0).numpy(), run.path),
+    ]
+    for single in singles:
+        found = single.image(0)
+        assert len(expected.scores) == len(found.scores) > 0
+        np.testing.assert_allclose(found.boxes_xyxy, expected.boxes_xyxy, atol=2e-3)
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+        assert np.array_equal(found.classes, expected.classes)
+
+
+def test_prediction_options(run, scenes):
+    everything = pipeline.predict(scenes, run.path)
+    threshold = float(np.median(everything.scores))
+    assert pipeline.predict(scenes, run.path, min_score=threshold).scores.min() >= threshold
+    assert max(np.diff(pipeline.predict(scenes, run.path, max_boxes=2).offsets)) == 2
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 8, 8), torch.zeros(8, 8, 3, dtype=torch.uint8)])
+def test_arrays_of_another_kind_are_refused(image, run):
+    with pytest.raises(ValueError, match=r"images: expected a uint8 array \[3, H, W\]"):
+        pipeline.predict(image, run.path)
+
+
+def test_finetuning_writes_class_ids_back_as_they_came(run, own_scenes, tiny_config, tmp_path):
+    path = own_scenes / "instances.json"
+    content = json.loads(path.read_text())
+    new = {row["id"]: f"k{7 * row['id']}" if row["id"] % 2 else 100 * row["id"] for row in content["categories"]}
+    for row in content["categories"]:
+        row["id"] = new[row["id"]]
+    for row in content["annotations"]:
+        row["category_id"] = new[row["category_id"]]
+    path.write_text(json.dumps(content))
+    detector = pipeline.finetune(own_scenes, path, tmp_path / "ft", [tiny_config], init=run.path)
+    before = times(tmp_path / "ft")
+    assert pipeline.finetune(own_scenes, path, tmp_path / "ft", [tiny_config], init=run.path) == detector
+    assert times(tmp_path / "ft").keys() == before.keys()
+    found = pipeline.predict(own_scenes, detector)
+    assert {category.id: category.name for category in found.categories} == {
+        row["id"]: row["name"] for row in content["categories"]
+    }
+    scores = pipeline.evaluate(own_scenes, path, detector)
+    assert 0 <= scores["AP"] <= 1
+    assert scores["AR@100"] >= scores["AR@1"]
+
+
+def test_evaluation_looks_at_labelled_images_only_and_refuses_strangers(run, own_scenes, scenes, tiny_config, tmp_path):
+    detector = pipeline.finetune(own_scenes, own_scenes / "instances.json", tmp_path / "ft", [tiny_config])
+    truth = own_scenes / "instances.json"  # six of the twelve
+    assert pipeline.evaluate(scenes, truth, detector) == pytest.approx(
+        pipeline.evaluate(own_scenes, truth, detector), nan_ok=True
+    )
+    with pytest.raises(ValueError, match=r"none of the 6 images .* is in .*000000\.jpg"):
+        pipeline.evaluate(own_scenes / "images", truth, detector)
+
+
+def test_comparison_resumes_row_by_row(run, scenes, tiny_config, tmp_path, monkeypatch):
+    truth = scenes / "instances.json"
+    arguments = (scenes, truth, scenes, truth, run.path, tmp_path / "cmp", [tiny_config])
+    evaluate = pipeline.evaluate
+    calls = []
+
+    def dying(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "evaluate", dying)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.compare(*arguments, fractions=(0.5,), seeds=(0,))
+    rows = pipeline.compare(*arguments, fractions=(0.5,), seeds=(0,))
+    assert len(calls) == 3  # one was done, one interrupted and done again
+    assert [(row["initialisation"], row["label_budget"], row["seed"]) for row in rows] == [
+        ("pretrained", 0.5, 0),
+        ("scratch", 0.5, 0),
+    ]
+    assert json.loads((tmp_path / "cmp" / "comparison.json").read_text()) == rows
+    with pytest.raises(RunMismatchError, match=r"model\.lr"):
+        pipeline.compare(*arguments, fractions=(0.5,), seeds=(0,), options=["--model.lr=0.7"])
+
+
+def test_a_half_written_detector_is_trained_again(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    (copy / "stage2" / "detector" / "config.json").unlink()
+    assert pipeline.detector_folder(copy) == copy / "stage1" / "detector"
+
+
+@pytest.mark.parametrize("path", ["missing", "empty"])
+def test_a_folder_without_detector_is_named(path, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="checkpoint: expected a run folder"):
+        pipeline.detector_folder(tmp_path / path)
+
+
+# --- bad input (design.md, section 11) ---
+
+
+@pytest.fixture
+def many_scenes(scenes, tmp_path):
+    """24 images; a second copy of the twelve under other names."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for path in (scenes / "images").iterdir():
+        for copy in "ab":
+            shutil.copyfile(path, folder / f"{copy}{path.name}")
+    return folder
+
+
+def test_an_unreadable_image_is_put_aside_and_the_run_goes_on(many_scenes, tiny_config, tmp_path):
+    (many_scenes / "a000003.jpg").write_bytes(b"no picture")
+    run = pipeline.pretrain(many_scenes, tmp_path / "run", [tiny_config])
+    for path in (run.proposals / "quarantine.csv", run.stage(1) / "quarantine.csv"):
+        with path.open() as file:
+            assert [row["image_id"] for row in csv.DictReader(file)] == ["a000003.jpg"]
+    assert len(read_labels(run.labels(1))) == 23
+
+
+def test_an_image_that_becomes_unreadable_before_training_or_prediction(many_scenes, tiny_config, tmp_path):
+    labels = pipeline.mine_proposals(many_scenes, tmp_path / "run", [tiny_config])
+    assert len(labels) == 24
+    (many_scenes / "a000003.jpg").write_bytes(b"no picture")
+    run = pipeline.pretrain(many_scenes, tmp_path / "run", [tiny_config], options=["--data.batch_size=24"])
+    with (run.stage(1) / "quarantine.csv").open() as file:
+        assert [row["image_id"] for row in csv.DictReader(file)] == ["a000003.jpg"]
+    assert len(pipeline.predict(many_scenes, run.path)) == 23
+
+
+def test_too_many_unreadable_images_stop_training_and_prediction(run, own_scenes, tiny_config, tmp_path):
+    for path in sorted((own_scenes / "images").iterdir())[:2]:
+        path.write_bytes(b"")
+    with pytest.raises(TooManyUnreadableError, match="of 6 images are unreadable"):
+        pipeline.finetune(
+            own_scenes,
+            own_scenes / "instances.json",
+            tmp_path / "ft",
+            [tiny_config],
+            options=["--data.batch_size=6"],
+        )
+    with pytest.raises(TooManyUnreadableError, match="of 6 images are unreadable"):
+        pipeline.predict(own_scenes, run.path, quarantine=tmp_path / "quarantine.csv")
+    assert (tmp_path / "quarantine.csv").is_file()
+
+
+def test_an_empty_folder_is_an_error(tiny_config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        pipeline.pretrain(tmp_path / "empty", tmp_path / "run", [tiny_config])
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_image_is_enough(scenes, tiny_config, tmp_path):
+    run = pipeline.pretrain(
+        scenes / "images" / "000001.jpg", tmp_path, [tiny_config], options=["--clustering.num_classes=1"]
+    )
+    assert len(read_labels(run.labels(1))) == 1
+
+
+def test_an_output_that_cannot_be_written_fails_before_the_work(scenes, tiny_config, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(pipeline, "mine", lambda *a, **k: pytest.fail("mining began"))
+    with pytest.raises(OSError, match="file"):
+        pipeline.pretrain(scenes, tmp_path / "file" / "run", [tiny_config])
+    if os.geteuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(PermissionError):
+            pipeline.pretrain(scenes, tmp_path / "locked" / "run", [tiny_config])

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from pytorch_lightning.callbacks import EMAWeightAveraging
+
+from simdetr.proposals import ColourTextureEncoder
+from simdetr.recipe import Recipe, RecipeCLI, RecipeError
+from simdetr.training.checkpoints import AtomicCheckpointIO, ResumePoint
+from simdetr.training.train import train
+from simdetr.training.weights import checkpoint_config, load_detector, save_detector
+
+
+@pytest.fixture
+def recipe(tiny_config, scenes):
+    data = (f"--data.images={scenes}", f"--data.labels={scenes / 'instances.json'}")
+    return lambda *options: Recipe((str(tiny_config),), (*data, *options))
+
+
+def test_the_same_yaml_runs_under_lightning_and_under_the_pipeline(recipe, tmp_path):
+    import torch
+
+    made = recipe()
+    train(made.training(tmp_path / "own"), tmp_path / "own")
+    RecipeCLI(["fit", *made.arguments(f"--trainer.default_root_dir={tmp_path / 'fit'}")], checkpoint_every_steps=1)
+    resume = tmp_path / "fit" / "checkpoints" / "resume.ckpt"
+    mine, theirs = (load_detector(p).detector.state_dict() for p in (tmp_path / "own" / "detector", resume))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_validation_under_lightning(recipe, scenes, tmp_path, capsys):
+    made = recipe(f"--data.val_images={scenes}", f"--data.val_labels={scenes / 'instances.json'}")
+    RecipeCLI(["validate", *made.arguments(f"--trainer.default_root_dir={tmp_path}")])
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    assert "val/AP50" in metrics.read_text().splitlines()[0]
+
+
+def test_the_number_of_classes_comes_from_the_labels(recipe, tmp_path, scenes):
+    classes = len(json.loads((scenes / "instances.json").read_text())["categories"])
+    assert recipe().training(tmp_path).model.detector.num_classes == classes
+
+
+def test_sections_are_built(recipe):
+    sections = recipe("--self_training.iou_threshold=0.4", "--mining.image_size=32").sections()
+    assert isinstance(sections.encoder, ColourTextureEncoder)
+    assert sections.mining.image_size == 32
+    assert sections.clustering.num_classes == 3
+    assert (sections.self_training.stages, sections.self_training.iou_threshold) == (1, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--data.mosaik=0.5", "mosaik"),
+        ("--model.lr=fast", "lr"),
+        ("--mining.flux=1", "flux"),
+        ("--model.detector.init_args.num_querries=3", "num_querries"),
+        ("--model.detector.class_path=simdetr.detectors.Nothing", "Nothing"),
+        ("--model.schedule=linear", "schedule"),
+    ],
+)
+def test_unknown_keys_and_wrong_values_are_errors(option, named, recipe):
+    with pytest.raises(RecipeError, match=named):
+        recipe(option).resolved()
+
+
+def test_unknown_keys_of_a_file_are_errors(recipe, tmp_path):
+    (tmp_path / "more.yaml").write_text("trainer: {max_epoch: 3}\n")
+    made = recipe()
+    with pytest.raises(RecipeError, match="max_epoch"):
+        Recipe((*made.configs, str(tmp_path / "more.yaml")), made.options).resolved()
+
+
+def test_later_files_and_options_win(recipe, tmp_path):
+    (tmp_path / "more.yaml").write_text("model: {lr: 0.25, backbone_lr: 0.125}\n")
+    made = recipe("--model.lr=0.75")
+    config, text = Recipe((*made.configs, str(tmp_path / "more.yaml")), made.options).resolved()
+    assert (config.model.lr, config.model.backbone_lr) == (0.75, 0.125)
+    assert yaml.safe_load(text)["model"]["lr"] == 0.75
+
+
+def test_callbacks_of_the_user_stay_beside_ours(recipe, tmp_path):
+    (tmp_path / "ema.yaml").write_text(
+        "trainer: {callbacks: [{class_path: pytorch_lightning.callbacks.EMAWeightAveraging}]}\n"
+    )
+    made = recipe()
+    trainer = Recipe((*made.configs, str(tmp_path / "ema.yaml")), made.options).training(tmp_path).trainer
+    kinds = [type(callback) for callback in trainer.callbacks]
+    assert EMAWeightAveraging in kinds
+    assert ResumePoint in kinds
+    assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_starting_from_a_detector_takes_its_architecture(weights, recipe, make_detector, tmp_path):
+    detector = make_detector(3, num_queries=5)
+    detector.init_args["pretrained_backbone"] = True
+    save_detector(detector, checkpoint_config(detector, None), tmp_path / "detector")
+    config, _ = recipe().starting_from(tmp_path / "detector", tmp_path / "out", weights=weights).resolved()
+    arguments = config.model.detector.init_args
+    assert arguments.num_queries == 5
+    assert config.model.init_weights == (str(tmp_path / "detector") if weights else None)
+    assert arguments.pretrained_backbone is not weights  # never downloaded only to be overwritten
+
+
+def test_starting_from_bare_weights_is_refused(recipe, make_detector, tmp_path):
+    detector = make_detector(3)
+    save_detector(detector, checkpoint_config(detector, None), tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="no config beside its weights"):
+        recipe().starting_from(tmp_path, tmp_path / "out")
