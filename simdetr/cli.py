@@ -75,31 +75,35 @@ def one_line(error: BaseException) -> str:
 
 def run(arguments: list[str]) -> None:
     """Parse the arguments of one of ``COMMANDS`` and call it."""
-    values = command_parser().parse_args(arguments)
+    values = command_parser(arguments).parse_args(arguments)
     command: Any = COMMANDS
     while isinstance(command, dict):
         command, values = command[values.subcommand], values[values.subcommand]
     command(**values)
 
 
-def command_parser() -> ArgumentParser:
-    """The parser of the whole command line: a subcommand for every function, its help from type hints and docstring."""
+def command_parser(arguments: Sequence[str]) -> ArgumentParser:
+    """The parser of the whole command line: a subcommand for every function, its help from type hints and docstring.
+
+    Only the commands among ``arguments`` get their options: to find those of all takes seconds of imports.
+    """
     parser = ArgumentParser(prog="simdetr", version=version("simdetr"), description=purpose())
-    _add_commands(parser, COMMANDS)
+    _add_commands(parser, COMMANDS, arguments)
     return parser
 
 
-def _add_commands(parser: ArgumentParser, commands_by_name: dict[str, Any]) -> None:
+def _add_commands(parser: ArgumentParser, commands_by_name: dict[str, Any], arguments: Sequence[str]) -> None:
     subcommands = parser.add_subcommands()
     for name, command in commands_by_name.items():
         own = ArgumentParser()
         if isinstance(command, dict):
             subcommands.add_subcommand(name, own, help=f"Write results in other formats: {', '.join(command)}.")
-            _add_commands(own, command)
+            _add_commands(own, command, arguments)
         else:
             summary = str(inspect.getdoc(command)).split("\n\n")[0]
             own.description = summary
-            own.add_function_arguments(command)
+            if name in arguments:
+                own.add_function_arguments(command)
             subcommands.add_subcommand(name, own, help=summary)
 
 
@@ -113,7 +117,7 @@ def purpose() -> str:
 
 def quieten(handler: logging.Handler) -> None:
     """Keep the terminal for what a user can act on: third parties' notices about their own internals are left out."""
-    noisy = ("pytorch_lightning", "lightning", "torch", "fsspec", "matplotlib")
+    noisy = ("pytorch_lightning", "lightning", "torch", "fsspec", "matplotlib", "faiss")
     handler.addFilter(lambda record: record.levelno >= logging.WARNING or not record.name.startswith(noisy))
     for message in (
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",

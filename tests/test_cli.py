@@ -46,7 +46,7 @@ def test_help_of_every_command(command, capsys):
 def test_help_is_fast_and_import_is_quiet():
     start = time.perf_counter()
     heavy = "[name for name in ('torch', 'pytorch_lightning') if name in sys.modules]"
-    code = f"import sys, simdetr, simdetr.cli; simdetr.cli.command_parser(); print({heavy})"
+    code = f"import sys, simdetr, simdetr.cli; simdetr.cli.command_parser([]); print({heavy})"
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
     assert time.perf_counter() - start < 10  # seconds less on a machine that does nothing else
@@ -142,7 +142,9 @@ def test_users_mistakes_are_one_line(arguments, said, run, scenes, tiny_config, 
 
 def test_debug_shows_where_it_happened(tmp_path):
     with pytest.raises(FileNotFoundError):
-        main(["predict", "--images", str(tmp_path / "no"), "--checkpoint", "x", "--out", str(tmp_path / "o"), "--debug"])
+        main(
+            ["predict", "--images", str(tmp_path / "no"), "--checkpoint", "x", "--out", str(tmp_path / "o"), "--debug"]
+        )
 
 
 def test_wrong_arguments_exit_with_2(capsys):

@@ -57,7 +57,8 @@ def test_command_is_accepted(line, monkeypatch):
             parse_only=True,
         )
         return
-    values = command_parser().parse_args(fold_options(words))
+    arguments = fold_options(words)
+    values = command_parser(arguments).parse_args(arguments)
     own = values[values.subcommand]
     if not own.get("config"):
         return

@@ -72,9 +72,7 @@ def test_the_same_call_again_changes_nothing(run, scenes, tiny_config):
 
 def test_other_settings_on_a_run_are_refused(run, scenes, tiny_config):
     with pytest.raises(RunMismatchError, match=r"model\.lr is 0\.001 there, 0\.5 asked"):
-        pipeline.pretrain(
-            scenes, run.path, [tiny_config], options=["--self_training.stages=2", "--model.lr=0.5"]
-        )
+        pipeline.pretrain(scenes, run.path, [tiny_config], options=["--self_training.stages=2", "--model.lr=0.5"])
 
 
 @pytest.mark.parametrize("killed_in", ["make_pseudo_labels", "train", "relabel", "load_detector"])

@@ -183,7 +183,11 @@ def _read(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler's errors are of many kinds
         found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-        reason = found[1].split(" was not an allowed")[0].strip() if found else f"no PyTorch checkpoint, {type(error).__name__}"
+        reason = (
+            found[1].split(" was not an allowed")[0].strip()
+            if found
+            else f"no PyTorch checkpoint, {type(error).__name__}"
+        )
         raise PretrainedWeightsError(
             f"weights: {path} cannot be read as plain tensors ({reason}); expected a safetensors file or a PyTorch "
             "checkpoint of tensors. If you trust its source, load it yourself and save its state dict again"

@@ -29,7 +29,7 @@ class ColourTextureEncoder(nn.Module):
     """A fixed, hand-made encoder; the same images give the same maps everywhere.
 
     Its cosines are similarities already. Mining's defaults suit it; ``affinity="clamp"``, ``centre=False``,
-    ``cut_steps=0`` with limits of 0.9 for the two similarity filters keep somewhat better boxes.
+    ``cut_steps=0`` with limits of 0.9 for the two similarity filters find more on two of three sets.
 
     Args:
         colour: weight of the mean colour.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from simdetr.training.weights import (
 
 class Data:
     categories = (Category("seven", "cat"), Category(9, "dog"), Category(12, "cow"))
-    image_settings = {"short_side": 64, "max_side": 80, "mean": [0.5] * 3, "std": [0.2] * 3}
+    image_settings: ClassVar = {"short_side": 64, "max_side": 80, "mean": [0.5] * 3, "std": [0.2] * 3}
 
 
 @pytest.fixture

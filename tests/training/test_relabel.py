@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from simdetr.boxes import pairwise_iou
+from simdetr.data.images import open_images
+from simdetr.data.labels import Category, read_labels
+from simdetr.training.relabel import InferenceSettings, keep_boxes, relabel
+
+module = sys.modules["simdetr.training.relabel"]  # the package gives the function this name
+RealQuarantine = module.Quarantine
+
+CATEGORIES = tuple(Category(i, str(i)) for i in range(3))
+SETTINGS = InferenceSettings(short_side=64, max_side=80, iou_threshold=0.55, batch_size=2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_overlap_filter_keeps_the_most_confident(seed):
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(60, 2, generator=generator) * 50
+    boxes = torch.cat((corners, corners + 1 + torch.rand(60, 2, generator=generator) * 60), dim=1)
+    scores = torch.rand(60, generator=generator)
+    kept = keep_boxes(boxes, scores, SETTINGS)
+    overlaps = pairwise_iou(boxes, boxes)
+    among_kept = overlaps[kept][:, kept].fill_diagonal_(0)
+    assert not (among_kept > 0.55).any()
+    assert 1 < len(kept) < 60
+    assert torch.equal(scores[kept], scores[kept].sort(descending=True).values)
+    for gone in set(range(60)) - set(kept.tolist()):  # each went for a more confident one that stayed
+        assert any(overlaps[gone, k] > 0.55 and scores[k] > scores[gone] for k in kept.tolist())
+
+
+def test_other_rules_of_keeping():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 20, 30], [30, 30, 40, 40], [50, 50, 60, 60]])
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.3])
+    assert keep_boxes(boxes, scores, SETTINGS).tolist() == [2, 3, 0]  # the second has no area; no threshold
+    some = InferenceSettings(64, 80, score_threshold=0.3, max_boxes=1)
+    assert keep_boxes(boxes, scores, some).tolist() == [2]
+    assert keep_boxes(boxes[:0], scores[:0], SETTINGS).tolist() == []
+
+
+def test_relabelling_resumes_part_by_part(make_detector, scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_SIZE", 5)
+    source, detector = open_images(scenes), make_detector(3)
+    whole = relabel(detector, source, CATEGORIES, SETTINGS, tmp_path / "whole.parquet", stage=1)
+    assert (len(whole), whole.stage, whole.categories) == (12, 1, CATEGORIES)
+
+    seen = []
+    detect = module.detect
+
+    def dying(detector, part, *args, **kwargs):
+        if len(seen) == 2:
+            seen.append(None)
+            raise KeyboardInterrupt
+        seen.append(part.ids[0])
+        return detect(detector, part, *args, **kwargs)
+
+    monkeypatch.setattr(module, "detect", dying)
+    arguments = (detector, source, CATEGORIES, SETTINGS, tmp_path / "killed.parquet")
+    with pytest.raises(KeyboardInterrupt):
+        relabel(*arguments, stage=1)
+    assert not (tmp_path / "killed.parquet").exists()
+    moved = []
+    relabel(*arguments, stage=1, progress=moved.append)
+    assert seen == [source.ids[0], source.ids[5], None, source.ids[10]]  # no part twice
+    assert sum(moved) == 12
+    killed = read_labels(tmp_path / "killed.parquet")
+    assert killed.image_ids == whole.image_ids
+    for name in ("offsets", "boxes_xyxy", "classes", "scores"):
+        assert np.array_equal(getattr(killed, name), getattr(whole, name))
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_a_part_without_a_readable_image(make_detector, own_scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_SIZE", 1)
+    source = open_images(own_scenes)
+    source.path_of(source.ids[0]).write_bytes(b"")
+    monkeypatch.setattr(module, "Quarantine", lambda path, total: RealQuarantine(path, total, 0.5))
+    labels = relabel(make_detector(3), source, CATEGORIES, SETTINGS, tmp_path / "labels.parquet", stage=2)
+    assert labels.image_ids == tuple(source.ids[1:])
+    assert "labels" not in (tmp_path / "quarantine.csv").read_text()
+    assert source.ids[0] in (tmp_path / "quarantine.csv").read_text()
