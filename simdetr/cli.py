@@ -23,6 +23,8 @@ from rich.markup import escape
 from simdetr import commands
 
 Command = Callable[..., None]
+POSITIONAL = ("doctor",)
+"""Commands whose required arguments stand without a name: `simdetr doctor DIR`."""
 LIGHTNING = ("fit", "validate", "test")
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "quickstart": commands.quickstart,
@@ -103,7 +105,7 @@ def _add_commands(parser: ArgumentParser, commands_by_name: dict[str, Any], argu
             summary = str(inspect.getdoc(command)).split("\n\n")[0]
             own.description = summary
             if name in arguments:
-                own.add_function_arguments(command)
+                own.add_function_arguments(command, as_positional=name in POSITIONAL)
             subcommands.add_subcommand(name, own, help=summary)
 
 

@@ -258,9 +258,8 @@ def compare(
         One row per training: ``initialisation``, ``label_budget``, ``seed`` and the metrics.
     """
     out, detector = Path(out), detector_folder(init)
-    common = Recipe(
-        tuple(str(path) for path in config), (f"--data.images={images}", f"--data.labels={labels}", *options)
-    )
+    data = (f"--data.images={images}", f"--data.labels={labels}")
+    common = Recipe(tuple(str(path) for path in config), (*data, *options)).starting_from(detector, out, weights=False)
     inputs = {"init": str(detector), "val_images": str(val_images), "val_labels": str(val_labels)}
     RunFolder(out).claim(common.resolved()[1] + yaml.safe_dump({"compare": inputs}))
     rows_file = out / "comparison.json"

@@ -29,7 +29,7 @@ from simdetr.proposals.features import Encoder
 from simdetr.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.detection_task import DetectionTask
-from simdetr.training.weights import read_state
+from simdetr.training.weights import checkpoint_config, read_state, save_detector
 
 DEFAULT_ENCODER = "simdetr.proposals.colour_texture.ColourTextureEncoder"
 
@@ -143,6 +143,12 @@ class RecipeCLI(LightningCLI):
         """Build trainer, task and data, unless only parsing was asked for."""
         if not self._parse_only:
             super().instantiate_classes()
+
+    def after_fit(self) -> None:
+        """Under ``simdetr fit``: leave the detector where the pipeline would, in ``detector/`` below the root."""
+        if self.trainer.is_global_zero and self.trainer.state.finished:
+            config = checkpoint_config(self.model.detector, self.datamodule)
+            save_detector(self.model.detector, config, Path(self.trainer.default_root_dir) / "detector")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # noqa: ANN401
         """A Trainer that logs and checkpoints below its root and scores validations, unless told otherwise."""

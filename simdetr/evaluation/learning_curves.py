@@ -64,7 +64,9 @@ def read_curve(run_name: str, *metrics_csv: Path) -> Curve:
                 for name, text in row.items():
                     if row["step"] and text and name not in ("step", "epoch"):
                         series[name][float(row["step"])] = float(text)
-    metrics = {name: (sorted(points), [points[step] for step in sorted(points)]) for name, points in series.items()}
+    metrics: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+        name: (sorted(points), [points[step] for step in sorted(points)]) for name, points in series.items()
+    }
     return Curve(name=run_name, metrics=metrics)
 
 

@@ -106,7 +106,7 @@ def keep_recurrent(candidates: Candidates, limit: float) -> Candidates:
     A region that clusterings of several levels and K find again is more likely an object than one of a single
     clustering. Regions are ranked by the number of candidates that agree with their box, times the box's area, halved
     for every image border the box touches; then the better of any two with an IoU above 0.7 stays. The document's rule
-    (e) drops the smaller of a pair and so favours large regions; `benchmarks/results/proposal_recall.json` compares.
+    (e) looks at overlap and size alone; `benchmarks/results/proposal_recall.json` compares.
     """
     overlaps = box_overlaps(candidates)
     height, width = candidates.labels.shape[-2:]

@@ -61,7 +61,7 @@ def spectral_clustering(
     height, width = features.shape[-2:]
     together = len(features) if not features.is_cpu else max(1, CACHED_WEIGHTS // (height * width) ** 2)
     parts = []
-    for part in features.split(together):
+    for part in torch.split(features, together):
         weights = cell_affinity(part, affinity, temperature, centre=centre)
         parts.append(cluster_graphs(weights, cluster_counts, starts=starts, cut_steps=cut_steps, seed=seed))
     return {
