@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := dev
 PYTEST_ARGS ?= -m "not slow"
+WORKERS ?= 2
 
 .PHONY: quickstart test test-all lint docs format clean
 
@@ -11,7 +12,7 @@ quickstart: $(VENV)/quickstart-installed ## render scenes, pretrain, fine-tune, 
 	$(BIN)/simdetr quickstart --out runs/quickstart
 
 test: $(VENV)/dev-installed ## the default tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-all: ## the slow tests too
 	$(MAKE) test PYTEST_ARGS='-m "slow or not slow"'

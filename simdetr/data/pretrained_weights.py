@@ -14,6 +14,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -170,6 +171,14 @@ def _local_path(path_or_url: str) -> Path:
     return target
 
 
+def _allowed(classes: list[Any]) -> AbstractContextManager[None]:
+    """Let ``torch.load(weights_only=True)`` make these classes; before torch 2.6 only plain tensors can be read."""
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # came with 2.6, as names for classes did
+        return nullcontext()
+    context: AbstractContextManager[None] = torch.serialization.safe_globals(classes)
+    return context
+
+
 def _read(path: Path) -> object:
     if path.suffix == ".safetensors":
         try:
@@ -179,7 +188,7 @@ def _read(path: Path) -> object:
     # What DINO and MoBY keep beside their tensors; the latter's configuration object becomes an ordinary dictionary.
     harmless: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
     try:
-        with torch.serialization.safe_globals(harmless):
+        with _allowed(harmless):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler's errors are of many kinds
         found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
