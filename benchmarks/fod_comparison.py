@@ -1,6 +1,6 @@
 """What pretraining is worth on one domain: FOD-A, unlabelled frames, then 1 % and 10 % of the labels, two seeds.
 
-    python benchmarks/fod_comparison.py --data ../shared/data/fod --out runs/fod
+    python -m benchmarks.fod_comparison --data ../shared/data/fod --out runs/fod
 
 Pretrains configs/tiny.yaml's detector on frames without labels, fine-tunes it and the same detector from new weights
 with equal labels, steps and seeds, and writes benchmarks/results/fod_comparison.json. No network weights are used: the
@@ -8,12 +8,10 @@ encoder of the mining is the colour-texture one. Killed and started again, it go
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
-from environment import describe
-
+from benchmarks.environment import environment, write_result
 from simdetr import compare, pretrain
 from simdetr.evaluation.compare import comparison_table
 
@@ -56,9 +54,13 @@ def main() -> None:
         fractions=arguments.fractions,
         seeds=arguments.seeds,
     )
-    result = {"environment": describe(), "unlabelled_images": NUM_UNLABELLED, "val_images": NUM_VAL, "rows": rows}
-    path = ROOT / "benchmarks/results/fod_comparison.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = {
+        "environment": environment(("torch", "torchvision", "timm", "pytorch-lightning")),
+        "unlabelled_images": NUM_UNLABELLED,
+        "val_images": NUM_VAL,
+        "rows": rows,
+    }
+    write_result("fod_comparison", result)
     print(comparison_table(rows))
 
 

@@ -1,6 +1,6 @@
 """The pipeline on photographs: pretrain on coco256/train + imagenet1k, recall of every stage on coco256/val.
 
-    python benchmarks/photographs.py --data ../shared/data --out runs/photographs
+    python -m benchmarks.photographs --data ../shared/data --out runs/photographs
 
 Writes benchmarks/results/photographs.json: class-agnostic recall on validation images of the mined proposals (stage 0)
 and of the detector of each stage, none of which saw a label or a network's weights. Resumes like every run.
@@ -11,8 +11,7 @@ import json
 import time
 from pathlib import Path
 
-from environment import describe
-
+from benchmarks.environment import environment, write_result
 from simdetr import open_images, predict, pretrain, read_labels
 from simdetr.data.labels import Category, ImageLabels, Labels
 from simdetr.evaluation.proposal_recall import proposal_recall
@@ -50,15 +49,14 @@ def main() -> None:
         for stage, found in stages.items()
     ]
     result = {
-        "environment": describe(),
+        "environment": environment(("torch", "torchvision", "timm", "pytorch-lightning")),
         "unlabelled_images": len(listed),
         "val_images": len(truth),
         "seconds_of_this_start": round(seconds),
         "steps": [json.loads(line) for line in run.steps.read_text(encoding="utf-8").splitlines()],
         "rows": rows,
     }
-    path = ROOT / "benchmarks/results/photographs.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result("photographs", result)
     for row in rows:
         print({name: round(value, 3) for name, value in row.items()})
 

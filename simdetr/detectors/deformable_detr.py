@@ -162,8 +162,6 @@ class DeformableDETR(nn.Module):
             nn.init.constant_(head.bias, -math.log((1 - class_prior) / class_prior))
         self.class_embed = nn.ModuleList(class_heads[min(layer, distinct - 1)] for layer in range(count))
         self.bbox_embed = nn.ModuleList(box_heads[min(layer, distinct - 1)] for layer in range(count))
-        # the encoder's proposals learn class 0 for every object (A8): that row outlives a change of classes
-        self.objectness_names = tuple(f"class_embed.{count - 1}.{part}" for part in ("weight", "bias") if two_stage)
         # the original registers the heads again where the decoder uses them, and its checkpoints have both names
         if refine:
             self.transformer.decoder.bbox_embed = self.bbox_embed

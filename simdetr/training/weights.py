@@ -148,17 +148,7 @@ def load_weights(detector: nn.Module, path: Path) -> LoadReport:
             f"{next(iter(state), 'none')!r}. Use weights of the same detector and backbone."
         )
     detector.load_state_dict({name: state[name] for name in kept}, strict=False)
-    _keep_objectness(detector, state)
     return report
-
-
-@torch.no_grad()
-def _keep_objectness(detector: nn.Module, state: dict[str, Tensor]) -> None:
-    """Where a head's first row means "object" whatever the classes are (``objectness_names``), keep that row."""
-    names: tuple[str, ...] = getattr(detector, "objectness_names", ())
-    for name in names:
-        if name in state and state[name].shape[1:] == detector.get_parameter(name).shape[1:]:
-            detector.get_parameter(name)[0] = state[name][0]
 
 
 def load_detector(path: Path) -> LoadedDetector:
