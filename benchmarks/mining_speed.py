@@ -101,7 +101,7 @@ def measure(chunks: list[dict[int, torch.Tensor]], config: MiningConfig, repeats
             spent["ours_with_filters"] += clocks() - started
             if repeat == 0:
                 cuts.append(compare_cuts(maps, plain, config))
-        for name, (wall, cpu) in spent.items():
+        for name, (wall, cpu) in ((name, clock.tolist()) for name, clock in spent.items()):
             times[name].append(wall / sum(len(maps[32]) for maps in chunks))
             cpu_times[name].append(cpu / sum(len(maps[32]) for maps in chunks))
     ratios = [plain / ours for plain, ours in zip(times["plain"], times["ours"], strict=True)]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-METRICS = ("AP", "AP50", "AR100")
+METRICS = ("AP", "AP50", "AR100", "AR@100")
 
 
 @dataclass(frozen=True)
