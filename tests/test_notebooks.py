@@ -34,7 +34,15 @@ def execute(path: Path, folder: Path, **environment: str) -> NotebookNode:
     executed = folder / "executed.ipynb"
     own = {"OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1", "TMPDIR": str(folder)}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SIMDETR_")}
-    command = [sys.executable, "-c", EXECUTE, str(path), f"--output={executed}", "--timeout=120"]
+    command = [
+        sys.executable,
+        "-c",
+        EXECUTE,
+        str(path),
+        f"--output={executed}",
+        "--timeout=300",
+        "--startup_timeout=300",
+    ]
     finished = subprocess.run(command, cwd=folder, env=kept | own | environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return nbformat.read(executed, as_version=4)
