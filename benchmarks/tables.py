@@ -43,7 +43,8 @@ def recall(result: dict[str, Any]) -> str:
     lines = [
         (
             "**Recall of mined boxes without any labels or weights**, validation sets, 60 images each at 448 px: "
-            "recall at IoU 0.5 / average recall (0.5:0.95), of all boxes and of the at most 25 that the document's filters keep."
+            "recall at IoU 0.5 / average recall (0.5:0.95), of all boxes and of the at most 25 that "
+            "the document's filters keep."
         ),
         "",
         "| encoder | " + " | ".join(f"{name}, all | {name}, ≤ 25" for name in SETS) + " |",
@@ -66,7 +67,8 @@ def photographs(result: dict[str, Any]) -> str:
         (
             f"**Self-training on photographs**: {result['unlabelled_images']:,} images (coco256/train and "
             "imagenet1k), no labels, no weights, two stages of two epochs; class-agnostic recall on "
-            f"{result['val_images']} images of coco256/val, in percent. So little training does not reach what mining finds."
+            f"{result['val_images']} images of coco256/val, in percent. So little training does not reach "
+            "what mining finds."
         ),
         "",
         "| boxes of | per image | AR@10 | AR@25 | AR@100 | recall at IoU 0.5 |",
@@ -83,8 +85,8 @@ def memory(result: dict[str, Any]) -> str:
     first, last = result["runs"][0], result["runs"][-1]
     return (
         "**Memory of mining** does not grow with the set: "
-        f"{first['peak_rss_mb']:.0f} MB for {first['images']:,} images, {last['peak_rss_mb']:.0f} MB for {last['images']:,} ({100 * result['difference']:.1f} % more).\n\n"
-        + source(result["environment"])
+        f"{first['peak_rss_mb']:.0f} MB for {first['images']:,} images, {last['peak_rss_mb']:.0f} MB for {last['images']:,} "
+        f"({100 * result['difference']:.1f} % more).\n\n" + source(result["environment"])
     )
 
 
