@@ -85,8 +85,9 @@ def memory(result: dict[str, Any]) -> str:
     first, last = result["runs"][0], result["runs"][-1]
     return (
         "**Memory of mining** does not grow with the set: "
-        f"{first['peak_rss_mb']:.0f} MB for {first['images']:,} images, {last['peak_rss_mb']:.0f} MB for {last['images']:,} "
-        f"({100 * result['difference']:.1f} % more).\n\n" + source(result["environment"])
+        f"{first['peak_rss_mb']:.0f} MB for {first['images']:,} images, "
+        f"{last['peak_rss_mb']:.0f} MB for {last['images']:,} ({100 * result['difference']:.1f} % more).\n\n"
+        + source(result["environment"])
     )
 
 
