@@ -61,7 +61,7 @@ class MiningConfig:
     affinity: Affinity = "exp"
     temperature: float = 0.1
     centre: bool = True
-    kmeans_starts: int = 4
+    kmeans_starts: int = 3
     cut_steps: int = 2
     connectivity: int = 4
     filters: dict[str, float] = field(default_factory=_default_filters)

@@ -16,7 +16,7 @@ DRAWS = 3  # candidates for each seed
 SAME_COST = 1e-4  # rounding must not decide between two starts that are equally good
 
 
-def batched_kmeans(points: Tensor, num_clusters: int, *, starts: int = 4, max_steps: int = 50, seed: int = 0) -> Tensor:
+def batched_kmeans(points: Tensor, num_clusters: int, *, starts: int = 3, max_steps: int = 12, seed: int = 0) -> Tensor:
     """Several k-means++ starts (Arthur and Vassilvitskii 2007), each refined by Lloyd's iteration.
 
     Args:

@@ -38,7 +38,7 @@ def spectral_clustering(
     affinity: Affinity = "exp",
     temperature: float = 0.1,
     centre: bool = True,
-    starts: int = 4,
+    starts: int = 3,
     cut_steps: int = 2,
     seed: int = 0,
 ) -> dict[int, Tensor]:
@@ -108,7 +108,7 @@ def _products_of_pairs(cells: Tensor) -> Tensor:
 
 
 def cluster_graphs(
-    weights: Tensor, cluster_counts: Sequence[int], *, starts: int = 4, cut_steps: int = 2, seed: int = 0
+    weights: Tensor, cluster_counts: Sequence[int], *, starts: int = 3, cut_steps: int = 2, seed: int = 0
 ) -> dict[int, Tensor]:
     """Partition weighted graphs (Ng, Jordan, Weiss 2001) into each number of clusters.
 
