@@ -33,19 +33,17 @@ def batched_kmeans(points: Tensor, num_clusters: int, *, starts: int = 3, max_st
     centroids, used = _spread_seeds(points, num_clusters, starts, seed)
     labels = torch.zeros(batch, starts, count, dtype=torch.int64, device=points.device)
     active = torch.arange(batch, device=points.device)
-    before = points.new_zeros(batch, starts, num_clusters, count)
     for step in range(max_steps + 1):
         scores = _scores(points, centroids, used)
         member = (scores == scores.amax(dim=2, keepdim=True)).to(points)  # far cheaper than argmax; a tie counts twice
-        moving = (member != before).flatten(1).any(dim=1)
-        settled = ~moving if step < max_steps else torch.ones_like(moving)
+        means = _means(points, member, centroids)
+        settled = (means == centroids).flatten(1).all(dim=1) | (step == max_steps)
         if bool(settled.any()):
             labels[active[settled]] = scores[settled].argmax(dim=2)
-            active, points, member = active[~settled], points[~settled], member[~settled]
-            centroids, used = centroids[~settled], used[~settled]
+            active, points, means, used = (values[~settled] for values in (active, points, means, used))
         if not len(active):
             break
-        centroids, before = _means(points, member, centroids), member
+        centroids = means
     return labels.transpose(1, 2)
 
 

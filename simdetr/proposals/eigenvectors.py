@@ -109,8 +109,9 @@ class _BlockLanczos:
                 projected[:, own, before], projected[:, before, own] = self._link, self._link.mT
             product = torch.bmm(self._matrices, block.mT).mT
             projected[:, own, own] = torch.bmm(product, block.mT)
-            for _ in range(2):  # once leaves rounding errors that grow from block to block
-                product = product - torch.bmm(torch.bmm(product, basis[:, :end].mT), basis[:, :end])
+            # In exact arithmetic the last two blocks would do; rounding errors grow from block to block, so all follow.
+            for known in (basis[:, max(0, end - 2 * BLOCK) : end], basis[:, :end]):
+                product = product - torch.bmm(torch.bmm(product, known.mT), known)
             rows, self._link = torch.linalg.qr(product.mT)
             lengths = self._link.diagonal(dim1=1, dim2=2).abs()
             self._next = (rows * (lengths > VANISHED)[:, None]).mT
