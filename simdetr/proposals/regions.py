@@ -31,6 +31,8 @@ class Regions:
         area: float32 [N], of the region (not of its box), square pixels of the original.
         stride: int16 [N], level whose clustering found the region.
         k: int16 [N], number of clusters of that clustering.
+        cluster: int16 [N], which of its clusters the region is a part of.
+        score: float32 [N], how sure the miner is of it, higher is better; 1 where it gives none.
     """
 
     boxes_xyxy: NDArray[np.float32]
@@ -38,12 +40,15 @@ class Regions:
     area: NDArray[np.float32]
     stride: NDArray[np.int16]
     k: NDArray[np.int16]
+    cluster: NDArray[np.int16]
+    score: NDArray[np.float32]
 
     def __post_init__(self) -> None:
         rows = len(self.boxes_xyxy)
         expected: dict[str, tuple[tuple[int, ...], type[np.generic]]]
         expected = {"boxes_xyxy": ((rows, 4), np.float32), "area": ((rows,), np.float32)}
-        expected |= {"stride": ((rows,), np.int16), "k": ((rows,), np.int16)}
+        expected |= dict.fromkeys(("stride", "k", "cluster"), ((rows,), np.int16))
+        expected |= {"score": ((rows,), np.float32)}
         expected |= {"features": ((rows, self.features.shape[-1] if self.features.ndim else 0), np.float32)}
         for name, (shape, dtype) in expected.items():
             column = getattr(self, name)
@@ -74,6 +79,7 @@ class Candidates:
         clustering, cluster: int64 [B, R], which clustering and which of its clusters a region comes from.
         cells: int64 [B, R], size in cells of the finest grid; 0 for padding.
         boxes: int64 [B, R, 4], x0, y0, x1, y1 in cells of the finest grid, far edges exclusive.
+        scores: float32 [B, R], higher is better; 1 until a filter ranks the regions.
     """
 
     labels: Tensor
@@ -88,6 +94,7 @@ class Candidates:
     cluster: Tensor
     cells: Tensor
     boxes: Tensor
+    scores: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -136,7 +143,9 @@ class Candidates:
         rows = int(keep.sum(dim=1).max()) if keep.numel() else 0
         order = (~keep).int().argsort(dim=1, stable=True)[:, :rows]
         kept = keep.gather(1, order)
-        columns = {name: getattr(self, name).gather(1, order) for name in ("ids", "clustering", "cluster", "cells")}
+        columns = {
+            name: getattr(self, name).gather(1, order) for name in ("ids", "clustering", "cluster", "cells", "scores")
+        }
         columns["ids"] = columns["ids"].masked_fill(~kept, -1)
         columns["cells"] = columns["cells"].masked_fill(~kept, 0)
         boxes = self.boxes.gather(1, order[:, :, None].expand(-1, -1, 4)) * kept[:, :, None]
@@ -209,6 +218,7 @@ def find_candidates(
         cluster=padded(labels.flatten()[firsts], 0),
         cells=padded(torch.bincount(flat, minlength=len(firsts)), 0),
         boxes=torch.stack([padded(edge, 0) for edge in edges], dim=2),
+        scores=torch.ones(batch, rows, device=labels.device),
     )
 
 
@@ -226,6 +236,8 @@ def to_regions(candidates: Candidates, sizes_hw: Sequence[tuple[int, int]]) -> l
     boxes = candidates.boxes.cpu().numpy()
     cells = candidates.cells.cpu().numpy()
     clustering = candidates.clustering.cpu().numpy()
+    cluster = candidates.cluster.cpu().numpy().astype(np.int16)
+    scores = candidates.scores.cpu().numpy()
     regions = []
     for image, (count, (image_height, image_width)) in enumerate(zip(counts, sizes_hw, strict=True)):
         cell_px = np.array([image_width / width, image_height / height])
@@ -236,6 +248,8 @@ def to_regions(candidates: Candidates, sizes_hw: Sequence[tuple[int, int]]) -> l
                 area=(cells[image, :count] * cell_px.prod()).astype(np.float32),
                 stride=strides[clustering[image, :count]],
                 k=ks[clustering[image, :count]],
+                cluster=cluster[image, :count],
+                score=scores[image, :count],
             )
         )
     return regions

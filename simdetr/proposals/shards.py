@@ -1,7 +1,7 @@
 """One shard of proposals between memory and Parquet: rows to a table, a table to columns.
 
-One table row per image: id, size, and lists over its regions (boxes float32, features fp16, area, level, K). What the
-rows cannot say (the shard's number, ids of unreadable images) lies in the schema's metadata.
+One table row per image: id, size, and lists over its regions: boxes float32, features fp16, area, and where they came
+from (level, K, cluster, score). What the rows cannot say (the shard's number, ids of unreadable images) lies in the schema's metadata.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from simdetr.proposals.regions import Regions
 
-REGION_COLUMNS = ("boxes_xyxy", "features", "area", "stride", "k")
+REGION_COLUMNS = ("boxes_xyxy", "features", "area", "stride", "k", "cluster", "score")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class ProposalShard:
         boxes_xyxy: float32 [M, 4], pixels.
         features: float16 [M, D]; D is 0 when features were not asked for.
         area: float32 [M], square pixels.
-        stride, k: int16 [M].
+        stride, k, cluster: int16 [M].
+        score: float32 [M].
     """
 
     image_ids: tuple[str, ...]
@@ -55,6 +56,8 @@ class ProposalShard:
     area: NDArray[np.float32]
     stride: NDArray[np.int16]
     k: NDArray[np.int16]
+    cluster: NDArray[np.int16]
+    score: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -68,6 +71,8 @@ class ProposalShard:
             area=self.area[own],
             stride=self.stride[own],
             k=self.k[own],
+            cluster=self.cluster[own],
+            score=self.score[own],
         )
         height, width = self.sizes_hw[index].tolist()
         return ProposalRow(self.image_ids[index], height, width, regions)
@@ -84,6 +89,8 @@ def _schema(dim: int, notes: Mapping[str, Any]) -> pa.Schema:
             pa.field("area", pa.list_(pa.float32()), nullable=False),
             pa.field("stride", pa.list_(pa.int16()), nullable=False),
             pa.field("k", pa.list_(pa.int16()), nullable=False),
+            pa.field("cluster", pa.list_(pa.int16()), nullable=False),
+            pa.field("score", pa.list_(pa.float32()), nullable=False),
         ],
         metadata={"simdetr": json.dumps(notes)},
     )
@@ -127,6 +134,8 @@ def to_table(rows: Sequence[ProposalRow], dim: int, notes: Mapping[str, Any]) ->
             column("area", np.float32),
             column("stride", np.int16),
             column("k", np.int16),
+            column("cluster", np.int16),
+            column("score", np.float32),
         ],
         schema=schema,
     )
@@ -167,4 +176,6 @@ def to_shard(table: pa.Table) -> ProposalShard:
         area=flat["area"],
         stride=flat["stride"],
         k=flat["k"],
+        cluster=flat["cluster"],
+        score=flat["score"],
     )

@@ -28,7 +28,7 @@ from simdetr.proposals.shards import (
     to_table,
 )
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 

@@ -27,6 +27,8 @@ def make_store(folder, regions_per_image, shard_size=4, seed=0):
             area=rng.uniform(10, 20, count).astype(np.float32),
             stride=np.full(count, 16, np.int16),
             k=np.full(count, 8, np.int16),
+            cluster=kind.astype(np.int16),
+            score=np.ones(count, np.float32),
         )
         rows.append(ProposalRow(f"{index}.jpg", 40, 60 + index, regions))
     for shard in range(manifest.num_shards):

@@ -95,6 +95,8 @@ def regions_with(**changes):
         "area": np.ones(1, np.float32),
         "stride": np.ones(1, np.int16),
         "k": np.ones(1, np.int16),
+        "cluster": np.zeros(1, np.int16),
+        "score": np.ones(1, np.float32),
     }
     return Regions(**(columns | changes))
 

@@ -27,6 +27,8 @@ def row(index, count):
         area=rng.uniform(1, 99, count).astype(np.float32),
         stride=rng.choice([16, 32], count).astype(np.int16),
         k=rng.choice([2, 4], count).astype(np.int16),
+        cluster=rng.choice([0, 1], count).astype(np.int16),
+        score=rng.uniform(0, 1, count).astype(np.float32),
     )
     return ProposalRow(f"dir/{index}.jpg", 100 + index, 200 + index, regions)
 
