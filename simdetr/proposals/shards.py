@@ -1,7 +1,8 @@
 """One shard of proposals between memory and Parquet: rows to a table, a table to columns.
 
 One table row per image: id, size, and lists over its regions: boxes float32, features fp16, area, and where they came
-from (level, K, cluster, score). What the rows cannot say (the shard's number, ids of unreadable images) lies in the schema's metadata.
+from (level, K, cluster, score). What the rows cannot say (the shard's number, ids of unreadable images) lies in the
+schema's metadata.
 """
 
 from __future__ import annotations
