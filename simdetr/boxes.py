@@ -43,6 +43,16 @@ def pairwise_iou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
     return torch.nan_to_num(box_iou(boxes_a_xyxy, boxes_b_xyxy))
 
 
+def batched_iou(boxes_xyxy: Tensor) -> Tensor:
+    """Intersection over union of all pairs within each set, [B, N, 4] to [B, N, N]; 0 where both have no area."""
+    low = torch.maximum(boxes_xyxy[:, :, None, :2], boxes_xyxy[:, None, :, :2])
+    high = torch.minimum(boxes_xyxy[:, :, None, 2:], boxes_xyxy[:, None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(dim=3)
+    size = (boxes_xyxy[:, :, 2:] - boxes_xyxy[:, :, :2]).prod(dim=2)
+    union = size[:, :, None] + size[:, None, :] - shared
+    return torch.where(union > 0, shared / union, 0.0)
+
+
 def pairwise_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
     """Generalised IoU of all pairs, [N, 4] and [M, 4] to [N, M], in (-1, 1]."""
     return generalized_box_iou(boxes_a_xyxy, boxes_b_xyxy)

@@ -17,8 +17,13 @@ from torch import Tensor
 from simdetr.proposals.features import Encoder
 from simdetr.proposals.filters import apply_filters
 from simdetr.proposals.image_loading import SIDE_MULTIPLE, shrink
+from simdetr.proposals.level_sets import LevelSets, find_shapes
+from simdetr.proposals.ranking import rank_shapes, shapes_to_regions
 from simdetr.proposals.regions import Candidates, Regions, find_candidates, to_regions
 from simdetr.proposals.spectral_clustering import Affinity, spectral_clustering
+
+
+IMAGES_IN_CACHE = 2  # whose level sets the host works on together
 
 
 def _default_clusters() -> dict[int, list[int]]:
@@ -49,7 +54,8 @@ class MiningConfig:
         kmeans_starts: Seedings of the k-means in the spectral embedding.
         cut_steps: Times that cells are moved between clusters to lower the normalised cut; 0 leaves the plain k-means.
         connectivity: 4 or 8 neighbours join cells to a region.
-        filters: Box filters by name, each with its limit, in this order.
+        level_sets: Find the regions on a finer grid and rank them, in place of the filters; null follows the document.
+        filters: Box filters by name, each with its limit, in this order; not used with ``level_sets``.
         batch_size: Images of one shape that are encoded and clustered together; does not change the result.
         shard_size: Images per file of the store; a killed run loses at most one unfinished shard.
         max_unreadable: Fraction of unreadable images past which the run stops.
@@ -64,6 +70,7 @@ class MiningConfig:
     kmeans_starts: int = 3
     cut_steps: int = 2
     connectivity: int = 4
+    level_sets: LevelSets | None = None
     filters: dict[str, float] = field(default_factory=_default_filters)
     batch_size: int = 16
     shard_size: int = 512
@@ -109,7 +116,7 @@ def mine_batch(
     for batch in _equal_shapes(shrunk, config.batch_size):
         pixels = torch.stack([shrunk[index] for index in batch]).to(device)
         sizes = [(images[index].shape[-2], images[index].shape[-1]) for index in batch]
-        results.update(zip(batch, mine_maps(encode(pixels, encoder), sizes, config), strict=True))
+        results.update(zip(batch, mine_pixels(pixels, encoder, sizes, config), strict=True))
     return [results[index] for index in range(len(images))]
 
 
@@ -128,31 +135,64 @@ def encode(pixels: Tensor, encoder: Encoder) -> dict[int, Tensor]:
     return maps
 
 
-def cluster_maps(maps: Mapping[int, Tensor], config: MiningConfig) -> Candidates:
-    """All regions of all clusterings, before any filter.
+def mine_pixels(
+    pixels: Tensor, encoder: Encoder, sizes_hw: Sequence[tuple[int, int]], config: MiningConfig
+) -> list[Regions]:
+    """Regions of images of one shape: encoder, clustering, then the document's filters or level sets.
 
     Args:
-        maps: features [B, C, H_l, W_l] by stride; the strides' grids must nest.
+        pixels: uint8 [B, 3, H, W], sides multiples of 32.
+        encoder: on the pixels' device.
+        sizes_hw: (height, width) of the originals in pixels.
+        config: the settings.
+    """
+    maps = encode(pixels, encoder)
+    if config.level_sets is None:
+        return mine_maps(maps, sizes_hw, config)
+    return mine_level_sets(pixels, maps, sizes_hw, config)
+
+
+def mine_level_sets(
+    pixels: Tensor, maps: Mapping[int, Tensor], sizes_hw: Sequence[tuple[int, int]], config: MiningConfig
+) -> list[Regions]:
+    """Regions finer than the maps' cells, ranked; arguments as of :func:`mine_pixels` and :func:`mine_maps`.
+
+    Raises:
+        ValueError: if the config has no ``level_sets`` or the encoder lacks a stride of it.
+    """
+    settings = config.level_sets
+    if settings is None:
+        raise ValueError("level_sets: expected settings, got null; set mining.level_sets")
+    labels = cluster_levels(maps, config)
+    coarsest = maps[max(maps)]
+    regions: list[Regions] = []
+    together = len(pixels) if not pixels.is_cpu else IMAGES_IN_CACHE
+    for start in range(0, len(pixels), together):
+        own = slice(start, start + together)
+        part = {key: label[own] for key, label in labels.items()}
+        shapes = find_shapes(pixels[own].float() / 255, part, settings, connectivity=config.connectivity)
+        kept, scores = rank_shapes(shapes, len(sizes_hw[own]), settings)
+        regions += shapes_to_regions(shapes, kept, scores, part, coarsest[own], sizes_hw[own])
+    return regions
+
+
+def cluster_levels(maps: Mapping[int, Tensor], config: MiningConfig) -> dict[tuple[int, int], Tensor]:
+    """Local clustering of all levels: per (stride, K) the cluster of every cell, int64 [B, H_l, W_l], coarse first.
+
+    Args:
+        maps: features [B, C, H_l, W_l] by stride.
         config: the settings.
 
     Raises:
-        ValueError: if the encoder lacks a stride of the config or the grids do not nest.
+        ValueError: if the encoder lacks a stride of the config.
     """
     absent = set(config.clusters) - set(maps)
     if absent:
         raise ValueError(
             f"clusters: expected strides out of {sorted(maps)}, which the encoder has, got {sorted(absent)}"
         )
-    finest, last = min(config.clusters), max(maps)
-    height, width = maps[finest].shape[-2:]
-    labels, strides, ks = [], [], []
+    labels: dict[tuple[int, int], Tensor] = {}
     for stride in sorted(config.clusters, reverse=True):
-        rows, columns = maps[stride].shape[-2:]
-        step = height // rows
-        if (rows * step, columns * step) != (height, width):
-            raise ValueError(
-                f"maps: grids must nest, got {rows}x{columns} at {stride} and {height}x{width} at {finest}"
-            )
         clustered = spectral_clustering(
             maps[stride],
             config.clusters[stride],
@@ -163,10 +203,33 @@ def cluster_maps(maps: Mapping[int, Tensor], config: MiningConfig) -> Candidates
             cut_steps=config.cut_steps,
             seed=config.seed,
         )
-        for k, label in clustered.items():
-            labels.append(repeat(label, "b h w -> b (h y) (w x)", y=step, x=step))
-            strides.append(stride)
-            ks.append(k)
+        labels |= {(stride, k): label for k, label in clustered.items()}
+    return labels
+
+
+def cluster_maps(maps: Mapping[int, Tensor], config: MiningConfig) -> Candidates:
+    """All regions of all clusterings, before any filter.
+
+    Args:
+        maps: features [B, C, H_l, W_l] by stride; the strides' grids must nest.
+        config: the settings.
+
+    Raises:
+        ValueError: if the encoder lacks a stride of the config or the grids do not nest.
+    """
+    clustered = cluster_levels(maps, config)
+    finest, last = min(config.clusters), max(maps)
+    height, width = maps[finest].shape[-2:]
+    labels = []
+    for (stride, _), label in clustered.items():
+        rows, columns = label.shape[-2:]
+        step = height // rows
+        if (rows * step, columns * step) != (height, width):
+            raise ValueError(
+                f"maps: grids must nest, got {rows}x{columns} at {stride} and {height}x{width} at {finest}"
+            )
+        labels.append(repeat(label, "b h w -> b (h y) (w x)", y=step, x=step))
+    strides, ks = zip(*clustered, strict=True)
     used = {stride: maps[stride] for stride in {*config.clusters, last}}
     return find_candidates(
         torch.stack(labels, dim=1), strides, ks, used, connectivity=config.connectivity, centre=config.centre

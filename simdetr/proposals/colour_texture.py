@@ -101,7 +101,7 @@ class ColourTextureEncoder(nn.Module):
         mean, square = moments.chunk(2, dim=1)
         deviation = (square - mean.square()).clamp(min=0).sqrt()
         parts = [
-            weight * _standardise(part) for weight, part in zip(self.weights, (mean, deviation, energies), strict=True)
+            weight * standardise(part) for weight, part in zip(self.weights, (mean, deviation, energies), strict=True)
         ]
         description = torch.cat(parts, dim=1)
         if self.mixing > 0:
@@ -150,7 +150,7 @@ def cell_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return moments, torch.cat(energies, dim=1)
 
 
-def _standardise(part: Tensor) -> Tensor:
+def standardise(part: Tensor) -> Tensor:
     """Zero mean per channel and image, and unit mean square over all channels together, unless nearly flat."""
     centred = part - part.mean(dim=(2, 3), keepdim=True)
     spread = centred.square().sum(dim=1).mean(dim=(1, 2)).sqrt()

@@ -1,4 +1,4 @@
-"""Connected components of label grids: cluster labels in, one number per contiguous region out (seed 003 [0033])."""
+"""Connected components: label grids or masks in, one number per contiguous region out (seed 003 [0033])."""
 
 from __future__ import annotations
 
@@ -25,6 +25,31 @@ def connected_components(labels: Tensor, *, connectivity: int = 4) -> Tensor:
     return _components_on_host(labels, connectivity) if labels.is_cpu else _components_on_device(labels, connectivity)
 
 
+def mask_components(masks: Tensor, *, connectivity: int = 4) -> tuple[Tensor, Tensor]:
+    """Join neighbouring set cells of each mask, bool [M, H, W].
+
+    Returns:
+        Flat indices of the set cells, int64 [F], ascending, and the number of each one's component, int64 [F], counted
+        from 0 over all masks in the order of first cells.
+
+    Raises:
+        ValueError: if connectivity is neither 4 nor 8.
+    """
+    if connectivity not in (4, 8):
+        raise ValueError(f"connectivity must be 4 or 8, got {connectivity}")
+    cells = masks.flatten().nonzero()[:, 0]
+    if masks.is_cpu:
+        within = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
+        numbers, count = ndimage.label(masks.numpy(), np.stack([0 * within, within, 0 * within]))
+        owner = torch.from_numpy(numbers).flatten()[cells].long() - 1
+        first = torch.full((count,), masks.numel()).scatter_reduce_(0, owner, cells, "amin")
+        return cells, first.argsort().argsort()[owner]
+    dense = torch.full((masks.numel(),), -1, device=masks.device)
+    dense[cells] = torch.arange(len(cells), device=masks.device)
+    pairs = dense[_neighbour_pairs(masks, connectivity, only=masks)]
+    return cells, torch.unique(_join(len(cells), pairs), return_inverse=True)[1]
+
+
 def _components_on_host(labels: Tensor, connectivity: int) -> Tensor:
     grids = rearrange(labels, "... h w -> (...) 1 h w").numpy()
     masks = grids == np.arange(grids.max() + 1)[:, None, None]
@@ -37,13 +62,18 @@ def _components_on_host(labels: Tensor, connectivity: int) -> Tensor:
 
 
 def _components_on_device(labels: Tensor, connectivity: int) -> Tensor:
-    """Every cell points at a cell of its component, at first itself.
-
-    In each round it takes over the lowest pointer among its neighbours (hooking) and follows it (jumping), as parallel
-    algorithms do (Shiloach and Vishkin 1982), so the number of rounds grows with the logarithm of a region's extent.
-    """
-    pointers = torch.arange(labels.numel(), device=labels.device)
     pairs = _neighbour_pairs(labels, connectivity)
+    return _join(labels.numel(), pairs).reshape(labels.shape)
+
+
+def _join(count: int, pairs: Tensor) -> Tensor:
+    """Lowest member of each of ``count`` nodes' component, where pairs [2, P] of nodes are joined; int64 [count].
+
+    In each round a node takes over the lowest pointer among its neighbours (hooking) and follows it (jumping), as
+    parallel algorithms do (Shiloach and Vishkin 1982), so the number of rounds grows with the logarithm of a
+    component's extent.
+    """
+    pointers = torch.arange(count, device=pairs.device)
     while True:
         ends = pointers[pairs]
         low = ends.amin(dim=0)
@@ -51,12 +81,12 @@ def _components_on_device(labels: Tensor, connectivity: int) -> Tensor:
         hooked = hooked[hooked]
         hooked = hooked[hooked]
         if torch.equal(hooked, pointers):
-            return pointers.reshape(labels.shape)
+            return pointers
         pointers = hooked
 
 
-def _neighbour_pairs(labels: Tensor, connectivity: int) -> Tensor:
-    """Flat indices of all neighbouring cells with equal labels, int64 [2, P]."""
+def _neighbour_pairs(labels: Tensor, connectivity: int, only: Tensor | None = None) -> Tensor:
+    """Flat indices of all neighbouring cells with equal labels, int64 [2, P]; of the cells in a mask only, if given."""
     index = torch.arange(labels.numel(), device=labels.device).reshape(labels.shape)
     height, width = labels.shape[-2:]
     shifts = [(0, 1), (1, 0)] + ([(1, 1), (1, -1)] if connectivity == 8 else [])
@@ -65,5 +95,7 @@ def _neighbour_pairs(labels: Tensor, connectivity: int) -> Tensor:
         here = (..., slice(0, height - down), slice(max(-right, 0), width - max(right, 0)))
         there = (..., slice(down, height), slice(max(right, 0), width - max(-right, 0)))
         equal = labels[here] == labels[there]
+        if only is not None:
+            equal = equal & only[here]
         pairs.append(torch.stack([index[here][equal], index[there][equal]]))
     return torch.cat(pairs, dim=1)

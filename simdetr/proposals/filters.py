@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from simdetr.boxes import batched_iou
 from simdetr.proposals.regions import Candidates
 
 BoxFilter = Callable[[Candidates, float], Candidates]
@@ -153,12 +154,7 @@ def apply_filters(candidates: Candidates, limits: Mapping[str, float]) -> Candid
 
 def box_overlaps(candidates: Candidates) -> Tensor:
     """IoU of all pairs of boxes, in cells, [B, R, R]; 0 for padding."""
-    boxes = candidates.boxes.float()
-    low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
-    high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(dim=3)
-    size = (boxes[:, :, 2:] - boxes[:, :, :2]).prod(dim=2)
-    return shared / (size[:, :, None] + size[:, None, :] - shared).clamp(min=1)
+    return batched_iou(candidates.boxes.float())
 
 
 def mask_intersections(candidates: Candidates) -> Tensor:

@@ -1,0 +1,228 @@
+"""Finer than the grid: coarse cluster labels and the image itself in, shapes a few pixels fine out.
+
+The document's regions are made of cells of 16 and 32 pixels, too coarse for the box of a small object. Here each
+cluster becomes a normal distribution of colour and of its deviation, and the image is cut into cells of ``cell_px``
+pixels. A cell belongs to the clusters of a clustering with some probability; the connected components of the cells
+above each of several probabilities (level sets), as they are and shrunk by ``erosion`` cells, are the shapes. Low levels
+join what belongs together, high levels and shrinking part what touches. `benchmarks/results/proposal_recall.json`.
+
+Letters: B images of one shape, L clusterings, J clusters of all clusterings together, H x W fine cells, P planes per
+image (cluster, level, shrunk or not), C colour channels; S shapes and M their cells, of all images in one list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional
+
+from simdetr.proposals.colour_texture import rgb_to_lab, standardise
+from simdetr.proposals.components import mask_components
+
+COLOUR_WEIGHT, DEVIATION_WEIGHT = 1.5, 0.8
+SMOOTHING = 2.0  # divides log likelihoods: neighbouring channels and cells are not independent evidence
+LEAST_VARIANCE = 1e-3
+LEAST_CELLS = 2.0  # a cluster of less weight has no distribution
+NEVER = -1e9
+
+
+@dataclass(frozen=True)
+class LevelSets:
+    """Settings of the fine shapes and of their choice; numbers chosen by `benchmarks/sweep.py` on training images.
+
+    Args:
+        cell_px: Side of a fine cell in pixels of the encoded image; a divisor of 16.
+        levels: Probabilities above which a cell belongs to a shape.
+        erosion: Also look at every level set shrunk by this many cells, which parts objects that touch; 0 does not.
+        min_cells: Smaller shapes are dropped.
+        max_boxes: Boxes per image that are kept, at most.
+        max_iou: Of two boxes that overlap more, the lower ranked goes.
+        edge_power: How much the strength of the contour counts in the ranking.
+        border_factor: Applied for every image border a box touches: background reaches the border, objects rarely do.
+        max_ranked: Shapes per image that are compared with each other, the best by their own looks.
+        min_relative_score: Boxes whose score is below this share of the image's best are dropped; 0 keeps all.
+    """
+
+    cell_px: int = 4
+    levels: tuple[float, ...] = (0.1, 0.35, 0.7, 0.9)
+    erosion: int = 2
+    min_cells: int = 8
+    max_boxes: int = 25
+    max_iou: float = 0.65
+    edge_power: float = 2.0
+    border_factor: float = 0.5
+    max_ranked: int = 512
+    min_relative_score: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.cell_px < 1 or 16 % self.cell_px:
+            raise ValueError(f"cell_px: expected 1, 2, 4, 8 or 16, got {self.cell_px}")
+        if not self.levels or not all(0 < level < 1 for level in self.levels):
+            raise ValueError(f"levels: expected probabilities between 0 and 1, got {list(self.levels)}")
+        if self.erosion < 0 or min(self.min_cells, self.max_boxes, self.max_ranked) < 1:
+            raise ValueError(
+                "erosion, min_cells, max_boxes, max_ranked: expected at least 0, 1, 1 and 1, got "
+                f"{self.erosion}, {self.min_cells}, {self.max_boxes} and {self.max_ranked}"
+            )
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Connected shapes of a batch of images, in the order of image, plane and first cell.
+
+    Attributes:
+        grid: (H, W) in fine cells.
+        image: int64 [S].
+        cluster: int64 [S], of the J.
+        count: int64 [S], cells.
+        boxes: float32 [S, 4], x0, y0, x1, y1 in fine cells, grown back by the erosion.
+        edge: float32 [S], mean strength of the image's edges along the contour.
+        cells: int64 [M], place y W + x of every cell.
+        shape_of: int64 [M], its shape.
+    """
+
+    grid: tuple[int, int]
+    image: Tensor
+    cluster: Tensor
+    count: Tensor
+    boxes: Tensor
+    edge: Tensor
+    cells: Tensor
+    shape_of: Tensor
+
+
+def describe_cells(images: Tensor, cell_px: int) -> Tensor:
+    """Colour and its deviation around each cell, scaled by their spread in the image.
+
+    Args:
+        images: float [B, 3, 16 h, 16 w], RGB in 0..1.
+        cell_px: side of a cell.
+
+    Returns:
+        [B, 6, H, W]: mean L*a*b* of the cell, and its deviation over the 3 x 3 cells around.
+    """
+    lab = rgb_to_lab(images)
+    mean, square = (functional.avg_pool2d(values, cell_px) for values in (lab, lab.square()))
+    around, around_square = (
+        functional.avg_pool2d(values, 3, stride=1, padding=1, count_include_pad=False) for values in (mean, square)
+    )
+    deviation = (around_square - around.square()).clamp(min=0).sqrt()
+    return torch.cat((COLOUR_WEIGHT * standardise(mean), DEVIATION_WEIGHT * standardise(deviation)), dim=1)
+
+
+def edge_strength(description: Tensor) -> Tensor:
+    """Largest colour difference of a cell to its four neighbours, [B, C, H, W] to [B, H, W]; colour comes first."""
+    colour = description[:, :3]
+    down = functional.pad((colour[:, :, 1:] - colour[:, :, :-1]).square().sum(dim=1), (0, 0, 1, 1))
+    right = functional.pad((colour[:, :, :, 1:] - colour[:, :, :, :-1]).square().sum(dim=1), (1, 1))
+    squares = torch.stack((down[:, 1:], down[:, :-1], right[:, :, 1:], right[:, :, :-1]))
+    return squares.amax(dim=0).sqrt()
+
+
+def memberships(description: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
+    """Probability that a fine cell belongs to each cluster, by normal distributions with a diagonal covariance.
+
+    Args:
+        description: [B, C, H, W].
+        labels: int64 [B, h, w] of one clustering on a coarser grid.
+        num_clusters: K.
+
+    Returns:
+        [B, K, H, W]; a cluster without cells has probability 0.
+    """
+    height, width = description.shape[-2:]
+    member = rearrange(functional.one_hot(labels, num_clusters).to(description), "b h w k -> b k h w")
+    share = functional.interpolate(member, (height, width), mode="bilinear", align_corners=False).flatten(2)
+    values = description.flatten(2)
+    powers = torch.cat((values, values.square()), dim=1)
+    weight = share.sum(dim=2, keepdim=True)
+    mean, square = (torch.bmm(share, powers.mT) / weight.clamp(min=LEAST_VARIANCE)).chunk(2, dim=2)
+    precision = (square - mean.square()).clamp(min=LEAST_VARIANCE).reciprocal()
+    constant = (mean.square() * precision - precision.log()).sum(dim=2, keepdim=True)
+    distance = torch.bmm(torch.cat((-2 * mean * precision, precision), dim=2), powers) + constant
+    evidence = (-0.5 / SMOOTHING * distance).masked_fill(weight < LEAST_CELLS, NEVER)
+    return evidence.softmax(dim=1).unflatten(2, (height, width))
+
+
+def find_shapes(
+    images: Tensor, labels: Mapping[tuple[int, int], Tensor], settings: LevelSets, *, connectivity: int = 4
+) -> Shapes:
+    """All shapes of a batch of images of one shape.
+
+    Args:
+        images: float [B, 3, 16 h, 16 w], RGB in 0..1.
+        labels: per (stride, K) the cluster of every cell, int64 [B, h_l, w_l].
+        settings: cells, levels, erosion.
+        connectivity: 4 or 8 neighbours join cells.
+    """
+    description = describe_cells(images, settings.cell_px)
+    probability = torch.cat([memberships(description, label, k) for (_, k), label in labels.items()], dim=1)
+    planes = [probability > level for level in settings.levels]
+    if settings.erosion:
+        shrunk = _erode(probability, settings.erosion)
+        planes += [shrunk > level for level in settings.levels]
+    masks = torch.stack(planes, dim=2)
+    cells, numbers = mask_components(masks.flatten(0, 2), connectivity=connectivity)
+    eroded = torch.arange(masks.shape[2], device=masks.device) >= len(settings.levels)
+    return _measure(cells, numbers, masks.shape, eroded * settings.erosion, edge_strength(description), settings)
+
+
+def _erode(probability: Tensor, cells: int) -> Tensor:
+    """Lowest value within a square of 2 n + 1 cells; a level set of it is the level set, eroded."""
+    size = 2 * cells + 1
+    rows = functional.max_pool2d(-probability, (size, 1), stride=1, padding=(cells, 0))
+    return -functional.max_pool2d(rows, (1, size), stride=1, padding=(0, cells))
+
+
+def _measure(
+    cells: Tensor, numbers: Tensor, shape: Sequence[int], erosion: Tensor, edges: Tensor, settings: LevelSets
+) -> Shapes:
+    """Size, box and contour of every component of masks [B, J, V, H, W], without a loop over them."""
+    clusters, variants, height, width = shape[1:]
+    counts = torch.bincount(numbers)
+    large = counts >= settings.min_cells
+    kept = large[numbers]
+    cells, numbers = cells[kept], (large.cumsum(0) - 1)[numbers[kept]]
+    found, area = int(large.sum()), height * width
+    place, column = cells % area, cells % width
+    row = place // width
+    owner = cells.new_zeros(found).scatter_(0, numbers, cells // area)
+    image, cluster = owner // (clusters * variants), owner // variants % clusters
+    grown = erosion[owner % variants]
+    low = [_extreme(values, numbers, found, "amin") - grown for values in (column, row)]
+    high = [_extreme(values, numbers, found, "amax") + 1 + grown for values in (column, row)]
+    boxes = torch.stack([*(edge.clamp(min=0) for edge in low), high[0].clamp(max=width), high[1].clamp(max=height)], 1)
+    contour = _on_contour(cells, numbers, row, column, (height, width))
+    on = numbers[contour]
+    strength = edges.flatten()[image[on] * area + place[contour]]
+    sums = strength.new_zeros(found).index_add_(0, on, strength)
+    return Shapes(
+        grid=(height, width),
+        image=image,
+        cluster=cluster,
+        count=counts[large],
+        boxes=boxes.float(),
+        edge=sums / torch.bincount(on, minlength=found).clamp(min=1),
+        cells=place,
+        shape_of=numbers,
+    )
+
+
+def _extreme(values: Tensor, numbers: Tensor, count: int, which: str) -> Tensor:
+    return values.new_zeros(count).scatter_reduce_(0, numbers, values, which, include_self=False)
+
+
+def _on_contour(cells: Tensor, numbers: Tensor, row: Tensor, column: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Which cells have a neighbour of the grid outside their shape; a shape ends at the border without a contour."""
+    height, width = grid
+    size = int(cells.max()) + width + 1 if len(cells) else 1
+    owner = torch.full((size,), -1, dtype=torch.int32, device=cells.device).scatter_(0, cells, numbers.int())
+    contour = torch.zeros_like(cells, dtype=torch.bool)
+    for step, inside in ((1, column < width - 1), (-1, column > 0), (width, row < height - 1), (-width, row > 0)):
+        neighbour = owner[torch.where(inside, cells + step, cells)]
+        contour |= neighbour != numbers
+    return contour

@@ -1,0 +1,135 @@
+"""Shapes of a batch in, the few that look most like objects out, as regions with scores.
+
+In place of the document's last rule, which looks at overlap and size alone. A shape ranks high if the image has an edge
+along its contour, if other clusterings and levels find it again, if it fills its box and is not tiny; every image border
+that its box touches halves its rank. What each factor gives: `benchmarks/results/ranking.json`.
+
+Letters: as in :mod:`simdetr.proposals.level_sets`; R ranked shapes per image (padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from simdetr.boxes import batched_iou
+from simdetr.proposals.level_sets import LevelSets, Shapes
+from simdetr.proposals.regions import Regions
+
+RECURRENCE_IOU = 0.6  # boxes that overlap more are the same finding
+AREA_POWER = 0.5
+FILL_POWER = 0.5
+
+
+def rank_shapes(shapes: Shapes, images: int, settings: LevelSets) -> tuple[Tensor, Tensor]:
+    """The shapes to keep, best first within each image, and the score of every shape.
+
+    Args:
+        shapes: of all images.
+        images: B.
+        settings: of the ranking.
+
+    Returns:
+        Indices of the kept shapes, int64, in the order of image and rank; scores float32 [S], 0 for what was not ranked.
+    """
+    height, width = shapes.grid
+    sides = shapes.boxes[:, 2:] - shapes.boxes[:, :2]
+    area = sides.prod(dim=1)
+    touched = (shapes.boxes == shapes.boxes.new_tensor([0, 0, width, height])).sum(dim=1)
+    looks = shapes.edge**settings.edge_power * settings.border_factor**touched
+    looks = looks * (area / (height * width)) ** AREA_POWER * (shapes.count / area) ** FILL_POWER
+    table = _best_of_images(looks, shapes.image, images, settings.max_ranked)
+    valid = table >= 0
+    again = ((batched_iou(shapes.boxes[table]) > RECURRENCE_IOU) & valid[:, None, :]).sum(dim=2)
+    scores = torch.zeros_like(looks)
+    scores[table[valid]] = (looks[table] * again)[valid]
+    ranked = table[valid]
+    kept = ranked[batched_nms(shapes.boxes[ranked], scores[ranked], shapes.image[ranked], settings.max_iou)]
+    kept = kept[shapes.image[kept].argsort(stable=True)]
+    place = _place_within_image(shapes.image[kept], images)
+    best = scores.new_zeros(images).scatter_reduce_(0, shapes.image[kept], scores[kept], "amax")
+    good = scores[kept] >= settings.min_relative_score * best[shapes.image[kept]]
+    return kept[(place < settings.max_boxes) & good], scores
+
+
+def _best_of_images(values: Tensor, image: Tensor, images: int, limit: int) -> Tensor:
+    """Indices of the highest values of each image, int64 [B, R] with R <= limit, padded by -1."""
+    order = values.argsort(descending=True, stable=True)
+    order = order[image[order].argsort(stable=True)]
+    place = _place_within_image(image[order], images)
+    order, place = order[place < limit], place[place < limit]
+    rows = int(place.max()) + 1 if len(place) else 0
+    table = torch.full((images, rows), -1, device=values.device)
+    table[image[order], place] = order
+    return table
+
+
+def _place_within_image(image: Tensor, images: int) -> Tensor:
+    """Number of each row among those of its image; rows are sorted by image."""
+    counts = torch.bincount(image, minlength=images)
+    return torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
+
+
+def shapes_to_regions(
+    shapes: Shapes,
+    kept: Tensor,
+    scores: Tensor,
+    labels: Mapping[tuple[int, int], Tensor],
+    last_map: Tensor,
+    sizes_hw: Sequence[tuple[int, int]],
+) -> list[Regions]:
+    """Regions of each image in pixels of its original, best first.
+
+    Args:
+        shapes: of all images.
+        kept: int64, which, in the order of image and rank.
+        scores: float32 [S].
+        labels: whose keys (stride, K) say what the planes are.
+        last_map: [B, D, h, w], the coarsest map, which region features are averages of.
+        sizes_hw: (height, width) of the originals in pixels.
+    """
+    images, (height, width) = len(sizes_hw), shapes.grid
+    features = _pooled(shapes, kept, last_map).cpu().numpy()
+    origin = np.array([(stride, k, c) for stride, k in labels for c in range(k)], np.int16)
+    came = origin[shapes.cluster[kept].cpu().numpy()]
+    boxes, counts, score = (values[kept].cpu().numpy() for values in (shapes.boxes, shapes.count, scores))
+    ends = torch.bincount(shapes.image[kept], minlength=images).cumsum(0).tolist()
+    regions, start = [], 0
+    for end, (image_height, image_width) in zip(ends, sizes_hw, strict=True):
+        own = slice(start, end)
+        cell_px = np.array([image_width / width, image_height / height])
+        regions.append(
+            Regions(
+                boxes_xyxy=(boxes[own] * np.tile(cell_px, 2)).astype(np.float32),
+                features=features[own],
+                area=(counts[own] * cell_px.prod()).astype(np.float32),
+                stride=came[own, 0].copy(),
+                k=came[own, 1].copy(),
+                cluster=came[own, 2].copy(),
+                score=score[own],
+            )
+        )
+        start = end
+    return regions
+
+
+def _pooled(shapes: Shapes, kept: Tensor, last_map: Tensor) -> Tensor:
+    """Average of the map over every kept shape, by the share of the shape's cells in each cell of the map; [kept, D]."""
+    height, width = shapes.grid
+    rows, columns = last_map.shape[-2:]
+    image, place = shapes.image[kept], _place_within_image(shapes.image[kept], len(last_map))
+    slots = int(place.max()) + 1 if len(kept) else 0
+    slot = torch.full((len(shapes.image),), -1, device=kept.device)
+    slot[kept] = image * slots + place
+    member = slot[shapes.shape_of]
+    cells, member = shapes.cells[member >= 0], member[member >= 0]
+    coarse = (cells // width * rows // height) * columns + cells % width * columns // width
+    weights = last_map.new_zeros(len(last_map) * slots * rows * columns, dtype=torch.float32)
+    weights.index_add_(0, member * (rows * columns) + coarse, torch.ones_like(coarse, dtype=torch.float32))
+    sums = torch.bmm(weights.reshape(len(last_map), slots, -1), rearrange(last_map, "b d h w -> b (h w) d").float())
+    return sums[image, place] / shapes.count[kept][:, None]
