@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from simdetr import commands
+from simdetr import commands, encoder_commands, rival_commands
 
 Command = Callable[..., None]
 POSITIONAL = ("doctor",)
@@ -37,8 +37,10 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "evaluate": commands.evaluate,
     "compare": commands.compare,
     "predict": commands.predict,
+    "encoder": {"fit": encoder_commands.fit},
     "export": {"labels": commands.export_labels},
     "report": commands.report,
+    "rivals": rival_commands.rivals,
 }
 USER_ERRORS = (FileNotFoundError, PermissionError, ValueError, RuntimeError, OSError)
 """Errors whose message is for the user; with --debug they come with their traceback."""
@@ -135,7 +137,7 @@ def fold_options(arguments: Sequence[str]) -> list[str]:
     """Collect repeated ``--config`` and dotted options into the lists that the commands take.
 
     ``--config a --config b`` becomes ``--config=["a", "b"]``; ``--model.lr 1e-4`` becomes
-    ``--options=["--model.lr=1e-4"]``.
+    ``--options=["--model.lr=1e-4"]``. Hyphens within a name become underscores.
 
     Raises:
         ValueError: An option is the last word and has no value.
@@ -147,7 +149,8 @@ def fold_options(arguments: Sequence[str]) -> list[str]:
         name, equals, value = word.partition("=")
         dotted = name.startswith("--") and "." in name
         if name != "--config" and not dotted:
-            rest.append(word)
+            is_option = name.startswith("--")
+            rest.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if is_option else word)
             continue
         if not equals:
             following = next(words, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -70,65 +71,93 @@ def doctor(path: Path, labels: Path | None = None) -> None:
 
 
 def mine(
-    images: Path,
-    out: Path,
+    images: str,
+    out: str,
     config: tuple[str, ...] = (),
     device: str | None = None,
     options: tuple[str, ...] = (),
+    num_ranks: int = 1,
 ) -> None:
     """Mine object proposals of a set of images into a store that ``cluster`` reads.
 
     Args:
-        images: Folder, list file or COCO JSON of images.
-        out: Run folder; an unfinished run in it is resumed.
-        config: YAML files.
+        images: Folder, list file, COCO JSON, or .tar files such as "shards/{000..009}.tar"; a URL such as s3://bucket/x.
+        out: Run folder or URL; an unfinished run in it is resumed.
+        config: YAML files; the defaults without any.
         device: Torch device; the GPU if there is one.
         options: ``--section.name=value`` strings.
+        num_ranks: Processes on this machine that share the images; each takes its own GPU.
     """
     from simdetr import pipeline
     from simdetr.proposals.pseudo_labels import count_regions
 
-    store = pipeline.mine_proposals(images, out, config, device=device, options=options)
+    store = pipeline.mine_proposals(images, out, config, device=device, options=options, num_ranks=num_ranks)
     OUT.print(f"{count_regions(store):,} proposals on {len(store):,} images in {store.folder}", soft_wrap=True)
 
 
-def cluster(run: Path, num_classes: int = 2048, seed: int = 0) -> None:
+def cluster(
+    run: Path,
+    num_classes: int = 2048,
+    seed: int = 0,
+    spherical: bool = True,
+    max_iterations: int = 50,
+    backend: Literal["torch", "faiss"] = "torch",
+    device: str | None = None,
+) -> None:
     """Give mined proposals pseudo-classes: the labels of stage 0.
+
+    Killed, it goes on after its last iteration. ``torchrun --nproc-per-node N -m simdetr cluster ...`` shares the work.
 
     Args:
         run: Run folder with mined proposals.
         num_classes: Pseudo-classes; 1 = class-unaware.
         seed: Seed of the starting centroids.
+        spherical: Compare features by direction, not by distance.
+        max_iterations: Passes over all features at most.
+        backend: What finds the nearest centroid; torch is the faster on CPUs.
+        device: Torch device; the GPU if there is one.
     """
     from simdetr import pipeline
+    from simdetr.training.run_folder import leads
 
-    labels = pipeline.cluster_proposals(run, num_classes=num_classes, seed=seed)
-    OUT.print(f"{len(labels.boxes_xyxy):,} boxes in {labels.num_classes:,} pseudo-classes")
+    labels = pipeline.cluster_proposals(
+        run,
+        num_classes=num_classes,
+        seed=seed,
+        spherical=spherical,
+        max_iterations=max_iterations,
+        backend=backend,
+        device=device,
+    )
+    if leads():
+        OUT.print(f"{len(labels.boxes_xyxy):,} boxes in {labels.num_classes:,} pseudo-classes")
 
 
 def pretrain(
-    images: Path,
+    images: str,
     out: Path,
     config: tuple[str, ...] = (),
     truth: Path | None = None,
     device: str | None = None,
     options: tuple[str, ...] = (),
+    num_ranks: int = 1,
 ) -> None:
     """Pretrain a detector on unlabelled images: mine, cluster, then train and relabel for each stage.
 
     The same command again resumes a run that was stopped.
 
     Args:
-        images: Folder, list file (txt, CSV, Parquet) or COCO JSON of images.
+        images: Folder, list file (txt, CSV, Parquet), COCO JSON or .tar files of images; a URL such as s3://bucket/x.
         out: Run folder.
         config: YAML files, later ones over earlier ones.
         truth: COCO JSON with boxes for these images; only for the recall in the report.
         device: Torch device of mining and relabelling; the GPU if there is one.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
+        num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
     """
     from simdetr import pipeline
 
-    run = pipeline.pretrain(images, out, config, truth=truth, device=device, options=options)
+    run = pipeline.pretrain(images, out, config, truth=truth, device=device, options=options, num_ranks=num_ranks)
     OUT.print(f"report: {run.report}", soft_wrap=True)
 
 

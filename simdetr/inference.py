@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -121,5 +122,8 @@ def detector_folder(path: str | Path) -> Path:
 
 
 def default_device() -> str:
-    """The GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The GPU if there is one; of several processes on a machine (``LOCAL_RANK``) each takes its own."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    return "cuda" if local_rank is None else f"cuda:{int(local_rank) % torch.cuda.device_count()}"

@@ -22,14 +22,19 @@ import yaml
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Labels, read_labels, write_labels
+from simdetr.data.locations import locate
 from simdetr.evaluation.report import write_report
 from simdetr.evaluation.run_folder import collect_run
 from simdetr.inference import default_device, detector_folder, evaluate, predict
+from simdetr.mining_ranks import MiningJob
+from simdetr.proposals.kmeans import Backend
+from simdetr.proposals.kmeans_ranks import process_group, rank
 from simdetr.proposals.miner import mine
 from simdetr.proposals.pseudo_labels import count_regions, make_pseudo_labels
 from simdetr.proposals.store import ProposalStore
 from simdetr.recipe import PipelineSections, Recipe
 from simdetr.results import json_ready
+from simdetr.rival_comparison import mine_rivals
 from simdetr.training.checkpoints import RESUME
 from simdetr.training.progress import image_progress
 from simdetr.training.relabel import InferenceSettings, relabel
@@ -43,6 +48,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "mine_proposals",
+    "mine_rivals",
     "predict",
     "pretrain",
     "report",
@@ -57,6 +63,7 @@ def pretrain(
     truth: str | Path | None = None,
     device: str | None = None,
     options: Sequence[str] = (),
+    num_ranks: int = 1,
 ) -> RunFolder:
     """Pretrain a detector on unlabelled images.
 
@@ -67,20 +74,21 @@ def pretrain(
         truth: COCO JSON with boxes for some of these images; only for the recall in the report.
         device: Torch device of mining and relabelling; the GPU if there is one.
         options: ``--section.name=value`` strings, over the files.
+        num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
 
     Returns:
         The run folder: ``detector(stage)`` and ``labels(stage)`` are its results.
     """
     run, source = RunFolder(Path(out)), open_images(images)
-    device = device or default_device()
     recipe = Recipe(tuple(str(path) for path in config), (f"--data.images={images}", *options))
     sections = recipe.sections()
     run.claim(recipe.resolved()[1], _settled(run))
 
-    labels = mine_and_cluster(run, source, sections, device)
+    job = MiningJob(str(images), str(run.proposals), recipe.configs, tuple(options), device)
+    labels = mine_and_cluster(run, source, sections, job, num_ranks)
     for stage in range(1, sections.self_training.stages + 1):
         fit_stage(run, recipe, sections, stage, num_images=len(labels))
-        labels = relabel_stage(run, source, sections, stage, device)
+        labels = relabel_stage(run, source, sections, stage, device or default_device())
     if leads() and (truth is not None or _is_older(run.report, run.steps)):
         report(run.path, images, truth=truth)
     return run
@@ -97,18 +105,24 @@ def _is_older(result: Path, source: Path) -> bool:
     return not result.is_file() or result.stat().st_mtime < source.stat().st_mtime
 
 
-def mine_and_cluster(run: RunFolder, source: ImageSource, sections: PipelineSections, device: str) -> Labels:
-    """Proposals of every image, then one k-means over all their features: the labels T0."""
+def mine_and_cluster(
+    run: RunFolder, source: ImageSource, sections: PipelineSections, job: MiningJob, num_ranks: int = 1
+) -> Labels:
+    """Proposals of every image, by all processes of the run, then one k-means over their features: the labels T0."""
+    if run.labels(0).is_file():
+        return read_labels(run.labels(0))
+    with run.step("mine", "proposals") as step:
+        progress = sys.stderr.isatty()
+        if num_ranks > 1:
+            store = job.run_in_ranks(num_ranks, progress=progress)
+        else:
+            store = mine(source, sections.encoder, sections.mining, run.proposals, job.own_device, progress=progress)
+        step.count = count_regions(store)
 
     def make() -> None:
-        with run.step("mine", "proposals") as step:
-            store = mine(
-                source, sections.encoder, sections.mining, run.proposals, device=device, progress=sys.stderr.isatty()
-            )
-            step.count = count_regions(store)
         with run.step("cluster", "pseudo-classes") as step:
-            clustering = sections.clustering
-            labels = make_pseudo_labels(store, num_classes=clustering.num_classes, seed=clustering.seed)
+            settings = vars(sections.clustering)
+            labels = make_pseudo_labels(store, **settings, device=job.own_device, folder=run.stage(0))
             write_labels(labels, run.labels(0))
             step.count = labels.num_classes
 
@@ -123,28 +137,56 @@ def mine_proposals(
     *,
     device: str | None = None,
     options: Sequence[str] = (),
+    num_ranks: int = 1,
 ) -> ProposalStore:
-    """Only the mining of ``pretrain``; arguments as there.
+    """Only the mining of ``pretrain``; arguments as there, and ``out`` may be a URL such as ``s3://bucket/run``.
 
     Returns:
         The proposal store in ``out``/proposals.
     """
-    sections = Recipe(tuple(str(path) for path in config), (f"--data.images={images}", *options)).sections()
-    return mine(
-        open_images(images),
-        sections.encoder,
-        sections.mining,
-        RunFolder(Path(out)).proposals,
-        device=device or default_device(),
-        progress=sys.stderr.isatty(),
-    )
+    store = locate(out) / "proposals"
+    job = MiningJob(str(images), str(store), tuple(str(path) for path in config), tuple(options), device)
+    progress = sys.stderr.isatty()
+    return job.run(progress=progress) if num_ranks == 1 else job.run_in_ranks(num_ranks, progress=progress)
 
 
-def cluster_proposals(run: str | Path, *, num_classes: int = 2048, seed: int = 0) -> Labels:
-    """Only the global clustering of ``pretrain``: labels T0 from mined proposals, kept in the run folder."""
-    folder = RunFolder(Path(run))
-    labels = make_pseudo_labels(ProposalStore(folder.proposals), num_classes=num_classes, seed=seed)
-    write_labels(labels, folder.labels(0))
+def cluster_proposals(
+    run: str | Path,
+    *,
+    num_classes: int = 2048,
+    seed: int = 0,
+    spherical: bool = True,
+    max_iterations: int = 50,
+    backend: Backend = "torch",
+    device: str | None = None,
+) -> Labels:
+    """Only the global clustering of ``pretrain``: labels T0 from mined proposals, kept in the run folder.
+
+    Under torchrun its processes share the shards, and the first one writes.
+
+    Args:
+        run: Run folder with mined proposals; an unfinished clustering in it is gone on with.
+        num_classes: Pseudo-classes; 1 = class-unaware.
+        seed: Seed of the starting centroids.
+        spherical: Compare features by direction, not by distance.
+        max_iterations: Passes over all features at most.
+        backend: What finds the nearest centroid.
+        device: Torch device; the GPU if there is one.
+    """
+    folder, device = RunFolder(Path(run)), device or default_device()
+    with process_group(device):
+        labels = make_pseudo_labels(
+            ProposalStore(folder.proposals),
+            num_classes=num_classes,
+            seed=seed,
+            spherical=spherical,
+            max_iterations=max_iterations,
+            backend=backend,
+            device=device,
+            folder=folder.stage(0),
+        )
+        if rank() == 0:
+            write_labels(labels, folder.labels(0))
     return labels
 
 

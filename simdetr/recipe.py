@@ -26,6 +26,7 @@ from simdetr.data.atomic_files import atomic_path
 from simdetr.evaluation.validation import CocoValidation
 from simdetr.proposals.batch_mining import MiningConfig
 from simdetr.proposals.features import Encoder
+from simdetr.proposals.kmeans import Backend
 from simdetr.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.detection_task import DetectionTask
@@ -41,10 +42,16 @@ class ClusteringConfig:
     Args:
         num_classes: Pseudo-classes; 1 = class-unaware.
         seed: Seed of the starting centroids.
+        spherical: Compare features by direction, not by distance.
+        max_iterations: Passes over all features at most.
+        backend: What finds the nearest centroid; torch is the faster on CPUs.
     """
 
     num_classes: int = 2048
     seed: int = 0
+    spherical: bool = True
+    max_iterations: int = 50
+    backend: Backend = "torch"
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,16 @@ TESTED_ELSEWHERE = {
     "commands.py": "test_cli.py runs every command",
     "inference.py": "test_pipeline.py",
     "results.py": "test_cli.py reads what it writes",
+    "rival_commands.py": "test_rival_comparison.py runs the command",
     "quickstart.py": "steps: test_pipeline.py, configs: test_configs.py; `make quickstart` runs it",
     "data/image_labels.py": "test_labels.py",
     "data/image_lists.py": "test_images.py",
     "data/scene_drawing.py": "test_scenes.py",
     "proposals/kmeans_starts.py": "test_kmeans.py",
+    "proposals/mining_progress.py": "test_miner.py",
+    "proposals/shard_mining.py": "test_miner.py, test_mining_faults.py",
     "proposals/shards.py": "test_store.py",
+    "proposals/unreadable.py": "test_mining_faults.py",
     "training/checkpoints.py": "test_train.py resumes from them",
 }
 """Modules without a test file of their own name, and where they are tested."""

@@ -8,11 +8,15 @@ import pytest
 import yaml
 
 import simdetr
+from simdetr.proposals import FittedEncoder
 from simdetr.recipe import Recipe
+from simdetr.training.encoder_fit import fit_encoder
+from simdetr.training.encoder_settings import read_settings
 from simdetr.training.train import train
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+ENCODER_CONFIGS = sorted((REPOSITORY / "configs" / "encoder").glob("*.yaml"))
+CONFIGS = sorted({*(REPOSITORY / "configs").rglob("*.yaml")} - {*ENCODER_CONFIGS})
 BUILT_IN = sorted(Path(simdetr.__file__).parent.glob("*.yaml"))
 SMALLEST = (
     "--trainer.max_steps=1",
@@ -57,3 +61,15 @@ def test_is_valid_as_it_stands(path, scenes):
     if config.trainer.max_steps != -1:
         # a limit in epochs of an earlier file would end the training before its steps
         assert config.trainer.max_epochs in (None, -1)
+
+
+@pytest.mark.parametrize("path", ENCODER_CONFIGS, ids=lambda path: path.name)
+def test_encoder_config_trains_one_step(path, scenes, tmp_path):
+    small = ("--image_size=64", "--batch_size=4", "--max_steps=1", "--precision=32-true", "--num_workers=0")
+    settings = read_settings([str(path)], [*small, "--objective_args.hidden_dim=16", "--objective_args.output_dim=16"])
+    encoder = FittedEncoder(fit_encoder(scenes, tmp_path, settings, device="cpu"))
+    assert (encoder.record["steps"], encoder.record["model"]) == (1, read_settings([str(path)]).model)
+
+
+def test_there_is_an_encoder_config():
+    assert [path.name for path in ENCODER_CONFIGS] == ["resnet18.yaml"]

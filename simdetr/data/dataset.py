@@ -117,9 +117,8 @@ class DetectionDataset(Dataset[Sample | None]):
         """
         for step in range(len(self) if self.replace_unreadable else 1):
             row = (index + step) % len(self)
-            record_path = self.source.path_of(self.image_ids[row])
             try:
-                return self._raw_sample(row, read_image(record_path))
+                return self._raw_sample(row, read_image(self.source.record(self.image_ids[row])))
             except UnreadableImageError as error:
                 if self.quarantine is not None:
                     self.quarantine.add(self.image_ids[row], error.reason)

@@ -174,8 +174,8 @@ def _checked_in_order(source: ImageSource, threads: int) -> Iterator[_Checked]:
 
 def _check(record: ImageRecord) -> _Checked:
     try:
-        pixels = read_image(record.path)
-        with record.path.open("rb") as stream:
+        pixels = read_image(record)
+        with record.open() as stream:
             digest = hashlib.file_digest(stream, "blake2b").hexdigest()
     except (UnreadableImageError, OSError) as error:
         reason = error.reason if isinstance(error, UnreadableImageError) else str(error)

@@ -2,55 +2,45 @@
 
 A list is a .txt (one path per line, ``#`` starts a comment line), a .csv or .parquet (column ``path``, else the first
 column) or a COCO .json (the ``file_name`` of its images). An id is the posix path relative to the root; a path that
-lies outside the root keeps its absolute form.
+lies outside the root keeps its absolute form, a URL stays as it is.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from simdetr.data.locations import Location, files_below, is_url
+from simdetr.data.tar_images import is_tar
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 LIST_SUFFIXES = (".csv", ".json", ".parquet", ".txt")
 _PROBED_NAMES = 32  # file names looked up when guessing the folder that a COCO file speaks of
 
 
-def find_images(folder: Path) -> list[str]:
-    """Posix paths, relative to the folder and sorted, of all images below it; hidden files and folders are left out.
-
-    Links to folders are followed once, so that a link to a parent folder does no harm.
-    """
-    found: list[str] = []
-    seen: set[str] = set()
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        relative = Path(directory).relative_to(folder)
-        found += [
-            (relative / name).as_posix()
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
-    return sorted(found)
+def find_images(folder: Location) -> list[str]:
+    """Posix paths, relative to the folder and sorted, of all images below it; hidden files and folders are left out."""
+    return sorted(name for name in files_below(folder) if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
 
 
-def read_list(path: Path, root: Path | None) -> tuple[Path, list[str]]:
+def find_tars(folder: Location) -> list[str]:
+    """The same of all tar files below it."""
+    return sorted(name for name in files_below(folder) if is_tar(name))
+
+
+def read_list(path: Path, root: Location | None) -> tuple[Location, list[str]]:
     """Root folder and ids, in the list's order and each once, of a list file.
 
     Raises:
         ValueError: the list cannot be read, names no images, or the images of a COCO file are in no folder near it.
     """
+    folder: Location
     try:
         if path.suffix.lower() == ".json":
             names = coco_file_names(path)
@@ -102,10 +92,13 @@ def _parquet_names(path: Path) -> list[str]:
     return [str(value) for value in pq.read_table(path, columns=[column])[column].to_pylist()]
 
 
-def _relative(names: Iterable[str], root: Path) -> Iterable[str]:
+def _relative(names: Iterable[str], root: Location) -> Iterable[str]:
     for name in names:
+        if is_url(name):
+            yield name
+            continue
         path = Path(name)
-        if path.is_absolute() and path.is_relative_to(root.absolute()):
+        if isinstance(root, Path) and path.is_absolute() and path.is_relative_to(root.absolute()):
             path = path.relative_to(root.absolute())
         yield path.as_posix()
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+from simdetr.data.locations import Location
 
 _HEADER = ("image_id", "reason")
 
@@ -61,11 +64,7 @@ class Quarantine:
         if row[0] not in self._reasons:
             self._append(row)
             self._read_new_rows()
-        if len(self._reasons) > self.max_fraction * self.total:
-            raise TooManyUnreadableError(
-                f"{len(self._reasons)} of {self.total} images are unreadable, more than {self.max_fraction:.0%} "
-                f"(last: {image_id}: {reason}); see {self.path}, then repair or remove the files or raise max_fraction"
-            )
+        check_fraction(self._reasons, self.total, self.max_fraction, self.path)
 
     def _append(self, row: tuple[str, str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +94,34 @@ class Quarantine:
         for row in csv.reader(io.StringIO(whole.decode("utf-8", errors="replace"))):
             if len(row) == len(_HEADER) and tuple(row) != _HEADER:
                 self._reasons.setdefault(row[0], row[1])
+
+
+def check_fraction(reasons: Mapping[str, str], total: int, max_fraction: float, path: Location) -> None:
+    """Stop a run with too many unreadable images.
+
+    Args:
+        reasons: of the unreadable images by their ids, the last found last.
+        total: number of images of the run.
+        max_fraction: share of them that may be unreadable.
+        path: file that lists them.
+
+    Raises:
+        TooManyUnreadableError: there are more.
+    """
+    if len(reasons) > max_fraction * total:
+        image_id, reason = list(reasons.items())[-1]
+        raise TooManyUnreadableError(
+            f"{len(reasons)} of {total} images are unreadable, more than {max_fraction:.0%} "
+            f"(last: {image_id}: {reason}); see {path}, then repair or remove the files or raise max_fraction"
+        )
+
+
+def to_csv(reasons: Mapping[str, str]) -> bytes:
+    """The content of a file that lists unreadable images and their reasons."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_HEADER, *((_one_line(name), _one_line(reason)) for name, reason in reasons.items())])
+    return text.getvalue().encode()
 
 
 def _one_line(text: str) -> str:

@@ -145,7 +145,7 @@ def write_pictures(source: ImageSource, labels: Labels, folder: str | Path, *, m
     written = 0
     for index, image_id in enumerate(labels.image_ids):
         try:
-            image = read_image(source.path_of(image_id))
+            image = read_image(source.record(image_id))
         except UnreadableImageError:
             continue
         found = labels.image(index)
@@ -157,7 +157,7 @@ def write_pictures(source: ImageSource, labels: Labels, folder: str | Path, *, m
             [f"{name} {score:.2f}" for name, score in zip(names, found.scores[best], strict=True)],
             [class_colour(int(label)) for label in found.classes[best]],
         )
-        target = folder / image_id
+        target = folder / image_id.lstrip("/")  # an absolute id must not lead back to the image itself
         if target.suffix.lower() not in (".jpg", ".jpeg", ".png"):
             target = target.with_name(f"{target.name}.png")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ def class_montage(
             break
         image_id = labels.image_ids[images_of_rows[pick]]
         try:
-            image = read_image(source.path_of(image_id))
+            image = read_image(source.record(image_id))
         except UnreadableImageError:
             continue
         tiles.append(_tile(image, labels.boxes_xyxy[members[pick]], tile_px))

@@ -90,20 +90,30 @@ def draw_curve(curve: Curve) -> str:
     drawn = panels(curve)
     if not drawn:
         raise ValueError(f"curve {curve.name!r}: no loss, AP or AR among its metrics {sorted(curve.metrics)}")
-    figure = Figure(figsize=(3.4 * len(drawn), 2.5), layout="constrained")
-    figure.patch.set_alpha(0)
+    figure = new_figure(len(drawn))
     for axes, (title, names) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         _draw_panel(axes, title, names, curve)
+    return to_svg(figure, curve.name)
+
+
+def new_figure(num_panels: int) -> Figure:
+    """An empty figure for so many panels side by side, through which the page shows."""
+    figure = Figure(figsize=(3.4 * num_panels, 2.5), layout="constrained")
+    figure.patch.set_alpha(0)
+    return figure
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element; equal figures of equal names are equal texts."""
     target = io.StringIO()
     # text stays text: smaller, selectable, in the page's font; a fixed salt makes equal curves equal files
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": curve.name}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = target.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
 
 def _draw_panel(axes: Axes, title: str, names: list[str], curve: Curve) -> None:
-    axes.patch.set_alpha(0)
     smallest, largest = np.inf, 0.0
     for name, colour in zip(names, LINE_COLOURS, strict=False):
         steps, values = _thin(curve.metrics[name])
@@ -115,8 +125,15 @@ def _draw_panel(axes: Axes, title: str, names: list[str], curve: Curve) -> None:
         axes.set_yscale("log")
     if title == "accuracy":
         axes.set_ylim(bottom=0)
+    style_panel(axes, title, "step")
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+
+
+def style_panel(axes: Axes, title: str, x_label: str) -> None:
+    """Title, label and lines of a panel in the page's colour; integers along x."""
+    axes.patch.set_alpha(0)
     axes.set_title(title, color=INK, fontsize=10, loc="left")
-    axes.set_xlabel("step", color=INK, fontsize=9)
+    axes.set_xlabel(x_label, color=INK, fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.tick_params(colors=INK, labelsize=8)
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)
@@ -124,7 +141,6 @@ def _draw_panel(axes: Axes, title: str, names: list[str], curve: Curve) -> None:
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
         spine.set_alpha(0.4)
-    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
 
 
 def _thin(series: tuple[Sequence[float], Sequence[float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

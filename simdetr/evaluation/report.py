@@ -20,6 +20,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
 
 from simdetr.data.atomic_files import atomic_path
+from simdetr.evaluation.clustering_chart import draw_clustering
 from simdetr.evaluation.compare import format_mean, summarise_seeds
 from simdetr.evaluation.learning_curves import MAX_POINTS, Curve, draw_curve
 
@@ -28,6 +29,7 @@ NOT_GIVEN = {
     "steps": "no step has been recorded.",
     "samples": "no sample images were given.",
     "montages": "no pseudo-classes were given.",
+    "clustering": "no clustering was given.",
     "recall": "there is no ground truth to compare the boxes with.",
     "curves": "no training run has logged its metrics.",
     "comparison": "no comparison of initialisations has been run.",
@@ -43,6 +45,16 @@ RECALL_COLUMNS = {
     "AR@100s": ("small", "AR@100 of objects below 32² px²"),
     "AR@100m": ("medium", "AR@100 of objects from 32² to 96² px²"),
     "AR@100l": ("large", "AR@100 of objects above 96² px²"),
+}
+# the same for methods that are compared: sizes at 25 boxes, because ours are no more
+RIVAL_COLUMNS = {
+    **{key: RECALL_COLUMNS[key] for key in ("AR@1", "AR@10", "AR@25")},
+    "AR@30": ("AR@30", "average recall, 30 boxes per image"),
+    "AR@100": RECALL_COLUMNS["AR@100"],
+    "recall50@25": ("IoU 0.5", "share of objects that one of 25 boxes covers with IoU of at least 0.5"),
+    "AR@25s": ("small", "AR@25 of objects below 32² px²"),
+    "AR@25m": ("medium", "AR@25 of objects from 32² to 96² px²"),
+    "AR@25l": ("large", "AR@25 of objects above 96² px²"),
 }
 
 
@@ -75,7 +87,10 @@ class ReportData:
         steps: the flow in order.
         samples: images with their boxes per stage.
         montages: (title, sheet of crops) per pseudo-class.
+        clustering: how the pseudo-classes were made, as `simdetr.proposals.kmeans_balance.clustering_record` says it.
         recall: one dict per stage: ``stage``, ``images``, ``boxes_per_image`` and what `proposal_recall` gives.
+        rivals: one dict per method, ours first, as ``recall``; the page has this part only if there are any.
+        rival_samples: images with the boxes of every method.
         curves: learning curves.
         comparison: one row per fine-tuning run as `simdetr.evaluation.compare` describes, or None.
         config: the resolved configuration as text.
@@ -88,7 +103,10 @@ class ReportData:
     steps: list[StepRow] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     montages: list[tuple[str, Image.Image]] = field(default_factory=list)
+    clustering: Mapping[str, Any] | None = None
     recall: list[dict[str, Any]] = field(default_factory=list)
+    rivals: list[dict[str, Any]] = field(default_factory=list)
+    rival_samples: list[Sample] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     comparison: list[dict[str, Any]] | None = None
     config: str = ""
@@ -107,9 +125,9 @@ def render_report(data: ReportData) -> str:
         data=data,
         reasons={**NOT_GIVEN, **data.missing},
         total_seconds=sum(seconds) if seconds else None,
-        recall_columns={
-            key: column for key, column in RECALL_COLUMNS.items() if any(key in row for row in data.recall)
-        },
+        recall_columns=_columns_of(data.recall, RECALL_COLUMNS),
+        rival_columns=_columns_of(data.rivals, RIVAL_COLUMNS),
+        drawn_clustering=draw_clustering(data.clustering) if data.clustering else "",
         drawn_curves=[(curve.name, draw_curve(curve)) for curve in data.curves],
         max_points=MAX_POINTS,
         comparison=comparison,
@@ -129,6 +147,10 @@ def write_report(data: ReportData, folder: Path) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def _columns_of(rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    return {key: column for key, column in columns.items() if any(key in row for row in rows)}
 
 
 @functools.cache

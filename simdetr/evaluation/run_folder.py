@@ -1,9 +1,9 @@
 """A run's folder -> what its report shows.
 
 The folder: ``config.yaml``, ``steps.jsonl`` (one JSON object per finished step: name, seconds, count, what),
-``stage0/labels.parquet`` (mined) and ``stageJ/labels.parquet`` (relabelled by stage J), ``**/metrics.csv`` (Lightning's
-CSVLogger) and ``comparison.json`` (rows of `simdetr.evaluation.compare`). Whatever is not there yet is named with the
-reason in `ReportData.missing`.
+``stage0/labels.parquet`` (mined), ``stage0/clustering.json`` (what became of their pseudo-classes),
+``stageJ/labels.parquet`` (relabelled by stage J), ``**/metrics.csv`` (Lightning's CSVLogger) and ``comparison.json``
+(rows of `simdetr.evaluation.compare`). Whatever is not there yet is named with the reason in `ReportData.missing`; only the proposals of other methods, ``rivals/*``, are passed over in silence.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from simdetr.evaluation.drawing import class_colour, class_montage, draw_boxes
 from simdetr.evaluation.learning_curves import Curve, panels, read_curve
 from simdetr.evaluation.proposal_recall import proposal_recall
 from simdetr.evaluation.report import ReportData, Sample, StepRow
+from simdetr.evaluation.rival_recall import rival_labels, rival_rows, rival_samples
 
 MAX_BOXES_DRAWN = 15  # per picture and stage; the best-scored, so that a picture stays readable
 MAX_CURVES = 12
+MAX_RIVAL_SAMPLES = 4
 MAX_RECALL_IMAGES = 2000  # beyond it the recall of a random part is within a percent of the whole
 PICTURE_PX = 420  # longer side of a sample picture
 STEP_TITLES = {"mine": "Mine proposals", "cluster": "Cluster regions", "finetune": "Fine-tune", "compare": "Compare"}
@@ -65,6 +67,7 @@ def collect_run(
     no_stage = f"there are no labels of any stage yet ({run_dir.name}/stage0/labels.parquet is made by clustering)."
     if not stages:
         missing |= {"samples": no_stage, "montages": no_stage, "recall": no_stage}
+    rivals = rival_labels(run_dir, source.ids if truth is None else truth.image_ids)
     config = run_dir / "config.yaml"
     return ReportData(
         title=f"simdetr run “{run_dir.resolve().name}”",
@@ -73,7 +76,10 @@ def collect_run(
         steps=steps,
         samples=_samples(stages, source, truth, num_samples, rng, missing) if stages else [],
         montages=_montages(stages, source, num_montages, seed, missing) if stages else [],
+        clustering=_clustering(run_dir / "stage0" / "clustering.json", missing),
         recall=_recall(stages, truth, rng, missing) if stages else [],
+        rivals=rival_rows(rivals, truth),
+        rival_samples=rival_samples(rivals, source, min(num_samples, MAX_RIVAL_SAMPLES), np.random.default_rng(seed)),
         curves=_curves(run_dir, missing),
         comparison=_comparison(run_dir / "comparison.json", missing),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
@@ -145,7 +151,7 @@ def _samples(
         if image_id not in in_source:
             continue
         try:
-            image = read_image(source.path_of(image_id))
+            image = read_image(source.record(image_id))
         except UnreadableImageError:
             continue
         pictures = []
@@ -194,6 +200,14 @@ def _montages(
     if not montages:
         missing["montages"] = f"no class of {stage_title(stage)} has 3 boxes on images that can be read."
     return montages
+
+
+def _clustering(path: Path, missing: dict[str, str]) -> dict[str, Any] | None:
+    if not path.is_file():
+        missing["clustering"] = f"no clustering of the mined regions has been kept (there is no stage0/{path.name})."
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
 def _recall(

@@ -5,6 +5,7 @@ from simdetr.proposals.colour_texture import ColourTextureEncoder
 from simdetr.proposals.components import connected_components
 from simdetr.proposals.features import Encoder, TimmEncoder
 from simdetr.proposals.filters import FILTERS, apply_filters
+from simdetr.proposals.fitted_encoder import FittedEncoder
 from simdetr.proposals.kmeans import KMeans, fit_kmeans
 from simdetr.proposals.miner import mine
 from simdetr.proposals.pseudo_labels import make_pseudo_labels
@@ -17,6 +18,7 @@ __all__ = [
     "Candidates",
     "ColourTextureEncoder",
     "Encoder",
+    "FittedEncoder",
     "KMeans",
     "MiningConfig",
     "ProposalRow",

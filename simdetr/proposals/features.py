@@ -61,6 +61,7 @@ class TimmEncoder(nn.Module):
         weights: a local file or URL, read by :func:`simdetr.data.pretrained_weights.load_backbone_weights`.
         pretrained: fetch timm's own weights for the name; not together with ``weights``.
         seed: of the random initialisation when there are neither.
+        mean, std: of the colours 0..1 that the weights were learnt with; timm's for the model when left out.
 
     Raises:
         ValueError: for both kinds of weights, or a backbone without maps at strides 16 and 32.
@@ -68,7 +69,13 @@ class TimmEncoder(nn.Module):
     """
 
     def __init__(
-        self, model: str = "resnet50", weights: str | Path | None = None, pretrained: bool = False, seed: int = 0
+        self,
+        model: str = "resnet50",
+        weights: str | Path | None = None,
+        pretrained: bool = False,
+        seed: int = 0,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
     ) -> None:
         super().__init__()
         if weights is not None and pretrained:
@@ -86,13 +93,16 @@ class TimmEncoder(nn.Module):
             )
         self._levels = [] if self.single_map else [reductions.index(stride) for stride in STRIDES]
         self.strides: tuple[int, ...] = STRIDES
-        self.region_dim: int = channels[-1] if self.single_map else channels[reductions.index(32)]
+        self.channels: dict[int, int] = {
+            stride: channels[-1] if self.single_map else channels[reductions.index(stride)] for stride in STRIDES
+        }
+        self.region_dim: int = self.channels[STRIDES[-1]]
         cfg = timm.models.get_pretrained_cfg(model)
-        mean, std = (cfg.mean, cfg.std) if cfg is not None else (_IMAGENET_MEAN, _IMAGENET_STD)
+        own_mean, own_std = (cfg.mean, cfg.std) if cfg is not None else (_IMAGENET_MEAN, _IMAGENET_STD)
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean or own_mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1))
         self.requires_grad_(False)
         self.eval()
         self.fingerprint: str = f"timm:{model}:{_digest(self)}"
@@ -111,6 +121,10 @@ class TimmEncoder(nn.Module):
         Returns:
             ``{16: [B, C16, ceil(H/16), ceil(W/16)], 32: [B, C32, ceil(H/32), ceil(W/32)]}``.
         """
+        return self.maps(images)
+
+    def maps(self, images: Tensor) -> dict[int, Tensor]:
+        """As ``forward``, with gradients: for those who train it."""
         height, width = images.shape[-2:]
         normalised = (images - self.mean) / self.std
         padded = functional.pad(normalised, (0, -width % 32, 0, -height % 32), mode="replicate")

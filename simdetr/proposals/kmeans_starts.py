@@ -10,30 +10,14 @@ from collections.abc import Iterable
 from math import log
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
+
+from simdetr.proposals.kmeans_assignment import prepare_rows
+from simdetr.proposals.kmeans_ranks import gather, world_size
 
 _SAMPLE_PER_CLUSTER = 16
 _SAMPLE_AT_LEAST = 8192
 _EXTRA_TRIALS = 2  # of greedy k-means++, beside the logarithm of C
-
-
-def prepare_rows(block: Tensor, spherical: bool) -> Tensor:
-    """Rows as float32, of unit length if spherical (zero rows stay zero); [n, D] to [n, D].
-
-    Raises:
-        ValueError: for another number of axes.
-    """
-    if block.ndim != 2:
-        raise ValueError(f"features: expected blocks [n, D], got shape {tuple(block.shape)}")
-    block = block.float()
-    return functional.normalize(block, dim=1) if spherical else block
-
-
-def world_size() -> int:
-    """Ranks of the process group, 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sample_rows(blocks: Iterable[Tensor], num_clusters: int, spherical: bool, seed: int) -> Tensor:
@@ -46,36 +30,45 @@ def sample_rows(blocks: Iterable[Tensor], num_clusters: int, spherical: bool, se
     """
     wanted = max(num_clusters * _SAMPLE_PER_CLUSTER, _SAMPLE_AT_LEAST)
     keys, kept, total = torch.empty(0, dtype=torch.int64), torch.empty(0, 0), 0
-    problem = ""
+    problem, device = "", torch.device("cpu")
     for block in blocks:
+        device = block.device
         if len(block) == 0:
             continue
-        rows = prepare_rows(block, spherical)
-        if not bool(torch.isfinite(rows).all()):
-            problem = "features: expected finite rows, got NaN or infinity; mine these images again"
-        if total and rows.shape[1] != kept.shape[1]:
-            problem = f"features: expected blocks of {kept.shape[1]} dimensions, got {rows.shape[1]}"
+        problem = _problem(block, kept.shape[1] if total else block.shape[-1])
         if problem:
             break
-        total += len(rows)
-        kept = rows if kept.numel() == 0 else torch.cat((kept, rows))
-        keys, kept = _lowest(torch.cat((keys, _hash_rows(block, seed))), kept, wanted)
-    if world_size() > 1:
-        parts: list[tuple[Tensor, Tensor, int, str]] = [(keys, kept, total, problem)] * world_size()
-        dist.all_gather_object(parts, (keys, kept.cpu(), total, problem))
-        problem = next((part[3] for part in parts if part[3]), "")
-        total = sum(part[2] for part in parts)
-        held = [part for part in parts if part[2] and not problem]
-        if held:
-            keys, kept = torch.cat([part[0] for part in held]), torch.cat([part[1] for part in held]).to(kept.device)
-            keys, kept = _lowest(keys, kept, wanted)
+        total += len(block)
+        new = _hash_rows(block, seed)
+        if len(keys) == wanted:  # past the first blocks only few rows have a chance
+            chosen = new < keys[-1]
+            new, block = new[chosen], block[chosen.to(block.device)]
+        if len(new):
+            rows = prepare_rows(block, spherical)
+            keys, kept = _lowest(torch.cat((keys, new)), torch.cat((kept, rows)) if len(keys) else rows, wanted)
+    parts = gather((keys, kept.cpu(), total, problem)) if world_size() > 1 else [(keys, kept, total, problem)]
+    problem = next((part[3] for part in parts if part[3]), "")
+    total = sum(part[2] for part in parts)
+    if not problem and total < num_clusters:
+        problem = f"num_clusters: expected at most the number of rows, got {num_clusters} clusters for {total} rows"
     if problem:
         raise ValueError(problem)
-    if total < num_clusters:
-        raise ValueError(
-            f"num_clusters: expected at most the number of rows, got {num_clusters} clusters for {total} rows"
-        )
-    return kept
+    held = [part for part in parts if part[2]]
+    if len(held) > 1:
+        keys, rows = torch.cat([part[0] for part in held]), torch.cat([part[1] for part in held])
+        return _lowest(keys, rows, wanted)[1].to(device)
+    return held[0][1].to(device)
+
+
+def _problem(block: Tensor, dims: int) -> str:
+    """What is wrong with a block, in words; empty if nothing."""
+    if block.ndim != 2:
+        return f"features: expected blocks [n, D], got shape {tuple(block.shape)}"
+    if block.shape[1] != dims:
+        return f"features: expected blocks of {dims} dimensions, got {block.shape[1]}"
+    if not bool(torch.isfinite(block).all()):
+        return "features: expected finite rows, got NaN or infinity; mine these images again"
+    return ""
 
 
 def _hash_rows(block: Tensor, seed: int) -> Tensor:

@@ -1,10 +1,10 @@
 """Finer than the grid: coarse cluster labels and the image itself in, shapes a few pixels fine out.
 
 The document's regions are made of cells of 16 and 32 pixels, too coarse for the box of a small object. Here each
-cluster becomes a normal distribution of colour and of its deviation, and the image is cut into cells of ``cell_px``
-pixels. A cell belongs to the clusters of a clustering with some probability; the connected components of the cells
-above each of several probabilities (level sets), as they are and shrunk by ``erosion`` cells, are the shapes. Low levels
-join what belongs together, high levels and shrinking part what touches. `benchmarks/results/proposal_recall.json`.
+cluster becomes a normal distribution of colours, and the image is cut into cells of ``cell_px`` pixels. A cell belongs
+to the clusters of a clustering with some probability; the connected components of the cells above each of several
+probabilities (level sets), as they are and shrunk by ``erosion`` cells, are the shapes. Low levels join what belongs
+together, high levels and shrinking part what touches. `benchmarks/results/sweep.json` has the gain of each choice.
 
 Letters: B images of one shape, L clusterings, J clusters of all clusterings together, H x W fine cells, P planes per
 image (cluster, level, shrunk or not), C colour channels; S shapes and M their cells, of all images in one list.
@@ -12,7 +12,7 @@ image (cluster, level, shrunk or not), C colour channels; S shapes and M their c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,8 @@ from torch.nn import functional
 from simdetr.proposals.colour_texture import rgb_to_lab, standardise
 from simdetr.proposals.components import mask_components
 
-COLOUR_WEIGHT, DEVIATION_WEIGHT = 1.5, 0.8
 SMOOTHING = 2.0  # divides log likelihoods: neighbouring channels and cells are not independent evidence
-LEAST_VARIANCE = 1e-3
+LEAST_VARIANCE = 5e-4
 LEAST_CELLS = 2.0  # a cluster of less weight has no distribution
 NEVER = -1e9
 
@@ -53,7 +52,7 @@ class LevelSets:
     min_cells: int = 8
     max_boxes: int = 25
     max_iou: float = 0.65
-    edge_power: float = 2.0
+    edge_power: float = 1.5
     border_factor: float = 0.5
     max_ranked: int = 512
     min_relative_score: float = 0.0
@@ -95,49 +94,44 @@ class Shapes:
     shape_of: Tensor
 
 
-def describe_cells(images: Tensor, cell_px: int) -> Tensor:
-    """Colour and its deviation around each cell, scaled by their spread in the image.
+def colours(images: Tensor, cell_px: int) -> Tensor:
+    """Mean L*a*b* of each cell, scaled by its spread in the image.
+
+    Texture is left out: it is only known over a neighbourhood, and widens every shape by that.
 
     Args:
         images: float [B, 3, 16 h, 16 w], RGB in 0..1.
         cell_px: side of a cell.
 
     Returns:
-        [B, 6, H, W]: mean L*a*b* of the cell, and its deviation over the 3 x 3 cells around.
+        [B, 3, H, W].
     """
-    lab = rgb_to_lab(images)
-    mean, square = (functional.avg_pool2d(values, cell_px) for values in (lab, lab.square()))
-    around, around_square = (
-        functional.avg_pool2d(values, 3, stride=1, padding=1, count_include_pad=False) for values in (mean, square)
-    )
-    deviation = (around_square - around.square()).clamp(min=0).sqrt()
-    return torch.cat((COLOUR_WEIGHT * standardise(mean), DEVIATION_WEIGHT * standardise(deviation)), dim=1)
+    return standardise(functional.avg_pool2d(rgb_to_lab(images), cell_px))
 
 
-def edge_strength(description: Tensor) -> Tensor:
-    """Largest colour difference of a cell to its four neighbours, [B, C, H, W] to [B, H, W]; colour comes first."""
-    colour = description[:, :3]
+def edge_strength(colour: Tensor) -> Tensor:
+    """Largest difference of a cell's colour to its four neighbours', [B, 3, H, W] to [B, H, W]."""
     down = functional.pad((colour[:, :, 1:] - colour[:, :, :-1]).square().sum(dim=1), (0, 0, 1, 1))
     right = functional.pad((colour[:, :, :, 1:] - colour[:, :, :, :-1]).square().sum(dim=1), (1, 1))
     squares = torch.stack((down[:, 1:], down[:, :-1], right[:, :, 1:], right[:, :, :-1]))
     return squares.amax(dim=0).sqrt()
 
 
-def memberships(description: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
+def memberships(colour: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     """Probability that a fine cell belongs to each cluster, by normal distributions with a diagonal covariance.
 
     Args:
-        description: [B, C, H, W].
+        colour: [B, C, H, W].
         labels: int64 [B, h, w] of one clustering on a coarser grid.
         num_clusters: K.
 
     Returns:
         [B, K, H, W]; a cluster without cells has probability 0.
     """
-    height, width = description.shape[-2:]
-    member = rearrange(functional.one_hot(labels, num_clusters).to(description), "b h w k -> b k h w")
+    height, width = colour.shape[-2:]
+    member = rearrange(functional.one_hot(labels, num_clusters).to(colour), "b h w k -> b k h w")
     share = functional.interpolate(member, (height, width), mode="bilinear", align_corners=False).flatten(2)
-    values = description.flatten(2)
+    values = colour.flatten(2)
     powers = torch.cat((values, values.square()), dim=1)
     weight = share.sum(dim=2, keepdim=True)
     mean, square = (torch.bmm(share, powers.mT) / weight.clamp(min=LEAST_VARIANCE)).chunk(2, dim=2)
@@ -159,32 +153,45 @@ def find_shapes(
         settings: cells, levels, erosion.
         connectivity: 4 or 8 neighbours join cells.
     """
-    description = describe_cells(images, settings.cell_px)
-    probability = torch.cat([memberships(description, label, k) for (_, k), label in labels.items()], dim=1)
+    colour = colours(images, settings.cell_px)
+    probability = torch.cat([memberships(colour, label, k) for (_, k), label in labels.items()], dim=1)
     planes = [probability > level for level in settings.levels]
     if settings.erosion:
         shrunk = _erode(probability, settings.erosion)
         planes += [shrunk > level for level in settings.levels]
     masks = torch.stack(planes, dim=2)
-    cells, numbers = mask_components(masks.flatten(0, 2), connectivity=connectivity)
     eroded = torch.arange(masks.shape[2], device=masks.device) >= len(settings.levels)
-    return _measure(cells, numbers, masks.shape, eroded * settings.erosion, edge_strength(description), settings)
+    return _measure(masks, eroded * settings.erosion, edge_strength(colour), settings.min_cells, connectivity)
 
 
 def _erode(probability: Tensor, cells: int) -> Tensor:
     """Lowest value within a square of 2 n + 1 cells; a level set of it is the level set, eroded."""
-    size = 2 * cells + 1
-    rows = functional.max_pool2d(-probability, (size, 1), stride=1, padding=(cells, 0))
-    return -functional.max_pool2d(rows, (1, size), stride=1, padding=(0, cells))
+    for axis in (-1, -2):
+        size = probability.shape[axis]
+        sides = (cells, cells) if axis == -1 else (0, 0, cells, cells)
+        padded = functional.pad(probability, sides, value=1.0)
+        probability = padded.narrow(axis, 0, size)
+        for shift in range(1, 2 * cells + 1):
+            probability = torch.minimum(probability, padded.narrow(axis, shift, size))
+    return probability
 
 
-def _measure(
-    cells: Tensor, numbers: Tensor, shape: Sequence[int], erosion: Tensor, edges: Tensor, settings: LevelSets
-) -> Shapes:
+def _contours(masks: Tensor) -> Tensor:
+    """Cells of masks [..., H, W] with one of their four neighbours outside; the border of the grid is no contour."""
+    inner = masks.clone()
+    inner[..., 1:, :] &= masks[..., :-1, :]
+    inner[..., :-1, :] &= masks[..., 1:, :]
+    inner[..., 1:] &= masks[..., :-1]
+    inner[..., :-1] &= masks[..., 1:]
+    return masks & ~inner
+
+
+def _measure(masks: Tensor, erosion: Tensor, edges: Tensor, min_cells: int, connectivity: int) -> Shapes:
     """Size, box and contour of every component of masks [B, J, V, H, W], without a loop over them."""
-    clusters, variants, height, width = shape[1:]
+    _, clusters, variants, height, width = masks.shape
+    cells, numbers = mask_components(masks.flatten(0, 2), connectivity=connectivity)
     counts = torch.bincount(numbers)
-    large = counts >= settings.min_cells
+    large = counts >= min_cells
     kept = large[numbers]
     cells, numbers = cells[kept], (large.cumsum(0) - 1)[numbers[kept]]
     found, area = int(large.sum()), height * width
@@ -196,7 +203,7 @@ def _measure(
     low = [_extreme(values, numbers, found, "amin") - grown for values in (column, row)]
     high = [_extreme(values, numbers, found, "amax") + 1 + grown for values in (column, row)]
     boxes = torch.stack([*(edge.clamp(min=0) for edge in low), high[0].clamp(max=width), high[1].clamp(max=height)], 1)
-    contour = _on_contour(cells, numbers, row, column, (height, width))
+    contour = _contours(masks).flatten()[cells]
     on = numbers[contour]
     strength = edges.flatten()[image[on] * area + place[contour]]
     sums = strength.new_zeros(found).index_add_(0, on, strength)
@@ -214,15 +221,3 @@ def _measure(
 
 def _extreme(values: Tensor, numbers: Tensor, count: int, which: str) -> Tensor:
     return values.new_zeros(count).scatter_reduce_(0, numbers, values, which, include_self=False)
-
-
-def _on_contour(cells: Tensor, numbers: Tensor, row: Tensor, column: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Which cells have a neighbour of the grid outside their shape; a shape ends at the border without a contour."""
-    height, width = grid
-    size = int(cells.max()) + width + 1 if len(cells) else 1
-    owner = torch.full((size,), -1, dtype=torch.int32, device=cells.device).scatter_(0, cells, numbers.int())
-    contour = torch.zeros_like(cells, dtype=torch.bool)
-    for step, inside in ((1, column < width - 1), (-1, column > 0), (width, row < height - 1), (-width, row > 0)):
-        neighbour = owner[torch.where(inside, cells + step, cells)]
-        contour |= neighbour != numbers
-    return contour

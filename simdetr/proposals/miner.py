@@ -1,58 +1,60 @@
 """Mining of a whole image source: images and a frozen encoder in, a resumable store of regions out.
 
-Images of equal shape are batched within a shard and go through :mod:`simdetr.proposals.batch_mining`, while threads
-decode the next ones; finished shards are written one by one. A run killed at any point goes on with the same call, and
-ends with the store that an uninterrupted run writes.
+Any number of processes may mine into one store, started together or not: they share its shards
+(:mod:`simdetr.proposals.shard_claims`), and each shard is mined by :mod:`simdetr.proposals.shard_mining`. A run killed
+at any point goes on with the same call, and ends with the store that one uninterrupted process writes.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from itertools import islice
+import time
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
-from torch import nn
 
 from simdetr.data.images import ImageSource
-from simdetr.data.quarantine import Quarantine
-from simdetr.proposals.batch_mining import MiningConfig, cluster_maps, encode, mine_batch, mine_maps
+from simdetr.data.locations import Location
+from simdetr.proposals.batch_mining import MiningConfig, cluster_maps, mine_batch, mine_maps
 from simdetr.proposals.features import Encoder
-from simdetr.proposals.image_loading import ImageLoading, LoadedImage
-from simdetr.proposals.shards import ProposalRow
+from simdetr.proposals.mining_progress import MiningBar
+from simdetr.proposals.shard_claims import Rank, ShardClaims, tidy
+from simdetr.proposals.shard_mining import mine_free_shards
 from simdetr.proposals.store import Manifest, ProposalStore, StoreError
+from simdetr.proposals.unreadable import QUARANTINE, UnreadableImages
 
-__all__ = ["MiningConfig", "cluster_maps", "mine", "mine_batch", "mine_maps"]
+__all__ = ["MiningConfig", "begin", "cluster_maps", "finish", "mine", "mine_batch", "mine_maps"]
 
 _log = logging.getLogger(__name__)
 _PER_REGION_BYTES = 40  # beside its feature
+_POLL_S, _POLL_REMOTE_S = 0.5, 5.0
+_SAY_EVERY_S = 60.0
 
 
 def mine(
     source: ImageSource,
     encoder: Encoder,
     config: MiningConfig,
-    out: Path,
+    out: str | Location,
     device: str | torch.device = "cpu",
     num_workers: int = 2,
     progress: bool = False,
+    rank: Rank | None = None,
 ) -> ProposalStore:
     """Mine every image of a source into a store; the same call again goes on where it stopped.
+
+    Several processes that call this share the work; each returns when the store is complete.
 
     Args:
         source: the images.
         encoder: frozen; moved to ``device``.
         config: the settings.
-        out: folder of the store; also holds ``quarantine.csv``.
+        out: folder of the store, a path or URL; also holds ``quarantine.csv``.
         device: where encoding and clustering run.
         num_workers: threads that decode images; 0 decodes in between.
-        progress: show a bar with rate and time left.
+        progress: show a bar with rate and time left, in the first process.
+        rank: which one of several processes this is; by default as torchrun or SLURM say.
 
     Returns:
         The complete store.
@@ -61,6 +63,29 @@ def mine(
         ValueError: if the source is empty.
         StoreError: if the store is of another run or cannot be written.
         TooManyUnreadableError: past ``max_unreadable``.
+    """
+    rank = rank or Rank.from_environment()
+    store = begin(source, encoder, config, out)
+    claims = ShardClaims(store, rank)
+    with claims, MiningBar(store, claims.taken, shown=progress and rank.index == 0) as bar:
+        said = time.monotonic()
+        while missing := store.manifest.num_shards - len(store.written()):
+            if mine_free_shards(claims, source, encoder, config, device, num_workers, bar.advance):
+                continue
+            if time.monotonic() > said + _SAY_EVERY_S:
+                _log.info("waiting for %d shards that other processes mine", missing)
+                said = time.monotonic()
+            time.sleep(_POLL_S if isinstance(store.folder, Path) else _POLL_REMOTE_S)
+            bar.look()
+    return finish(store, config.max_unreadable)
+
+
+def begin(source: ImageSource, encoder: Encoder, config: MiningConfig, out: str | Location) -> ProposalStore:
+    """Make the store, or find the one that is there.
+
+    Raises:
+        ValueError: if the source is empty.
+        StoreError: if the store is of another run, cannot be written or does not fit on the disk.
     """
     if not len(source):
         raise ValueError("source: expected at least one image, got none; check the folder or list")
@@ -73,61 +98,33 @@ def mine(
         region_dim=encoder.region_dim,
     )
     store = ProposalStore.create(out, manifest)
-    quarantine = Quarantine(store.folder / "quarantine.csv", len(source), config.max_unreadable)
-    missing = store.missing_shards()
-    remaining = sum(len(manifest.images_of(shard)) for shard in missing)
-    _check_space(store, config, remaining)
-    if isinstance(encoder, nn.Module):
-        encoder.to(device).eval()
-    with ExitStack() as stack:
-        advance = _progress_bar(stack, len(source), remaining) if progress else _no_bar
-        positions = (position for shard in missing for position in manifest.images_of(shard))
-        loading = ImageLoading(source, positions, config.image_size, num_workers, ahead=config.batch_size)
-        loaded = _counted(stack.enter_context(loading), advance)
-        for shard in missing:
-            images = islice(loaded, len(manifest.images_of(shard)))
-            rows, unreadable = _mine_shard(images, encoder, config, device)
-            for image_id, reason in unreadable.items():
-                quarantine.add(image_id, reason)
-            store.write_shard(shard, rows, list(unreadable))
-    for leftover in store.folder.glob(".*.tmp"):  # of killed runs
-        leftover.unlink(missing_ok=True)
-    if len(quarantine):
-        _log.warning("%d of %d images are unreadable, see %s", len(quarantine), len(source), quarantine.path)
+    written = sum(len(manifest.images_of(shard)) for shard in store.written())
+    _check_space(store, config, len(source) - written)
     return store
 
 
-@torch.no_grad()
-def _mine_shard(
-    images: Iterable[LoadedImage], encoder: Encoder, config: MiningConfig, device: str | torch.device
-) -> tuple[list[ProposalRow], dict[str, str]]:
-    """Rows of one shard's images in source order, and the reasons of the unreadable ones."""
-    waiting: dict[torch.Size, list[tuple[int, LoadedImage]]] = defaultdict(list)
-    rows: dict[int, ProposalRow] = {}
-    unreadable: dict[str, str] = {}
+def finish(store: ProposalStore, max_unreadable: float) -> ProposalStore:
+    """List the unreadable images of a complete store and tidy its folder.
 
-    def finish(batch: list[tuple[int, LoadedImage]]) -> None:
-        pixels = torch.stack([image.pixels for _, image in batch if image.pixels is not None]).to(device)
-        regions = mine_maps(encode(pixels, encoder), [image.size_hw for _, image in batch], config)
-        for (place, image), found in zip(batch, regions, strict=True):
-            rows[place] = ProposalRow(image.image_id, *image.size_hw, found)
-
-    for place, image in enumerate(images):
-        if image.pixels is None:
-            unreadable[image.image_id] = image.reason
-            continue
-        same = waiting[image.pixels.shape]
-        same.append((place, image))
-        if len(same) == config.batch_size:
-            finish(waiting.pop(image.pixels.shape))
-    for batch in waiting.values():
-        finish(batch)
-    return [rows[place] for place in sorted(rows)], unreadable
+    Raises:
+        TooManyUnreadableError: past ``max_unreadable``.
+    """
+    unreadable = UnreadableImages(store, max_unreadable)
+    reasons = unreadable.check()
+    unreadable.write(reasons)
+    if reasons:
+        quarantine = store.folder / QUARANTINE
+        _log.warning("%d of %d images are unreadable, see %s", len(reasons), store.manifest.num_images, quarantine)
+    tidy(store)
+    return store
 
 
 def _check_space(store: ProposalStore, config: MiningConfig, num_images: int) -> None:
     """Stop before work starts if not even one shard fits; warn if the whole may not."""
-    per_image = config.filters.get("keep_most_diverse", 100) * (2 * store.manifest.region_dim + _PER_REGION_BYTES)
+    if not isinstance(store.folder, Path):
+        return
+    most = min((limit for name, limit in config.filters.items() if name.startswith("keep_")), default=100)
+    per_image = most * (2 * store.manifest.region_dim + _PER_REGION_BYTES)
     free = shutil.disk_usage(store.folder).free
     needed, one_shard = num_images * per_image, min(num_images, config.shard_size) * per_image
     if num_images and free < one_shard:
@@ -137,29 +134,3 @@ def _check_space(store: ProposalStore, config: MiningConfig, num_images: int) ->
         )
     if free < needed:
         _log.warning("%s has %.1f GB free, the proposals may take %.1f GB", store.folder, free / 1e9, needed / 1e9)
-
-
-class _RateColumn(ProgressColumn):
-    """Images per second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:.1f} images/s")
-
-
-def _progress_bar(stack: ExitStack, total: int, remaining: int) -> Callable[[int], None]:
-    """Open a bar that closes with the stack; returns what moves it."""
-    columns = (TextColumn("mining"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
-    bar = stack.enter_context(Progress(*columns))
-    task = bar.add_task("mining", total=total, completed=total - remaining)
-    return lambda count: bar.advance(task, count)
-
-
-def _no_bar(count: int) -> None:
-    """Progress that nobody asked to see."""
-
-
-def _counted(images: Iterable[LoadedImage], advance: Callable[[int], None]) -> Iterator[LoadedImage]:
-    """Pass images through and move the bar by one for each."""
-    for image in images:
-        advance(1)
-        yield image

@@ -1,25 +1,37 @@
 """Mined proposals -> training labels T0: every region's box, and the cluster of its feature as its class.
 
-Seed 003 [0054]-[0055], Algorithm 1 lines 8-9. Shards are streamed; of several ranks each clusters its own share of them
-and all end with the same labels. Letters: N images, M regions, D feature dimensions, C classes.
+Seed 003 [0054]-[0055], Algorithm 1 lines 8-9. Of several ranks each clusters the regions of its own shards, and all end
+with the same labels. Beside the labels lie ``clustering.safetensors`` (the centroids, after every iteration) and
+``clustering.json`` (inertia of every iteration, sizes of the clusters, their balance).
+
+Letters: N images, M regions, D feature dimensions, C classes. Labels take 33 bytes per region in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+import hashlib
+import json
+import logging
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
+from simdetr.data.atomic_files import atomic_path
 from simdetr.data.labels import Category, Labels
 from simdetr.proposals.kmeans import Backend, KMeans, fit_kmeans
-from simdetr.proposals.shards import ProposalShard
+from simdetr.proposals.kmeans_balance import clustering_record
+from simdetr.proposals.kmeans_journal import Iteration, Journal
+from simdetr.proposals.kmeans_ranks import gather, rank
+from simdetr.proposals.region_blocks import RegionBlocks, count_regions, read_columns
 from simdetr.proposals.store import ProposalStore
 
-_KEEP_IN_MEMORY_BYTES = 1 << 30  # features up to here are read once, larger sets are streamed from disk in every pass
+__all__ = ["RegionBlocks", "cluster_regions", "count_regions", "make_pseudo_labels"]
+
+_log = logging.getLogger(__name__)
+_KEEP_IN_MEMORY_BYTES = 1 << 30  # fp16 features of all ranks up to here are read once, more in every pass
+CENTROIDS, RECORD = "clustering.safetensors", "clustering.json"
+_BOX_COLUMNS = ["image_id", "height", "width", "boxes_xyxy", "area"]
 
 
 def make_pseudo_labels(
@@ -27,9 +39,11 @@ def make_pseudo_labels(
     num_classes: int = 2048,
     *,
     seed: int = 0,
+    spherical: bool = True,
     max_iterations: int = 50,
     backend: Backend = "torch",
     device: str | torch.device = "cpu",
+    folder: Path | None = None,
 ) -> Labels:
     """Cluster all regions of a store into pseudo-classes.
 
@@ -37,23 +51,40 @@ def make_pseudo_labels(
         store: mined proposals.
         num_classes: C; 1 makes class-unaware labels and needs no clustering.
         seed: of k-means.
+        spherical: compare features by direction, not by distance.
         max_iterations: of k-means, each one pass over the features.
         backend: of k-means, see :func:`simdetr.proposals.kmeans.fit_kmeans`.
         device: where to cluster.
+        folder: keeps the clustering, so that the same call goes on after the last iteration of a killed one.
 
     Returns:
         Labels of stage 0 with C categories; images without regions are among its images.
 
     Raises:
         ValueError: when there are no regions, or fewer than classes.
+        StoreError: at a damaged shard.
     """
     if num_classes == 1:
-        count_regions(store)
-        return _to_labels(store, None, device)
+        if folder is not None and rank() == 0:
+            for name in (CENTROIDS, RECORD):  # of a clustering whose labels are replaced
+                (folder / name).unlink(missing_ok=True)
+        return to_labels(store, count_regions(store), None)
     clustering = cluster_regions(
-        store, num_classes, seed=seed, max_iterations=max_iterations, backend=backend, device=device
+        store,
+        num_classes,
+        seed=seed,
+        spherical=spherical,
+        max_iterations=max_iterations,
+        backend=backend,
+        device=device,
+        folder=folder,
     )
-    return _to_labels(store, clustering, device)
+    if folder is not None and rank() == 0:
+        settings = {"num_classes": num_classes, "seed": seed, "spherical": spherical, "backend": backend}
+        with atomic_path(folder / RECORD) as temporary:
+            record = clustering_record(clustering, settings | {"max_iterations": max_iterations})
+            temporary.write_text(json.dumps(record), encoding="utf-8")
+    return to_labels(store, int(clustering.counts.sum()), clustering)
 
 
 def cluster_regions(
@@ -61,11 +92,13 @@ def cluster_regions(
     num_classes: int,
     *,
     seed: int = 0,
+    spherical: bool = True,
     max_iterations: int = 50,
     backend: Backend = "torch",
     device: str | torch.device = "cpu",
+    folder: Path | None = None,
 ) -> KMeans:
-    """Spherical k-means over all region features; arguments and errors as in :func:`make_pseudo_labels`."""
+    """K-means over all region features; arguments and errors as in :func:`make_pseudo_labels`."""
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}; 1 makes class-unaware labels")
     regions = count_regions(store)
@@ -74,86 +107,84 @@ def cluster_regions(
             f"num_classes: got {num_classes} classes for {regions} mined regions, expected at least as many regions "
             f"as classes; mine more images, lower num_classes to {regions} or less, or set it to 1 (class-unaware)"
         )
-    stored_bytes = regions * store.manifest.region_dim * 4
-    blocks = RegionBlocks(store, device)
+    in_memory = 2 * regions * store.manifest.region_dim <= _KEEP_IN_MEMORY_BYTES
+
+    def tell(iteration: Iteration) -> None:
+        left = (max_iterations - iteration.number) * iteration.seconds
+        _log.info(
+            "iteration %d of at most %d: inertia %.5f per region, %d empty, %.1f s, at most %.0f s left",
+            iteration.number,
+            max_iterations,
+            iteration.inertia / regions,
+            iteration.empty,
+            iteration.seconds,
+            left,
+        )
+
     return fit_kmeans(
-        list(blocks) if stored_bytes <= _KEEP_IN_MEMORY_BYTES else blocks,
+        RegionBlocks(store, device, in_memory=in_memory),
         num_classes,
         seed=seed,
-        spherical=True,
+        spherical=spherical,
         max_iterations=max_iterations,
         backend=backend,
+        journal=Journal(folder and folder / CENTROIDS, _fingerprint(store), tell),
     )
 
 
-def count_regions(store: ProposalStore) -> int:
-    """Regions of all images, M.
-
-    Raises:
-        ValueError: when there are none.
-    """
-    regions = sum(int(shard.offsets[-1]) for shard in store.iter_shards(["stride"]))
-    if regions == 0:
-        raise ValueError(
-            f"store: expected proposals in {store.folder}, got none in {len(store)} images; loosen the filters, take "
-            "larger images or another encoder, and mine again"
-        )
-    return regions
+def _fingerprint(store: ProposalStore) -> str:
+    """What a store holds, in few letters: how it was mined and the sizes of its shards."""
+    shards = [(shard, store.shard_path(shard).stat().st_size) for shard in store.written()]
+    return hashlib.sha256(json.dumps([vars(store.manifest), shards]).encode()).hexdigest()[:16]
 
 
-class RegionBlocks:
-    """This rank's region features, one block [n, D] per shard; every iteration starts anew.
+def to_labels(store: ProposalStore, regions: int, clustering: KMeans | None) -> Labels:
+    """Boxes and areas as mined, classes from the clustering; without one all regions are one class.
+
+    Boxes are a tenth of what a shard holds: every rank reads those of all shards. Features are not read again.
 
     Args:
         store: mined proposals.
-        device: where the blocks go.
+        regions: M.
+        clustering: of these regions, by all ranks.
     """
-
-    def __init__(self, store: ProposalStore, device: str | torch.device = "cpu") -> None:
-        self.store = store
-        self.device = torch.device(device)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        distributed = dist.is_available() and dist.is_initialized()
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        for shard in islice(self.store.iter_shards(["features"]), rank, None, ranks):
-            yield self.block(shard)
-
-    def block(self, shard: ProposalShard) -> Tensor:
-        """The features of one shard, float32 [n, D]."""
-        return torch.from_numpy(shard.features.astype(np.float32)).to(self.device)
-
-
-def _to_labels(store: ProposalStore, clustering: KMeans | None, device: str | torch.device) -> Labels:
-    """Boxes and areas as mined, classes by nearest centroid; without a clustering all are one class."""
-    columns = ["boxes_xyxy", "area", *([] if clustering is None else ["features"])]
-    blocks = RegionBlocks(store, device)
     ids: list[str] = []
-    sizes, counts, boxes, areas, classes = [], [], [], [], []
-    for shard in store.iter_shards(columns):
-        ids += shard.image_ids
-        sizes.append(shard.sizes_hw)
-        counts.append(np.diff(shard.offsets))
-        boxes.append(shard.boxes_xyxy)
-        areas.append(shard.area)
-        if clustering is None:
-            classes.append(np.zeros(len(shard.area), dtype=np.int64))
-        else:
-            classes.append(clustering.assign(blocks.block(shard)).cpu().numpy())
-    if clustering is None:
-        categories: tuple[Category, ...] = (Category(1, "object"),)
-    else:
-        categories = tuple(Category(i + 1, f"cluster {i:04d}") for i in range(len(clustering.centroids)))
-    boxes_xyxy = np.concatenate(boxes)
+    sizes, counts = [], [np.zeros(1, np.int64)]
+    boxes, areas = np.empty((regions, 4), np.float32), np.empty(regions, np.float32)
+    classes = np.zeros(regions, np.int64)
+    clusters_of = gather(clustering.labels.numpy()) if clustering is not None else []
+    read_of = [0] * len(clusters_of)
+    begin = 0
+    for place, shard in enumerate(store.written()):
+        table = read_columns(store, shard, _BOX_COLUMNS)
+        own = table["area"].combine_chunks()
+        rows = slice(begin, begin + len(own.flatten()))
+        begin = rows.stop
+        ids += table["image_id"].to_pylist()
+        sizes.append(np.stack([table["height"].to_numpy(), table["width"].to_numpy()], axis=1))
+        counts.append(own.value_lengths().to_numpy())
+        areas[rows] = own.flatten().to_numpy()
+        boxes[rows] = table["boxes_xyxy"].combine_chunks().flatten().flatten().to_numpy().reshape(-1, 4)
+        if clusters_of:
+            owner = place % len(clusters_of)  # as own_shards deals them out
+            at = read_of[owner]
+            read_of[owner] += rows.stop - rows.start
+            classes[rows] = clusters_of[owner][at : read_of[owner]]
     return Labels(
         image_ids=tuple(ids),
-        sizes_hw=np.concatenate(sizes),
-        offsets=np.concatenate(([0], np.cumsum(np.concatenate(counts)))).astype(np.int64),
-        boxes_xyxy=boxes_xyxy,
-        classes=np.concatenate(classes),
-        scores=np.ones(len(boxes_xyxy), dtype=np.float32),
-        categories=categories,
-        areas=np.concatenate(areas),
-        crowd=np.zeros(len(boxes_xyxy), dtype=bool),
+        sizes_hw=np.concatenate(sizes).astype(np.int64),
+        offsets=np.cumsum(np.concatenate(counts), dtype=np.int64),
+        boxes_xyxy=boxes,
+        classes=classes,
+        scores=np.ones(regions, np.float32),
+        categories=_categories(clustering),
+        areas=areas,
+        crowd=np.zeros(regions, bool),
         stage=0,
     )
+
+
+def _categories(clustering: KMeans | None) -> tuple[Category, ...]:
+    if clustering is None:
+        return (Category(1, "object"),)
+    return tuple(Category(i + 1, f"cluster {i:04d}") for i in range(len(clustering.centroids)))

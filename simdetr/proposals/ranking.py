@@ -1,8 +1,8 @@
 """Shapes of a batch in, the few that look most like objects out, as regions with scores.
 
-In place of the document's last rule, which looks at overlap and size alone. A shape ranks high if the image has an edge
-along its contour, if other clusterings and levels find it again, if it fills its box and is not tiny; every image border
-that its box touches halves its rank. What each factor gives: `benchmarks/results/ranking.json`.
+In place of the document's last rule, which looks at overlap and size alone. A shape ranks high if the image has an
+edge along its contour, if other clusterings and levels find it again, if it fills its box and is not tiny; every image
+border that its box touches halves its rank. What each factor gives: `benchmarks/results/sweep.json`.
 
 Letters: as in :mod:`simdetr.proposals.level_sets`; R ranked shapes per image (padded).
 """
@@ -35,7 +35,7 @@ def rank_shapes(shapes: Shapes, images: int, settings: LevelSets) -> tuple[Tenso
         settings: of the ranking.
 
     Returns:
-        Indices of the kept shapes, int64, in the order of image and rank; scores float32 [S], 0 for what was not ranked.
+        Indices of the kept shapes, int64, in the order of image and rank; scores float32 [S], 0 where not ranked.
     """
     height, width = shapes.grid
     sides = shapes.boxes[:, 2:] - shapes.boxes[:, :2]
@@ -119,7 +119,7 @@ def shapes_to_regions(
 
 
 def _pooled(shapes: Shapes, kept: Tensor, last_map: Tensor) -> Tensor:
-    """Average of the map over every kept shape, by the share of the shape's cells in each cell of the map; [kept, D]."""
+    """Average of the map over every kept shape, [kept, D]: each of its cells counts as the map's cell it lies in."""
     height, width = shapes.grid
     rows, columns = last_map.shape[-2:]
     image, place = shapes.image[kept], _place_within_image(shapes.image[kept], len(last_map))
@@ -131,5 +131,7 @@ def _pooled(shapes: Shapes, kept: Tensor, last_map: Tensor) -> Tensor:
     coarse = (cells // width * rows // height) * columns + cells % width * columns // width
     weights = last_map.new_zeros(len(last_map) * slots * rows * columns, dtype=torch.float32)
     weights.index_add_(0, member * (rows * columns) + coarse, torch.ones_like(coarse, dtype=torch.float32))
-    sums = torch.bmm(weights.reshape(len(last_map), slots, -1), rearrange(last_map, "b d h w -> b (h w) d").float())
+    sums = torch.bmm(
+        weights.reshape(len(last_map), slots, rows * columns), rearrange(last_map, "b d h w -> b (h w) d").float()
+    )
     return sums[image, place] / shapes.count[kept][:, None]

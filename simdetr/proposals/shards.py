@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from simdetr.data.locations import Location
 from simdetr.proposals.regions import Regions
 
 REGION_COLUMNS = ("boxes_xyxy", "features", "area", "stride", "k", "cluster", "score")
@@ -142,14 +142,21 @@ def to_table(rows: Sequence[ProposalRow], dim: int, notes: Mapping[str, Any]) ->
     )
 
 
-def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+def read_table(path: Location, columns: list[str] | None = None) -> pa.Table:
     """Read a shard and verify the checksums of what is read; OSError or ValueError if it is damaged."""
-    return pq.read_table(path, columns=columns, page_checksum_verification=True, memory_map=False)
+    with path.open("rb") as stream:
+        return pq.read_table(stream, columns=columns, page_checksum_verification=True)
 
 
-def read_notes(schema: pa.Schema) -> dict[str, Any]:
+def read_footer(path: Location) -> pq.FileMetaData:
+    """Number of rows and notes of a shard, a few bytes of it; OSError or ValueError if it is cut short."""
+    with path.open("rb") as stream:
+        return pq.read_metadata(stream)
+
+
+def read_notes(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     """The values that :func:`to_table` kept; KeyError or TypeError if the file is not of a store."""
-    notes: dict[str, Any] = json.loads(schema.metadata[b"simdetr"])
+    notes: dict[str, Any] = json.loads((metadata or {})[b"simdetr"])
     return notes
 
 

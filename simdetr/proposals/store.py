@@ -1,35 +1,41 @@
-"""Mined regions on disk: Parquet shards and a manifest in one folder; rows in, rows out, shard by shard.
+"""Mined regions on disk or on another storage: Parquet shards and a manifest in one folder; rows in, rows out.
 
 Layout: ``manifest.json`` (what was mined, how, from which images), ``shard-00000.parquet`` and so on, one row per image
-with its size and regions, features in fp16. Files are written under a temporary name and renamed, so what is there is
-whole; a shard that is missing, cut short or damaged is named by :meth:`ProposalStore.missing_shards` and mined again.
-Reading streams one shard at a time, so memory does not grow with the number of images.
+with its size and regions, features in fp16; the notes of a shard name its unreadable images. Files appear whole or not
+at all; a shard that is missing, cut short or damaged is named by :meth:`ProposalStore.missing_shards` and mined again.
+Reading streams one shard at a time, so memory does not grow with the number of images. The folder may be local or a URL
+that fsspec knows, such as ``s3://bucket/photos``.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
+from simdetr.data.locations import Location, locate, write_whole
 from simdetr.proposals.shards import (
     REGION_COLUMNS,
     ProposalRow,
     ProposalShard,
+    read_footer,
     read_notes,
     read_table,
     to_shard,
     to_table,
 )
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
+_SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
 
 
 class StoreError(RuntimeError):
@@ -71,14 +77,14 @@ class ProposalStore:
     """A folder of mined proposals.
 
     Args:
-        folder: with a manifest, as :meth:`create` writes it.
+        folder: path or URL of a folder with a manifest, as :meth:`create` writes it.
 
     Raises:
         StoreError: if there is no manifest or it cannot be read.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Location) -> None:
+        self.folder = locate(folder)
         path = self.folder / MANIFEST
         try:
             self.manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
@@ -90,19 +96,21 @@ class ProposalStore:
             raise StoreError(f"{path} is not a manifest of proposals ({error}); mine into a new folder") from error
 
     @classmethod
-    def create(cls, folder: str | Path, manifest: Manifest) -> ProposalStore:
-        """Begin a store, or continue one that was begun with an equal manifest.
+    def create(cls, folder: str | Location, manifest: Manifest) -> ProposalStore:
+        """Begin a store, or continue one that was begun with an equal manifest, maybe by another process just now.
 
         Raises:
             StoreError: if the folder holds proposals of other settings, images or weights, or cannot be written.
         """
-        folder = Path(folder)
+        folder = locate(folder)
         if not (folder / MANIFEST).exists():
             if any(folder.glob("shard-*.parquet")):
                 raise StoreError(f"{folder} holds shards without {MANIFEST}; delete them or mine into a new folder")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                _write_atomically(folder / MANIFEST, (json.dumps(vars(manifest), indent=2) + "\n").encode())
+                with FileLock(folder / ".manifest.lock") if isinstance(folder, Path) else nullcontext():
+                    if not (folder / MANIFEST).exists():
+                        write_whole(folder / MANIFEST, (json.dumps(vars(manifest), indent=2) + "\n").encode())
             except OSError as error:
                 raise StoreError(f"cannot write to {folder}: {error}; choose another output folder") from error
         store = cls(folder)
@@ -114,50 +122,54 @@ class ProposalStore:
             )
         return store
 
-    def shard_path(self, shard: int) -> Path:
+    def shard_path(self, shard: int) -> Location:
         """File of a shard."""
         return self.folder / f"shard-{shard:05d}.parquet"
 
-    def write_shard(self, shard: int, rows: Sequence[ProposalRow], quarantined: Sequence[str] = ()) -> None:
+    def write_shard(self, shard: int, rows: Sequence[ProposalRow], unreadable: Mapping[str, str] | None = None) -> None:
         """Write one shard atomically.
 
         Args:
             shard: its number.
             rows: its readable images, in source order.
-            quarantined: ids of its unreadable images, which have no row.
+            unreadable: reasons by id of its other images, which have no row.
 
         Raises:
             StoreError: if the disk is full or read-only; nothing half-written is left.
         """
-        table = to_table(rows, self.manifest.region_dim, {"shard": shard, "quarantined": list(quarantined)})
+        table = to_table(rows, self.manifest.region_dim, {"shard": shard, "unreadable": dict(unreadable or {})})
         path = self.shard_path(shard)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True, store_schema=True)
         try:
-            _write_atomically(path, sink.getvalue())
+            write_whole(path, sink.getvalue())
         except OSError as error:
             raise StoreError(
-                f"cannot write {path}: {error}. {self.num_written} of {self.manifest.num_shards} shards are safe; make "
-                f"room or restore write access and run the same command to go on"
+                f"cannot write {path}: {error}. {len(self.written())} of {self.manifest.num_shards} shards are safe; "
+                f"make room or restore write access and run the same command to go on"
             ) from error
 
-    @property
-    def num_written(self) -> int:
-        """Shard files that are there, sound or not."""
-        return sum(self.shard_path(shard).exists() for shard in range(self.manifest.num_shards))
+    def written(self) -> list[int]:
+        """Numbers of the shards whose files are there, sound or not, ascending; one look at the folder."""
+        if not isinstance(self.folder, Path):
+            self.folder.fs.invalidate_cache(self.folder.path)  # other processes write there
+        named = (_SHARD_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(number for name in named if name and (number := int(name[1])) < self.manifest.num_shards)
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards that are absent, cut short or damaged (checksums of all pages are verified)."""
-        return [shard for shard in range(self.manifest.num_shards) if not self._is_sound(shard)]
+        return [shard for shard in range(self.manifest.num_shards) if not self.is_sound(shard)]
 
-    def quarantined(self) -> Iterator[str]:
-        """Ids of the unreadable images of all written shards."""
-        for shard in self._written():
-            yield from read_notes(pq.read_schema(self.shard_path(shard)))["quarantined"]
+    def unreadable(self, shards: Iterable[int] | None = None) -> dict[str, str]:
+        """Reasons by id of the unreadable images of some shards; of all written ones when left out."""
+        found: dict[str, str] = {}
+        for shard in self.written() if shards is None else shards:
+            found |= read_notes(read_footer(self.shard_path(shard)).metadata)["unreadable"]
+        return found
 
     def __len__(self) -> int:
         """Images that have a row, in all written shards."""
-        return sum(pq.read_metadata(self.shard_path(shard)).num_rows for shard in self._written())
+        return sum(read_footer(self.shard_path(shard)).num_rows for shard in self.written())
 
     def iter_shards(self, columns: Sequence[str] | None = None) -> Iterator[ProposalShard]:
         """Stream the shards in order.
@@ -174,7 +186,7 @@ class ProposalStore:
         wanted = ["image_id", "height", "width", *REGION_COLUMNS]
         if columns is not None and "features" not in columns:
             wanted.remove("features")
-        for shard in self._written():
+        for shard in self.written():
             yield self._read(shard, wanted)
 
     def iter_rows(self, columns: Sequence[str] | None = None) -> Iterator[ProposalRow]:
@@ -182,38 +194,29 @@ class ProposalStore:
         for shard in self.iter_shards(columns):
             yield from map(shard.row, range(len(shard)))
 
-    def _written(self) -> Iterator[int]:
-        return (shard for shard in range(self.manifest.num_shards) if self.shard_path(shard).exists())
+    def is_sound(self, shard: int, *, whole: bool = True) -> bool:
+        """Whether a shard is there and undamaged.
 
-    def _is_sound(self, shard: int) -> bool:
+        Args:
+            shard: its number.
+            whole: verify the checksums of all pages; else only that it was not cut short.
+        """
         try:
-            table = read_table(self.shard_path(shard))
-            notes = read_notes(table.schema)
-        except (OSError, ValueError, KeyError, TypeError):
+            footer = read_footer(self.shard_path(shard))
+            notes = read_notes(footer.metadata)
+            if whole:
+                read_table(self.shard_path(shard))
+            expected = len(self.manifest.images_of(shard))
+            return bool(notes["shard"] == shard) and footer.num_rows + len(notes["unreadable"]) == expected
+        except Exception:  # the reader raises all kinds of errors on damaged files
             return False
-        expected = len(self.manifest.images_of(shard))
-        return bool(notes["shard"] == shard) and table.num_rows + len(notes["quarantined"]) == expected
 
     def _read(self, shard: int, columns: list[str]) -> ProposalShard:
         path = self.shard_path(shard)
         try:
             return to_shard(read_table(path, columns))
-        except (OSError, ValueError) as error:
+        except Exception as error:
             raise StoreError(f"{path} is damaged ({error}); run the mining command again to redo it") from error
-
-
-def _write_atomically(path: Path, content: Any) -> None:  # noqa: ANN401 (bytes or a pyarrow buffer)
-    """Write, flush to disk, rename; the temporary file is removed when anything fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -46,7 +46,7 @@ def train(training: Training, out: Path) -> DetectionData:
         training.model,
         datamodule=data,
         ckpt_path=None if start is None else str(start),
-        **_safe_loading(trainer),
+        **safe_loading(trainer),
     )
     if trainer.is_global_zero:
         detector = training.model.detector
@@ -73,6 +73,6 @@ def _count_unreadable(path: Path, data: DetectionData) -> None:
         LOG.warning("%d of %d training images are unreadable, see %s", count, len(data.labels), path)
 
 
-def _safe_loading(trainer: pl.Trainer) -> dict[str, bool]:
+def safe_loading(trainer: pl.Trainer) -> dict[str, bool]:
     """``weights_only`` where this Lightning knows it (2.6 and later); before, its own loader is used."""
     return {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}

@@ -1,9 +1,11 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from PIL import Image
 
 from simdetr.evaluation.learning_curves import Curve
@@ -17,6 +19,8 @@ from simdetr.evaluation.report import (
     render_report,
     write_report,
 )
+from simdetr.proposals.kmeans import fit_kmeans
+from simdetr.proposals.kmeans_balance import clustering_record
 
 VOID = {"img", "meta", "br", "path", "use", "rect"}
 
@@ -70,6 +74,7 @@ def full_report():
         steps=[StepRow("Mine proposals", "1,234 proposals", 75.0, "8 images"), StepRow("Cluster", "16 classes", 2.0)],
         samples=[Sample("a/<b>.jpg", [("mined: 3 boxes", picture), ("stage 1: 2 boxes", picture)])],
         montages=[("class 0: 12 boxes", picture)],
+        clustering=clustering_record(fit_kmeans(torch.eye(40), 3, spherical=False), {"num_classes": 3}),
         recall=[
             {"stage": "mined", "images": 1200, "boxes_per_image": 7.25, "AR@100": 0.4012, "AR@100l": float("nan")},
             {"stage": "stage 1", "images": 1200, "boxes_per_image": 50.0, "AR@100": 0.5, "AR@100l": 0.25},
@@ -95,6 +100,8 @@ def test_page_shows_every_part(full_report):
         "a/<b>.jpg",
         "mined: 3 boxes",
         "class 0: 12 boxes",
+        "effective classes",
+        "inertia per region",
         "1,200",
         "40.1",
         "stage <1>",
@@ -104,7 +111,7 @@ def test_page_shows_every_part(full_report):
         assert expected in text
     assert "Not shown" not in text
     assert "recall at IoU 0.5" not in text  # no row has it
-    assert page.tags.count("img") == 3 and page.tags.count("svg") == 1
+    assert page.tags.count("img") == 3 and page.tags.count("svg") == 2
 
 
 def test_page_needs_nothing_else(full_report):
@@ -126,7 +133,7 @@ def test_empty_parts_say_why():
     page = Page(render_report(ReportData("t", "now", missing={"recall": "the labels are on Mars."})))
     text = " ".join(page.text.split())
     reasons = {**NOT_GIVEN, "recall": "the labels are on Mars."}
-    assert len(reasons) == 7
+    assert len(reasons) == 8
     for reason in reasons.values():
         assert f"Not shown: {reason}" in text
 
@@ -142,6 +149,27 @@ def test_report_is_written_whole_or_not_at_all(tmp_path, full_report):
         write_report(broken, folder)
     assert path.read_text(encoding="utf-8") == before
     assert list(folder.iterdir()) == [path]
+
+
+def test_rivals_are_a_part_where_there_are_any(full_report):
+    picture = Image.new("RGB", (64, 48))
+    columns = {"AR@25": 0.4012, "AR@30": 0.45, "AR@25s": float("nan"), "AR@25l": 0.5}
+    rows = [
+        {"stage": "ours", "images": 60, "boxes_per_image": 24.5} | columns,
+        {"stage": "LOST", "images": 60, "boxes_per_image": 1.0} | columns | {"AR@25": 0.125},
+    ]
+    shown = [Sample("<c>.jpg", [("ours: 24 boxes", picture), ("LOST: 1 box", picture)])]
+    page = Page(render_report(replace(full_report, rivals=rows, rival_samples=shown)))
+    text = " ".join(page.text.split())
+    for expected in ("Other methods", "ours6024.540.145.0–50.0", "LOST601.012.5", "<c>.jpg", "LOST: 1 box", "AR@30"):
+        assert expected in text
+    assert "rivals" in page.ids and "#rivals" in page.links
+    assert page.tags.count("img") == 3 + 2
+    without_truth = [{key: row[key] for key in ("stage", "images", "boxes_per_image")} for row in rows]
+    text = Page(render_report(ReportData("t", "now", rivals=without_truth))).text
+    assert "Other methods" in text and "LOST601.0" in text and "AR@" not in text
+    page = Page(render_report(full_report))
+    assert "Other methods" not in page.text and "#rivals" not in page.links
 
 
 def test_runs_without_an_ap_have_neither_bar_nor_gain():

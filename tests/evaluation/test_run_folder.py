@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from simdetr.data.coco import read_coco
 from simdetr.data.images import open_images
@@ -12,6 +13,11 @@ from simdetr.evaluation import run_folder
 from simdetr.evaluation.proposal_recall import proposal_recall
 from simdetr.evaluation.report import StepRow, render_report
 from simdetr.evaluation.run_folder import collect_run
+from simdetr.proposals.kmeans import fit_kmeans
+from simdetr.proposals.kmeans_balance import clustering_record
+from simdetr.proposals.regions import Regions
+from simdetr.proposals.shards import ProposalRow
+from simdetr.proposals.store import Manifest, ProposalStore
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +48,8 @@ def run(tmp_path, scenes):
     ]
     (tmp_path / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps) + '{"name": "fit-st')
     (tmp_path / "config.yaml").write_text("seed: 3\n")
+    clustering = clustering_record(fit_kmeans(torch.eye(30), 3), {"num_classes": 3})
+    (tmp_path / "stage0/clustering.json").write_text(json.dumps(clustering))
     for name in ("stage10", "stage1/logs/version_0", "stage2"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "metrics.csv").write_text("epoch,step,train/loss\n0,1,2.0\n0,2,1.0\n")
@@ -64,6 +72,7 @@ def test_everything_of_a_run_is_collected(run, scenes):
     assert [curve.name for curve in data.curves] == ["stage 1", "stage 2", "stage 10"]
     assert data.comparison is not None and data.config == "seed: 3\n"
     assert len(data.montages) == 3
+    assert data.clustering is not None and data.clustering["regions"] == 30
     assert render_report(data).count("Not shown") == 0
 
 
@@ -111,6 +120,22 @@ def test_foreign_truth_is_named(run, scenes, make_labels):
     assert [len(sample.pictures) for sample in data.samples] == [2] * 6
 
 
+def test_rivals_are_shown_beside_ours(run, scenes):
+    source, truth = scenes
+    assert collect_run(run, source, truth).rivals == []
+    manifest = Manifest({}, "none", source.fingerprint(), len(source), 100, 1)
+    none = np.zeros((0, 4), np.float32), np.zeros((0, 1), np.float32), np.zeros(0, np.float32)
+    empty = Regions(*none, *[np.zeros(0, np.int16)] * 3, np.zeros(0, np.float32))
+    for folder in (run / "proposals", run / "rivals/lost"):
+        store = ProposalStore.create(folder, manifest)
+        store.write_shard(0, [ProposalRow(image_id, 96, 96, empty) for image_id in source.ids])
+    data = collect_run(run, source, truth, num_samples=2)
+    assert [(row["stage"], row["AR@25"]) for row in data.rivals] == [("ours", 0), ("LOST", 0)]
+    assert [len(sample.pictures) for sample in data.rival_samples] == [2, 2]
+    assert [s.image_id for s in data.samples] == [s.image_id for s in collect_run(run, source, truth).samples[:2]]
+    assert "AR@25" not in collect_run(run, source).rivals[0]
+
+
 def test_missing_images_are_named(run, scenes, tmp_path):
     source, truth = scenes
     (tmp_path / "nothing").mkdir()
@@ -122,8 +147,8 @@ def test_missing_images_are_named(run, scenes, tmp_path):
 
 def test_a_fresh_folder_says_what_is_not_there_yet(tmp_path, scenes):
     data = collect_run(tmp_path, scenes[0], None)
-    assert set(data.missing) == {"steps", "samples", "montages", "recall", "curves", "comparison"}
-    assert render_report(data).count("Not shown") == 7
+    assert set(data.missing) == {"steps", "samples", "montages", "clustering", "recall", "curves", "comparison"}
+    assert render_report(data).count("Not shown") == 8
     with pytest.raises(FileNotFoundError, match="run_dir: expected the folder of a run"):
         collect_run(tmp_path / "absent", scenes[0], None)
 

@@ -5,7 +5,13 @@ import pytest
 import torch
 from scipy import ndimage
 
-from simdetr.proposals.components import _components_on_device, connected_components
+from simdetr.proposals.components import (
+    _components_on_device,
+    _join,
+    _neighbour_pairs,
+    connected_components,
+    mask_components,
+)
 
 
 def scipy_components(labels, connectivity):
@@ -73,3 +79,27 @@ def test_diagonal_cells_join_with_eight_neighbours_only():
 def test_other_connectivity_is_refused():
     with pytest.raises(ValueError, match="4 or 8, got 6"):
         connected_components(torch.zeros(1, 2, 2, dtype=torch.int64), connectivity=6)
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+def test_masks_equal_scipy_on_host_and_device(connectivity):
+    masks = np.random.default_rng(5).random((4, 9, 14)) > 0.5
+    masks[2] = False
+    expected, count = np.full(masks.shape, -1), 0
+    for plane, mask in enumerate(masks):
+        parts, own = ndimage.label(mask, ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2))
+        expected[plane][mask] = parts[mask] - 1 + count
+        count += own
+    cells, numbers = mask_components(torch.from_numpy(masks), connectivity=connectivity)
+    np.testing.assert_array_equal(cells.numpy(), np.flatnonzero(masks))
+    np.testing.assert_array_equal(numbers.numpy(), expected[masks])
+    dense = torch.full((masks.size,), -1)
+    dense[cells] = torch.arange(len(cells))
+    grids = torch.from_numpy(masks)
+    joined = _join(len(cells), dense[_neighbour_pairs(grids, connectivity, only=grids)])  # what other devices do
+    assert torch.equal(torch.unique(joined, return_inverse=True)[1], numbers)
+
+
+def test_masks_refuse_other_connectivity():
+    with pytest.raises(ValueError, match="connectivity must be 4 or 8, got 6"):
+        mask_components(torch.ones(1, 2, 2, dtype=torch.bool), connectivity=6)

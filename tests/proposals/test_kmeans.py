@@ -1,11 +1,21 @@
+import os
+import signal
+import subprocess
+import sys
+import warnings
+
+import faiss
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from sklearn.cluster import KMeans as SklearnKMeans
+from sklearn.exceptions import ConvergenceWarning
 
-from simdetr.proposals.kmeans import _lloyd, fit_kmeans, nearest
+from simdetr.proposals.kmeans import _means, fit_kmeans
+from simdetr.proposals.kmeans_assignment import assign_blocks
+from simdetr.proposals.kmeans_journal import Journal
 from simdetr.proposals.kmeans_starts import sample_rows, spread_starts
 
 
@@ -16,6 +26,10 @@ def blobs(clusters=12, rows=3000, dims=10, spread=0.35, seed=0):
     return centres[own] + spread * torch.randn(rows, dims, generator=generator)
 
 
+def best_of(seeds, rows, clusters, **options):
+    return min((fit_kmeans(rows, clusters, seed=seed, **options) for seed in range(seeds)), key=lambda run: run.inertia)
+
+
 def exact_inertia(rows, centroids):
     return float(torch.cdist(rows.double(), centroids.double()).amin(dim=1).square().sum())
 
@@ -23,7 +37,7 @@ def exact_inertia(rows, centroids):
 @pytest.mark.parametrize("spread", [0.3, 1.0])
 def test_inertia_is_within_one_percent_of_scikit_learn(spread):
     rows = blobs(spread=spread)
-    ours = fit_kmeans(rows, 12, spherical=False, starts=4, max_iterations=100)
+    ours = best_of(4, rows, 12, spherical=False, max_iterations=100)
     theirs = SklearnKMeans(12, n_init=10, random_state=0).fit(rows.numpy())
     assert ours.inertia <= 1.01 * theirs.inertia_
     assert ours.inertia == pytest.approx(exact_inertia(rows, ours.centroids), rel=1e-4)
@@ -50,13 +64,36 @@ def test_spherical_clusters_are_directions():
     assert torch.equal(plain.assign(rows), plain.assign(rows * 7))
 
 
+def starts_of(rows, clusters, seed, spherical=False):
+    sample = sample_rows([rows], clusters, spherical, seed)
+    return spread_starts(sample, clusters, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 12])
+def test_iterations_are_those_of_scikit_learn_from_the_same_starts(iterations):
+    rows = blobs(spread=0.8)
+    ours = fit_kmeans(rows, 12, seed=1, spherical=False, max_iterations=iterations, tolerance=-1)
+    starts = starts_of(rows, 12, seed=1).numpy()
+    theirs = SklearnKMeans(12, init=starts, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd")
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        theirs.fit(rows.numpy())
+    assert ours.iterations == iterations
+    np.testing.assert_allclose(ours.centroids.numpy(), theirs.cluster_centers_, atol=1e-5)
+    assert (ours.labels.numpy() == theirs.predict(rows.numpy())).all()
+
+
 @pytest.mark.parametrize("spherical", [False, True])
-def test_faiss_and_torch_agree_within_one_percent(spherical):
-    rows = blobs(clusters=20, rows=4000)
-    ours = fit_kmeans(rows, 20, spherical=spherical, starts=3)
-    faiss = fit_kmeans(rows, 20, spherical=spherical, starts=5, backend="faiss")
-    assert ours.inertia == pytest.approx(faiss.inertia, rel=0.01) or ours.inertia < faiss.inertia
-    assert int(faiss.counts.sum()) == len(rows)
+def test_backends_agree_within_one_percent_and_with_the_iterations_of_faiss(spherical):
+    rows = blobs(clusters=20, rows=4000, spread=0.7)
+    ours = fit_kmeans(rows, 20, spherical=spherical, max_iterations=10, tolerance=-1)
+    other = fit_kmeans(rows, 20, spherical=spherical, max_iterations=10, tolerance=-1, backend="faiss")
+    assert other.inertia == pytest.approx(ours.inertia, rel=0.01)
+    assert int(other.counts.sum()) == len(rows)
+    units = torch.nn.functional.normalize(rows, dim=1) if spherical else rows
+    options = {"niter": 10, "spherical": spherical, "max_points_per_centroid": len(rows), "min_points_per_centroid": 1}
+    theirs = faiss.Kmeans(rows.shape[1], 20, **options)
+    theirs.train(units.numpy(), init_centroids=starts_of(rows, 20, 0, spherical).numpy())
+    assert exact_inertia(units, torch.from_numpy(theirs.centroids)) == pytest.approx(ours.inertia, rel=0.01)
 
 
 class Blocks:
@@ -97,22 +134,29 @@ def test_starts_are_rows_and_spread_over_far_groups():
     assert sorted((starts[:, 0] // 100).int().tolist()) == [0, 1, 2, 3, 4]
 
 
-def test_nearest_in_tiles_is_the_exact_nearest(monkeypatch):
-    monkeypatch.setattr("simdetr.proposals.kmeans._TILE_ELEMENTS", 64)
-    rows, centroids = blobs(rows=333), blobs(rows=7, seed=1)
-    labels, distances = nearest(rows, centroids)
-    exact = torch.cdist(rows.double(), centroids.double()).square().min(dim=1)
-    assert torch.equal(labels, exact.indices)
-    torch.testing.assert_close(distances.double(), exact.values, atol=1e-4, rtol=1e-4)
-
-
 def test_empty_clusters_start_again():
     """From starts that all coincide, every cluster but one is empty at first; still each group gets its own."""
     groups = torch.tensor([[0.0, 1.0], [9.0, 0.0], [50.0, 9.0], [51.0, 30.0], [-80.0, 7.0]])
     rows = groups.repeat(50, 1)
-    result = _lloyd([rows], rows[:1].repeat(5, 1), groups, spherical=False, max_iterations=20, tolerance=1e-4)
-    assert (result.counts == 50).all()
-    assert result.inertia == pytest.approx(0, abs=1e-2)
+    centroids = rows[:1].repeat(5, 1)
+    empty = []
+    for _ in range(4):
+        found = assign_blocks([rows], centroids, spherical=False, backend="torch")
+        empty.append(int((found.counts == 0).sum()))
+        centroids = _means(found.sums, found.counts, centroids, groups, spherical=False)
+    assert empty[0] == 4 and empty[-1] == 0
+    assert (found.counts == 50).all()
+    assert found.inertia == pytest.approx(0, abs=1e-6)
+
+
+def test_history_tells_every_pass():
+    rows, told = blobs(), []
+    result = fit_kmeans(rows, 12, seed=2, journal=Journal(tell=told.append))
+    assert tuple(told) == result.history
+    assert [step.number for step in told] == list(range(result.iterations + 1))
+    falls = -np.diff([step.inertia for step in told])
+    assert (falls > -1e-6 * told[0].inertia).all() and falls[-1] <= 1e-4 * told[-1].inertia
+    assert all(step.seconds > 0 and step.empty == 0 for step in told)
 
 
 def test_fewer_different_rows_than_clusters_is_defined():
@@ -147,7 +191,7 @@ def test_more_clusters_than_rows_names_both_numbers(backend):
 @pytest.mark.parametrize(
     ("features", "options", "message"),
     [
-        (torch.rand(10, 3), {"num_clusters": 0}, "at least 1 each, got 0"),
+        (torch.rand(10, 3), {"num_clusters": 0}, "at least 1 each, got 0, 50"),
         (torch.full((10, 3), torch.nan), {"num_clusters": 2}, "finite rows"),
         (torch.rand(10), {"num_clusters": 2}, r"blocks \[n, D\], got shape \(10,\)"),
         ([torch.rand(10, 3), torch.rand(10, 4)], {"num_clusters": 2}, "blocks of 3 dimensions, got 4"),
@@ -190,7 +234,79 @@ def test_two_ranks_equal_one(tmp_path):
         assert "got 7 clusters for 6 rows" in failures[0] and "finite rows" in failures[1]
 
 
+RUN_SLOWLY = """
+import sys, time, torch
+from pathlib import Path
+from simdetr.proposals.kmeans import fit_kmeans
+from simdetr.proposals.kmeans_journal import Journal
+
+def tell(step):
+    sys.stdout.write(f"{step.number}\\n")
+    sys.stdout.flush()
+    time.sleep(0.1)
+
+rows = torch.load(sys.argv[1])
+fit_kmeans(rows, 12, seed=3, max_iterations=12, tolerance=-1, journal=Journal(Path(sys.argv[2]), "rows", tell))
+"""
+
+
+def test_a_killed_clustering_goes_on_and_ends_the_same(tmp_path):
+    rows, file = blobs(spread=1.0), tmp_path / "journal.safetensors"
+    torch.save(rows, tmp_path / "rows.pt")
+    command = [sys.executable, "-c", RUN_SLOWLY, str(tmp_path / "rows.pt"), str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.stdout.readline().strip() != "5":
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    settings = {"seed": 3, "max_iterations": 12, "tolerance": -1}
+    told = []
+    resumed = fit_kmeans(rows, 12, **settings, journal=Journal(file, "rows", told.append))
+    assert 4 < told[0].number < 8  # not from the start
+    whole = fit_kmeans(rows, 12, **settings)
+    assert torch.equal(resumed.centroids, whole.centroids) and torch.equal(resumed.labels, whole.labels)
+    inertias = [[step.inertia for step in run.history] for run in (resumed, whole)]
+    assert inertias[0] == inertias[1] and len(inertias[0]) == 13
+
+
+class DiesInPass:
+    """This rank's rows, and its end (as by kill -9) when it has been asked for them so many times."""
+
+    def __init__(self, rows, last_pass):
+        self.rows, self.left = rows, last_pass
+
+    def __iter__(self):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return iter([self.rows])
+
+
+def _cluster_and_die(rank, address, rows, out, last_pass):
+    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    blocks = DiesInPass(rows[rank::2], last_pass if rank else -1)
+    settings = {"seed": 3, "max_iterations": 8, "tolerance": -1}
+    result = fit_kmeans(blocks, 12, **settings, journal=Journal(out / "journal.safetensors", "rows"))
+    passes = -1 - blocks.left
+    whole = fit_kmeans(rows[rank::2], 12, **settings)
+    torch.save((result.centroids, result.iterations, passes, whole.centroids), out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_two_ranks_go_on_after_one_was_killed(tmp_path):
+    rows = blobs(rows=2000, spread=1.0)
+    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+        mp.spawn(_cluster_and_die, args=(tmp_path / "first", rows, tmp_path, 6), nprocs=2)
+    mp.spawn(_cluster_and_die, args=(tmp_path / "second", rows, tmp_path, -1), nprocs=2)
+    for rank in range(2):
+        resumed, iterations, passes, whole = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(resumed, whole) and iterations == 8
+        assert passes == 1 + 9 - 4  # the sample, and all but the four passes that had ended
+
+
 def test_result_is_plain_numbers():
     result = fit_kmeans(blobs(rows=200), 3)
     assert isinstance(result.inertia, float) and result.counts.dtype == torch.int64
     assert np.isfinite(result.inertia)
+    assert result.labels.dtype == torch.int32 and torch.equal(result.labels.long(), result.assign(blobs(rows=200)))

@@ -14,7 +14,7 @@ import pytest
 
 from simdetr.data.images import ImageSource, open_images, read_image
 from simdetr.data.quarantine import TooManyUnreadableError
-from simdetr.proposals import miner
+from simdetr.proposals import miner, shard_mining
 from simdetr.proposals.batch_mining import MiningConfig, mine_batch
 from simdetr.proposals.miner import mine
 from simdetr.proposals.store import StoreError
@@ -51,7 +51,7 @@ def test_same_call_again_does_nothing(image_folder, encoder, tmp_path, monkeypat
     source = open_images(image_folder)
     store = mine(source, encoder, CONFIG, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in store.folder.iterdir()}
-    monkeypatch.setattr(miner, "encode", lambda *_: pytest.fail("nothing is left to encode"))
+    monkeypatch.setattr(shard_mining, "encode", lambda *_: pytest.fail("nothing is left to encode"))
     mine(source, encoder, CONFIG, tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in store.folder.iterdir()} == before
 
@@ -116,7 +116,7 @@ def test_unreadable_images_are_listed_and_have_no_row(image_folder, encoder, tmp
     store = mine(source, encoder, replace(CONFIG, max_unreadable=0.2), tmp_path / "out")
     assert len(store) == 12
     assert {"05.png", "06.png"}.isdisjoint(row.image_id for row in store.iter_rows())
-    assert list(store.quarantined()) == ["05.png", "06.png"]
+    assert list(store.unreadable()) == ["05.png", "06.png"]
     assert "06.png" in (tmp_path / "out" / "quarantine.csv").read_text()
     assert "2 of 14 images are unreadable" in caplog.text
 
@@ -164,7 +164,7 @@ def test_no_images(encoder, tmp_path):
 def test_full_disk_is_seen_before_work_starts(image_folder, encoder, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr(miner.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(miner, "encode", lambda *_: pytest.fail("work started"))
+    monkeypatch.setattr(shard_mining, "encode", lambda *_: pytest.fail("work started"))
     with pytest.raises(StoreError, match="0 MB free, a shard may take"):
         mine(open_images(image_folder), encoder, CONFIG, tmp_path / "out")
 
@@ -172,8 +172,8 @@ def test_full_disk_is_seen_before_work_starts(image_folder, encoder, tmp_path, m
 def test_progress_shows_only_when_asked(image_folder, encoder, tmp_path, capsys):
     source = open_images(image_folder)
     mine(source, encoder, CONFIG, tmp_path / "silent")
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
     mine(source, encoder, CONFIG, tmp_path / "shown", progress=True)
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "14/14" in shown
     assert "images/s" in shown

@@ -1,11 +1,19 @@
+import json
+import logging
+import re
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors import safe_open
 
-from simdetr.proposals.pseudo_labels import RegionBlocks, cluster_regions, count_regions, make_pseudo_labels
+from simdetr.proposals import region_blocks
+from simdetr.proposals.pseudo_labels import cluster_regions, make_pseudo_labels
 from simdetr.proposals.regions import Regions
-from simdetr.proposals.store import Manifest, ProposalRow, ProposalStore
+from simdetr.proposals.shards import read_table
+from simdetr.proposals.store import Manifest, ProposalRow, ProposalStore, StoreError
 
 KINDS, DIMS = 4, 6
 
@@ -58,6 +66,16 @@ def test_classes_are_the_planted_kinds_and_columns_are_as_mined(store):
     assert len(pairs) == KINDS  # each kind one class, each class one kind
 
 
+def test_spherical_or_not(store):
+    """Rows of one kind lie along an axis, near and far: distances cut across the kinds, directions do not."""
+    store, _ = store
+    pairs = {}
+    for spherical in (True, False):
+        labels = make_pseudo_labels(store, KINDS, spherical=spherical)
+        pairs[spherical] = len(set(zip(labels.boxes_xyxy[:, 0].tolist(), labels.classes.tolist(), strict=True)))
+    assert pairs[True] == KINDS < pairs[False]
+
+
 def test_streaming_and_faiss_find_the_same_classes(store, monkeypatch):
     store, _ = store
     whole = make_pseudo_labels(store, KINDS, seed=1)
@@ -69,25 +87,73 @@ def test_streaming_and_faiss_find_the_same_classes(store, monkeypatch):
     assert len(set(zip(whole.classes.tolist(), faiss.classes.tolist(), strict=True))) == KINDS
 
 
-def test_blocks_can_be_gone_through_again(store):
-    store, rows = store
-    blocks = RegionBlocks(store)
-    first, second = list(blocks), list(blocks)
-    assert [len(block) for block in first] == [len(block) for block in second] == [21, 17, 4]
-    np.testing.assert_allclose(first[0][:5].numpy(), rows[0].regions.features, rtol=1e-3, atol=1e-3)
-    assert count_regions(store) == 42
-
-
-def test_one_class_reads_no_features(store, monkeypatch):
-    store, _ = store
+@pytest.fixture
+def columns_read(monkeypatch):
+    """(shard, columns) of every reading."""
     asked = []
-    read = ProposalStore.iter_shards
-    monkeypatch.setattr(
-        ProposalStore, "iter_shards", lambda self, columns=None: (asked.append(columns), read(self, columns))[1]
-    )
-    labels = make_pseudo_labels(store, 1)
+
+    def read(path, columns):
+        asked.append((path.stem, tuple(columns)))
+        return read_table(path, columns)
+
+    monkeypatch.setattr("simdetr.proposals.region_blocks.read_table", read)
+    return asked
+
+
+def test_one_class_reads_no_features(store, columns_read):
+    labels = make_pseudo_labels(store[0], 1)
     assert labels.num_classes == 1 and not labels.classes.any() and len(labels.boxes_xyxy) == 42
-    assert not any("features" in columns for columns in asked)
+    assert columns_read and not any("features" in columns for _, columns in columns_read)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_features_are_read_once_in_memory_and_once_per_pass_otherwise(store, columns_read, monkeypatch, in_memory):
+    monkeypatch.setattr("simdetr.proposals.pseudo_labels._KEEP_IN_MEMORY_BYTES", 10**6 if in_memory else 0)
+    clustering = cluster_regions(store[0], KINDS)
+    times = Counter(shard for shard, columns in columns_read if columns == ("features",))
+    passes = 1 if in_memory else clustering.iterations + 2
+    assert times == {f"shard-0000{shard}": passes for shard in range(3)}
+
+
+def test_the_clustering_is_kept_beside_the_labels(store, tmp_path):
+    store, _ = store
+    labels = make_pseudo_labels(store, KINDS, seed=1, folder=tmp_path / "stage0")
+    record = json.loads((tmp_path / "stage0" / "clustering.json").read_text())
+    assert record["settings"] == {
+        "num_classes": KINDS, "seed": 1, "spherical": True, "backend": "torch", "max_iterations": 50,
+    }  # fmt: skip
+    assert record["sizes"] == np.bincount(labels.classes, minlength=KINDS).tolist()
+    with safe_open(tmp_path / "stage0" / "clustering.safetensors", framework="np") as file:
+        centroids = file.get_tensor("centroids")
+    features = np.concatenate([shard.features for shard in store.iter_shards(["features"])]).astype(np.float32)
+    assert ((features @ centroids.T).argmax(axis=1) == labels.classes).all()
+    make_pseudo_labels(store, 1, folder=tmp_path / "stage0")
+    assert not list((tmp_path / "stage0").iterdir())  # nothing speaks of classes that are no more
+
+
+def test_the_same_call_goes_on_and_one_of_another_store_begins_anew(store, tmp_path, caplog):
+    store, _ = store
+    first = make_pseudo_labels(store, KINDS, folder=tmp_path)
+    with caplog.at_level(logging.INFO, logger="simdetr"):
+        again = make_pseudo_labels(store, KINDS, folder=tmp_path)
+    assert "going on after iteration" in caplog.text and "iteration 0 of" not in caplog.text
+    np.testing.assert_array_equal(first.classes, again.classes)
+    other, _ = make_store(tmp_path / "other", [5, 0, 7, 9, 3, 0, 8, 6, 5])
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="simdetr"):
+        make_pseudo_labels(other, KINDS, folder=tmp_path)
+    assert "of other regions or settings" in caplog.text
+    assert re.search(
+        r"iteration 0 of at most 50: inertia 0\.\d+ per region, 0 empty, [\d.]+ s, at most \d+ s left", caplog.text
+    )
+
+
+def test_a_damaged_shard_is_named(store):
+    store, _ = store
+    path = store.shard_path(1)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(StoreError, match=r"shard-00001.parquet is damaged .* run the mining command again"):
+        make_pseudo_labels(store, KINDS)
 
 
 def test_fewer_regions_than_classes_names_both_numbers_and_the_fix(store):
@@ -107,8 +173,13 @@ def test_no_proposals_is_an_error(tmp_path, num_classes):
 def _label(rank, address, folder, out):
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
     store = ProposalStore(folder)
-    np.savez(out / f"{rank}.npz", classes=make_pseudo_labels(store, KINDS, seed=1).classes)
-    assert int(cluster_regions(store, KINDS).counts.sum()) == 42
+    shards = []
+    original = region_blocks.read_table
+    region_blocks.read_table = lambda path, columns: (shards.append((path.stem, *columns)), original(path, columns))[1]
+    labels = make_pseudo_labels(store, KINDS, seed=1, folder=out)
+    own = {"shard-00001"} if rank else {"shard-00000", "shard-00002"}
+    assert {shard for shard, *columns in shards if "features" in columns} == own
+    np.savez(out / f"{rank}.npz", classes=labels.classes, boxes=labels.boxes_xyxy)
     dist.destroy_process_group()
 
 
@@ -116,6 +187,9 @@ def _label(rank, address, folder, out):
 def test_two_ranks_end_with_the_labels_of_one(store, tmp_path):
     store, _ = store
     mp.spawn(_label, args=(tmp_path / "rendezvous", store.folder, tmp_path), nprocs=2)
-    alone = make_pseudo_labels(store, KINDS, seed=1).classes
+    alone = make_pseudo_labels(store, KINDS, seed=1)
     for rank in range(2):
-        np.testing.assert_array_equal(np.load(tmp_path / f"{rank}.npz")["classes"], alone)
+        found = np.load(tmp_path / f"{rank}.npz")
+        np.testing.assert_array_equal(found["classes"], alone.classes)
+        np.testing.assert_array_equal(found["boxes"], alone.boxes_xyxy)
+    assert json.loads((tmp_path / "clustering.json").read_text())["regions"] == 42

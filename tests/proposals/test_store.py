@@ -42,7 +42,7 @@ def rows():
 def store(tmp_path, rows):
     store = ProposalStore.create(tmp_path / "store", MANIFEST)
     store.write_shard(0, rows[:3])
-    store.write_shard(1, rows[3:5], quarantined=["dir/bad.jpg"])
+    store.write_shard(1, rows[3:5], unreadable={"dir/bad.jpg": "empty file"})
     store.write_shard(2, rows[6:])
     return store
 
@@ -60,7 +60,7 @@ def test_rows_come_back(store, rows):
     for there, wanted in zip(found, [*rows[:5], rows[6]], strict=True):
         assert_same(there, wanted)
     assert len(store) == 6
-    assert list(store.quarantined()) == ["dir/bad.jpg"]
+    assert store.unreadable() == {"dir/bad.jpg": "empty file"}
     assert store.missing_shards() == []
 
 
@@ -178,3 +178,30 @@ def test_features_beyond_half_precision_are_refused(store, rows):
 
 def test_manifest_is_plain_json(store):
     assert json.loads((store.folder / "manifest.json").read_text())["num_images"] == 7
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_another_storage_holds_the_same(store, rows, tmp_path, scheme):
+    url = f"{scheme}://{tmp_path}/far"
+    far = ProposalStore.create(url, MANIFEST)
+    assert far.missing_shards() == [0, 1, 2]
+    far.write_shard(0, rows[:3])
+    far.write_shard(1, rows[3:5], unreadable={"dir/bad.jpg": "empty file"})
+    with pytest.raises(StoreError, match="source is 's' there and 't' now"):
+        ProposalStore.create(url, replace(MANIFEST, source="t"))
+    again = ProposalStore(url)
+    again.write_shard(2, rows[6:])
+    assert far.written() == [0, 1, 2]
+    assert far.missing_shards() == []
+    assert (len(far), far.unreadable()) == (len(store), store.unreadable())
+    for there, here in zip(far.iter_rows(), store.iter_rows(), strict=True):
+        assert_same(there, here)
+    assert [shard.features.shape[1] for shard in far.iter_shards(["boxes_xyxy"])] == [0, 0, 0]
+    far.shard_path(1).write_bytes(far.shard_path(1).read_bytes()[:-9])
+    assert far.missing_shards() == [1]
+    with pytest.raises(StoreError, match=r"shard-00001\.parquet is damaged"):
+        list(far.iter_rows())
+    for shard in range(3):
+        assert far.is_sound(shard, whole=False) == (shard != 1)
+    with pytest.raises(StoreError, match="holds no proposals"):
+        ProposalStore(f"{url}/elsewhere")

@@ -1,0 +1,109 @@
+"""Ranking and choice of shapes against a plain loop, and the regions made of them."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from simdetr.boxes import pairwise_iou
+from simdetr.proposals.level_sets import LevelSets, Shapes
+from simdetr.proposals.ranking import rank_shapes, shapes_to_regions
+
+
+def shapes_with(boxes, image, edge=1.0, grid=(20, 30)):
+    """Full rectangles as shapes."""
+    cells, owner = [], []
+    for number, (x0, y0, x1, y1) in enumerate(boxes):
+        own = [y * grid[1] + x for y in range(y0, y1) for x in range(x0, x1)]
+        cells += own
+        owner += [number] * len(own)
+    count = len(boxes)
+    return Shapes(
+        grid=grid,
+        image=torch.tensor(image, dtype=torch.int64),
+        cluster=torch.arange(count) % 3,
+        count=torch.bincount(torch.tensor(owner, dtype=torch.int64), minlength=count),
+        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        edge=torch.as_tensor(edge, dtype=torch.float32).expand(count).clone(),
+        cells=torch.tensor(cells, dtype=torch.int64),
+        shape_of=torch.tensor(owner, dtype=torch.int64),
+    )
+
+
+def random_boxes(count, seed):
+    rng = np.random.default_rng(seed)
+    corner = rng.integers(0, [25, 15], (count, 2))
+    return np.hstack([corner, np.minimum(corner + rng.integers(2, 12, (count, 2)), [30, 20])]).tolist()
+
+
+def by_loop(shapes, images, settings):
+    """The same choice, one image and one box at a time."""
+    height, width = shapes.grid
+    chosen = []
+    for b in range(images):
+        own = (shapes.image == b).nonzero().flatten().tolist()
+        looks = {}
+        for s in own:
+            x0, y0, x1, y1 = shapes.boxes[s].tolist()
+            area = (x1 - x0) * (y1 - y0)
+            touched = (x0 == 0) + (y0 == 0) + (x1 == width) + (y1 == height)
+            looks[s] = float(shapes.edge[s]) ** settings.edge_power * settings.border_factor**touched
+            looks[s] *= (area / height / width) ** 0.5 * (int(shapes.count[s]) / area) ** 0.5
+        ranked = sorted(own, key=lambda s: -looks[s])[: settings.max_ranked]
+        iou = {(s, t): float(pairwise_iou(shapes.boxes[[s]], shapes.boxes[[t]])) for s in ranked for t in ranked}
+        score = {s: looks[s] * sum(iou[s, t] > 0.6 for t in ranked) for s in ranked}
+        kept = []
+        for s in sorted(ranked, key=lambda s: -score[s]):
+            if all(iou[s, t] <= settings.max_iou for t in kept):
+                kept.append(s)
+        best = max(score.values(), default=0.0)
+        chosen += [s for s in kept if score[s] >= settings.min_relative_score * best][: settings.max_boxes]
+    return chosen
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LevelSets(),
+        LevelSets(max_boxes=3, max_iou=0.3, edge_power=2.0),
+        LevelSets(max_ranked=10, border_factor=0.2, min_relative_score=0.4),
+    ],
+    ids=["default", "few", "strict"],
+)
+def test_choice_equals_a_loop(settings):
+    image = np.sort(np.random.default_rng(1).choice([0, 1, 3], 60))
+    edge = torch.rand(60, generator=torch.Generator().manual_seed(2)) + 0.1
+    shapes = shapes_with(random_boxes(60, 0), image, edge)
+    kept, scores = rank_shapes(shapes, 4, settings)
+    assert kept.tolist() == by_loop(shapes, 4, settings)
+    assert (scores[kept] > 0).all()
+
+
+def test_no_shapes_give_no_boxes():
+    shapes = shapes_with([], [])
+    kept, scores = rank_shapes(shapes, 2, LevelSets())
+    assert len(kept) == len(scores) == 0
+    regions = shapes_to_regions(shapes, kept, scores, {(16, 3): None}, torch.ones(2, 5, 2, 3), [(40, 60), (40, 60)])
+    assert [len(own) for own in regions] == [0, 0]
+    assert regions[0].features.shape == (0, 5)
+
+
+def test_regions_have_pixels_origin_and_the_average_of_the_map():
+    boxes = [[0, 0, 10, 10], [12, 2, 20, 18], [3, 3, 9, 9]]
+    shapes = shapes_with(boxes, [0, 0, 2])
+    last_map = torch.rand(3, 5, 2, 3, generator=torch.Generator().manual_seed(3))
+    scores = torch.tensor([0.5, 0.7, 0.9])
+    labels = {(32, 2): None, (16, 2): None}
+    regions = shapes_to_regions(
+        shapes, torch.tensor([1, 0, 2]), scores, labels, last_map, [(40, 60), (20, 30), (200, 30)]
+    )
+    assert [len(own) for own in regions] == [2, 0, 1]
+    assert regions[0].boxes_xyxy.tolist() == [[24, 4, 40, 36], [0, 0, 20, 20]]
+    assert regions[2].boxes_xyxy.tolist() == [[3, 30, 9, 90]]
+    assert regions[0].area.tolist() == [8 * 16 * 4, 400]
+    assert regions[0].score.tolist() == pytest.approx([0.7, 0.5])
+    assert list(zip(regions[0].stride, regions[0].k, regions[0].cluster, strict=True)) == [(32, 2, 1), (32, 2, 0)]
+    assert (regions[2].stride[0], regions[2].k[0], regions[2].cluster[0]) == (16, 2, 0)
+    fine = functional.interpolate(last_map, (20, 30), mode="nearest")
+    expected = fine[0, :, 2:18, 12:20].mean(dim=(1, 2))
+    np.testing.assert_allclose(regions[0].features[0], expected.numpy(), atol=1e-6)
