@@ -1,7 +1,7 @@
 """K-means against faiss-cpu, on one rank and on two, and its peak memory for few and many regions.
 
-Four parts, each a ratio within one run: seconds of an iteration (assignment, sums and new centroids of all rows) of ours
-and of faiss.Kmeans, taking turns; one rank against two, one thread each, taking turns; the inertia of both backends and
+Four parts, each a ratio within one run: seconds of an iteration (assignment, sums and new centroids of all rows) of
+ours and of faiss.Kmeans, taking turns; one rank against two, one thread each, taking turns; the inertia of both backends and
 of faiss' own iterations from the same starts; peak memory of a process that clusters a store on disk, streamed.
 
 python -m benchmarks.kmeans --rows 250000     a quicker look
@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from threadpoolctl import threadpool_limits
 
-from benchmarks.environment import environment, write_result
+from benchmarks.environment import RESULTS, environment, write_result
 from simdetr.proposals import pseudo_labels
 from simdetr.proposals.kmeans import _means, fit_kmeans
 from simdetr.proposals.kmeans_assignment import assign_blocks
@@ -61,7 +61,7 @@ def ratios(ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, object
     """Median seconds of both and the median of the ratios of neighbours, by wall clock and by CPU time."""
     result: dict[str, object] = {}
     for clock, name in enumerate(("wall", "cpu")):
-        pairs = [(a[clock], b[clock]) for a, b in zip(ours, theirs, strict=True)]
+        pairs = [(float(a[clock]), float(b[clock])) for a, b in zip(ours, theirs, strict=True)]
         result[name] = {
             "ours_s": round(statistics.median(a for a, _ in pairs), 3),
             "faiss_s": round(statistics.median(b for _, b in pairs), 3),
@@ -94,7 +94,11 @@ def speed(rows: torch.Tensor, threads: int, repeats: int) -> dict[str, object]:
             if repeat == 0:
                 ours.clear(), theirs.clear()
     result = ratios(ours, theirs)
-    return {"threads": threads, "rows": len(rows), **result, "met": result["wall"]["ratio"] <= 1.0}
+    return {"threads": threads, "rows": len(rows), **result, "met": bool(result["wall"]["ratio"] <= 1.0)}
+
+
+def both_threads(rows: torch.Tensor, repeats: int) -> list[dict[str, object]]:
+    return [speed(rows, threads, repeats) for threads in (1, 2)]
 
 
 def _rank(rank: int, address: str, rows: int, repeats: int, out: str) -> None:
@@ -159,7 +163,7 @@ def agreement(rows: torch.Tensor, clusters: int, iterations: int) -> dict[str, f
         "iterations": iterations,
         "faiss_backend": round(other / ours, 6),
         "faiss_alone": round(theirs / ours, 6),
-        "met": max(abs(other / ours - 1), abs(theirs / ours - 1)) < 0.01,
+        "met": bool(max(abs(other / ours - 1), abs(theirs / ours - 1)) < 0.01),
     }
 
 
@@ -237,19 +241,18 @@ def main() -> None:
         print(json.dumps(cluster_once(arguments.once)))
         return
     result: dict[str, object] = {"what": f"{DIMS} dimensions, {CLUSTERS} clusters, spherical, float32 products"}
-    before = Path(__file__).parent / "results" / f"{arguments.name}.json"
+    before = RESULTS / f"{arguments.name}.json"
     result |= json.loads(before.read_text()) if before.is_file() else {}
-    result["environment"] = environment(("torch", "faiss-cpu", "numpy", "pyarrow"))
-    if "memory" in arguments.parts:
-        result["memory"] = memory(arguments.regions)
-    if "ranks" in arguments.parts:
-        result["ranks"] = two_ranks(arguments.rank_rows, arguments.repeats)
-    if "agreement" in arguments.parts:
-        result["agreement"] = agreement(features(100_000, 1), 256, 10)
-    if "speed" in arguments.parts:
-        rows = features(arguments.rows, 1)
-        result["speed"] = [speed(rows, threads, arguments.repeats) for threads in (1, 2)]
-    path = write_result(arguments.name, result)
+    parts = {
+        "memory": lambda: memory(arguments.regions),
+        "ranks": lambda: two_ranks(arguments.rank_rows, arguments.repeats),
+        "agreement": lambda: agreement(features(100_000, 1), 256, 10),
+        "speed": lambda: both_threads(features(arguments.rows, 1), arguments.repeats),
+    }
+    for part in arguments.parts:
+        result[part] = parts[part]()
+        result["environment"] = environment(("torch", "faiss-cpu", "numpy", "pyarrow"))
+        path = write_result(arguments.name, result)
     print(path.read_text())
 
 

@@ -219,7 +219,14 @@ def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSection
             image_progress("relabelling", len(source)) as progress,
         ):
             labels = relabel(
-                loaded.detector, source, loaded.categories, settings, run.labels(stage), stage=stage, progress=progress
+                loaded.detector,
+                source,
+                loaded.categories,
+                settings,
+                run.labels(stage),
+                stage=stage,
+                before=read_labels(run.labels(stage - 1)),
+                progress=progress,
             )
             step.count = len(labels.boxes_xyxy)
 

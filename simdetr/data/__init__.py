@@ -8,6 +8,7 @@ from simdetr.data.dataset import Batch, DetectionDataset, collate
 from simdetr.data.doctor import DoctorReport, examine, summary
 from simdetr.data.images import ImageRecord, ImageSource, UnreadableImageError, open_images, read_image
 from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, read_labels, write_labels
+from simdetr.data.lineage import Lineage
 from simdetr.data.mosaic import Mosaic
 from simdetr.data.quarantine import Quarantine, TooManyUnreadableError
 from simdetr.data.transforms import eval_transforms, train_transforms
@@ -23,6 +24,7 @@ __all__ = [
     "LabelError",
     "LabelProblems",
     "Labels",
+    "Lineage",
     "Mosaic",
     "Quarantine",
     "TooManyUnreadableError",

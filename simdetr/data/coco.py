@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from simdetr.data.coco_writing import write_coco, write_detections
 from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
+from simdetr.data.lineage import LINEAGE_COLUMNS, Lineage
 
 __all__ = ["LabelProblems", "read_coco", "write_coco", "write_detections"]
 
@@ -73,7 +74,7 @@ def read_coco(
         image_ids: file names to keep, in this order; all of them by default.
 
     Returns:
-        The labels (crowds are kept and marked; an annotation's ``score`` is kept) and the problems met.
+        The labels (crowds are kept and marked; an annotation's ``score`` and lineage are kept) and the problems met.
 
     Raises:
         LabelError: the file cannot be used at all, or has a problem and ``strict`` is set.
@@ -104,11 +105,11 @@ def read_coco(
             annotation = _annotation(entry, sizes[file_name], class_of, problems, where)
             if annotation is not None:
                 boxes[file_name].append(annotation)
-    stage = content["info"].get("simdetr_stage", -1) if isinstance(content.get("info"), dict) else -1
+    stage = int(content["info"].get("simdetr_stage", -1)) if isinstance(content.get("info"), dict) else -1
     labels = Labels.from_images(
-        (_stack(file_name, sizes[file_name], annotations) for file_name, annotations in boxes.items()),
+        (_stack(file_name, sizes[file_name], annotations, stage) for file_name, annotations in boxes.items()),
         categories,
-        stage=int(stage),
+        stage,
     )
     return (labels if image_ids is None else labels.select(image_ids)), problems
 
@@ -120,6 +121,7 @@ class _Annotation:
     score: float
     crowd: bool
     area: float
+    origin: tuple[int, ...] | None  # values of LINEAGE_COLUMNS
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -217,10 +219,29 @@ def _annotation(
         score=min(max(score, 0.0), 1.0),
         crowd=bool(entry.get("iscrowd", 0)),
         area=area if area > 0 and math.isfinite(area) else float((box[2] - box[0]) * (box[3] - box[1])),
+        origin=_origin(entry, problems, where),
     )
 
 
-def _stack(file_name: str, size_hw: tuple[int, int], annotations: list[_Annotation]) -> ImageLabels:
+def _origin(entry: Mapping[str, Any], problems: LabelProblems, where: str) -> tuple[int, ...] | None:
+    if not set(LINEAGE_COLUMNS) <= entry.keys():  # not ours
+        return None
+    given = [_plain_id(entry[name]) for name in LINEAGE_COLUMNS]
+    values = tuple(value for value in given if isinstance(value, int))
+    limits = [np.iinfo(dtype) for dtype in LINEAGE_COLUMNS.values()]
+    if len(values) == len(limits) and all(limit.min <= v <= limit.max for v, limit in zip(values, limits, strict=True)):
+        return values
+    problems.add("lineage is no small whole number, left out", f"{where} with {given}")
+    return None
+
+
+def _stack(file_name: str, size_hw: tuple[int, int], annotations: list[_Annotation], stage: int) -> ImageLabels:
+    lineage = None
+    origins = {row: annotation.origin for row, annotation in enumerate(annotations) if annotation.origin is not None}
+    if origins:
+        lineage = Lineage.first_seen(stage, np.array([0, len(annotations)]))
+        for name, values in zip(LINEAGE_COLUMNS, zip(*origins.values(), strict=True), strict=True):
+            getattr(lineage, name)[list(origins)] = values
     return ImageLabels.build(
         file_name,
         size_hw,
@@ -229,4 +250,5 @@ def _stack(file_name: str, size_hw: tuple[int, int], annotations: list[_Annotati
         scores=[annotation.score for annotation in annotations],
         crowd=[annotation.crowd for annotation in annotations],
         areas=[annotation.area for annotation in annotations],
+        lineage=lineage,
     )

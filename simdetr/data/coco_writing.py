@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.labels import LabelError, Labels
+from simdetr.data.lineage import LINEAGE_COLUMNS
 
 _BOX_DECIMALS = 4
 
@@ -18,7 +20,8 @@ _BOX_DECIMALS = 4
 def write_coco(labels: Labels, path: str | Path) -> None:
     """Write labels as a COCO annotation file, with scores, the original category ids and the image ids as file names.
 
-    Images and annotations are numbered from 1. ``info.simdetr_stage`` keeps the stage.
+    Images and annotations are numbered from 1. ``info.simdetr_stage`` keeps the stage. Boxes with a lineage have it in
+    the fields ``stage``, ``born``, ``born_row``, ``stride``, ``k`` and ``cluster``, see `simdetr.data.lineage.Lineage`.
     """
     content = {
         "info": {"description": "written by simdetr", "simdetr_stage": labels.stage},
@@ -28,7 +31,10 @@ def write_coco(labels: Labels, path: str | Path) -> None:
                 zip(labels.image_ids, labels.sizes_hw.tolist(), strict=True)
             )
         ],
-        "annotations": [{"id": number + 1, **box} for number, box in enumerate(_boxes(labels))],
+        "annotations": [
+            {"id": number + 1, **box, **origin}
+            for number, (box, origin) in enumerate(zip(_boxes(labels), _origins(labels), strict=True))
+        ],
         "categories": [{"id": category.id, "name": category.name} for category in labels.categories],
     }
     with atomic_path(path) as temporary:
@@ -88,3 +94,11 @@ def _boxes(labels: Labels) -> Iterator[dict[str, Any]]:
             "iscrowd": int(crowd),
             "score": score,
         }
+
+
+def _origins(labels: Labels) -> Iterator[dict[str, int]]:
+    if labels.lineage is None:
+        yield from itertools.repeat({}, len(labels.boxes_xyxy))
+        return
+    for values in zip(*(getattr(labels.lineage, name).tolist() for name in LINEAGE_COLUMNS), strict=True):
+        yield {"stage": labels.stage, **dict(zip(LINEAGE_COLUMNS, values, strict=True))}

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from simdetr.data.lineage import Lineage
+
 
 class LabelError(ValueError):
     """Labels that break a rule; the message names the rule, what was met and where."""
@@ -35,6 +37,7 @@ class ImageLabels:
         scores: float32 [n] in [0, 1].
         crowd: bool [n], True where a box stands for a group of objects.
         areas: float32 [n], area of the object in square pixels.
+        lineage: where the boxes come from, None where nobody knows.
     """
 
     image_id: str
@@ -44,6 +47,7 @@ class ImageLabels:
     scores: NDArray[np.float32]
     crowd: NDArray[np.bool_]
     areas: NDArray[np.float32]
+    lineage: Lineage | None = None
 
     @classmethod
     def build(
@@ -55,6 +59,7 @@ class ImageLabels:
         scores: ArrayLike | None = None,
         crowd: ArrayLike | None = None,
         areas: ArrayLike | None = None,
+        lineage: Lineage | None = None,
     ) -> ImageLabels:
         """Labels from anything array-like; scores are 1, nothing is a crowd and areas are the boxes' unless given."""
         boxes = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
@@ -66,6 +71,7 @@ class ImageLabels:
             scores=np.ones(len(boxes), np.float32) if scores is None else np.asarray(scores, np.float32).reshape(-1),
             crowd=np.zeros(len(boxes), np.bool_) if crowd is None else np.asarray(crowd, np.bool_).reshape(-1),
             areas=(boxes[:, 2:] - boxes[:, :2]).prod(1) if areas is None else np.asarray(areas, np.float32).reshape(-1),
+            lineage=lineage,
         )
 
     def __len__(self) -> int:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.image_labels import Category, ImageLabels, LabelError
+from simdetr.data.lineage import LINEAGE_COLUMNS, Lineage
 
 __all__ = ["Category", "ImageLabels", "LabelError", "Labels", "read_labels", "write_labels"]
 
@@ -39,11 +40,12 @@ class Labels:
         offsets: int64 [N + 1]; image i owns the rows offsets[i] to offsets[i + 1].
         boxes_xyxy: float32 [M, 4] in pixels.
         classes: int64 [M], indices into ``categories``.
-        scores: float32 [M] in [0, 1]; 1 for truth and mined boxes.
+        scores: float32 [M] in [0, 1], higher is better; 1 for truth. Those of mined boxes are no probabilities.
         categories: C categories; their order gives the class indices.
         areas: float32 [M], area of the annotation, or of the box, in square pixels.
         crowd: bool [M], COCO's ``iscrowd``.
         stage: -1 human truth, 0 mined, j relabelled by stage j.
+        lineage: where each of the M boxes comes from, or None.
 
     Raises:
         LabelError: columns of different length, boxes that are not finite or upside down, classes without category,
@@ -60,6 +62,7 @@ class Labels:
     areas: NDArray[np.float32]
     crowd: NDArray[np.bool_]
     stage: int = -1
+    lineage: Lineage | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_ids", tuple(self.image_ids))
@@ -81,6 +84,8 @@ class Labels:
             if values.shape != shape:
                 raise LabelError(f"{name}: expected shape {shape}, got {values.shape}; one row per image or per box")
             object.__setattr__(self, name, values)
+        if self.lineage is not None and len(self.lineage) != rows:
+            raise LabelError(f"lineage: expected that of {rows} boxes, got {len(self.lineage)}; select both alike")
         self._check_values()
 
     def _check_values(self) -> None:
@@ -148,6 +153,7 @@ class Labels:
             scores=self.scores[rows],
             crowd=self.crowd[rows],
             areas=self.areas[rows],
+            lineage=None if self.lineage is None else self.lineage[rows],
         )
 
     def of(self, image_id: str) -> ImageLabels:
@@ -162,7 +168,9 @@ class Labels:
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         rows = np.repeat(self.offsets[:-1][images] - offsets[:-1], counts) + np.arange(offsets[-1])
         columns = {name: getattr(self, name)[rows] for name in (*_LIST_COLUMNS, "crowd")}
-        return replace(self, image_ids=wanted, sizes_hw=self.sizes_hw[images], offsets=offsets, **columns)
+        lineage = None if self.lineage is None else self.lineage[rows]
+        sizes_hw = self.sizes_hw[images]
+        return replace(self, image_ids=wanted, sizes_hw=sizes_hw, offsets=offsets, lineage=lineage, **columns)
 
     def class_agnostic(self) -> Labels:
         """The same boxes, all of the one category ``object``."""
@@ -186,7 +194,10 @@ class Labels:
 
     @classmethod
     def from_images(cls, rows: Iterable[ImageLabels], categories: Sequence[Category], stage: int = -1) -> Labels:
-        """Stack the labels of single images, in their order."""
+        """Stack the labels of single images, in their order.
+
+        If some of them have a lineage, boxes of the others count as first seen by this stage.
+        """
         images = list(rows)
         columns: dict[str, NDArray[Any]] = {
             name: np.concatenate([getattr(image, name) for image in images]) if images else np.zeros(0)
@@ -198,8 +209,18 @@ class Labels:
             offsets=np.cumsum([0, *(len(image) for image in images)], dtype=np.int64),
             categories=tuple(categories),
             stage=stage,
+            lineage=_stack_lineages(images, stage),
             **columns,
         )
+
+
+def _stack_lineages(images: Sequence[ImageLabels], stage: int) -> Lineage | None:
+    if all(image.lineage is None for image in images):
+        return None
+    own = [Lineage.first_seen(stage, np.array([0, len(image)])) for image in images]
+    return Lineage.stack(
+        [first if image.lineage is None else image.lineage for first, image in zip(own, images, strict=True)]
+    )
 
 
 def write_labels(labels: Labels, path: str | Path) -> None:
@@ -207,6 +228,8 @@ def write_labels(labels: Labels, path: str | Path) -> None:
     offsets = pa.array(labels.offsets)
     corners = pa.FixedSizeListArray.from_arrays(pa.array(labels.boxes_xyxy.reshape(-1)), 4)
     lists = {name: pa.array(getattr(labels, name)) for name in ("classes", "scores", "areas", "crowd")}
+    if labels.lineage is not None:
+        lists |= {name: pa.array(getattr(labels.lineage, name)) for name in LINEAGE_COLUMNS}
     table = pa.table(
         {
             "image_id": pa.array(labels.image_ids, pa.string()),
@@ -248,7 +271,9 @@ def read_labels(path: str | Path, *, strict: bool = False) -> Labels:
         raise LabelError(f"{path} holds no labels: expected a file of write_labels, got columns {table.column_names}")
     content = json.loads(facts)
 
-    lists = {name: pa.concat_arrays(table[name].chunks) for name in (*_LIST_COLUMNS, "crowd") if table.num_rows}
+    has_lineage = set(LINEAGE_COLUMNS) <= set(table.column_names)  # labels of people and older files have none
+    names = (*_LIST_COLUMNS, "crowd", *(LINEAGE_COLUMNS if has_lineage else ()))
+    lists = {name: pa.concat_arrays(table[name].chunks) for name in names if table.num_rows}
 
     def flat(name: str) -> NDArray[Any]:
         values = lists[name].flatten() if lists else pa.array([], pa.float32())
@@ -267,4 +292,5 @@ def read_labels(path: str | Path, *, strict: bool = False) -> Labels:
         areas=flat("areas"),
         crowd=flat("crowd"),
         stage=int(content["stage"]),
+        lineage=Lineage(**{name: flat(name) for name in LINEAGE_COLUMNS}) if has_lineage else None,
     )

@@ -22,12 +22,14 @@ from PIL import Image
 from simdetr.data.atomic_files import atomic_path
 from simdetr.evaluation.clustering_chart import draw_clustering
 from simdetr.evaluation.compare import format_mean, summarise_seeds
+from simdetr.evaluation.drawing import Colour
 from simdetr.evaluation.learning_curves import MAX_POINTS, Curve, draw_curve
 
 JPEG_QUALITY = 80
 NOT_GIVEN = {
     "steps": "no step has been recorded.",
     "samples": "no sample images were given.",
+    "origins": "nothing is known of where the boxes come from.",
     "montages": "no pseudo-classes were given.",
     "clustering": "no clustering was given.",
     "recall": "there is no ground truth to compare the boxes with.",
@@ -86,6 +88,8 @@ class ReportData:
         command: the command line that made the run; empty if unknown.
         steps: the flow in order.
         samples: images with their boxes per stage.
+        births: what the colours of these boxes say, (title, RGB); empty if a colour is a class.
+        origins: one dict per stage, as `simdetr.evaluation.box_origins.origin_rows` gives.
         montages: (title, sheet of crops) per pseudo-class.
         clustering: how the pseudo-classes were made, as `simdetr.proposals.kmeans_balance.clustering_record` says it.
         recall: one dict per stage: ``stage``, ``images``, ``boxes_per_image`` and what `proposal_recall` gives.
@@ -102,6 +106,8 @@ class ReportData:
     command: str = ""
     steps: list[StepRow] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    births: list[tuple[str, Colour]] = field(default_factory=list)
+    origins: list[dict[str, Any]] = field(default_factory=list)
     montages: list[tuple[str, Image.Image]] = field(default_factory=list)
     clustering: Mapping[str, Any] | None = None
     recall: list[dict[str, Any]] = field(default_factory=list)
@@ -125,6 +131,7 @@ def render_report(data: ReportData) -> str:
         data=data,
         reasons={**NOT_GIVEN, **data.missing},
         total_seconds=sum(seconds) if seconds else None,
+        origin_columns=list(dict.fromkeys(title for row in data.origins for title in row["shares"])),
         recall_columns=_columns_of(data.recall, RECALL_COLUMNS),
         rival_columns=_columns_of(data.rivals, RIVAL_COLUMNS),
         drawn_clustering=draw_clustering(data.clustering) if data.clustering else "",

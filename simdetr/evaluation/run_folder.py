@@ -3,7 +3,8 @@
 The folder: ``config.yaml``, ``steps.jsonl`` (one JSON object per finished step: name, seconds, count, what),
 ``stage0/labels.parquet`` (mined), ``stage0/clustering.json`` (what became of their pseudo-classes),
 ``stageJ/labels.parquet`` (relabelled by stage J), ``**/metrics.csv`` (Lightning's CSVLogger) and ``comparison.json``
-(rows of `simdetr.evaluation.compare`). Whatever is not there yet is named with the reason in `ReportData.missing`; only the proposals of other methods, ``rivals/*``, are passed over in silence.
+(rows of `simdetr.evaluation.compare`). Whatever is not there yet is named with the reason in `ReportData.missing`; only
+the proposals of other methods, ``rivals/*``, are passed over in silence.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from PIL import Image
 
 from simdetr.data.images import ImageSource, UnreadableImageError, read_image
 from simdetr.data.labels import ImageLabels, Labels, read_labels
+from simdetr.evaluation.box_origins import birth_colours, births, origin_rows, stage_title
 from simdetr.evaluation.drawing import class_colour, class_montage, draw_boxes
 from simdetr.evaluation.learning_curves import Curve, panels, read_curve
 from simdetr.evaluation.proposal_recall import proposal_recall
@@ -66,7 +68,7 @@ def collect_run(
     steps = _read_steps(run_dir / "steps.jsonl", missing)
     no_stage = f"there are no labels of any stage yet ({run_dir.name}/stage0/labels.parquet is made by clustering)."
     if not stages:
-        missing |= {"samples": no_stage, "montages": no_stage, "recall": no_stage}
+        missing |= dict.fromkeys(("samples", "origins", "montages", "recall"), no_stage)
     rivals = rival_labels(run_dir, source.ids if truth is None else truth.image_ids)
     config = run_dir / "config.yaml"
     return ReportData(
@@ -75,6 +77,8 @@ def collect_run(
         command=command,
         steps=steps,
         samples=_samples(stages, source, truth, num_samples, rng, missing) if stages else [],
+        births=births(stages, truth=truth is not None) if _know_births(stages) else [],
+        origins=_origins(stages, missing),
         montages=_montages(stages, source, num_montages, seed, missing) if stages else [],
         clustering=_clustering(run_dir / "stage0" / "clustering.json", missing),
         recall=_recall(stages, truth, rng, missing) if stages else [],
@@ -87,14 +91,20 @@ def collect_run(
     )
 
 
-def stage_title(stage: int) -> str:
-    """What a stage's boxes are called: mined for stage 0, stage j for those of the j-th detector."""
-    return "mined" if stage == 0 else f"stage {stage}"
-
-
 def _read_stages(run_dir: Path) -> dict[int, Labels]:
     paths = {int(path.parent.name[5:]): path for path in run_dir.glob("stage[0-9]*/labels.parquet")}
     return {stage: read_labels(paths[stage]) for stage in sorted(paths)}
+
+
+def _know_births(stages: dict[int, Labels]) -> bool:
+    return all(labels.lineage is not None for labels in stages.values())
+
+
+def _origins(stages: dict[int, Labels], missing: dict[str, str]) -> list[dict[str, Any]]:
+    rows = origin_rows(stages)
+    if stages and not rows:
+        missing["origins"] = "these labels do not say where their boxes come from; those of older versions do not."
+    return rows
 
 
 def _read_steps(path: Path, missing: dict[str, str]) -> list[StepRow]:
@@ -141,7 +151,7 @@ def _samples(
     columns = {stage_title(stage): labels for stage, labels in stages.items()}
     if truth is not None:
         columns["labelled by people"] = truth
-    in_source = frozenset(source.ids)
+    in_source, by_birth = frozenset(source.ids), _know_births(stages)
     first = next(iter(stages.values()))
     samples: list[Sample] = []
     for index in rng.permutation(len(first)):
@@ -163,7 +173,9 @@ def _samples(
             picture = draw_boxes(
                 image,
                 boxes.boxes_xyxy[best],
-                colours=[class_colour(int(index)) for index in boxes.classes[best]],
+                colours=(
+                    birth_colours(boxes, best) if by_birth else [class_colour(int(c)) for c in boxes.classes[best]]
+                ),
                 min_side_px=PICTURE_PX,
                 max_side_px=PICTURE_PX,
             )

@@ -139,7 +139,7 @@ def memberships(colour: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     constant = (mean.square() * precision - precision.log()).sum(dim=2, keepdim=True)
     distance = torch.bmm(torch.cat((-2 * mean * precision, precision), dim=2), powers) + constant
     evidence = (-0.5 / SMOOTHING * distance).masked_fill(weight < LEAST_CELLS, NEVER)
-    return evidence.softmax(dim=1).unflatten(2, (height, width))
+    return rearrange(evidence.softmax(dim=1), "b k (h w) -> b k h w", h=height)
 
 
 def find_shapes(

@@ -4,7 +4,7 @@ Seed 003 [0054]-[0055], Algorithm 1 lines 8-9. Of several ranks each clusters th
 with the same labels. Beside the labels lie ``clustering.safetensors`` (the centroids, after every iteration) and
 ``clustering.json`` (inertia of every iteration, sizes of the clusters, their balance).
 
-Letters: N images, M regions, D feature dimensions, C classes. Labels take 33 bytes per region in memory.
+Letters: N images, M regions, D feature dimensions, C classes. Labels take 44 bytes per region in memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.labels import Category, Labels
+from simdetr.data.lineage import Lineage
 from simdetr.proposals.kmeans import Backend, KMeans, fit_kmeans
 from simdetr.proposals.kmeans_balance import clustering_record
 from simdetr.proposals.kmeans_journal import Iteration, Journal
@@ -31,7 +33,8 @@ __all__ = ["RegionBlocks", "cluster_regions", "count_regions", "make_pseudo_labe
 _log = logging.getLogger(__name__)
 _KEEP_IN_MEMORY_BYTES = 1 << 30  # fp16 features of all ranks up to here are read once, more in every pass
 CENTROIDS, RECORD = "clustering.safetensors", "clustering.json"
-_BOX_COLUMNS = ["image_id", "height", "width", "boxes_xyxy", "area"]
+_NUMBERS = {"area": np.float32, "score": np.float32, "stride": np.int16, "k": np.int16, "cluster": np.int16}
+_BOX_COLUMNS = ["image_id", "height", "width", "boxes_xyxy", *_NUMBERS]
 
 
 def make_pseudo_labels(
@@ -139,8 +142,10 @@ def _fingerprint(store: ProposalStore) -> str:
 
 
 def to_labels(store: ProposalStore, regions: int, clustering: KMeans | None) -> Labels:
-    """Boxes and areas as mined, classes from the clustering; without one all regions are one class.
+    """Boxes, areas and lineage as mined, classes from the clustering; without one all regions are one class.
 
+    Scores of mined regions have no upper bound, those of labels end at 1: where one is above 1, all are divided by the
+    largest. Their order stays, and the document's filters, which give 1 to every region, still do.
     Boxes are a tenth of what a shard holds: every rank reads those of all shards. Features are not read again.
 
     Args:
@@ -150,37 +155,41 @@ def to_labels(store: ProposalStore, regions: int, clustering: KMeans | None) -> 
     """
     ids: list[str] = []
     sizes, counts = [], [np.zeros(1, np.int64)]
-    boxes, areas = np.empty((regions, 4), np.float32), np.empty(regions, np.float32)
-    classes = np.zeros(regions, np.int64)
+    boxes, classes = np.empty((regions, 4), np.float32), np.zeros(regions, np.int64)
+    numbers = {name: np.empty(regions, dtype) for name, dtype in _NUMBERS.items()}
     clusters_of = gather(clustering.labels.numpy()) if clustering is not None else []
     read_of = [0] * len(clusters_of)
     begin = 0
     for place, shard in enumerate(store.written()):
         table = read_columns(store, shard, _BOX_COLUMNS)
-        own = table["area"].combine_chunks()
-        rows = slice(begin, begin + len(own.flatten()))
+        own = {name: table[name].combine_chunks() for name in _NUMBERS}
+        rows = slice(begin, begin + len(own["area"].flatten()))
         begin = rows.stop
         ids += table["image_id"].to_pylist()
         sizes.append(np.stack([table["height"].to_numpy(), table["width"].to_numpy()], axis=1))
-        counts.append(own.value_lengths().to_numpy())
-        areas[rows] = own.flatten().to_numpy()
+        counts.append(own["area"].value_lengths().to_numpy())
+        for name, column in own.items():
+            numbers[name][rows] = column.flatten().to_numpy()
         boxes[rows] = table["boxes_xyxy"].combine_chunks().flatten().flatten().to_numpy().reshape(-1, 4)
         if clusters_of:
             owner = place % len(clusters_of)  # as own_shards deals them out
             at = read_of[owner]
             read_of[owner] += rows.stop - rows.start
             classes[rows] = clusters_of[owner][at : read_of[owner]]
+    offsets = np.cumsum(np.concatenate(counts), dtype=np.int64)
+    found_in = {name: numbers[name] for name in ("stride", "k", "cluster")}
     return Labels(
         image_ids=tuple(ids),
         sizes_hw=np.concatenate(sizes).astype(np.int64),
-        offsets=np.cumsum(np.concatenate(counts), dtype=np.int64),
+        offsets=offsets,
         boxes_xyxy=boxes,
         classes=classes,
-        scores=np.ones(regions, np.float32),
+        scores=numbers["score"] / numbers["score"].max(initial=1),
         categories=_categories(clustering),
-        areas=areas,
+        areas=numbers["area"],
         crowd=np.zeros(regions, bool),
         stage=0,
+        lineage=replace(Lineage.first_seen(0, offsets), **found_in),
     )
 
 

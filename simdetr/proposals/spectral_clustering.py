@@ -12,7 +12,6 @@ that a flat image is one cluster whatever K is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -21,11 +20,11 @@ from torch import Tensor
 
 from simdetr.proposals.batched_kmeans import batched_kmeans, number_by_first_member, take_lowest
 from simdetr.proposals.eigenvectors import leading_eigenvectors
+from simdetr.proposals.large_product import large_product
 
 Affinity = Literal["clamp", "exp"]
 NO_GROUP = 1e-4  # eigenvalues up to here are zero or negative but for rounding
 CACHED_WEIGHTS = 4_000_000  # of the graphs that the host works on together, so that they stay in its cache
-ROW_BLOCKS = 4
 CUT_GAIN = 1e-6  # less is rounding
 TINY = torch.finfo(torch.float32).tiny
 FLAT = 1e-4  # a cell this close to its image's mean, relative to its own length, has no direction of its own
@@ -87,24 +86,12 @@ def cell_affinity(features: Tensor, kind: Affinity = "exp", temperature: float =
     cells = rearrange(features, "b d h w -> b d (h w)").float()
     mean = cells.mean(dim=2, keepdim=True) * float(centre)
     cells = cells - mean if centre else cells
-    products = _products_of_pairs(cells)
+    products = large_product(cells.mT, cells)
     own = products.diagonal(dim1=1, dim2=2).clone()
     before = own + 2 * torch.bmm(mean.mT, cells)[:, 0] + mean.square().sum(dim=1)
     scale = torch.where(own > FLAT**2 * before, own, torch.inf).rsqrt()
     cosine = products.mul_(scale[:, :, None]).mul_(scale[:, None, :])
     return cosine.clamp_(min=0) if kind == "clamp" else cosine.sub_(1).div_(temperature).exp_()
-
-
-def _products_of_pairs(cells: Tensor) -> Tensor:
-    """All scalar products, [B, D, N] to [B, N, N]; by blocks of rows, because the lower triangle mirrors the upper."""
-    batch, _, nodes = cells.shape
-    products = cells.new_empty(batch, nodes, nodes)
-    edges = [nodes * block // ROW_BLOCKS for block in range(ROW_BLOCKS + 1)]
-    for start, end in pairwise(edges):
-        block = torch.bmm(cells[:, :, start:end].mT, cells[:, :, start:])
-        products[:, start:end, start:] = block
-        products[:, end:, start:end] = block[:, :, end - start :].mT
-    return products
 
 
 def cluster_graphs(

@@ -25,6 +25,7 @@ from simdetr.data.images import ImageSource
 from simdetr.data.labels import Category, ImageLabels, Labels, read_labels, write_labels
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.transforms import eval_transforms
+from simdetr.training.inheritance import inherit
 
 LOG = logging.getLogger(__name__)
 Progress = Callable[[int], None]
@@ -74,11 +75,13 @@ def relabel(
     out: Path,
     *,
     stage: int,
+    before: Labels | None = None,
     progress: Progress = lambda count: None,
 ) -> Labels:
     """Label every readable image with the detector and write ``out`` (Parquet); resumes part by part.
 
-    Unreadable images go to ``quarantine.csv`` beside ``out``. ``progress`` hears of every batch of images done.
+    Unreadable images go to ``quarantine.csv`` beside ``out``. Boxes get the lineage of those of ``before``, the labels
+    that the detector was trained on. ``progress`` hears of every batch of images done.
     """
     parts = out.with_suffix(".parts")
     quarantine = Quarantine(out.with_name("quarantine.csv"), total=len(source))
@@ -97,6 +100,8 @@ def relabel(
     done = [read_labels(name) for name in names]
     rows = (part.image(i) for part in done for i in range(len(part)))
     labels = Labels.from_images(rows, categories, stage)
+    if before is not None:
+        labels = inherit(labels, before)
     write_labels(labels, out)
     shutil.rmtree(parts)
     if len(quarantine):

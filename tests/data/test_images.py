@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from simdetr.data.images import ImageSource, UnreadableImageError, open_images, read_image
+from simdetr.data.locations import locate
 
 GREY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
 
@@ -301,3 +302,27 @@ def test_bad_sources_say_what_is_wrong(tmp_path):
 def test_real_sets_open_with_their_split_folder(shared_data):
     source = open_images(shared_data / "coco256" / "instances_val.json")
     assert len(source) == 128 and source.root.name == "val" and source[0].path.is_file()
+
+
+def test_images_of_another_storage(tmp_path):
+    """A folder there, and a list here whose lines are URLs."""
+    remote = f"memory://{tmp_path.name}/photos"
+    for path in make_tree(tmp_path / "tree").rglob("*.*"):
+        if path.is_file():
+            place = locate(remote) / path.relative_to(tmp_path / "tree").as_posix()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
+    here, there = open_images(tmp_path / "tree"), open_images(remote)
+    assert there.ids == here.ids
+    assert [read_image(record).shape for record in there] == [read_image(record).shape for record in here]
+    (tmp_path / "list.txt").write_text(f"{remote}/b.png\ntree/b.png\n")
+    listed = open_images(tmp_path / "list.txt")
+    assert torch.equal(read_image(listed[0]), read_image(listed[1]))
+    (locate(remote) / "b.png").unlink()
+    with pytest.raises(UnreadableImageError, match="no such file"):
+        read_image(listed[0])
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        open_images(f"memory://{tmp_path.name}/nowhere")
+    (locate(remote) / "list.txt").write_text("b.png")
+    with pytest.raises(ValueError, match=r"a list \(.*\) on this machine"):
+        open_images(f"{remote}/list.txt")

@@ -51,7 +51,7 @@ def test_same_call_again_does_nothing(image_folder, encoder, tmp_path, monkeypat
     source = open_images(image_folder)
     store = mine(source, encoder, CONFIG, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in store.folder.iterdir()}
-    monkeypatch.setattr(shard_mining, "encode", lambda *_: pytest.fail("nothing is left to encode"))
+    monkeypatch.setattr(shard_mining, "mine_pixels", lambda *_: pytest.fail("nothing is left to encode"))
     mine(source, encoder, CONFIG, tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in store.folder.iterdir()} == before
 
@@ -164,7 +164,7 @@ def test_no_images(encoder, tmp_path):
 def test_full_disk_is_seen_before_work_starts(image_folder, encoder, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr(miner.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(shard_mining, "encode", lambda *_: pytest.fail("work started"))
+    monkeypatch.setattr(shard_mining, "mine_pixels", lambda *_: pytest.fail("work started"))
     with pytest.raises(StoreError, match="0 MB free, a shard may take"):
         mine(open_images(image_folder), encoder, CONFIG, tmp_path / "out")
 
