@@ -29,20 +29,24 @@ from simdetr.data.images import read_image
 from simdetr.data.labels import Category, ImageLabels, Labels
 from simdetr.evaluation.proposal_recall import proposal_recall
 from simdetr.proposals.baselines import BASELINES, Baseline, objects, search_boxes
-from simdetr.proposals.batch_mining import MiningConfig, encode, mine_maps
+from simdetr.proposals.batch_mining import MiningConfig, encode, mine_pixels
 from simdetr.proposals.colour_texture import ColourTextureEncoder
 from simdetr.proposals.features import Encoder
 from simdetr.proposals.image_loading import shrink
+from simdetr.proposals.level_sets import LevelSets
 from simdetr.proposals.object_masks import mask_cut, token_cut
 from simdetr.proposals.regions import Regions
 
 OURS: dict[str, MiningConfig] = {
-    "plain rule": MiningConfig(),
-    "configs/tiny.yaml": MiningConfig(
+    "ours": MiningConfig(),
+    "ours, at most 100 boxes": MiningConfig(level_sets=LevelSets(max_boxes=100)),
+    "ours, the document's rule": MiningConfig(level_sets=None),
+    "ours, the document's rule, limits for these features": MiningConfig(
+        level_sets=None,
         affinity="clamp",
         centre=False,
         cut_steps=0,
-        filters={"merge_similar_clusters": 0.9, "drop_fragmented_clusters": 10, "keep_recurrent": 25},
+        filters=MiningConfig().filters | {"merge_similar_clusters": 0.9, "drop_similar_subsets": 0.9},
     ),
 }
 ENCODERS: dict[str, Callable[[], Encoder]] = {
@@ -112,8 +116,8 @@ def of_features(images: Images, encoder: Encoder) -> dict[str, dict[str, float]]
     found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in (*OURS, *RIVALS)}
     for image, size in zip(images.pixels, images.sizes_hw, strict=True):
         for name, config in OURS.items():
-            maps = encode(shrink(image, config.image_size)[None], encoder)
-            found[name].append(best_first(mine_maps(maps, [size], config)[0]))
+            small = shrink(image, config.image_size)
+            found[name].append(best_first(mine_pixels(small[None], encoder, [size], config)[0]))
         small = shrink(image, MiningConfig.image_size)
         maps = encode(small[None], encoder)
         for name, rival in RIVALS.items():

@@ -30,7 +30,7 @@ from simdetr.proposals.level_sets import LevelSets
 
 LIMIT = 25
 KERNEL: dict[str, Any] = {"affinity": "clamp", "centre": False, "cut_steps": 0}
-CHOSEN = MiningConfig(**KERNEL, level_sets=LevelSets())
+CHOSEN = MiningConfig()
 PLAIN = MiningConfig(
     **KERNEL, filters=MiningConfig().filters | {"merge_similar_clusters": 0.9, "drop_similar_subsets": 0.9}
 )
@@ -48,7 +48,13 @@ def variants() -> dict[str, MiningConfig]:
         "the document's filters, exp affinity": replace(PLAIN, affinity="exp", centre=True, cut_steps=2),
         "grid of 16 px, recurrence": replace(PLAIN, filters=RECURRENT),
     }
-    for name, value in (("affinity", "exp"), ("centre", True), ("cut_steps", 2), ("connectivity", 8)):
+    for name, value in (
+        ("affinity", "clamp"),
+        ("centre", False),
+        ("cut_steps", 0),
+        ("kmeans_starts", 1),
+        ("connectivity", 8),
+    ):
         table[f"{name} {value}"] = replace(CHOSEN, **{name: value})
     for size in (320, 384, 512, 640):
         table[f"image_size {size}"] = replace(CHOSEN, image_size=size)

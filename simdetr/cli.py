@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from simdetr import commands, encoder_commands, rival_commands
+from simdetr import commands, encoder_commands, mining_commands, rival_commands
 
 Command = Callable[..., None]
 POSITIONAL = ("doctor",)
@@ -29,8 +29,8 @@ LIGHTNING = ("fit", "validate", "test")
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "quickstart": commands.quickstart,
     "doctor": commands.doctor,
-    "mine": commands.mine,
-    "cluster": commands.cluster,
+    "mine": mining_commands.mine,
+    "cluster": mining_commands.cluster,
     "pretrain": commands.pretrain,
     "relabel": commands.relabel,
     "finetune": commands.finetune,

@@ -17,6 +17,7 @@ from simdetr import pipeline
 from simdetr.data.images import read_image
 from simdetr.data.labels import Labels, read_labels
 from simdetr.data.quarantine import TooManyUnreadableError
+from simdetr.results import write_result
 from simdetr.training.run_folder import RunFolder, RunMismatchError
 
 
@@ -52,6 +53,26 @@ def test_pretraining_makes_every_part_of_a_run(run, scenes):
         assert (labels.stage, labels.num_classes, labels.image_ids) == (stage, 3, mined.image_ids)
         assert max(np.diff(labels.offsets)) <= 5  # max_boxes
     assert run.report.stat().st_size > 10_000
+
+
+def test_every_box_of_every_stage_says_where_it_comes_from(run, tmp_path):
+    before = None
+    for stage in range(3):
+        labels = read_labels(run.labels(stage))
+        lineage = labels.lineage
+        assert ((lineage.born >= 0) & (lineage.born <= stage)).all()
+        assert ((lineage.stride > 0) == (lineage.born == 0)).all()  # what mining knew has not been lost
+        if before is not None:
+            for image_id in labels.image_ids:
+                own, old = labels.of(image_id), before.of(image_id)
+                known = {(born, row) for born, row in zip(old.lineage.born, old.lineage.born_row, strict=True)}
+                for born, row in zip(own.lineage.born, own.lineage.born_row, strict=True):
+                    assert born == stage or (born, row) in known
+        before = labels
+        write_result(labels, tmp_path / "labels.json")
+        assert (read_labels(tmp_path / "labels.json").lineage.born_row == lineage.born_row).all()
+    assert "Not shown: these labels" not in run.report.read_text()
+    assert "stride 32, K 2" in run.report.read_text()
 
 
 def test_relabelled_boxes_do_not_overlap(run):

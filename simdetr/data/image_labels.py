@@ -59,6 +59,7 @@ class ImageLabels:
         scores: ArrayLike | None = None,
         crowd: ArrayLike | None = None,
         areas: ArrayLike | None = None,
+        *,
         lineage: Lineage | None = None,
     ) -> ImageLabels:
         """Labels from anything array-like; scores are 1, nothing is a crowd and areas are the boxes' unless given."""

@@ -69,7 +69,7 @@ class Lineage:
         rows = int(offsets[-1])
         return cls(
             born=np.full(rows, stage, np.int8),
-            born_row=np.arange(rows) - np.repeat(offsets[:-1], np.diff(offsets)),
+            born_row=(np.arange(rows) - np.repeat(offsets[:-1], np.diff(offsets))).astype(np.int32),
             stride=np.zeros(rows, np.int16),
             k=np.zeros(rows, np.int16),
             cluster=np.full(rows, -1, np.int16),

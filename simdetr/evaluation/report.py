@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from PIL import Image
 
 from simdetr.data.atomic_files import atomic_path
@@ -127,7 +127,7 @@ def render_report(data: ReportData) -> str:
     """
     comparison = summarise_seeds(data.comparison or [])
     seconds = [step.seconds for step in data.steps if step.seconds is not None]
-    return _template().render(
+    return page_template("report.html.jinja").render(
         data=data,
         reasons={**NOT_GIVEN, **data.missing},
         total_seconds=sum(seconds) if seconds else None,
@@ -161,16 +161,22 @@ def _columns_of(rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str
 
 
 @functools.cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def page_template(name: str) -> Template:
+    """A template of this folder; pages share their style and parts, see ``page_*.html.jinja``."""
+    environment = Environment(
+        loader=FunctionLoader(lambda file: resources.files("simdetr.evaluation").joinpath(file).read_text("utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {
         "data_uri": data_uri,
         "duration": format_duration,
         "mean_std": format_mean,
         "percent": _percent,
     }
-    source = resources.files("simdetr.evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(source)
+    return environment.get_template(name)
 
 
 def data_uri(image: Image.Image) -> str:

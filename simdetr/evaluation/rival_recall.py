@@ -133,10 +133,10 @@ def _evenly(image_ids: list[str]) -> list[str]:
 
 def _boxes_of(store: ProposalStore, wanted: frozenset[str]) -> dict[str, ImageLabels]:
     rows = store.iter_rows(["boxes_xyxy", "score"])
-    return {row.image_id: _best_first(row) for row in rows if row.image_id in wanted}
+    return {row.image_id: best_first(row) for row in rows if row.image_id in wanted}
 
 
-def _best_first(row: ProposalRow) -> ImageLabels:
+def best_first(row: ProposalRow) -> ImageLabels:
     """Boxes in the order of their scores, which may have any range; scores of labels end at 1."""
     boxes = row.regions.boxes_xyxy[np.argsort(-row.regions.score, kind="stable")]
     return ImageLabels.build(row.image_id, (row.height, row.width), boxes, np.zeros(len(boxes)))

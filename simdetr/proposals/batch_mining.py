@@ -53,8 +53,8 @@ class MiningConfig:
         kmeans_starts: Seedings of the k-means in the spectral embedding.
         cut_steps: Times that cells are moved between clusters to lower the normalised cut; 0 leaves the plain k-means.
         connectivity: 4 or 8 neighbours join cells to a region.
-        level_sets: Find the regions on a finer grid and rank them, in place of the filters; null follows the document.
-        filters: Box filters by name, each with its limit, in this order; not used with ``level_sets``.
+        level_sets: Find the regions on a finer grid and rank them, in place of the document's filters; null uses those.
+        filters: The document's box filters by name, each with its limit, in this order; for ``level_sets: null``.
         batch_size: Images of one shape that are encoded and clustered together; does not change the result.
         shard_size: Images per file of the store; a killed run loses at most one unfinished shard.
         max_unreadable: Fraction of unreadable images past which the run stops.
@@ -66,10 +66,10 @@ class MiningConfig:
     affinity: Affinity = "exp"
     temperature: float = 0.1
     centre: bool = True
-    kmeans_starts: int = 3
-    cut_steps: int = 2
+    kmeans_starts: int = 2
+    cut_steps: int = 1
     connectivity: int = 4
-    level_sets: LevelSets | None = None
+    level_sets: LevelSets | None = field(default_factory=LevelSets)
     filters: dict[str, float] = field(default_factory=_default_filters)
     batch_size: int = 16
     shard_size: int = 512

@@ -5,6 +5,7 @@ Decoders and resizing release the interpreter's lock, so threads decode as fast 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,12 +21,13 @@ SIDE_MULTIPLE = 32  # both sides become multiples of this, so that the grids of 
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """One image, shrunk, with its original size; or no pixels and the reason why it could not be read."""
+    """One image, shrunk, with its original size and how long it took; or no pixels and the reason why."""
 
     image_id: str
     pixels: Tensor | None
     size_hw: tuple[int, int] = (0, 0)
     reason: str = ""
+    seconds: float = 0.0
 
 
 class ImageLoading:
@@ -72,11 +74,15 @@ class ImageLoading:
 
 def load_image(record: ImageRecord, image_size: int) -> LoadedImage:
     """Read and shrink one image; a file that cannot be decoded gives the reason instead of pixels."""
+    start = time.perf_counter()
     try:
         image = read_image(record)
     except UnreadableImageError as error:
         return LoadedImage(record.id, None, reason=error.reason)
-    return LoadedImage(record.id, shrink(image, image_size), (image.shape[1], image.shape[2]))
+    pixels = shrink(image, image_size)
+    return LoadedImage(
+        record.id, pixels, (image.shape[1], image.shape[2]), seconds=time.perf_counter() - start
+    )
 
 
 def shrink(image: Tensor, image_size: int) -> Tensor:

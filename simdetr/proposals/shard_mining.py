@@ -64,7 +64,7 @@ def mine_free_shards(
         writer = stack.enter_context(ThreadPoolExecutor(1))
         writing: Future[None] | None = None
         for shard, images in groupby(loaded, lambda image: source.position(image.image_id) // manifest.shard_size):
-            rows, reasons = _mine_shard(_counted(images, advance), encoder, config, device)
+            rows, reasons = mine_rows(_counted(images, advance), encoder, config, device)
             if writing is not None:
                 writing.result()
             unreadable.check(reasons)
@@ -76,10 +76,10 @@ def mine_free_shards(
 
 
 @torch.no_grad()
-def _mine_shard(
+def mine_rows(
     images: Iterable[LoadedImage], encoder: Encoder, config: MiningConfig, device: str | torch.device
 ) -> tuple[list[ProposalRow], dict[str, str]]:
-    """Rows of one shard's images in source order, and the reasons of the unreadable ones."""
+    """Rows of one shard's images in their order, and the reasons by id of the unreadable ones."""
     waiting: dict[torch.Size, list[tuple[int, LoadedImage]]] = defaultdict(list)
     rows: dict[int, ProposalRow] = {}
     unreadable: dict[str, str] = {}

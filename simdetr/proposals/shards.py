@@ -142,6 +142,13 @@ def to_table(rows: Sequence[ProposalRow], dim: int, notes: Mapping[str, Any]) ->
     )
 
 
+def to_bytes(table: pa.Table) -> pa.Buffer:
+    """The file of a shard, in memory."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, store_schema=True)
+    return sink.getvalue()
+
+
 def read_table(path: Location, columns: list[str] | None = None) -> pa.Table:
     """Read a shard and verify the checksums of what is read; OSError or ValueError if it is damaged."""
     with path.open("rb") as stream:

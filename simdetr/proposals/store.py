@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 
 from simdetr.data.locations import Location, locate, write_whole
@@ -29,6 +27,7 @@ from simdetr.proposals.shards import (
     read_footer,
     read_notes,
     read_table,
+    to_bytes,
     to_shard,
     to_table,
 )
@@ -139,10 +138,8 @@ class ProposalStore:
         """
         table = to_table(rows, self.manifest.region_dim, {"shard": shard, "unreadable": dict(unreadable or {})})
         path = self.shard_path(shard)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True, store_schema=True)
         try:
-            write_whole(path, sink.getvalue())
+            write_whole(path, to_bytes(table))
         except OSError as error:
             raise StoreError(
                 f"cannot write {path}: {error}. {len(self.written())} of {self.manifest.num_shards} shards are safe; "

@@ -73,6 +73,14 @@ def full_report():
         command="simdetr pretrain --images 'a & b'",
         steps=[StepRow("Mine proposals", "1,234 proposals", 75.0, "8 images"), StepRow("Cluster", "16 classes", 2.0)],
         samples=[Sample("a/<b>.jpg", [("mined: 3 boxes", picture), ("stage 1: 2 boxes", picture)])],
+        births=[("mined", (10, 20, 255)), ("stage <1>", (0, 200, 30))],
+        origins=[
+            {"stage": "mined", "boxes": 1234, "mined_left": 1234, "mined": 1234, "shares": {"stride 32, K 2": 1.0}},
+            {
+                "stage": "stage 1", "boxes": 50, "mined_left": 617, "mined": 1234,
+                "shares": {"stride 32, K 2": 0.25, "stage <1>": 0.75},
+            },
+        ],
         montages=[("class 0: 12 boxes", picture)],
         clustering=clustering_record(fit_kmeans(torch.eye(40), 3, spherical=False), {"num_classes": 3}),
         recall=[
@@ -99,6 +107,10 @@ def test_page_shows_every_part(full_report):
         "1 min 15 s · 8 images",
         "a/<b>.jpg",
         "mined: 3 boxes",
+        "A colour says where a box was found first: mined stage <1>.",
+        "stageboxesmined boxes leftstride 32, K 2stage <1>",
+        "mined1,2341,234 (100.0 %)100.0–",
+        "stage 150617 (50.0 %)25.075.0",
         "class 0: 12 boxes",
         "effective classes",
         "inertia per region",
@@ -126,6 +138,7 @@ def test_page_needs_nothing_else(full_report):
     assert page.links and {link[1:] for link in page.links if link.startswith("#")} <= page.ids
     assert all(link.startswith("#") for link in page.links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "background: rgb(10, 20, 255)" in html
     assert not re.search(r"url\((?!#)|@import|\son\w+=", html)
 
 
@@ -133,7 +146,8 @@ def test_empty_parts_say_why():
     page = Page(render_report(ReportData("t", "now", missing={"recall": "the labels are on Mars."})))
     text = " ".join(page.text.split())
     reasons = {**NOT_GIVEN, "recall": "the labels are on Mars."}
-    assert len(reasons) == 8
+    assert len(reasons) == 9
+    assert "a colour is a class" in text
     for reason in reasons.values():
         assert f"Not shown: {reason}" in text
 

@@ -18,7 +18,7 @@ from simdetr.proposals.store import Manifest, ProposalRow, ProposalStore, StoreE
 KINDS, DIMS = 4, 6
 
 
-def make_store(folder, regions_per_image, shard_size=4, seed=0):
+def make_store(folder, regions_per_image, shard_size=4, seed=0, best_score=1.0):
     """Regions of four kinds: the feature points along an axis, with noise; the box's left edge tells the kind."""
     rng = np.random.default_rng(seed)
     manifest = Manifest({}, "encoder", "source", len(regions_per_image), shard_size, DIMS)
@@ -33,10 +33,10 @@ def make_store(folder, regions_per_image, shard_size=4, seed=0):
             boxes_xyxy=boxes.astype(np.float32).reshape(-1, 4),
             features=features.astype(np.float32).reshape(-1, DIMS),
             area=rng.uniform(10, 20, count).astype(np.float32),
-            stride=np.full(count, 16, np.int16),
-            k=np.full(count, 8, np.int16),
+            stride=np.where(kind % 2, 16, 32).astype(np.int16),
+            k=np.full(count, 8 + index, np.int16),
             cluster=kind.astype(np.int16),
-            score=np.ones(count, np.float32),
+            score=np.linspace(best_score, 1, count, dtype=np.float32),
         )
         rows.append(ProposalRow(f"{index}.jpg", 40, 60 + index, regions))
     for shard in range(manifest.num_shards):
@@ -62,8 +62,19 @@ def test_classes_are_the_planted_kinds_and_columns_are_as_mined(store):
         np.testing.assert_array_equal(own.boxes_xyxy, row.regions.boxes_xyxy)
         np.testing.assert_array_equal(own.areas, row.regions.area)
         assert (own.scores == 1).all() and not own.crowd.any()
+        for name in ("stride", "k", "cluster"):
+            np.testing.assert_array_equal(getattr(own.lineage, name), getattr(row.regions, name))
+        assert not own.lineage.born.any() and own.lineage.born_row.tolist() == list(range(len(own)))
         pairs |= set(zip(own.boxes_xyxy[:, 0].tolist(), own.classes.tolist(), strict=True))
     assert len(pairs) == KINDS  # each kind one class, each class one kind
+
+
+def test_scores_keep_their_order_and_end_at_one(tmp_path):
+    store, rows = make_store(tmp_path / "proposals", [5, 0, 7], best_score=4)
+    labels = make_pseudo_labels(store, 1)
+    np.testing.assert_allclose(labels.scores, np.concatenate([row.regions.score for row in rows]) / 4)
+    store, rows = make_store(tmp_path / "sure of less", [5, 0, 7], best_score=0.25)
+    assert make_pseudo_labels(store, 1).scores.tolist() == [s for row in rows for s in row.regions.score.tolist()]
 
 
 def test_spherical_or_not(store):

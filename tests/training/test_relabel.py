@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from simdetr.boxes import pairwise_iou
 from simdetr.data.images import open_images
 from simdetr.data.labels import Category, read_labels
+from simdetr.data.lineage import LINEAGE_COLUMNS
 from simdetr.training.relabel import InferenceSettings, keep_boxes, relabel
 
 module = sys.modules["simdetr.training.relabel"]  # the package gives the function this name
@@ -48,6 +50,8 @@ def test_relabelling_resumes_part_by_part(make_detector, scenes, tmp_path, monke
     source, detector = open_images(scenes), make_detector(3)
     whole = relabel(detector, source, CATEGORIES, SETTINGS, tmp_path / "whole.parquet", stage=1)
     assert (len(whole), whole.stage, whole.categories) == (12, 1, CATEGORIES)
+    assert whole.lineage is None  # nothing before it
+    before = replace(whole.select(whole.image_ids[:9]), stage=0)
 
     seen = []
     detect = module.detect
@@ -62,16 +66,21 @@ def test_relabelling_resumes_part_by_part(make_detector, scenes, tmp_path, monke
     monkeypatch.setattr(module, "detect", dying)
     arguments = (detector, source, CATEGORIES, SETTINGS, tmp_path / "killed.parquet")
     with pytest.raises(KeyboardInterrupt):
-        relabel(*arguments, stage=1)
+        relabel(*arguments, stage=1, before=before)
     assert not (tmp_path / "killed.parquet").exists()
     moved = []
-    relabel(*arguments, stage=1, progress=moved.append)
+    relabel(*arguments, stage=1, before=before, progress=moved.append)
     assert seen == [source.ids[0], source.ids[5], None, source.ids[10]]  # no part twice
     assert sum(moved) == 12
     killed = read_labels(tmp_path / "killed.parquet")
     assert killed.image_ids == whole.image_ids
     for name in ("offsets", "boxes_xyxy", "classes", "scores"):
         assert np.array_equal(getattr(killed, name), getattr(whole, name))
+    assert killed.lineage.born.tolist() == [0] * before.offsets[-1] + [1] * (whole.offsets[-1] - before.offsets[-1])
+    monkeypatch.setattr(module, "detect", detect)
+    at_once = relabel(detector, source, CATEGORIES, SETTINGS, tmp_path / "again.parquet", stage=1, before=before)
+    for name in LINEAGE_COLUMNS:
+        assert np.array_equal(getattr(killed.lineage, name), getattr(at_once.lineage, name))
     assert not list(tmp_path.glob("*.parts"))
 
 

@@ -1,0 +1,76 @@
+"""What ``simdetr mine`` and ``simdetr cluster`` do: images in, a store of proposals, its preview, or labels out.
+
+Heavy packages are imported inside the functions, so that ``simdetr --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+OUT = Console()
+
+
+def mine(
+    images: str,
+    out: str,
+    config: tuple[str, ...] = (),
+    device: str | None = None,
+    options: tuple[str, ...] = (),
+    num_ranks: int = 1,
+) -> None:
+    """Mine object proposals of a set of images into a store that ``cluster`` reads.
+
+    Args:
+        images: Folder, list file, COCO JSON, or .tar files such as "shards/{000..009}.tar"; a URL such as s3://bucket/x.
+        out: Run folder or URL; an unfinished run in it is resumed.
+        config: YAML files; the defaults without any.
+        device: Torch device; the GPU if there is one.
+        options: ``--section.name=value`` strings.
+        num_ranks: Processes on this machine that share the images; each takes its own GPU.
+    """
+    from simdetr import pipeline
+    from simdetr.proposals.pseudo_labels import count_regions
+
+    store = pipeline.mine_proposals(images, out, config, device=device, options=options, num_ranks=num_ranks)
+    OUT.print(f"{count_regions(store):,} proposals on {len(store):,} images in {store.folder}", soft_wrap=True)
+
+
+def cluster(
+    run: Path,
+    num_classes: int = 2048,
+    seed: int = 0,
+    spherical: bool = True,
+    max_iterations: int = 50,
+    backend: Literal["torch", "faiss"] = "torch",
+    device: str | None = None,
+) -> None:
+    """Give mined proposals pseudo-classes: the labels of stage 0.
+
+    Killed, it goes on after its last iteration. ``torchrun --nproc-per-node N -m simdetr cluster ...`` shares the work.
+
+    Args:
+        run: Run folder with mined proposals.
+        num_classes: Pseudo-classes; 1 = class-unaware.
+        seed: Seed of the starting centroids.
+        spherical: Compare features by direction, not by distance.
+        max_iterations: Passes over all features at most.
+        backend: What finds the nearest centroid; torch is the faster on CPUs.
+        device: Torch device; the GPU if there is one.
+    """
+    from simdetr import pipeline
+    from simdetr.training.run_folder import leads
+
+    labels = pipeline.cluster_proposals(
+        run,
+        num_classes=num_classes,
+        seed=seed,
+        spherical=spherical,
+        max_iterations=max_iterations,
+        backend=backend,
+        device=device,
+    )
+    if leads():
+        OUT.print(f"{len(labels.boxes_xyxy):,} boxes in {labels.num_classes:,} pseudo-classes")
