@@ -1,8 +1,8 @@
 """K-means against faiss-cpu, on one rank and on two, and its peak memory for few and many regions.
 
 Four parts, each a ratio within one run: seconds of an iteration (assignment, sums and new centroids of all rows) of
-ours and of faiss.Kmeans, taking turns; one rank against two, one thread each, taking turns; the inertia of both backends and
-of faiss' own iterations from the same starts; peak memory of a process that clusters a store on disk, streamed.
+ours and of faiss.Kmeans, taking turns; one rank against two, one thread each, taking turns; the inertia of both backends
+and of faiss' own iterations from the same starts; peak memory of a process that clusters a store on disk, streamed.
 
 python -m benchmarks.kmeans --rows 250000     a quicker look
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -184,7 +184,9 @@ def write_store(folder: Path, regions: int) -> None:
 
 
 def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Of this process since it began; getrusage would also tell what its parent had when it started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def cluster_once(folder: Path) -> dict[str, float]:

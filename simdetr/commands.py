@@ -75,6 +75,7 @@ def pretrain(
     device: str | None = None,
     options: tuple[str, ...] = (),
     num_ranks: int = 1,
+    encoder: str | None = None,
 ) -> None:
     """Pretrain a detector on unlabelled images: mine, cluster, then train and relabel for each stage.
 
@@ -88,9 +89,12 @@ def pretrain(
         device: Torch device of mining and relabelling; the GPU if there is one.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
         num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
+        encoder: Folder of ``simdetr encoder fit``, or a timm model whose weights are fetched; over the config's.
     """
     from simdetr import pipeline
+    from simdetr.encoder_choice import encoder_options
 
+    options = (*encoder_options(encoder), *options)
     run = pipeline.pretrain(images, out, config, truth=truth, device=device, options=options, num_ranks=num_ranks)
     OUT.print(f"report: {run.report}", soft_wrap=True)
 

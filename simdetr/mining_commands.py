@@ -20,8 +20,11 @@ def mine(
     device: str | None = None,
     options: tuple[str, ...] = (),
     num_ranks: int = 1,
+    encoder: str | None = None,
+    preview: int | None = None,
+    truth: Path | None = None,
 ) -> None:
-    """Mine object proposals of a set of images into a store that ``cluster`` reads.
+    """Mine object proposals of a set of images into a store that ``cluster`` reads; or preview what that would give.
 
     Args:
         images: Folder, list file, COCO JSON, or .tar files such as "shards/{000..009}.tar"; a URL such as s3://bucket/x.
@@ -30,10 +33,26 @@ def mine(
         device: Torch device; the GPU if there is one.
         options: ``--section.name=value`` strings.
         num_ranks: Processes on this machine that share the images; each takes its own GPU.
+        encoder: Folder of ``simdetr encoder fit``, or a timm model whose weights are fetched; over the config's.
+        preview: Mine so many images in memory, and tell and draw what all would give and cost; stores no proposals.
+        truth: COCO JSON with boxes for some of these images, for the preview's recall.
     """
     from simdetr import pipeline
+    from simdetr.data.locations import locate
+    from simdetr.encoder_choice import encoder_options
+    from simdetr.evaluation.preview_page import preview_table
     from simdetr.proposals.pseudo_labels import count_regions
 
+    if truth is not None and preview is None:
+        raise ValueError("truth: expected --preview beside it; mining does not look at labels")
+    options = (*encoder_options(encoder), *options)
+    if preview is not None:
+        record = pipeline.preview_mining(
+            images, out, config, count=preview, truth=truth, device=device, options=options, num_ranks=num_ranks
+        )
+        OUT.print(preview_table(record), markup=False, highlight=False, soft_wrap=True)
+        OUT.print(f"page: {locate(out) / 'preview' / 'index.html'}", highlight=False, soft_wrap=True)
+        return
     store = pipeline.mine_proposals(images, out, config, device=device, options=options, num_ranks=num_ranks)
     OUT.print(f"{count_regions(store):,} proposals on {len(store):,} images in {store.folder}", soft_wrap=True)
 

@@ -126,7 +126,7 @@ def _process(job: MiningJob, rank: Rank, bar: MiningBar) -> Iterator[_Process]:
     """Start a process that ends with this block; it also ends when this process dies, because its stdin closes."""
     names = {"RANK": rank.index, "LOCAL_RANK": rank.index, "WORLD_SIZE": rank.count, "LOCAL_WORLD_SIZE": rank.count}
     environment = os.environ | {name: str(value) for name, value in names.items()}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // rank.count)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // rank.count)))
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as messages:
         process = subprocess.Popen(
             [sys.executable, "-c", _CODE],
@@ -158,7 +158,7 @@ def _hear(counts: IO[str], bar: MiningBar) -> None:
         bar.advance(int(line))
 
 
-def _cores() -> int:
+def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 

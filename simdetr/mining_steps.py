@@ -5,15 +5,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from simdetr.data.images import open_images
 from simdetr.data.labels import Labels, write_labels
 from simdetr.data.locations import locate
+from simdetr.evaluation import mining_preview
+from simdetr.evaluation.preview_page import write_preview
+from simdetr.evaluation.preview_record import Machine, preview_record
 from simdetr.inference import default_device
-from simdetr.mining_ranks import MiningJob
+from simdetr.mining_ranks import MiningJob, cores
 from simdetr.proposals.kmeans import Backend
 from simdetr.proposals.kmeans_ranks import process_group, rank
 from simdetr.proposals.pseudo_labels import make_pseudo_labels
+from simdetr.proposals.shard_claims import Rank
 from simdetr.proposals.store import ProposalStore
+from simdetr.training.datamodule import read_training_labels
 from simdetr.training.run_folder import RunFolder
 
 
@@ -35,6 +44,45 @@ def mine_proposals(
     job = MiningJob(str(images), str(store), tuple(str(path) for path in config), tuple(options), device)
     progress = sys.stderr.isatty()
     return job.run(progress=progress) if num_ranks == 1 else job.run_in_ranks(num_ranks, progress=progress)
+
+
+def preview_mining(
+    images: str | Path,
+    out: str | Path,
+    config: Sequence[str | Path] = (),
+    *,
+    count: int = 50,
+    truth: str | Path | None = None,
+    device: str | None = None,
+    options: Sequence[str] = (),
+    num_ranks: int = 1,
+) -> dict[str, Any]:
+    """What ``mine_proposals`` would give and cost, from a few images mined in memory; ``out``/proposals is not touched.
+
+    Args:
+        images: As for ``pretrain``.
+        out: Run folder or URL; ``out``/preview/ gets ``index.html`` and ``preview.json``.
+        config: YAML files, later ones over earlier ones.
+        count: Images to mine, evenly spaced.
+        truth: COCO JSON with boxes for some of these images, for recall; those images are taken first.
+        device: Torch device; the GPU if there is one.
+        options: ``--section.name=value`` strings, over the files.
+        num_ranks: Processes of the full run, for the estimate of its time.
+
+    Returns:
+        The content of ``preview.json``.
+    """
+    if num_ranks < 1 or Rank.from_environment().count > 1:
+        raise ValueError("num_ranks: expected at least 1, and a preview in one process; leave torchrun or srun out")
+    known = None if truth is None else read_training_labels(Path(truth))
+    job = MiningJob(str(images), "", tuple(str(path) for path in config), tuple(options), device)
+    sections, source = job.sections(), open_images(images)
+    preview = mining_preview.preview_mining(
+        source, sections.encoder, sections.mining, count, truth=known, device=job.own_device
+    )
+    record = preview_record(preview, Machine(cores(), torch.cuda.device_count()), num_ranks)
+    write_preview(preview, record, locate(out) / "preview")
+    return record
 
 
 def cluster_proposals(

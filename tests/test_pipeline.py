@@ -47,7 +47,7 @@ def test_pretraining_makes_every_part_of_a_run(run, scenes):
     assert steps == ["mine", "cluster", "fit-stage1", "relabel-stage1", "fit-stage2", "relabel-stage2"]
     mined = read_labels(run.labels(0))
     assert (mined.stage, mined.num_classes, len(mined)) == (0, 3, 12)
-    assert set(mined.scores.tolist()) == {1.0}
+    assert mined.scores.min() > 0 and mined.scores.max() <= 1 and len(np.unique(mined.scores)) > 3  # the miner's
     for stage in (1, 2):
         labels = read_labels(run.labels(stage))
         assert (labels.stage, labels.num_classes, labels.image_ids) == (stage, 3, mined.image_ids)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simdetr.data.labels import ImageLabels, Labels
+from simdetr.data.lineage import Lineage
 from simdetr.evaluation.drawing import Colour, class_colour
 
 
@@ -53,17 +54,31 @@ def origin_rows(stages: Mapping[int, Labels]) -> list[dict[str, Any]]:
         lineage = labels.lineage
         if lineage is None:
             continue
-        by_mining = lineage.born == 0
         image = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
-        ancestors = np.unique(np.stack((image[by_mining], lineage.born_row[by_mining])), axis=1).shape[1]
-        origins, counts = np.unique(
-            np.stack((lineage.born, -lineage.stride, lineage.k)).astype(np.int64), axis=1, return_counts=True
+        ancestors = _distinct(image, lineage.born_row)[lineage.born == 0]
+        _, firsts, counts = np.unique(
+            _distinct(lineage.born, -lineage.stride, lineage.k), return_index=True, return_counts=True
         )
-        shares = {_title(*origin): count / len(image) for origin, count in zip(origins.T.tolist(), counts, strict=True)}
-        row = {"stage": stage_title(stage), "boxes": len(image), "mined_left": ancestors, "mined": mined}
+        shares = {_title(lineage, box): count / len(image) for box, count in zip(firsts, counts.tolist(), strict=True)}
+        row = {
+            "stage": stage_title(stage),
+            "boxes": len(image),
+            "mined_left": len(np.unique(ancestors)),
+            "mined": mined,
+        }
         rows.append(row | {"shares": shares})
     return rows
 
 
-def _title(born: int, negative_stride: int, k: int) -> str:
-    return stage_title(born) if not k else f"stride {-negative_stride}, K {k}"
+def _distinct(*columns: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """One number per row, in the order of the rows: to count distinct rows by numbers is tenfold faster."""
+    number = np.zeros(len(columns[0]), np.int64)
+    for column in columns:
+        low, high = (int(column.min()), int(column.max())) if len(column) else (0, 0)
+        number = number * (high - low + 1) + (column.astype(np.int64) - low)
+    return number
+
+
+def _title(lineage: Lineage, box: int) -> str:
+    stride, k = int(lineage.stride[box]), int(lineage.k[box])
+    return f"stride {stride}, K {k}" if k else stage_title(int(lineage.born[box]))

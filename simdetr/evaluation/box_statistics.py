@@ -48,7 +48,7 @@ class BoxStatistics:
             boxes_xyxy: per image [n, 4], pixels.
             sizes_hw: (height, width) of the N images, pixels.
         """
-        columns: list[tuple[NDArray[Any], ...]] = []
+        columns: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
         for boxes, (height, width) in zip(boxes_xyxy, sizes_hw, strict=True):
             across, down = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64).T
             overlaps = pairwise_iou(torch.as_tensor(boxes), torch.as_tensor(boxes)).fill_diagonal_(0).numpy()
@@ -57,8 +57,8 @@ class BoxStatistics:
                 (
                     np.sqrt(across * down / (height * width)),
                     across / np.maximum(down, 1e-9),
-                    (overlaps > COPY_IOU).any(axis=1),
-                    (gaps < BORDER_PX).any(axis=1),
+                    np.any(overlaps > COPY_IOU, axis=1),
+                    np.any(gaps < BORDER_PX, axis=1),
                 )
             )
         empty = (np.zeros(0), np.zeros(0), np.zeros(0, bool), np.zeros(0, bool))
@@ -69,8 +69,11 @@ class BoxStatistics:
         return len(self.size)
 
     def summary(self) -> dict[str, Any]:
-        """Plain numbers: ``per_image`` (min, median, max and the number of images by number of boxes), ``size``,
-        ``aspect`` (median and histogram), ``copied`` and ``at_border`` (shares of the boxes; 0 without any).
+        """Plain numbers, as JSON can hold them.
+
+        Returns:
+            ``boxes``; ``per_image`` (min, median, max, and the number of ``images`` by number of boxes); ``size`` and
+            ``aspect`` (median and histogram); ``copied`` and ``at_border``, shares of the boxes, 0 without any.
         """
         counts = self.per_image if len(self.per_image) else np.zeros(1, np.int64)
         return {

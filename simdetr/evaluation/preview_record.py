@@ -60,11 +60,11 @@ def preview_record(preview: MiningPreview, machine: Machine, num_ranks: int = 1)
 def full_run(preview: MiningPreview, machine: Machine, num_ranks: int = 1) -> dict[str, Any]:
     """Seconds, bytes on disk and bytes in memory that mining the whole source takes, and what that assumes."""
     total, shard_size = len(preview.source), preview.config.shard_size
-    shards = -(-total // shard_size)
+    shards, busy = -(-total // shard_size), preview.time.busy_cores
     seconds = preview.time.total / preview.previewed * total
     on_gpu = preview.device.startswith("cuda")
-    speedup = min(num_ranks, machine.gpus if on_gpu else max(1.0, machine.cores / preview.time.busy_cores))
-    share = f"{machine.gpus} GPUs" if on_gpu else f"{machine.cores} cores, of which this one kept {{:.1f}} busy"
+    speedup = min(num_ranks, machine.gpus if on_gpu else max(1.0, machine.cores / busy))
+    limit = f"{machine.gpus} GPUs" if on_gpu else f"{machine.cores} cores, of which one process keeps {busy:.1f} busy"
     kept = 2 * preview.held_bytes * min(shard_size, total)
     return {
         "images": total,
@@ -78,7 +78,7 @@ def full_run(preview: MiningPreview, machine: Machine, num_ranks: int = 1) -> di
         "device_memory_bytes": preview.device_peak_bytes,
         "assumptions": [
             "time: the other images cost what the previewed ones did, and the machine does nothing else",
-            f"{num_ranks} processes: as fast as this one each, up to {share.format(preview.time.busy_cores)}; not measured",
+            f"{num_ranks} processes: each as fast as this one, up to {limit}; not measured",
             "disk: the other images' regions take what those of the previewed ones take in Parquet",
             "memory: the peak of this process and two shards of regions; each process needs as much",
         ],

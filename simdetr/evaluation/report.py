@@ -26,6 +26,7 @@ from simdetr.evaluation.drawing import Colour
 from simdetr.evaluation.learning_curves import MAX_POINTS, Curve, draw_curve
 
 JPEG_QUALITY = 80
+BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 NOT_GIVEN = {
     "steps": "no step has been recorded.",
     "samples": "no sample images were given.",
@@ -162,7 +163,7 @@ def _columns_of(rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str
 
 @functools.cache
 def page_template(name: str) -> Template:
-    """A template of this folder; pages share their style and parts, see ``page_*.html.jinja``."""
+    """A template of this folder; the pages share ``page_style.html.jinja``."""
     environment = Environment(
         loader=FunctionLoader(lambda file: resources.files("simdetr.evaluation").joinpath(file).read_text("utf-8")),
         autoescape=True,
@@ -171,6 +172,7 @@ def page_template(name: str) -> Template:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "bytes": format_bytes,
         "data_uri": data_uri,
         "duration": format_duration,
         "mean_std": format_mean,
@@ -199,6 +201,16 @@ def format_duration(seconds: float | None) -> str:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(whole / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_bytes(count: float | None) -> str:
+    """``950 B``, ``1.3 kB``, ``14 MB``; a dash for None."""
+    if count is None:
+        return "–"
+    power = 0
+    while count >= 999.5 and power < len(BYTE_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.1f} {BYTE_UNITS[power]}" if power and count < 9.95 else f"{count:.0f} {BYTE_UNITS[power]}"
 
 
 def _percent(fraction: float) -> str:

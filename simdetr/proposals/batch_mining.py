@@ -22,7 +22,7 @@ from simdetr.proposals.ranking import rank_shapes, shapes_to_regions
 from simdetr.proposals.regions import Candidates, Regions, find_candidates, to_regions
 from simdetr.proposals.spectral_clustering import Affinity, spectral_clustering
 
-IMAGES_IN_CACHE = 2  # whose level sets the host works on together
+IMAGES_IN_CACHE = 1  # whose level sets the host works on together
 
 
 def _default_clusters() -> dict[int, list[int]]:

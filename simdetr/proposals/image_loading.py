@@ -80,9 +80,7 @@ def load_image(record: ImageRecord, image_size: int) -> LoadedImage:
     except UnreadableImageError as error:
         return LoadedImage(record.id, None, reason=error.reason)
     pixels = shrink(image, image_size)
-    return LoadedImage(
-        record.id, pixels, (image.shape[1], image.shape[2]), seconds=time.perf_counter() - start
-    )
+    return LoadedImage(record.id, pixels, (image.shape[1], image.shape[2]), seconds=time.perf_counter() - start)
 
 
 def shrink(image: Tensor, image_size: int) -> Tensor:

@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from simdetr.proposals.kmeans_ranks import sum_over_ranks
+from simdetr.proposals.kmeans_threads import in_order
 
 Backend = Literal["torch", "faiss"]
 Nearest = Callable[[Tensor], Tensor]
 _TILE_BYTES = 1 << 23  # of a tile's distances on the CPU: they stay in the cache between product and minimum
 _TILE_BYTES_GPU = 1 << 28
 _FAISS_TILE_ROWS = 1 << 14  # it cuts tiles of its own
+_PIECE_ROWS, _PIECE_ROWS_GPU = 1 << 14, 1 << 18  # one thread's work at a time
 _IMAGES = 16  # single-threaded, torch leaves a 1 × 1 convolution to oneDNN only from so many images on
 
 
@@ -66,27 +68,46 @@ def assign_blocks(blocks: Iterable[Tensor], centroids: Tensor, spherical: bool, 
         spherical: compare rows by direction; the centroids are of unit length then.
         backend: what finds the nearest centroid.
     """
-    clusters, dims = centroids.shape
     nearest = faiss_nearest(centroids) if backend == "faiss" else torch_nearest(centroids)
-    sums = torch.zeros(clusters, dims, dtype=torch.float64, device=centroids.device)
+    piece_rows = _PIECE_ROWS if centroids.device.type == "cpu" else _PIECE_ROWS_GPU
+    pieces = (piece for block in blocks if len(block) for piece in torch.split(block, piece_rows))
+
+    def assign(piece: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _assign_piece(piece, centroids, spherical, nearest, tile_rows(centroids, backend))
+
+    sums = torch.zeros(centroids.shape, dtype=torch.float64, device=centroids.device)
     squares = torch.zeros((), dtype=torch.float64, device=centroids.device)
     labels = [torch.zeros(0, dtype=torch.int32, device=centroids.device)]
-    for block in blocks:
-        for tile in torch.split(block, tile_rows(centroids, backend)) if len(block) else ():
-            rows = prepare_rows(tile.to(centroids.device), spherical)
-            label = nearest(rows)
-            exact = rows.double()
-            sums.index_add_(0, label, exact)
-            squares += exact.square().sum()
-            labels.append(label.int())
+    threads = torch.get_num_threads() if backend == "torch" and centroids.device.type == "cpu" else 1
+    for own_sums, own_squares, own_labels in in_order(assign, pieces, threads) if threads > 1 else map(assign, pieces):
+        sums += own_sums
+        squares += own_squares
+        labels.append(own_labels)
     own = torch.cat(labels)
-    counts = torch.bincount(own, minlength=clusters)
+    counts = torch.bincount(own, minlength=len(centroids))
     total = sum_over_ranks(torch.cat((sums.flatten(), counts.double(), squares[None])))
-    sums, counts = total[: sums.numel()].view(clusters, dims), total[sums.numel() : -1].long()
+    sums, counts = total[: sums.numel()].view_as(sums), total[sums.numel() : -1].long()
     # |x - c|² summed over the rows of every cluster, without a second look at them
     exact = centroids.double()
     inertia = total[-1] - 2 * (sums * exact).sum() + (counts * exact.square().sum(dim=1)).sum()
     return Assignment(sums, counts, max(0.0, float(inertia)), own.cpu())
+
+
+def _assign_piece(
+    piece: Tensor, centroids: Tensor, spherical: bool, nearest: Nearest, tile_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums float64 [C, D], the sum of all squares and labels int32 [n] of some rows."""
+    sums = torch.zeros(centroids.shape, dtype=torch.float64, device=centroids.device)
+    squares = torch.zeros((), dtype=torch.float64, device=centroids.device)
+    labels = []
+    for tile in torch.split(piece, tile_rows):
+        rows = prepare_rows(tile.to(centroids.device), spherical)
+        label = nearest(rows)
+        exact = rows.double()
+        sums.index_add_(0, label, exact)
+        squares += exact.square().sum()
+        labels.append(label.int())
+    return sums, squares, torch.cat(labels)
 
 
 def nearest_cluster(rows: Tensor, centroids: Tensor) -> Tensor:

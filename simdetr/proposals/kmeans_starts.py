@@ -18,6 +18,7 @@ from simdetr.proposals.kmeans_ranks import gather, world_size
 _SAMPLE_PER_CLUSTER = 16
 _SAMPLE_AT_LEAST = 8192
 _EXTRA_TRIALS = 2  # of greedy k-means++, beside the logarithm of C
+_STARTS_PER_NEW, _NEW_AT_MOST = 32, 16  # starts drawn at once: one for so many that there are, and at most so many
 
 
 def sample_rows(blocks: Iterable[Tensor], num_clusters: int, spherical: bool, seed: int) -> Tensor:
@@ -96,28 +97,33 @@ def spread_starts(sample: Tensor, num_clusters: int, generator: torch.Generator)
     """Greedy k-means++ (Arthur and Vassilvitskii 2007) within a sample: [m, D] to C starts [C, D].
 
     Each new start is drawn in proportion to the squared distance from the starts so far; of several draws the one that
-    lowers the sum most is taken.
+    lowers the sum most is taken. Past the first starts, a few at a time are drawn from the same distances (as in
+    k-means||, Bahmani et al. 2012): among many starts two new ones seldom fall close to each other, and one pass over
+    the sample serves them all.
     """
     trials = _EXTRA_TRIALS + int(log(num_clusters))
     norms = sample.square().sum(dim=1)
-    first = int(torch.randint(len(sample), (), generator=generator))
-    chosen = [first]
-    distance = _squared_distances(sample, norms, torch.tensor([first]))[:, 0]
-    for _ in range(num_clusters - 1):
+    chosen = torch.randint(len(sample), (1,), generator=generator)
+    distance = _squared_distances(sample, norms, chosen)[:, 0]
+    while len(chosen) < num_clusters:
+        count = min(max(1, len(chosen) // _STARTS_PER_NEW), _NEW_AT_MOST, num_clusters - len(chosen))
         cumulative = distance.double().cumsum(dim=0).cpu()
         if float(cumulative[-1]) <= 0:  # fewer different rows than clusters: the rest coincide
-            draws = torch.randint(len(sample), (1,), generator=generator)
+            draws = torch.randint(len(sample), (count * trials,), generator=generator)
         else:
-            points = torch.rand(trials, generator=generator, dtype=torch.float64) * cumulative[-1]
+            points = torch.rand(count * trials, generator=generator, dtype=torch.float64) * cumulative[-1]
             draws = torch.searchsorted(cumulative, points).clamp(max=len(sample) - 1)
-        candidates = torch.minimum(_squared_distances(sample, norms, draws), distance[:, None])
-        best = int(candidates.sum(dim=0).argmin())
-        chosen.append(int(draws[best]))
-        distance = candidates[:, best]
-    return sample[torch.tensor(chosen, device=sample.device)].clone()
+        candidates = _squared_distances(sample, norms, draws)
+        torch.minimum(candidates, distance[:, None], out=candidates)
+        best = candidates.sum(dim=0).view(count, trials).argmin(dim=1)
+        best += trials * torch.arange(count, device=sample.device)
+        chosen = torch.cat((chosen, draws[best.cpu()]))
+        distance = candidates[:, best].amin(dim=1)
+    return sample[chosen.to(sample.device)].clone()
 
 
 def _squared_distances(sample: Tensor, norms: Tensor, picks: Tensor) -> Tensor:
     """Of all rows [m, D] to picked rows, [m, number of picks]."""
     picks = picks.to(sample.device)
-    return (norms[:, None] + norms[picks] - 2 * sample @ sample[picks].T).clamp(min=0)
+    distances = torch.addmm(norms[picks], sample, sample[picks].T, alpha=-2)
+    return distances.add_(norms[:, None]).clamp_(min=0)

@@ -47,8 +47,8 @@ class LevelSets:
     """
 
     cell_px: int = 4
-    levels: tuple[float, ...] = (0.1, 0.35, 0.7, 0.9)
-    erosion: int = 2
+    levels: tuple[float, ...] = (0.05, 0.15, 0.35, 0.7, 0.9)
+    erosion: int = 0
     min_cells: int = 8
     max_boxes: int = 25
     max_iou: float = 0.65
@@ -81,7 +81,7 @@ class Shapes:
         boxes: float32 [S, 4], x0, y0, x1, y1 in fine cells, grown back by the erosion.
         edge: float32 [S], mean strength of the image's edges along the contour.
         cells: int64 [M], place y W + x of every cell.
-        shape_of: int64 [M], its shape.
+        shape_of: int64 [M], its shape; S for cells of what was too small for one.
     """
 
     grid: tuple[int, int]
@@ -95,7 +95,7 @@ class Shapes:
 
 
 def colours(images: Tensor, cell_px: int) -> Tensor:
-    """Mean L*a*b* of each cell, scaled by its spread in the image.
+    """L*a*b* of each cell's mean, scaled by its spread in the image.
 
     Texture is left out: it is only known over a neighbourhood, and widens every shape by that.
 
@@ -106,7 +106,7 @@ def colours(images: Tensor, cell_px: int) -> Tensor:
     Returns:
         [B, 3, H, W].
     """
-    return standardise(functional.avg_pool2d(rgb_to_lab(images), cell_px))
+    return standardise(rgb_to_lab(functional.avg_pool2d(images, cell_px)))
 
 
 def edge_strength(colour: Tensor) -> Tensor:
@@ -190,11 +190,7 @@ def _measure(masks: Tensor, erosion: Tensor, edges: Tensor, min_cells: int, conn
     """Size, box and contour of every component of masks [B, J, V, H, W], without a loop over them."""
     _, clusters, variants, height, width = masks.shape
     cells, numbers = mask_components(masks.flatten(0, 2), connectivity=connectivity)
-    counts = torch.bincount(numbers)
-    large = counts >= min_cells
-    kept = large[numbers]
-    cells, numbers = cells[kept], (large.cumsum(0) - 1)[numbers[kept]]
-    found, area = int(large.sum()), height * width
+    found, area = int(numbers.max()) + 1 if len(numbers) else 0, height * width
     place, column = cells % area, cells % width
     row = place // width
     owner = cells.new_zeros(found).scatter_(0, numbers, cells // area)
@@ -203,19 +199,22 @@ def _measure(masks: Tensor, erosion: Tensor, edges: Tensor, min_cells: int, conn
     low = [_extreme(values, numbers, found, "amin") - grown for values in (column, row)]
     high = [_extreme(values, numbers, found, "amax") + 1 + grown for values in (column, row)]
     boxes = torch.stack([*(edge.clamp(min=0) for edge in low), high[0].clamp(max=width), high[1].clamp(max=height)], 1)
-    contour = _contours(masks).flatten()[cells]
-    on = numbers[contour]
-    strength = edges.flatten()[image[on] * area + place[contour]]
-    sums = strength.new_zeros(found).index_add_(0, on, strength)
+    contour = _contours(masks).flatten()[cells].float()
+    pixel_of = cells // (clusters * variants * area) * area + place
+    strength = edges.flatten()[pixel_of] * contour
+    sums, counts = (torch.bincount(numbers, weight, minlength=found) for weight in (strength, contour))
+    size = torch.bincount(numbers, minlength=found)
+    large = size >= min_cells
+    kept = torch.where(large, large.cumsum(0) - 1, int(large.sum()))
     return Shapes(
         grid=(height, width),
-        image=image,
-        cluster=cluster,
-        count=counts[large],
-        boxes=boxes.float(),
-        edge=sums / torch.bincount(on, minlength=found).clamp(min=1),
+        image=image[large],
+        cluster=cluster[large],
+        count=size[large],
+        boxes=boxes[large].float(),
+        edge=(sums / counts.clamp(min=1))[large].float(),
         cells=place,
-        shape_of=numbers,
+        shape_of=kept[numbers],
     )
 
 

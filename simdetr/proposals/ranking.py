@@ -124,7 +124,7 @@ def _pooled(shapes: Shapes, kept: Tensor, last_map: Tensor) -> Tensor:
     rows, columns = last_map.shape[-2:]
     image, place = shapes.image[kept], _place_within_image(shapes.image[kept], len(last_map))
     slots = int(place.max()) + 1 if len(kept) else 0
-    slot = torch.full((len(shapes.image),), -1, device=kept.device)
+    slot = torch.full((len(shapes.image) + 1,), -1, device=kept.device)  # the last is for cells of no shape
     slot[kept] = image * slots + place
     member = slot[shapes.shape_of]
     cells, member = shapes.cells[member >= 0], member[member >= 0]

@@ -8,9 +8,7 @@ Letters: M regions, D feature dimensions, n regions of a shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +16,9 @@ import torch
 from torch import Tensor
 
 from simdetr.proposals.kmeans_ranks import gather, rank, world_size
+from simdetr.proposals.kmeans_threads import in_order
 from simdetr.proposals.shards import read_table
 from simdetr.proposals.store import ProposalStore, StoreError
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 def own_shards(store: ProposalStore) -> list[int]:
@@ -80,22 +76,10 @@ class RegionBlocks:
         shards = own_shards(self.store)
         if not shards:  # more ranks than shards; the device is told all the same
             yield torch.zeros(0, self.store.manifest.region_dim, dtype=torch.float16, device=self.device)
-        for block in _one_ahead(self._read, shards):
+        for block in in_order(self._read, shards, threads=1):
             yield block.to(self.device)
 
     def _read(self, shard: int) -> Tensor:
         features = read_columns(self.store, shard, ["features"])["features"].combine_chunks().flatten()
         values = np.array(features.flatten().to_numpy(zero_copy_only=False))  # a copy that may be written to
         return torch.from_numpy(values.reshape(len(features), self.store.manifest.region_dim))
-
-
-def _one_ahead(work: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
-    """Results in order, the next one in the making while the last one is used."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        upcoming: Future[Out] | None = None
-        for item in items:
-            current, upcoming = upcoming, thread.submit(work, item)
-            if current is not None:
-                yield current.result()
-        if upcoming is not None:
-            yield upcoming.result()

@@ -21,7 +21,7 @@ MIN_IOU = 0.5
 def inherit(labels: Labels, before: Labels) -> Labels:
     """The labels with the lineage of the boxes that they go on from.
 
-    Image by image, so that what it takes beside the labels is 19 bytes per box; about 0.1 ms an image.
+    Image by image, so that it takes no more than about 40 bytes per box beside the labels; about 0.1 ms an image.
 
     Args:
         labels: of stage j.

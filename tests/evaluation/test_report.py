@@ -77,10 +77,13 @@ def full_report():
         origins=[
             {"stage": "mined", "boxes": 1234, "mined_left": 1234, "mined": 1234, "shares": {"stride 32, K 2": 1.0}},
             {
-                "stage": "stage 1", "boxes": 50, "mined_left": 617, "mined": 1234,
+                "stage": "stage 1",
+                "boxes": 50,
+                "mined_left": 617,
+                "mined": 1234,
                 "shares": {"stride 32, K 2": 0.25, "stage <1>": 0.75},
             },
-        ],
+        ],  # fmt: skip
         montages=[("class 0: 12 boxes", picture)],
         clustering=clustering_record(fit_kmeans(torch.eye(40), 3, spherical=False), {"num_classes": 3}),
         recall=[

@@ -44,16 +44,20 @@ def test_product_and_convolution_agree(monkeypatch):
     assert product.__name__ == "by_product" and torch.equal(product(values), convolved)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_do_not_change_the_sums(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def test_threads_do_not_change_anything(monkeypatch):
+    monkeypatch.setattr(kmeans_assignment, "_PIECE_ROWS", 700)
+    before, found = torch.get_num_threads(), []
     try:
-        found = assign_blocks([made(5000, 16, 0)], made(40, 16, 1), spherical=True, backend="torch")
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(assign_blocks([made(5000, 16, 0)], made(40, 16, 1), spherical=True, backend="torch"))
     finally:
         torch.set_num_threads(before)
     units = torch.nn.functional.normalize(made(5000, 16, 0), dim=1)
-    torch.testing.assert_close(found.sums, exact(units, made(40, 16, 1))[1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(found[0].sums, exact(units, made(40, 16, 1))[1], rtol=0, atol=1e-9)
+    for other in found[1:]:
+        assert torch.equal(other.sums, found[0].sums) and torch.equal(other.labels, found[0].labels)
+        assert other.inertia == found[0].inertia
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 1000, 1 << 23])

@@ -1,11 +1,9 @@
-import threading
-
 import numpy as np
 import pytest
 import torch
 
 from simdetr.proposals import region_blocks
-from simdetr.proposals.region_blocks import RegionBlocks, _one_ahead, count_regions, own_shards
+from simdetr.proposals.region_blocks import RegionBlocks, count_regions, own_shards
 from simdetr.proposals.regions import Regions
 from simdetr.proposals.store import Manifest, ProposalRow, ProposalStore
 
@@ -57,26 +55,3 @@ def test_a_rank_without_shards_has_one_empty_block(store, monkeypatch):
 def test_a_missing_shard_is_left_out(store):
     store.shard_path(1).unlink()
     assert [len(block) for block in RegionBlocks(store)] == [21, 4] and count_regions(store) == 25
-
-
-def test_one_ahead_is_made_by_a_thread_and_no_more_than_one():
-    made, threads = [], set()
-
-    def work(item):
-        made.append(item)
-        threads.add(threading.get_ident())
-        return item * 10
-
-    results = _one_ahead(work, range(5))
-    assert next(results) == 0
-    while len(made) < 2:
-        pass
-    assert made == [0, 1] and threading.get_ident() not in threads
-    assert list(results) == [10, 20, 30, 40] and list(_one_ahead(work, [])) == []
-
-
-def test_what_goes_wrong_ahead_is_told():
-    results = _one_ahead(lambda item: 1 // item, [1, 0])
-    assert next(results) == 1
-    with pytest.raises(ZeroDivisionError):
-        next(results)
