@@ -1,8 +1,9 @@
 """K-means against faiss-cpu, on one rank and on two, and its peak memory for few and many regions.
 
 Four parts, each a ratio within one run: seconds of an iteration (assignment, sums and new centroids of all rows) of
-ours and of faiss.Kmeans, taking turns; one rank against two, one thread each, taking turns; the inertia of both backends
-and of faiss' own iterations from the same starts; peak memory of a process that clusters a store on disk, streamed.
+ours and of faiss.Kmeans, taking turns; one rank against two, one thread each, taking turns; the inertia of both
+backends and of the iterations of faiss from the same starts; peak memory of a process that clusters a store on disk,
+streamed.
 
 python -m benchmarks.kmeans --rows 250000     a quicker look
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS
+from benchmarks.proposal_tables import end_to_end, rivals, scale, sweep
 from simdetr.evaluation.compare import comparison_table
 
 README = Path(__file__).parents[1] / "README.md"
@@ -115,12 +116,44 @@ def speed(result: dict[str, Any]) -> str:
     )
 
 
+def kmeans(result: dict[str, Any]) -> str:
+    lines = [
+        (
+            "**Global clustering against faiss-cpu**, one iteration of k-means (assignment, sums, new centroids), "
+            f"{result['what']}; medians of iterations in turns:"
+        ),
+        "",
+        "| rows | threads | faiss | simdetr | simdetr / faiss, time | CPU time |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for run in result["speed"]:
+        wall, cpu = run["wall"], run["cpu"]
+        lines.append(
+            f"| {run['rows']:,} | {run['threads']} | {wall['faiss_s']:.1f} s | {wall['ours_s']:.1f} s | "
+            f"{wall['ratio']:.2f} | {cpu['ratio']:.2f} |"
+        )
+    ranks, same, (few, many) = result["ranks"], result["agreement"], result["memory"]["runs"]
+    text = (
+        f"One rank takes {ranks['one_rank_s']:.1f} s for {ranks['rows']:,} rows, two take {ranks['two_ranks_s']:.1f} s "
+        f"(one thread each; efficiency {100 * ranks['efficiency']:.0f} %, by CPU time "
+        f"{100 * ranks['efficiency_by_cpu_time']:.0f} %). From the same starts, {same['iterations']} iterations of faiss "
+        f"end with {same['faiss_alone']:.4f} of our inertia. Streamed from disk, {few['regions']:,} regions take "
+        f"{few['peak_rss_mb']:.0f} MB, {many['regions']:,} take {many['peak_rss_mb']:.0f} MB."
+    )
+    return "\n".join(lines) + f"\n\n{text}\n\n" + source(result["environment"])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "fod_comparison": comparison,
+    "rivals": lambda result: f"{rivals(result)}\n{source(result['environment'])}",
+    "sweep": lambda result: f"{sweep(result)}\n{source(result['environment'])}",
     "proposal_recall": recall,
     "photographs": photographs,
     "mining_speed": speed,
+    "mining_end_to_end": lambda result: f"{end_to_end(result)}\n{source(result['environment'])}",
+    "mining_scale": lambda result: f"{scale(result)}\n{source(result['environment'])}",
     "mining_memory": memory,
+    "kmeans": kmeans,
 }
 
 

@@ -61,9 +61,9 @@ def _check_name(name: str) -> None:
         return
     near = difflib.get_close_matches(name, [*models, *known], n=3)
     tags = [full for full in known if full.partition(".")[0] == name.partition(".")[0]]
-    hint = ", ".join(tags[:5] or near)
+    hint = f"; it has {', '.join(tags[:5])}" if tags else f"; did you mean {', '.join(near)}?" if near else ""
     without = "has no weights for" if timm.is_model(name.partition(".")[0]) and not tags else "does not know"
     raise ValueError(
-        f"encoder: expected {_FOLDER} or a timm model, got {name!r}, which is no folder here and which timm {without}"
-        + (f"; it has {hint}" if hint else "")
+        f"encoder: expected {_FOLDER} or a timm model, got {name!r}, which is no folder here and which timm "
+        f"{without}{hint}"
     )

@@ -68,7 +68,8 @@ def cluster(
 ) -> None:
     """Give mined proposals pseudo-classes: the labels of stage 0.
 
-    Killed, it goes on after its last iteration. ``torchrun --nproc-per-node N -m simdetr cluster ...`` shares the work.
+    Killed, it goes on after its last iteration. ``torchrun --nproc-per-node N -m -- simdetr cluster ...`` shares the
+    work; its ``--`` keeps torchrun from taking ``--run`` for an option of its own.
 
     Args:
         run: Run folder with mined proposals.

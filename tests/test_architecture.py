@@ -33,6 +33,7 @@ TESTED_ELSEWHERE = {
     "__main__.py": "two lines around cli.main",
     "commands.py": "test_cli.py runs every command",
     "inference.py": "test_pipeline.py",
+    "mining_steps.py": "test_mining_commands.py, test_pipeline.py",
     "results.py": "test_cli.py reads what it writes",
     "rival_commands.py": "test_rival_comparison.py runs the command",
     "quickstart.py": "steps: test_pipeline.py, configs: test_configs.py; `make quickstart` runs it",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -77,6 +78,23 @@ def test_export_writes_labels_of_a_stage(run, scenes, tmp_path, capsys):
         labels = read_labels(run / f"stage{stage}" / "labels.parquet")
         assert len(content["annotations"]) == len(labels.boxes_xyxy)
     assert "boxes on 12 images" in capsys.readouterr().out
+
+
+@pytest.mark.dist
+def test_cluster_says_every_iteration_and_shares_work_under_torchrun(run, tmp_path, capsys):
+    options = ["--num_classes", "5", "--seed", "2", "--max_iterations", "4", "--device", "cpu"]
+    for name in ("one", "two"):
+        shutil.copytree(run / "proposals", tmp_path / name / "proposals")
+    main(["cluster", "--run", str(tmp_path / "one"), *options])
+    assert "5 pseudo-classes" in capsys.readouterr().out
+    command = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "--", "simdetr", "cluster"]
+    arguments = [sys.executable, "-m", *command, "--run", str(tmp_path / "two"), *options]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout.count("5 pseudo-classes") == 1 and done.stderr.count("iteration 0 of at most 4") == 1
+    one, two = (read_labels(tmp_path / name / "stage0" / "labels.parquet") for name in ("one", "two"))
+    assert (one.classes == two.classes).all() and one.image_ids == two.image_ids
+    records = [json.loads((tmp_path / name / "stage0" / "clustering.json").read_text()) for name in ("one", "two")]
+    assert records[0]["sizes"] == records[1]["sizes"]
 
 
 def test_predict_writes_boxes_and_pictures(run, scenes, tmp_path, capsys):

@@ -84,8 +84,8 @@ def preview_table(record: Mapping[str, Any]) -> str:
     lines = {
         "images": found,
         "speed": f"{speed['images_per_s']:.1f} images/s on {record['settings']['device']}",
-        "ms per image": ", ".join(f"{name} {ms[key]:.0f}" for key, name in PARTS.items())
-        + f" (decoding {ms['decoding_beside_it']:.0f}, beside the rest)",
+        "ms per image": ", ".join(f"{name} {ms[key]:.0f}" for key, name in PARTS.items()),
+        "  beside the rest": f"decoding {ms['decoding_beside_it']:.0f}",
         "full run": f"{format_duration(run['seconds'])}, {format_bytes(run['disk_bytes'])} on disk, "
         f"{format_bytes(run['memory_bytes'])} memory",
     }

@@ -6,6 +6,7 @@ each assumes.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ def preview_record(preview: MiningPreview, machine: Machine, num_ranks: int = 1)
     boxes = BoxStatistics.of(
         [row.regions.boxes_xyxy for row in preview.rows], [(row.height, row.width) for row in preview.rows]
     )
-    return {
+    record: dict[str, Any] = {
         "images": {
             "total": len(preview.source),
             "previewed": preview.previewed,
@@ -55,6 +56,8 @@ def preview_record(preview: MiningPreview, machine: Machine, num_ranks: int = 1)
         "warnings": _warnings(preview),
         "settings": {"device": preview.device, "mining": preview.config.result_settings()},
     }
+    plain: dict[str, Any] = json.loads(json.dumps(record, allow_nan=False))
+    return plain
 
 
 def full_run(preview: MiningPreview, machine: Machine, num_ranks: int = 1) -> dict[str, Any]:
@@ -64,7 +67,6 @@ def full_run(preview: MiningPreview, machine: Machine, num_ranks: int = 1) -> di
     seconds = preview.time.total / preview.previewed * total
     on_gpu = preview.device.startswith("cuda")
     speedup = min(num_ranks, machine.gpus if on_gpu else max(1.0, machine.cores / busy))
-    limit = f"{machine.gpus} GPUs" if on_gpu else f"{machine.cores} cores, of which one process keeps {busy:.1f} busy"
     kept = 2 * preview.held_bytes * min(shard_size, total)
     return {
         "images": total,
@@ -76,13 +78,22 @@ def full_run(preview: MiningPreview, machine: Machine, num_ranks: int = 1) -> di
         "shards": shards,
         "memory_bytes": None if preview.peak_bytes is None else preview.peak_bytes + kept,
         "device_memory_bytes": preview.device_peak_bytes,
-        "assumptions": [
-            "time: the other images cost what the previewed ones did, and the machine does nothing else",
-            f"{num_ranks} processes: each as fast as this one, up to {limit}; not measured",
-            "disk: the other images' regions take what those of the previewed ones take in Parquet",
-            "memory: the peak of this process and two shards of regions; each process needs as much",
-        ],
+        "assumptions": _assumptions(machine, num_ranks, None if on_gpu else busy),
     }
+
+
+def _assumptions(machine: Machine, num_ranks: int, busy_cores: float | None) -> list[str]:
+    """What the estimates rest on; ``busy_cores`` of one process where it needs no GPU."""
+    assumed = [
+        "time: the other images cost what the previewed ones did, and the machine does nothing else; the seconds that a "
+        "process takes to start are not counted",
+        "disk: the other images' regions take what those of the previewed ones take in Parquet",
+        "memory: the peak of this process and two shards of regions; each process needs as much",
+    ]
+    if num_ranks > 1:
+        limit = f"{machine.gpus} GPUs" if busy_cores is None else f"{machine.cores} cores, {busy_cores:.1f} for each"
+        assumed.insert(1, f"{num_ranks} processes: each as fast as this one, as far as {limit} allow; not measured")
+    return assumed
 
 
 def _speed(preview: MiningPreview) -> dict[str, Any]:
