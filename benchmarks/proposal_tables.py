@@ -26,9 +26,9 @@ def rivals(result: dict[str, Any]) -> str:
     found = {(row["set"], row["method"]): row for row in result["rows"] if row["encoder"] in (None, "colour-texture")}
     lines = [
         (
-            "**Recall of mined boxes, no labels and no network weights** (colour-texture encoder, 448 px; class-agnostic "
-            f"average recall over IoU 0.5:0.95, percent, {result['rows'][0]['images']} validation images per set): with "
-            "25 / 30 / 100 boxes per image."
+            "**Recall of mined boxes, no labels and no network weights** (colour-texture encoder, 448 px; "
+            f"class-agnostic average recall, percent, {result['rows'][0]['images']} val images per set): "
+            "with 25 / 30 / 100 boxes per image."
         ),
         "",
         "| method | " + " | ".join(SETS) + " | small / medium / large objects of coco256, 25 boxes |",
@@ -43,8 +43,8 @@ def rivals(result: dict[str, Any]) -> str:
     lines += [
         "",
         (
-            "The document reports, on COCO val: Selective Search 10.9, its own initial proposals 13.4, after stages 1 and 2 "
-            "25.9 and 27.1. Object sizes are COCO's; random orders of Selective Search are averaged over three seeds."
+            "The document reports, on COCO val: Selective Search 10.9, its own proposals 13.4, after stages 1 "
+            "and 2 25.9 and 27.1. Object sizes are COCO's; Selective Search's order is random: mean of three seeds."
         ),
     ]
     return "\n".join(lines) + "\n"
@@ -93,8 +93,8 @@ def scale(result: dict[str, Any]) -> str:
         lines += [
             "",
             (
-                f"A straight line of {result['start_seconds']:.0f} s to start and {result['images_per_second']:.1f} images/s "
-                f"is off by at most {100 * result['largest_deviation']:.1f} %."
+                f"A line of {result['start_seconds']:.0f} s to start and "
+                f"{result['images_per_second']:.1f} images/s is off by {100 * result['largest_deviation']:.1f} % at most."
             ),
         ]
     return "\n".join(lines) + "\n"

@@ -136,8 +136,8 @@ def kmeans(result: dict[str, Any]) -> str:
     text = (
         f"One rank takes {ranks['one_rank_s']:.1f} s for {ranks['rows']:,} rows, two take {ranks['two_ranks_s']:.1f} s "
         f"(one thread each; efficiency {100 * ranks['efficiency']:.0f} %, by CPU time "
-        f"{100 * ranks['efficiency_by_cpu_time']:.0f} %). From the same starts, {same['iterations']} iterations of faiss "
-        f"end with {same['faiss_alone']:.4f} of our inertia. Streamed from disk, {few['regions']:,} regions take "
+        f"{100 * ranks['efficiency_by_cpu_time']:.0f} %). From the same starts, {same['iterations']} iterations of "
+        f"faiss end with {same['faiss_alone']:.4f} of our inertia. Streamed from disk, {few['regions']:,} regions take "
         f"{few['peak_rss_mb']:.0f} MB, {many['regions']:,} take {many['peak_rss_mb']:.0f} MB."
     )
     return "\n".join(lines) + f"\n\n{text}\n\n" + source(result["environment"])

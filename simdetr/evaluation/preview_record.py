@@ -85,8 +85,7 @@ def full_run(preview: MiningPreview, machine: Machine, num_ranks: int = 1) -> di
 def _assumptions(machine: Machine, num_ranks: int, busy_cores: float | None) -> list[str]:
     """What the estimates rest on; ``busy_cores`` of one process where it needs no GPU."""
     assumed = [
-        "time: the other images cost what the previewed ones did, and the machine does nothing else; the seconds that a "
-        "process takes to start are not counted",
+        "time: all images cost what the previewed ones did, nothing else runs, and starting a process is not counted",
         "disk: the other images' regions take what those of the previewed ones take in Parquet",
         "memory: the peak of this process and two shards of regions; each process needs as much",
     ]

@@ -1,4 +1,4 @@
-"""The page of a preview: closed elements, nothing from outside, the numbers of its record, boxes drawn in their colours."""
+"""The page of a preview: closed elements, nothing from outside, the numbers of its record, boxes in their colours."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def full_report():
                 "mined": 1234,
                 "shares": {"stride 32, K 2": 0.25, "stage <1>": 0.75},
             },
-        ],  # fmt: skip
+        ],
         montages=[("class 0: 12 boxes", picture)],
         clustering=clustering_record(fit_kmeans(torch.eye(40), 3, spherical=False), {"num_classes": 3}),
         recall=[
