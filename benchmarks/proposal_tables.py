@@ -54,7 +54,6 @@ def sweep(result: dict[str, Any]) -> str:
     """What each step from the document's boxes to ours gives."""
     steps = {
         "the document's filters": "grid of 16 px, the document's filters (a)-(e)",
-        "grid of 16 px, recurrence": "grid of 16 px, the 25 that recur most",
         "cell_px 16": "level sets on cells of 16 px, ranked by contour and recurrence",
         "cell_px 8": "level sets on cells of 8 px",
         "chosen": "level sets on cells of 4 px (chosen)",
@@ -94,7 +93,7 @@ def scale(result: dict[str, Any]) -> str:
             "",
             (
                 f"A line of {result['start_seconds']:.0f} s to start and "
-                f"{result['images_per_second']:.1f} images/s is off by {100 * result['largest_deviation']:.1f} % at most."
+                f"{result['images_per_second']:.1f} images/s is {100 * result['largest_deviation']:.1f} % off at most."
             ),
         ]
     return "\n".join(lines) + "\n"

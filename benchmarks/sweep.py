@@ -35,7 +35,6 @@ PLAIN = MiningConfig(
     level_sets=None,
     filters=MiningConfig().filters | {"merge_similar_clusters": 0.9, "drop_similar_subsets": 0.9},
 )
-RECURRENT = {"merge_similar_clusters": 0.9, "drop_fragmented_clusters": 10, "keep_recurrent": 25}
 
 
 def variants() -> dict[str, MiningConfig]:
@@ -47,7 +46,6 @@ def variants() -> dict[str, MiningConfig]:
         "the document's filters, merge 0.7": replace(PLAIN, filters=PLAIN.filters | {"merge_similar_clusters": 0.7}),
         "the document's filters, subsets 0.7": replace(PLAIN, filters=PLAIN.filters | {"drop_similar_subsets": 0.7}),
         "the document's filters, exp affinity": replace(PLAIN, affinity="exp", centre=True, cut_steps=2),
-        "grid of 16 px, recurrence": replace(PLAIN, filters=RECURRENT),
     }
     clustering: list[tuple[str, Any]] = [
         ("affinity", "clamp"),
@@ -109,7 +107,7 @@ def main() -> None:
             name: load(arguments.data, name, split, 128 if name == "coco256" else arguments.images) for name in SETS
         }
         for name, config in variants().items():
-            if split == "val" and not (name == "chosen" or "document" in name or "recurrence" in name):
+            if split == "val" and not (name == "chosen" or "document" in name):
                 continue
             row: dict[str, Any] = {"variant": name}
             row |= {key: measure(config, truth, images) for key, (truth, images) in sets.items()}

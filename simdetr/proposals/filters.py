@@ -18,9 +18,6 @@ from simdetr.boxes import batched_iou
 from simdetr.proposals.regions import Candidates
 
 BoxFilter = Callable[[Candidates, float], Candidates]
-RECURRENCE_IOU = 0.6  # boxes that overlap more are the same finding
-COPY_IOU = 0.7  # of two kept boxes; above it they are copies
-BORDER_FACTOR = 0.5  # for every image border a box touches: background reaches the border, objects rarely do
 SUBSET_SHARE = 0.95  # of a region's cells inside another make it a subset: grids of different levels never fit exactly
 
 
@@ -101,30 +98,6 @@ def keep_most_diverse(candidates: Candidates, limit: float) -> Candidates:
     return candidates.where(torch.zeros_like(padding).scatter(1, order, place < limit))
 
 
-def keep_recurrent(candidates: Candidates, limit: float) -> Candidates:
-    """Instead of (c) to (e): keep the ``limit`` regions that come back most, without near-copies of each other.
-
-    A region that clusterings of several levels and K find again is more likely an object than one of a single
-    clustering. Regions are ranked by the number of candidates that agree with their box, times the box's area, halved
-    for every image border the box touches; then the better of any two with an IoU above 0.7 stays. The document's rule
-    (e) looks at overlap and size alone; `benchmarks/results/proposal_recall.json` compares.
-    """
-    overlaps = box_overlaps(candidates)
-    height, width = candidates.labels.shape[-2:]
-    edges = torch.tensor([0, 0, width, height], device=candidates.boxes.device)
-    touched = (candidates.boxes == edges).sum(dim=2)
-    sides = candidates.boxes[..., 2:] - candidates.boxes[..., :2]
-    rank = (overlaps > RECURRENCE_IOU).sum(dim=2) * sides.prod(dim=2) * BORDER_FACTOR**touched
-    order = rank.masked_fill(~candidates.valid, -1).argsort(dim=1, descending=True, stable=True)
-    overlaps = overlaps.gather(1, order[:, :, None].expand_as(overlaps))
-    overlaps = overlaps.gather(2, order[:, None, :].expand_as(overlaps))
-    stays = candidates.valid.gather(1, order)
-    for row in range(1, stays.shape[1]):
-        stays[:, row] &= ~((overlaps[:, row, :row] > COPY_IOU) & stays[:, :row]).any(dim=1)
-    stays &= stays.cumsum(dim=1) <= limit
-    return candidates.where(torch.zeros_like(stays).scatter(1, order, stays))
-
-
 FILTERS: dict[str, BoxFilter] = {
     rule.__name__: rule
     for rule in (
@@ -133,7 +106,6 @@ FILTERS: dict[str, BoxFilter] = {
         drop_duplicate_boxes,
         drop_similar_subsets,
         keep_most_diverse,
-        keep_recurrent,
     )
 }
 
