@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -131,6 +131,7 @@ def _charts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     counts = boxes["per_image"]["images"]
     axes.bar(range(len(counts)), counts, width=0.9, color=LINE_COLOURS[0])
     style_panel(axes, "images", "boxes per image")
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     charts.append(("Boxes per image", to_svg(figure, "per image")))
     for key, title, label in (
         ("size", "Sizes", "√(area of the box / area of the image)"),
