@@ -91,7 +91,7 @@ def load(data: Path, name: str, split: str, count: int) -> tuple[Labels, list[Te
 def main() -> None:
     """Measure every variant on the training images, the named ones on the validation images."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--images", type=int, default=100, help="images per set, evenly spaced; all of coco256")
+    parser.add_argument("--images", type=int, default=50, help="images per set, evenly spaced; all of coco256")
     parser.add_argument("--data", type=Path, default=DATA)
     arguments = parser.parse_args()
     report: dict[str, Any] = {
