@@ -139,7 +139,7 @@ def torch_nearest(centroids: Tensor) -> Nearest:
     def by_convolution(rows: Tensor) -> Tensor:
         # the same product as a 1 x 1 convolution, which torch gives to oneDNN: it uses the processor's widest vectors
         # whoever made it, where the matrix product of torch (MKL) does so for Intel's only (half as fast on a Zen 5)
-        padding = -len(rows) % _IMAGES
+        padding = -len(rows) % _IMAGES if len(rows) else _IMAGES
         padded = functional.pad(rows, (0, 0, 0, padding)) if padding else rows.contiguous()
         images = padded.view(_IMAGES, -1, 1, rows.shape[1]).permute(0, 3, 1, 2)
         scores = functional.conv2d(images, kernels, -half_norms).permute(0, 2, 3, 1)

@@ -124,10 +124,13 @@ def _pooled(shapes: Shapes, kept: Tensor, last_map: Tensor) -> Tensor:
     rows, columns = last_map.shape[-2:]
     image, place = shapes.image[kept], _place_within_image(shapes.image[kept], len(last_map))
     slots = int(place.max()) + 1 if len(kept) else 0
-    slot = torch.full((len(shapes.image) + 1,), -1, device=kept.device)  # the last is for cells of no shape
+    slot = torch.full((len(shapes.image) + 1,), -1, device=kept.device)  # the last is for runs of no shape
     slot[kept] = image * slots + place
     member = slot[shapes.shape_of]
-    cells, member = shapes.cells[member >= 0], member[member >= 0]
+    starts, lengths, member = (values[member >= 0] for values in (shapes.starts, shapes.lengths, member))
+    member = member.repeat_interleave(lengths)
+    before = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    cells = starts.repeat_interleave(lengths) + torch.arange(len(member), device=kept.device) - before
     coarse = (cells // width * rows // height) * columns + cells % width * columns // width
     weights = last_map.new_zeros(len(last_map) * slots * rows * columns, dtype=torch.float32)
     weights.index_add_(0, member * (rows * columns) + coarse, torch.ones_like(coarse, dtype=torch.float32))

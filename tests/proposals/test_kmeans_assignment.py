@@ -29,7 +29,7 @@ def test_pass_is_exact(backend, dims):
     assert found.inertia == pytest.approx(inertia, rel=1e-7)
 
 
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 160, 161])
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 160, 161])
 def test_any_number_of_rows_is_compared(rows):
     values, centroids = made(rows, 12, 0), made(7, 12, 1)
     assert torch.equal(torch_nearest(centroids)(values), exact(values, centroids)[0])

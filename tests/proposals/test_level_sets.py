@@ -114,7 +114,7 @@ def test_shapes_equal_a_loop_over_components():
     )
     assert len(rows) > 20
     np.testing.assert_allclose(found.numpy(), np.array(rows, float), atol=1e-5)
-    sizes = torch.bincount(shapes.shape_of, minlength=len(rows) + 1)
+    sizes = torch.bincount(shapes.shape_of, shapes.lengths.double(), minlength=len(rows) + 1).long()
     assert torch.equal(sizes[:-1], shapes.count)
 
 

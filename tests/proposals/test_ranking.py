@@ -11,21 +11,22 @@ from simdetr.proposals.ranking import rank_shapes, shapes_to_regions
 
 
 def shapes_with(boxes, image, edge=1.0, grid=(20, 30)):
-    """Full rectangles as shapes."""
-    cells, owner = [], []
+    """Full rectangles as shapes, one run per row."""
+    starts, lengths, owner = [], [], []
     for number, (x0, y0, x1, y1) in enumerate(boxes):
-        own = [y * grid[1] + x for y in range(y0, y1) for x in range(x0, x1)]
-        cells += own
-        owner += [number] * len(own)
+        starts += [y * grid[1] + x0 for y in range(y0, y1)]
+        lengths += [x1 - x0] * (y1 - y0)
+        owner += [number] * (y1 - y0)
     count = len(boxes)
     return Shapes(
         grid=grid,
         image=torch.tensor(image, dtype=torch.int64),
         cluster=torch.arange(count) % 3,
-        count=torch.bincount(torch.tensor(owner, dtype=torch.int64), minlength=count),
+        count=torch.tensor([(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes], dtype=torch.int64),
         boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         edge=torch.as_tensor(edge, dtype=torch.float32).expand(count).clone(),
-        cells=torch.tensor(cells, dtype=torch.int64),
+        starts=torch.tensor(starts, dtype=torch.int64),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
         shape_of=torch.tensor(owner, dtype=torch.int64),
     )
 
