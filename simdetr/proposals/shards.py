@@ -145,7 +145,9 @@ def to_table(rows: Sequence[ProposalRow], dim: int, notes: Mapping[str, Any]) ->
 def to_bytes(table: pa.Table) -> pa.Buffer:
     """The file of a shard, in memory."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, store_schema=True)
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=["image_id"], write_page_checksum=True, store_schema=True
+    )
     return sink.getvalue()
 
 
