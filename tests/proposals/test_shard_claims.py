@@ -108,7 +108,7 @@ def test_damaged_shards_are_removed_by_whom_they_belong_to(store):
         write(store, shard)
     features = pq.read_metadata(store.shard_path(3)).row_group(0).column(4)
     content = bytearray(store.shard_path(3).read_bytes())
-    content[features.dictionary_page_offset + features.total_compressed_size - 1] ^= 1  # only a checksum tells
+    content[features.data_page_offset + features.total_compressed_size - 1] ^= 1  # only a checksum tells
     store.shard_path(3).write_bytes(content)
     store.shard_path(6).write_bytes(store.shard_path(6).read_bytes()[:-20])
     assert store.missing_shards() == [3, 6]
