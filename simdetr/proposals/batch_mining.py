@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -21,8 +22,6 @@ from simdetr.proposals.level_sets import LevelSets, find_shapes
 from simdetr.proposals.ranking import rank_shapes, shapes_to_regions
 from simdetr.proposals.regions import Candidates, Regions, find_candidates, to_regions
 from simdetr.proposals.spectral_clustering import Affinity, spectral_clustering
-
-IMAGES_IN_CACHE = 1  # whose level sets the host works on together
 
 
 def _default_clusters() -> dict[int, list[int]]:
@@ -164,15 +163,20 @@ def mine_level_sets(
         raise ValueError("level_sets: expected settings, got null; set mining.level_sets")
     labels = cluster_levels(maps, config)
     coarsest = maps[max(maps)]
-    regions: list[Regions] = []
-    together = len(pixels) if not pixels.is_cpu else IMAGES_IN_CACHE
-    for start in range(0, len(pixels), together):
-        own = slice(start, start + together)
+
+    def regions_of(own: slice) -> list[Regions]:
         part = {key: label[own] for key, label in labels.items()}
         shapes = find_shapes(pixels[own].float() / 255, part, settings, connectivity=config.connectivity)
         kept, scores = rank_shapes(shapes, len(sizes_hw[own]), settings)
-        regions += shapes_to_regions(shapes, kept, scores, part, coarsest[own], sizes_hw[own])
-    return regions
+        return shapes_to_regions(shapes, kept, scores, part, coarsest[own], sizes_hw[own])
+
+    if not pixels.is_cpu:
+        return regions_of(slice(len(pixels)))
+    # On the host, image by image, so that the level sets stay in its cache, and several at a time: most of the work
+    # is scipy's and numpy's, which use one thread and let others run.
+    each = [slice(index, index + 1) for index in range(len(pixels))]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return [found for regions in pool.map(regions_of, each) for found in regions]
 
 
 def cluster_levels(maps: Mapping[int, Tensor], config: MiningConfig) -> dict[tuple[int, int], Tensor]:
