@@ -42,8 +42,16 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "report": commands.report,
     "rivals": rival_commands.rivals,
 }
+GROUPS = {
+    "encoder": "Train an encoder for mining on your own images: fit.",
+    "export": "Write results in other formats: labels.",
+}
 USER_ERRORS = (FileNotFoundError, PermissionError, ValueError, RuntimeError, OSError)
 """Errors whose message is for the user; with --debug they come with their traceback."""
+
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -62,6 +70,11 @@ def main(args: Sequence[str] | None = None) -> None:
             RecipeCLI(arguments)
         else:
             run(fold_options(arguments))
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        console.print("stopped; the same command goes on with what is finished", highlight=False)
+        sys.exit(INTERRUPTED)
     except USER_ERRORS as error:
         if debug:
             raise
@@ -101,7 +114,7 @@ def _add_commands(parser: ArgumentParser, commands_by_name: dict[str, Any], argu
     for name, command in commands_by_name.items():
         own = ArgumentParser()
         if isinstance(command, dict):
-            subcommands.add_subcommand(name, own, help=f"Write results in other formats: {', '.join(command)}.")
+            subcommands.add_subcommand(name, own, help=GROUPS[name])
             _add_commands(own, command, arguments)
         else:
             summary = str(inspect.getdoc(command)).split("\n\n")[0]

@@ -176,7 +176,8 @@ def work() -> None:
         counts.write(f"{count}\n")
         counts.flush()
 
-    with ShardClaims(store, Rank.from_environment()) as claims:
+    # Ctrl-C reaches the whole group; the parent says so
+    with suppress(KeyboardInterrupt), ShardClaims(store, Rank.from_environment()) as claims:
         mine_free_shards(claims, source, sections.encoder, sections.mining, job.own_device, advance=advance)
 
 

@@ -39,4 +39,6 @@ def rivals(
     judged = max(row["images"] for row in rows)
     OUT.print(f"Boxes per image and, with truth, recall in percent, on {judged:,} images; sizes at 25 boxes:\n")
     OUT.print(rival_table(rows), markup=False, highlight=False, soft_wrap=True)
-    OUT.print(f"\nproposals: {run / 'rivals'}; `simdetr report` shows them", highlight=False, soft_wrap=True)
+    OUT.print(f"\nproposals: {run / 'rivals'}", highlight=False, soft_wrap=True)
+    shown = f" --truth {truth}" if truth is not None else ""
+    OUT.print(f"pictures: simdetr report --run {run} --images {images}{shown}", highlight=False, soft_wrap=True)

@@ -184,3 +184,14 @@ def test_errors_of_loader_processes_are_one_line():
 def test_commands_have_homes():
     assert {"quickstart", "doctor", "mine", "cluster", "pretrain", "relabel", "finetune", "evaluate", "compare",
             "predict", "export", "report"} <= set(cli.COMMANDS)  # fmt: skip
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", "photos"])
+    assert stopped.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
