@@ -61,7 +61,8 @@ class TimmEncoder(nn.Module):
         weights: a local file or URL, read by :func:`simdetr.data.pretrained_weights.load_backbone_weights`.
         pretrained: fetch timm's own weights for the name; not together with ``weights``.
         seed: of the random initialisation when there are neither.
-        mean, std: of the colours 0..1 that the weights were learnt with; timm's for the model when left out.
+        mean: of the colours 0..1 that the weights were learnt with; timm's for the model when left out.
+        std: their deviation, likewise.
 
     Raises:
         ValueError: for both kinds of weights, or a backbone without maps at strides 16 and 32.
