@@ -14,6 +14,7 @@ import copy
 import importlib
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,19 +46,19 @@ def require_lightly() -> None:
         ) from error
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """What an objective has. Its first argument is the encoder, which it may copy but must not keep."""
 
+    @abstractmethod
     def crops(self, image_size: int, views: Mapping[str, Any]) -> Crops:
         """What makes the views of one image; large ones are square with this side in pixels.
 
         ``views`` are further arguments of lightly's transform, such as ``cj_strength``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, encoder: LearningEncoder, views: Sequence[Tensor]) -> Tensor:
         """Loss of a batch; views are what ``crops`` gives, stacked: images [B, 3, S, S], RGB in 0..1, come first."""
-        raise NotImplementedError
 
     def before_step(self, encoder: LearningEncoder, progress: float) -> None:
         """Called before every step with the part of the training that is done, 0..1; for teachers."""
@@ -275,6 +276,9 @@ def build_objective(name: str, encoder: LearningEncoder, arguments: Mapping[str,
     if not (isinstance(found, type) and issubclass(found, Objective)):
         known = ", ".join(OBJECTIVES)
         raise ValueError(f"objective: expected {known} or the class path of an Objective, got {name!r}")
+    if found.__abstractmethods__:
+        lacking = ", ".join(sorted(found.__abstractmethods__))
+        raise ValueError(f"objective: expected a class with crops and forward, {name} lacks {lacking}; define it there")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

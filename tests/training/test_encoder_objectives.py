@@ -141,6 +141,8 @@ def test_an_objective_of_ones_own_by_class_path(tmp_path, monkeypatch):
         "    def __init__(self, encoder, scale):\n"
         "        super().__init__()\n"
         "        self.scale = scale\n"
+        "    def crops(self, image_size, views):\n"
+        "        return lambda image: [image, image]\n"
         "    def forward(self, encoder, views):\n"
         "        return self.scale * pooled(encoder(views[0])).square().mean()\n"
     )
@@ -149,6 +151,18 @@ def test_an_objective_of_ones_own_by_class_path(tmp_path, monkeypatch):
     objective = build_objective("own_objective.Flat", encoder, {"scale": 2.0})
     assert math.isfinite(objective(encoder, [torch.rand(2, 3, 64, 64)]).item())
     assert objective.learnt(encoder) is encoder
+
+
+def test_an_unfinished_objective_is_told_what_it_lacks(tmp_path, monkeypatch):
+    (tmp_path / "half_objective.py").write_text(
+        "from simdetr.training.encoder_objectives import Objective\n"
+        "class Half(Objective):\n"
+        "    def forward(self, encoder, views):\n"
+        "        return 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="half_objective.Half lacks crops; define it there"):
+        build_objective("half_objective.Half", LearningEncoder("test_resnet"), {})
 
 
 @pytest.mark.parametrize(
