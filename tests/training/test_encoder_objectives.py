@@ -161,7 +161,7 @@ def test_an_unfinished_objective_is_told_what_it_lacks(tmp_path, monkeypatch):
         "        return 0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="half_objective.Half lacks crops; define it there"):
+    with pytest.raises(ValueError, match=r"half_objective\.Half lacks crops; define it there"):
         build_objective("half_objective.Half", LearningEncoder("test_resnet"), {})
 
 
