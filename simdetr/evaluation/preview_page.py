@@ -104,6 +104,8 @@ def preview_table(record: Mapping[str, Any]) -> str:
         values = record["recall"]["scores"]
         scores = {name: "–" if value is None else f"{100 * value:.1f}" for name, value in values.items()}
         lines["recall in %"] = f"on {record['recall']['images']} images with {record['recall']['objects']} objects"
+        if record["recall"]["max_boxes"] > counts["max"]:
+            lines["  boxes for it"] = f"the best {MAX_BOXES[-1]}; a run keeps {counts['max']}"
         lines["  AR@" + " ".join(map(str, MAX_BOXES))] = " ".join(scores[f"AR@{k}"] for k in MAX_BOXES)
         lines["  at IoU 0.5"] = f"{scores['recall50@25']} by 25 boxes, {scores['recall50@100']} by 100"
         lines["  AR@100 by size"] = ", ".join(
