@@ -23,6 +23,8 @@ from simdetr.proposals.ranking import rank_shapes, shapes_to_regions
 from simdetr.proposals.regions import Candidates, Regions, find_candidates, to_regions
 from simdetr.proposals.spectral_clustering import Affinity, spectral_clustering
 
+UNLIMITED = 100  # boxes of an image that a list of filters without a limit leaves, roughly
+
 
 def _default_clusters() -> dict[int, list[int]]:
     return {32: [2, 4, 8], 16: [8, 16]}
@@ -84,6 +86,13 @@ class MiningConfig:
             raise ValueError(f"image_size must be a multiple of {SIDE_MULTIPLE}, got {self.image_size}; try {nearest}")
         if not self.clusters or not all(self.clusters.values()):
             raise ValueError(f"clusters must name numbers of clusters for at least one stride, got {self.clusters}")
+
+    @property
+    def most_boxes(self) -> int:
+        """Boxes per image at most; a guess where the filters set no limit."""
+        if self.level_sets is not None:
+            return self.level_sets.max_boxes
+        return int(self.filters.get("keep_most_diverse", UNLIMITED))
 
     def result_settings(self) -> dict[str, object]:
         """The settings that change what is mined, not how it is split up."""

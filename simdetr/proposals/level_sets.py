@@ -33,7 +33,7 @@ NEVER = -1e9
 
 @dataclass(frozen=True)
 class LevelSets:
-    """Settings of the fine shapes and of their choice; numbers chosen by `benchmarks/sweep.py` on training images.
+    """Settings of the fine shapes and of their choice; chosen on training images (`benchmarks/sweep.py`).
 
     Args:
         cell_px: Side of a fine cell in pixels of the encoded image; a divisor of 16.

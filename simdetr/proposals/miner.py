@@ -123,8 +123,7 @@ def _check_space(store: ProposalStore, config: MiningConfig, num_images: int) ->
     """Stop before work starts if not even one shard fits; warn if the whole may not."""
     if not isinstance(store.folder, Path):
         return
-    most = min((limit for name, limit in config.filters.items() if name.startswith("keep_")), default=100)
-    per_image = most * (2 * store.manifest.region_dim + _PER_REGION_BYTES)
+    per_image = config.most_boxes * (2 * store.manifest.region_dim + _PER_REGION_BYTES)
     free = shutil.disk_usage(store.folder).free
     needed, one_shard = num_images * per_image, min(num_images, config.shard_size) * per_image
     if num_images and free < one_shard:

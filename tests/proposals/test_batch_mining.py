@@ -5,8 +5,9 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from simdetr.proposals.batch_mining import MiningConfig, cluster_maps, mine_batch, mine_maps
+from simdetr.proposals.batch_mining import UNLIMITED, MiningConfig, cluster_maps, mine_batch, mine_maps
 from simdetr.proposals.features import TimmEncoder
+from simdetr.proposals.level_sets import LevelSets
 
 SMALL = MiningConfig(image_size=128)
 
@@ -116,3 +117,10 @@ def test_settings_come_from_yaml():
     text = "mining: {image_size: 224, clusters: {32: [2], 16: [8]}, filters: {keep_most_diverse: 10}}"
     built = MiningConfig(**vars(parser.instantiate(parser.parse_string(text)).mining))
     assert built == MiningConfig(image_size=224, clusters={32: [2], 16: [8]}, filters={"keep_most_diverse": 10})
+
+
+def test_most_boxes_are_those_of_the_settings_in_use():
+    assert MiningConfig().most_boxes == 25
+    assert MiningConfig(level_sets=LevelSets(max_boxes=100)).most_boxes == 100
+    assert MiningConfig(level_sets=None, filters={"keep_most_diverse": 7}).most_boxes == 7
+    assert MiningConfig(level_sets=None, filters={"drop_duplicate_boxes": 0.9}).most_boxes == UNLIMITED
