@@ -2,7 +2,8 @@
 
 from simdetr.detectors.backbone import Backbone
 from simdetr.detectors.deformable_attention import multi_scale_deformable_attention
-from simdetr.detectors.deformable_detr import DeformableDETR, DetectorOutput, Prediction
+from simdetr.detectors.deformable_detr import DeformableDETR
+from simdetr.detectors.detector import Detector, DetectorOutput, Prediction
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.matcher import HungarianMatcher
 from simdetr.detectors.predictions import Detections, postprocess
@@ -12,6 +13,7 @@ __all__ = [
     "DeformableDETR",
     "DetectionLoss",
     "Detections",
+    "Detector",
     "DetectorOutput",
     "HungarianMatcher",
     "Prediction",

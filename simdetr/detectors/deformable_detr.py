@@ -9,7 +9,8 @@ Letters: B images, Q queries, K classes, C channels, L levels, S cells of all le
 from __future__ import annotations
 
 import math
-from typing import Literal, NotRequired, TypedDict
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,25 +18,10 @@ from torch import Tensor, nn
 
 from simdetr.detectors.backbone import Backbone
 from simdetr.detectors.deformable_transformer import DeformableTransformer
+from simdetr.detectors.detector import Detector, DetectorOutput, Prediction
+from simdetr.detectors.losses import DetectionLoss
+from simdetr.detectors.matcher import Target
 from simdetr.detectors.position_encoding import LearnedEncoding, SineEncoding
-
-
-class Prediction(TypedDict):
-    """Classes and boxes of one layer."""
-
-    pred_logits: Tensor
-    """[B, Q, K]; each class on its own (sigmoid), there is no class for background."""
-    pred_boxes: Tensor
-    """[B, Q, 4] cxcywh, fractions of the valid (unpadded) image."""
-
-
-class DetectorOutput(Prediction):
-    """What a detector returns: the last layer's prediction and those that only training needs."""
-
-    aux_outputs: list[Prediction]
-    """Predictions of the decoder's earlier layers, first to last."""
-    enc_outputs: NotRequired[Prediction]
-    """Two-stage only: one prediction per cell of the encoder's output, Q = S."""
 
 
 class BoxHead(nn.Module):
@@ -62,7 +48,7 @@ class BoxHead(nn.Module):
         return offsets
 
 
-class DeformableDETR(nn.Module):
+class DeformableDETR(Detector):
     """Deformable DETR on a timm backbone.
 
     Args:
@@ -123,6 +109,7 @@ class DeformableDETR(nn.Module):
         if two_stage and not with_box_refine:
             raise ValueError("two_stage=True needs with_box_refine=True (specs/detectors.md A6); set both or neither")
         self.num_classes = num_classes
+        self.criterion = DetectionLoss()
         self.backbone = Backbone(
             backbone,
             num_maps=1 if num_feature_levels == 1 else 3,
@@ -202,6 +189,11 @@ class DeformableDETR(nn.Module):
         if out.encoder_logits is not None and out.encoder_boxes is not None:
             result["enc_outputs"] = {"pred_logits": out.encoder_logits, "pred_boxes": out.encoder_boxes}
         return result
+
+    def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Losses of all layers, see ``DetectionLoss``."""
+        terms: dict[str, Tensor] = self.criterion(self(images, mask), targets)
+        return terms
 
     def _pad(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Zero-pad to the sides that the backbone needs; a mask without padding shrinks to one image to save work."""

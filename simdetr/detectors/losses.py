@@ -35,6 +35,17 @@ class LayerLosses(NamedTuple):
     loss_giou: Tensor
 
 
+class MatchedLayers(NamedTuple):
+    """Which query of which layer answers for which target."""
+
+    decoder: Matches
+    """Of the decoder's layers [N, M], first to last; the last row is the detector's prediction."""
+    encoder: Matches | None
+    """Of the encoder's proposals [1, M] (two-stage)."""
+    num_boxes: float | Tensor
+    """Targets per rank, averaged over all ranks, at least 1."""
+
+
 class DetectionLoss(nn.Module):
     """Matching and losses of a detection transformer.
 
@@ -85,29 +96,42 @@ class DetectionLoss(nn.Module):
         Raises:
             ValueError: targets that do not fit the batch or the number of classes.
         """
-        layers = [*outputs.get("aux_outputs", []), outputs]
-        suffixes = [*(f"_{layer}" for layer in range(len(layers) - 1)), ""]
-        groups: list[tuple[tuple[Tensor, Tensor], Sequence[Target]]] = [(_stack(layers), targets)]
-        if "enc_outputs" in outputs:
-            suffixes.append("_enc")
-            blind = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
-            groups.append((_stack([outputs["enc_outputs"]]), targets if self.class_aware_encoder else blind))
+        return self.of_matched(outputs, targets, self.match(outputs, targets))
 
+    def match(self, outputs: Mapping[str, Any], targets: Sequence[Target]) -> MatchedLayers:
+        """Match every layer for itself, all with one transfer from the device; arguments as in ``forward``."""
         counts = _check_targets(targets, *outputs["pred_logits"].shape[::2])
-        costs = [self.matcher.costs(logits, boxes, aims) for (logits, boxes), aims in groups]
+        costs = [self.matcher.costs(*_stack(_decoder_layers(outputs)), targets)]
+        if "enc_outputs" in outputs:
+            costs.append(self.matcher.costs(*_stack([outputs["enc_outputs"]]), self._encoder_targets(targets)))
         matches = self.matcher.assign(costs, counts)
         num_boxes = global_mean_count(sum(counts), outputs["pred_boxes"].device)
-        parts = [
-            self._layer_losses(*prediction, match, aims)
-            for (prediction, aims), match in zip(groups, matches, strict=True)
-        ]
+        return MatchedLayers(matches[0], matches[1] if len(matches) > 1 else None, num_boxes)
+
+    def of_matched(
+        self, outputs: Mapping[str, Any], targets: Sequence[Target], matched: MatchedLayers
+    ) -> dict[str, Tensor]:
+        """The losses of layers that are matched already; as ``forward``."""
+        layers = _decoder_layers(outputs)
+        suffixes = [*(f"_{layer}" for layer in range(len(layers) - 1)), ""]
+        parts = [self._layer_losses(*_stack(layers), matched.decoder, targets)]
+        if matched.encoder is not None:
+            suffixes.append("_enc")
+            aims = self._encoder_targets(targets)
+            parts.append(self._layer_losses(*_stack([outputs["enc_outputs"]]), matched.encoder, aims))
         total = outputs["pred_logits"].new_zeros((), dtype=torch.float32)
         losses: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
-            values = torch.cat([getattr(part, name) for part in parts]) / num_boxes
+            values = torch.cat([getattr(part, name) for part in parts]) / matched.num_boxes
             total = total + weight * values.sum()
             losses |= {name + suffix: value for suffix, value in zip(suffixes, values.unbind(), strict=True)}
         return {"loss": total, **losses}
+
+    def _encoder_targets(self, targets: Sequence[Target]) -> Sequence[Target]:
+        """What the encoder's proposals learn: every object as class 0, unless they are to learn classes."""
+        if self.class_aware_encoder:
+            return targets
+        return [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
 
     def _layer_losses(self, logits: Tensor, boxes: Tensor, matches: Matches, targets: Sequence[Target]) -> LayerLosses:
         """Sums of the three losses; logits [N, B, Q, K], boxes [N, B, Q, 4]."""
@@ -146,6 +170,11 @@ def _check_targets(targets: Sequence[Target], batch: int, num_classes: int) -> l
                 f"detector has num_classes={num_classes}; number classes from 0 and link num_classes to the data"
             )
     return [len(target["labels"]) for target in targets]
+
+
+def _decoder_layers(outputs: Mapping[str, Any]) -> list[Mapping[str, Tensor]]:
+    """Predictions of the decoder's layers, the detector's own last."""
+    return [*outputs.get("aux_outputs", []), outputs]
 
 
 def _stack(layers: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from simdetr.boxes import denormalise
 
 
 class Detections(TypedDict):
-    """Detections of one image, best first; N = min(top_k, Q · K)."""
+    """Detections of one image, best first; N = min(top_k, Q · K), less where a detector found fewer (-inf)."""
 
     scores: Tensor
     """float32 [N] in [0, 1]."""
@@ -52,7 +52,9 @@ def postprocess(
     num_classes = logits.shape[2]
     scores, best = logits.float().flatten(1).topk(min(top_k, logits[0].numel()), dim=1)
     chosen = boxes.float().gather(1, (best // num_classes)[..., None].expand(-1, -1, 4))
-    return [
-        {"scores": s.sigmoid(), "labels": b % num_classes, "boxes_xyxy": denormalise(c, (int(size[0]), int(size[1])))}
-        for s, b, c, size in zip(scores, best, chosen, sizes, strict=True)
-    ]
+    found: list[Detections] = []
+    for logit, row, cxcywh, size in zip(scores, best, chosen, sizes, strict=True):
+        real = logit > -torch.inf
+        pixels = denormalise(cxcywh[real], (int(size[0]), int(size[1])))
+        found.append({"scores": logit[real].sigmoid(), "labels": row[real] % num_classes, "boxes_xyxy": pixels})
+    return found

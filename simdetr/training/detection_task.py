@@ -12,10 +12,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from simdetr.data.dataset import Batch, item_seed
 from simdetr.data.pretrained_weights import load_backbone_weights, load_into
+from simdetr.detectors.detector import Detector
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.predictions import Detections, postprocess
 from simdetr.training.optimisation import Schedule, lr_factor, parameter_groups
@@ -30,8 +31,8 @@ class DetectionTask(pl.LightningModule):
     """Trains a detector by Hungarian matching, all parameters together.
 
     Args:
-        detector: Any module with the output contract of ``simdetr.detectors``.
-        criterion: The loss; the weights of Deformable DETR when left out.
+        detector: Any detector of ``simdetr.detectors``.
+        criterion: A matching loss with other weights, in place of the detector's own loss.
         lr: Learning rate of encoder, decoder and heads.
         backbone_lr: Learning rate of the backbone; 0 freezes it.
         weight_decay: AdamW weight decay of all groups.
@@ -46,7 +47,7 @@ class DetectionTask(pl.LightningModule):
 
     def __init__(
         self,
-        detector: nn.Module,
+        detector: Detector,
         criterion: DetectionLoss | None = None,
         lr: float = 2e-4,
         backbone_lr: float = 2e-5,
@@ -61,18 +62,18 @@ class DetectionTask(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.detector = detector
-        self.criterion = criterion if criterion is not None else DetectionLoss()
+        self.criterion = criterion
         self.lr, self.backbone_lr, self.weight_decay = lr, backbone_lr, weight_decay
         self.schedule, self.drop_at, self.warmup_steps = schedule, drop_at, warmup_steps
         self.init_weights, self.top_k, self.seed = init_weights, top_k, seed
         if backbone_weights is not None and init_weights is None:
-            load_into(detector.get_submodule("backbone.body"), load_backbone_weights(backbone_weights))
+            load_into(detector.get_submodule(detector.body_name), load_backbone_weights(backbone_weights))
         self.load_report: LoadReport | None = None
         if init_weights is not None:
             self.load_report = load_weights(detector, Path(init_weights))
         if backbone_lr == 0:
             for name, parameter in detector.named_parameters():
-                if name.startswith("backbone."):
+                if name.startswith(f"{detector.backbone_name}."):
                     parameter.requires_grad_(False)
 
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class DetectionTask(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch, summed over decoder layers."""
-        losses: dict[str, Tensor] = self.criterion(self(batch.images, batch.mask), batch.targets)
+        losses = self._losses(batch)
         loss = losses["loss"]
         if not torch.isfinite(loss):
             self._stop_on_non_finite(batch, losses)
@@ -101,6 +102,12 @@ class DetectionTask(pl.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.targets))
         self.log_dict(last_layer, batch_size=len(batch.targets))
         return loss
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        if self.criterion is None:
+            return self.detector.losses(batch.images, batch.mask, batch.targets)
+        losses: dict[str, Tensor] = self.criterion(self(batch.images, batch.mask), batch.targets)
+        return losses
 
     def _stop_on_non_finite(self, batch: Batch, losses: dict[str, Tensor]) -> None:
         ids = self.image_ids_of(batch)

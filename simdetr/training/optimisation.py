@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 from torch import nn
 
+from simdetr.detectors.detector import Detector
+
 Schedule = Literal["step", "cosine", "constant"]
 SLOW_NAMES = ("reference_points", "sampling_offsets")
 """Parameters whose name holds one of these learn ten times slower (Deformable DETR)."""
 
 
 def parameter_groups(
-    detector: nn.Module, lr: float, backbone_lr: float, slow_factor: float = 0.1
+    detector: Detector, lr: float, backbone_lr: float, slow_factor: float = 0.1
 ) -> list[dict[str, Any]]:
     """Trainable parameters in three disjoint groups: backbone, slow (offsets and references), the rest.
 
@@ -27,7 +29,7 @@ def parameter_groups(
     for name, parameter in detector.named_parameters():
         if not parameter.requires_grad:
             continue
-        if name.startswith("backbone."):
+        if name.startswith(f"{detector.backbone_name}."):
             members["backbone"].append(parameter)
         elif any(slow in name for slow in SLOW_NAMES):
             members["slow"].append(parameter)

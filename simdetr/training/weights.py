@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.labels import Category
+from simdetr.detectors.detector import Detector
 from simdetr.detectors.state_dict_names import from_official
 
 LOG = logging.getLogger(__name__)
@@ -49,16 +50,16 @@ class LoadReport:
 class LoadedDetector:
     """A detector ready for inference, with the categories it names and the image sizes it was trained for."""
 
-    detector: nn.Module
+    detector: Detector
     categories: tuple[Category, ...]
     image_settings: dict[str, Any]
 
 
-def checkpoint_config(detector: nn.Module, data: Any) -> dict[str, Any]:  # noqa: ANN401
+def checkpoint_config(detector: Detector, data: Any) -> dict[str, Any]:  # noqa: ANN401
     """What rebuilds ``detector``, as plain JSON types; ``data`` gives categories and image settings, or None."""
     return {
         "class_path": f"{type(detector).__module__}.{type(detector).__qualname__}",
-        "init_args": getattr(detector, "init_args", {}),
+        "init_args": detector.init_args,
         "categories": [asdict(category) for category in data.categories] if data is not None else [],
         "image_settings": dict(data.image_settings) if data is not None else {},
     }
@@ -174,7 +175,7 @@ def load_detector(path: Path) -> LoadedDetector:
     return LoadedDetector(detector.eval(), categories, config["image_settings"])
 
 
-def build_detector(config: dict[str, Any]) -> nn.Module:
+def build_detector(config: dict[str, Any]) -> Detector:
     """Construct the class a config names, with new weights.
 
     Raises:
@@ -184,7 +185,7 @@ def build_detector(config: dict[str, Any]) -> nn.Module:
     module_name, _, class_name = config["class_path"].rpartition(".")
     allowed = module_name == "simdetr.detectors" or module_name.startswith("simdetr.detectors.")
     found = getattr(importlib.import_module(module_name), class_name, None) if allowed else None
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    if not (isinstance(found, type) and issubclass(found, Detector)):
         raise ValueError(f"class_path: expected a class of simdetr.detectors, got {config['class_path']!r}.")
     # its weights are in the file: there is nothing to download
     arguments = {name: value for name, value in config["init_args"].items() if name != "pretrained_backbone"}

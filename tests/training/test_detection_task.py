@@ -98,7 +98,7 @@ def test_a_poisoned_batch_stops_the_training_and_is_saved(recipe, make_detector,
     detector = make_detector(8)
     detector.load_state_dict(replay["state_dict"])
     batch = Batch(*replay["batch"])
-    losses = DetectionTask(detector).criterion(detector(batch.images, batch.mask), batch.targets)
+    losses = detector.losses(batch.images, batch.mask, batch.targets)
     assert not torch.isfinite(losses["loss"])
     assert not (tmp_path / "detector").exists()
 

@@ -1,0 +1,76 @@
+"""The one contract of detectors: what training, relabelling and evaluation need of any of them, and nothing else.
+
+Images and padding mask in, predictions out; images, mask and targets in, losses out. Deformable DETR, ViDT and the
+adapters to other libraries keep it, so the pipeline does not know which it has.
+Letters: B images, Q queries, K classes, T objects of one image.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NotRequired, TypedDict
+
+from torch import Tensor, nn
+
+from simdetr.detectors.matcher import Target
+
+
+class Prediction(TypedDict):
+    """Classes and boxes of one layer."""
+
+    pred_logits: Tensor
+    """[B, Q, K]; each class on its own (sigmoid), there is no class for background. A row of -inf is no detection."""
+    pred_boxes: Tensor
+    """[B, Q, 4] cxcywh, fractions of the valid (unpadded) image."""
+    pred_ious: NotRequired[Tensor]
+    """Logit of the box's IoU with its object [B, Q, 1], of detectors that estimate it."""
+    pred_vectors: NotRequired[Tensor]
+    """Coefficients of the object's mask [B, Q, D], of detectors that draw masks."""
+
+
+class DetectorOutput(Prediction):
+    """What a detector returns: the last layer's prediction and those that only training needs."""
+
+    aux_outputs: NotRequired[list[Prediction]]
+    """Predictions of the decoder's earlier layers, first to last."""
+    enc_outputs: NotRequired[Prediction]
+    """Two-stage only: one prediction per cell of the encoder's output, Q = S."""
+
+
+class Detector(nn.Module, ABC):
+    """A detection network with its own loss.
+
+    Attributes:
+        init_args: arguments that rebuild it, plain JSON types, ``num_classes`` among them; kept beside its weights.
+        num_classes: K.
+        backbone_name: dotted name of the submodule that learns with the backbone's learning rate.
+        body_name: dotted name of the feature network that encoder checkpoints fit.
+    """
+
+    init_args: dict[str, Any]
+    num_classes: int
+    backbone_name: str = "backbone"
+    body_name: str = "backbone.body"
+
+    @abstractmethod
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
+        """Detect.
+
+        Args:
+            images: normalised images [B, 3, H, W], zero-padded at the bottom and right.
+            mask: bool [B, H, W], True = padding; None if no image is padded.
+        """
+
+    @abstractmethod
+    def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Losses of a batch in training mode.
+
+        Args:
+            images: as in ``forward``.
+            mask: as in ``forward``.
+            targets: ``labels`` and ``boxes`` of each image; images, or all of them, may be empty.
+
+        Returns:
+            ``loss``, the total to minimise, which every trainable parameter takes part in, and its terms.
+        """
