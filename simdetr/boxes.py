@@ -58,6 +58,28 @@ def pairwise_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
     return generalized_box_iou(boxes_a_xyxy, boxes_b_xyxy)
 
 
+def paired_iou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
+    """Intersection over union of box i of one set with box i of the other, [N, 4] and [N, 4] to [N]."""
+    top_left = torch.maximum(boxes_a_xyxy[:, :2], boxes_b_xyxy[:, :2])
+    bottom_right = torch.minimum(boxes_a_xyxy[:, 2:], boxes_b_xyxy[:, 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=1)
+    return intersection / (box_area(boxes_a_xyxy) + box_area(boxes_b_xyxy) - intersection)
+
+
+def batched_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
+    """Generalised IoU of all pairs within each set of a batch, [..., N, 4] and [..., M, 4] to [..., N, M].
+
+    Coordinate by coordinate: tensors of [..., N, M, 2] would be read and written at a fraction of the speed.
+    """
+    ax0, ay0, ax1, ay1 = boxes_a_xyxy[..., None].unbind(-2)
+    bx0, by0, bx1, by1 = boxes_b_xyxy.mT.contiguous()[..., None, :].unbind(-3)
+    width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)
+    intersection = width * (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
+    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - intersection
+    hull = (torch.maximum(ax1, bx1) - torch.minimum(ax0, bx0)) * (torch.maximum(ay1, by1) - torch.minimum(ay0, by0))
+    return intersection / union + union / hull - 1.0
+
+
 def paired_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
     """Generalised IoU of box i of one set with box i of the other, [N, 4] and [N, 4] to [N]."""
     top_left = torch.maximum(boxes_a_xyxy[:, :2], boxes_b_xyxy[:, :2])

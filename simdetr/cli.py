@@ -20,11 +20,13 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from simdetr import commands, encoder_commands, mining_commands, rival_commands
+from simdetr import commands, encoder_commands, export_commands, mining_commands, rival_commands
 
 Command = Callable[..., None]
-POSITIONAL = ("doctor",)
+POSITIONAL = ("doctor", "import")
 """Commands whose required arguments stand without a name: `simdetr doctor DIR`."""
+FLAGS = ("--masks", "--verify")
+"""Options that stand without a value and mean true."""
 LIGHTNING = ("fit", "validate", "test")
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "quickstart": commands.quickstart,
@@ -38,13 +40,20 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "compare": commands.compare,
     "predict": commands.predict,
     "encoder": {"fit": encoder_commands.fit},
-    "export": {"labels": commands.export_labels},
+    "import": export_commands.import_detector,
+    "export": {
+        "labels": export_commands.labels,
+        "safetensors": export_commands.safetensors,
+        "transformers": export_commands.transformers,
+        "official": export_commands.official,
+        "onnx": export_commands.onnx,
+    },
     "report": commands.report,
     "rivals": rival_commands.rivals,
 }
 GROUPS = {
     "encoder": "Train an encoder for mining on your own images: fit.",
-    "export": "Write results in other formats: labels.",
+    "export": "Write boxes for other tools: labels; a detector for others: safetensors, transformers, official, onnx.",
 }
 USER_ERRORS = (FileNotFoundError, PermissionError, ValueError, RuntimeError, OSError)
 """Errors whose message is for the user; with --debug they come with their traceback."""
@@ -114,6 +123,7 @@ def _add_commands(parser: ArgumentParser, commands_by_name: dict[str, Any], argu
     for name, command in commands_by_name.items():
         own = ArgumentParser()
         if isinstance(command, dict):
+            own.description = GROUPS[name]
             subcommands.add_subcommand(name, own, help=GROUPS[name])
             _add_commands(own, command, arguments)
         else:
@@ -150,7 +160,7 @@ def fold_options(arguments: Sequence[str]) -> list[str]:
     """Collect repeated ``--config`` and dotted options into the lists that the commands take.
 
     ``--config a --config b`` becomes ``--config=["a", "b"]``; ``--model.lr 1e-4`` becomes
-    ``--options=["--model.lr=1e-4"]``. Hyphens within a name become underscores.
+    ``--options=["--model.lr=1e-4"]``. Hyphens within a name become underscores, and one of ``FLAGS`` becomes true.
 
     Raises:
         ValueError: An option is the last word and has no value.
@@ -163,7 +173,8 @@ def fold_options(arguments: Sequence[str]) -> list[str]:
         dotted = name.startswith("--") and "." in name
         if name != "--config" and not dotted:
             is_option = name.startswith("--")
-            rest.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if is_option else word)
+            flag = "=true" if word in FLAGS else ""
+            rest.append(f"--{name[2:].replace('-', '_')}{equals}{value}{flag}" if is_option else word)
             continue
         if not equals:
             following = next(words, None)

@@ -53,16 +53,18 @@ def quickstart(
 
 
 def doctor(path: Path, labels: Path | None = None) -> None:
-    """Look for what would go wrong: unreadable, duplicate and suspicious images, problems in labels.
+    """Look for what would go wrong: unreadable, duplicate and suspicious images, problems in labels; list the devices.
 
     Args:
         path: Folder, list file or COCO JSON of images.
         labels: COCO JSON of their boxes.
     """
+    from simdetr import acceleration
     from simdetr.data.doctor import examine, summary
 
     result = examine(path, labels)
-    OUT.print(summary(result), markup=False, highlight=False, soft_wrap=True)
+    for lines in (summary(result), acceleration.summary()):
+        OUT.print(lines, markup=False, highlight=False, soft_wrap=True)
     if result.fatal:
         sys.exit(1)
 
@@ -207,6 +209,7 @@ def predict(
     iou_threshold: float = 1.0,
     max_boxes: int = 100,
     device: str | None = None,
+    masks: bool = False,
 ) -> None:
     """Detect objects in an image, a folder or a list, and write COCO JSON.
 
@@ -221,6 +224,7 @@ def predict(
         iou_threshold: Of two boxes that overlap more, the less confident goes; 1 keeps both.
         max_boxes: Most confident boxes kept per image.
         device: Torch device; the GPU if there is one.
+        masks: Write each object's mask too, as run lengths; for detectors that draw masks (ViDT+).
     """
     from simdetr import inference
     from simdetr.data.images import open_images
@@ -238,30 +242,11 @@ def predict(
         max_boxes=max_boxes,
         device=device,
         quarantine=quarantine,
+        masks=masks,
     )
     OUT.print(write_result(found, out), soft_wrap=True)
     if pictures is not None:
         write_pictures(open_images(images), found, pictures)
-
-
-def export_labels(run: Path, stage: int, out: Path) -> None:
-    """Write the labels of a stage as COCO JSON with scores.
-
-    Args:
-        run: Run folder of ``pretrain``.
-        stage: 0 = mined, j = relabelled by the detector of stage j.
-        out: File to write: .json or .parquet.
-    """
-    from simdetr.data.labels import read_labels
-    from simdetr.results import write_result
-    from simdetr.training.run_folder import RunFolder
-
-    folder = RunFolder(run)
-    path = folder.labels(stage)
-    if not path.is_file():
-        done = [number for number in folder.stages() if folder.labels(number).is_file()]
-        raise FileNotFoundError(f"stage: {run} has no labels of stage {stage}; it has those of stages {done}.")
-    OUT.print(write_result(read_labels(path), out), soft_wrap=True)
 
 
 def report(run: Path, images: Path, truth: Path | None = None) -> None:

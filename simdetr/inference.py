@@ -32,6 +32,7 @@ def predict(
     max_boxes: int = 100,
     device: str | None = None,
     quarantine: Path | None = None,
+    masks: bool = False,
 ) -> Labels:
     """Detections on a path, a folder, a list or one image array.
 
@@ -43,11 +44,13 @@ def predict(
         max_boxes: Most confident boxes kept per image.
         device: Torch device; the GPU if there is one.
         quarantine: File that lists unreadable images; without it they are only logged.
+        masks: Draw each object's mask too, with detectors that predict masks (ViDT+).
 
     Returns:
         Labels with scores, boxes in pixels, best first; categories as the training labels named them.
 
     Raises:
+        ValueError: Masks are asked for and the detector draws none.
         TooManyUnreadableError: More than 5 % of the images cannot be read (with ``quarantine``).
     """
     source = open_images(images) if isinstance(images, str | Path) else images
@@ -58,6 +61,7 @@ def predict(
         iou_threshold=iou_threshold,
         max_boxes=max_boxes,
         device=device or default_device(),
+        masks=masks,
     )
     if not isinstance(source, ImageSource):
         pixels = torch.from_numpy(source).permute(2, 0, 1) if isinstance(source, np.ndarray) else source

@@ -7,6 +7,7 @@ DetectionData that fit together; ``num_classes`` flows from the labels to the de
 
 from __future__ import annotations
 
+import logging
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -27,11 +28,13 @@ from simdetr.evaluation.validation import CocoValidation
 from simdetr.proposals.batch_mining import MiningConfig
 from simdetr.proposals.features import Encoder
 from simdetr.proposals.kmeans import Backend
+from simdetr.training.checkpoint_files import read_checkpoint
 from simdetr.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.detection_task import DetectionTask
-from simdetr.training.weights import checkpoint_config, read_state, save_detector
+from simdetr.training.weights import checkpoint_config, save_detector, without_downloads
 
+LOG = logging.getLogger(__name__)
 DEFAULT_ENCODER = "simdetr.proposals.colour_texture.ColourTextureEncoder"
 
 
@@ -202,17 +205,20 @@ class Recipe:
     def starting_from(self, detector: Path, out: Path, *, weights: bool = True) -> Recipe:
         """This recipe with the detector of a file instead of its own, with its weights or only its architecture.
 
-        The detector's class and arguments are written to ``out``/detector.yaml, a config over the others.
+        The detector's class and arguments are written to ``out``/detector.yaml, a config over the others. A file that
+        does not tell them, such as UP-DETR's, gives its weights to the recipe's own detector.
         """
-        _, stored = read_state(detector)
-        if stored is None:
-            raise ValueError(f"init: {detector} has no config beside its weights; give a folder written by simdetr.")
-        arguments = {name: value for name, value in stored["init_args"].items() if name != "num_classes"}
-        if weights and "pretrained_backbone" in arguments:
-            arguments["pretrained_backbone"] = False  # it would be downloaded only to be overwritten
-        model: dict[str, Any] = {"detector": {"class_path": stored["class_path"], "init_args": arguments}}
-        if weights:
-            model["init_weights"] = str(detector)
+        checkpoint = read_checkpoint(detector)
+        stored = checkpoint.config()
+        model: dict[str, Any] = {"init_weights": str(detector)} if weights else {}
+        if stored is not None:
+            arguments = {name: value for name, value in stored["init_args"].items() if name != "num_classes"}
+            if weights:
+                arguments = without_downloads(arguments)
+            model["detector"] = {"class_path": stored["class_path"], "init_args": arguments}
+        else:
+            title = checkpoint.format.title
+            LOG.info("init: %s (%s) does not tell its detector; that of the config is used", detector, title)
         overlay = out / "detector.yaml"
         with atomic_path(overlay) as temporary:
             temporary.write_text(yaml.safe_dump({"model": model}), encoding="utf-8")

@@ -38,6 +38,64 @@ TINY_CONFIG = {
     "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False},
 }
 
+_TRANSFORMERS, _TORCHVISION = "simdetr.detectors.TransformersDetector", "simdetr.detectors.TorchvisionDetector"
+_DETR = {
+    "backbone": "test_resnet",
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_queries": 10,
+    "auxiliary_loss": True,
+    "dropout": 0.0,
+}
+_RT_DETR = {
+    "backbone_config": {"model_type": "timm_backbone", "backbone": "test_resnet", "out_indices": [2, 3, 4]},
+    "freeze_backbone_batch_norms": False,
+    "encoder_in_channels": [48, 192, 96],
+    "encoder_hidden_dim": 32,
+    "encoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "d_model": 32,
+    "decoder_in_channels": [32, 32, 32],
+    "decoder_ffn_dim": 32,
+    "decoder_attention_heads": 2,
+    "decoder_layers": 2,
+    "decoder_n_points": 2,
+    "num_queries": 10,
+    "num_denoising": 6,
+}
+_RESNET18 = {"backbone": "resnet18", "trainable_layers": 5, "frozen_batch_norm": False}
+_FEW_REGIONS = {
+    "rpn_post_nms_top_n_train": 50,
+    "rpn_post_nms_top_n_test": 20,
+    "box_batch_size_per_image": 16,
+    "box_detections_per_img": 12,
+}
+OTHERS = {
+    "deformable_detr": (_TRANSFORMERS, {"config": {"model_type": "deformable_detr", **_DETR}}),
+    "conditional_detr": (_TRANSFORMERS, {"config": {"model_type": "conditional_detr", **_DETR}}),
+    "detr": (_TRANSFORMERS, {"config": {"model_type": "detr", **_DETR}}),
+    "rt_detr_v2": (_TRANSFORMERS, {"config": {"model_type": "rt_detr_v2", **_RT_DETR}}),
+    "d_fine": (_TRANSFORMERS, {"config": {"model_type": "d_fine", **_RT_DETR}}),
+    "faster_rcnn": (
+        _TORCHVISION,
+        {"architecture": "fasterrcnn_resnet50_fpn", "options": _FEW_REGIONS, **_RESNET18},
+    ),
+    "fcos": (
+        _TORCHVISION,
+        {"architecture": "fcos_resnet50_fpn", "options": {"detections_per_img": 12}, **_RESNET18},
+    ),
+    "retinanet": (
+        _TORCHVISION,
+        {"architecture": "retinanet_resnet50_fpn", "options": {"detections_per_img": 12}, **_RESNET18},
+    ),
+}
+"""The smallest detectors of other libraries: class path and arguments without ``num_classes``."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
@@ -81,3 +139,30 @@ def make_detector():
     from simdetr.detectors import DeformableDETR
 
     return lambda num_classes=3, **changes: DeformableDETR(num_classes, **{**TINY_DETECTOR, **changes})
+
+
+@pytest.fixture(scope="session")
+def config_of_other():
+    """The class path and arguments of a small detector of another library, by its name in ``OTHERS``."""
+
+    def config(name, num_classes=3, **changes):
+        if name not in ("faster_rcnn", "fcos", "retinanet"):
+            pytest.importorskip("transformers", reason="an optional dependency")
+        class_path, arguments = OTHERS[name]
+        return {"class_path": class_path, "init_args": {"num_classes": num_classes, **arguments, **changes}}
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def make_other(config_of_other):
+    """Build a small detector of another library with a fixed seed."""
+    from simdetr.training.weights import build_detector
+
+    def make(name, num_classes=3, seed=0, **changes):
+        config = config_of_other(name, num_classes, **changes)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return build_detector(config)
+
+    return make

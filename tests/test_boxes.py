@@ -57,6 +57,14 @@ def test_overlaps_match_torchvision():
     torch.testing.assert_close(paired, ops.generalized_box_iou(a[:20], b).diagonal())
 
 
+def test_paired_iou_is_the_diagonal_of_all_pairs():
+    a, b = random_xyxy(20, seed=6), random_xyxy(20, seed=7)
+    torch.testing.assert_close(boxes.paired_iou(a, b), ops.box_iou(a, b).diagonal())
+    inside = torch.tensor([[0.0, 0.0, 1.0, 0.25]])
+    torch.testing.assert_close(boxes.paired_iou(inside, torch.tensor([[0.0, 0.0, 1.0, 1.0]])), torch.tensor([0.25]))
+    assert torch.autograd.gradcheck(boxes.paired_iou, (a[:6].requires_grad_(), b[:6].requires_grad_()))
+
+
 def test_giou_by_hand():
     unit = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     others = torch.tensor([[0.0, 0.0, 1.0, 1.0], [2.0, 0.0, 3.0, 1.0], [0.25, 0.25, 0.75, 0.75]])

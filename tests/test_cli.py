@@ -146,6 +146,7 @@ def test_too_few_regions_are_one_clear_line(scenes, tiny_config, tmp_path, capsy
         ("predict --images {scenes} --checkpoint {tmp}/none --out {tmp}/o.json", "does not exist"),
         ("predict --images {scenes} --checkpoint {run} --out {run}/config.yaml/o.json", "cannot be written to"),
         ("predict --images {scenes} --checkpoint {run} --out {run}", "expected a file name"),
+        ("predict --images {scenes} --checkpoint {run} --out {tmp}/o.json --masks", "draws no masks"),
         ("export labels --run {run} --stage 7 --out {tmp}/o.json", "has no labels of stage 7"),
         ("evaluate --images {scenes} --labels {tmp}/none.json --checkpoint {run}", "none.json"),
         ("pretrain --images {scenes} --out {run} --config {config} --model.lr 9", "model.lr is 0.001 there, 9"),

@@ -1,4 +1,4 @@
-"""Every shipped configuration trains one step; those of full size are shrunk by configs/tiny.yaml."""
+"""Every shipped configuration trains one step; those of full size are shrunk by the tiny one of their detector."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ SMALLEST = (
     "--data.num_workers=0",
     "--data.short_sides=[64]",
     "--data.max_side=80",
-    "--model.detector.init_args.backbone=test_resnet",
-    "--model.detector.init_args.num_queries=10",
 )
+TINY = {
+    "DeformableDETR": ("tiny.yaml", {"backbone": "test_resnet", "num_queries": 10}),
+    "ViDT": ("vidt_tiny.yaml", {"backbone": "swin_pico", "num_queries": 10}),
+    "TorchvisionDetector": ("faster_rcnn_tiny.yaml", {}),
+    "TransformersDetector": ("rt_detr_v2_tiny.yaml", {}),
+}
+"""Config that shrinks those of a detector, and arguments that shrink it further."""
 
 
 def test_there_are_configs():
@@ -36,17 +41,25 @@ def test_there_are_configs():
         "tiny.yaml",
         "pretrain/deformable_detr_r50.yaml",
         "finetune/deformable_detr_r50.yaml",
+        "vidt_tiny.yaml",
+        "pretrain/vidt_plus_swin_tiny.yaml",
+        "finetune/vidt_plus_swin_tiny.yaml",
+        "rt_detr_v2_tiny.yaml",
+        "pretrain/rt_detr_v2.yaml",
+        "faster_rcnn_tiny.yaml",
     }
     assert [path.name for path in BUILT_IN] == ["quickstart_finetune.yaml", "quickstart_pretrain.yaml"]
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *BUILT_IN], ids=lambda path: path.relative_to(REPOSITORY).as_posix())
 def test_trains_one_step(path, scenes, tmp_path):
-    tiny = REPOSITORY / "configs" / "tiny.yaml"
-    alone = "detector" in yaml.safe_load(path.read_text())["model"]
-    configs = [path, tiny] if alone else [tiny, path]  # a config without detector is put after one that has it
+    detector = yaml.safe_load(path.read_text())["model"].get("detector")
+    name, changes = TINY[detector["class_path"].rpartition(".")[2] if detector else "DeformableDETR"]
+    tiny = REPOSITORY / "configs" / name
+    configs = [path, tiny] if detector else [tiny, path]  # a config without detector is put after one that has it
     data = (f"--data.images={scenes}", f"--data.labels={scenes / 'instances.json'}")
-    recipe = Recipe(tuple(str(config) for config in configs), (*data, *SMALLEST))
+    smallest = (*SMALLEST, *(f"--model.detector.init_args.{key}={value}" for key, value in changes.items()))
+    recipe = Recipe(tuple(str(config) for config in configs), (*data, *smallest))
     cli = recipe.training(tmp_path)
     train(cli, tmp_path)
     assert cli.trainer.global_step == 1

@@ -43,7 +43,7 @@ def test_config_is_accepted(text, tmp_path):
     config = tmp_path / "shown.yaml"
     config.write_text(text, encoding="utf-8")
     _, resolved = Recipe((str(ROOT / "configs/tiny.yaml"), str(config)), ("--data.images=photos",)).resolved()
-    assert "DeformableDETR" in resolved
+    assert "class_path: simdetr.detectors." in resolved
 
 
 @pytest.mark.parametrize("line", COMMANDS)

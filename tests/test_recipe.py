@@ -105,9 +105,13 @@ def test_starting_from_a_detector_takes_its_architecture(weights, recipe, make_d
     assert arguments.pretrained_backbone is not weights  # never downloaded only to be overwritten
 
 
-def test_starting_from_bare_weights_is_refused(recipe, make_detector, tmp_path):
-    detector = make_detector(3)
-    save_detector(detector, checkpoint_config(detector, None), tmp_path)
+def test_bare_weights_are_for_the_detector_of_the_config(recipe, make_detector, tmp_path):
+    save_detector(make_detector(3), checkpoint_config(make_detector(3), None), tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="no config beside its weights"):
-        recipe().starting_from(tmp_path, tmp_path / "out")
+    made = recipe()
+    config, _ = made.starting_from(tmp_path, tmp_path / "out").resolved()
+    assert config.model.detector == made.resolved()[0].model.detector
+    assert config.model.init_weights == str(tmp_path)
+    data = made.options[:2]
+    with pytest.raises(RecipeError, match=r"model\.detector"):
+        Recipe((), data).starting_from(tmp_path, tmp_path / "other").resolved()

@@ -11,13 +11,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simdetr.data import masks as mask_codes
 from simdetr.data.coco_writing import write_coco, write_detections
 from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
 from simdetr.data.lineage import LINEAGE_COLUMNS, Lineage
@@ -64,7 +65,7 @@ class LabelProblems:
 
 
 def read_coco(
-    path: str | Path, *, strict: bool = False, image_ids: Iterable[str] | None = None
+    path: str | Path, *, strict: bool = False, image_ids: Iterable[str] | None = None, masks: bool = False
 ) -> tuple[Labels, LabelProblems]:
     """Read a COCO annotation file.
 
@@ -72,6 +73,9 @@ def read_coco(
         path: the JSON file with ``images``, ``annotations`` and ``categories``.
         strict: raise at the first problem instead of repairing or dropping, with the file and the annotation's id.
         image_ids: file names to keep, in this order; all of them by default.
+        masks: read each ``segmentation`` too (polygons or run lengths). An annotation without one, or with one that
+            cannot be read, gets a mask that fills its box, and is counted; a file without any gives labels without
+            masks.
 
     Returns:
         The labels (crowds are kept and marked; an annotation's ``score`` and lineage are kept) and the problems met.
@@ -104,7 +108,9 @@ def read_coco(
         else:
             annotation = _annotation(entry, sizes[file_name], class_of, problems, where)
             if annotation is not None:
-                boxes[file_name].append(annotation)
+                mask = _mask(entry, annotation, sizes[file_name], problems) if masks else None
+                boxes[file_name].append(annotation if mask is None else replace(annotation, mask=mask))
+    _count_missing_masks(boxes.values(), problems)
     stage = int(content["info"].get("simdetr_stage", -1)) if isinstance(content.get("info"), dict) else -1
     labels = Labels.from_images(
         (_stack(file_name, sizes[file_name], annotations, stage) for file_name, annotations in boxes.items()),
@@ -122,6 +128,15 @@ class _Annotation:
     crowd: bool
     area: float
     origin: tuple[int, ...] | None  # values of LINEAGE_COLUMNS
+    where: str
+    mask: bytes | None = None
+
+    def filled_mask(self, size_hw: tuple[int, int]) -> bytes:
+        """The mask, or one that fills the box."""
+        if self.mask is not None:
+            return self.mask
+        filled: bytes = mask_codes.of_boxes(self.box_xyxy[None], size_hw)[0]
+        return filled
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -220,7 +235,27 @@ def _annotation(
         crowd=bool(entry.get("iscrowd", 0)),
         area=area if area > 0 and math.isfinite(area) else float((box[2] - box[0]) * (box[3] - box[1])),
         origin=_origin(entry, problems, where),
+        where=where,
     )
+
+
+def _mask(
+    entry: Mapping[str, Any], annotation: _Annotation, size_hw: tuple[int, int], problems: LabelProblems
+) -> bytes | None:
+    try:
+        return mask_codes.of_segmentation(entry.get("segmentation"), size_hw)
+    except LabelError as error:
+        problems.add("segmentation cannot be read, the box stands in", f"{annotation.where}: {error}")
+        return annotation.filled_mask(size_hw)
+
+
+def _count_missing_masks(images: Iterable[list[_Annotation]], problems: LabelProblems) -> None:
+    """Only where others have one: a file of boxes alone lacks nothing."""
+    annotations = [annotation for image in images for annotation in image]
+    if any(annotation.mask is not None for annotation in annotations):
+        for annotation in annotations:
+            if annotation.mask is None:
+                problems.add("no segmentation, the box stands in", annotation.where)
 
 
 def _origin(entry: Mapping[str, Any], problems: LabelProblems, where: str) -> tuple[int, ...] | None:
@@ -242,6 +277,9 @@ def _stack(file_name: str, size_hw: tuple[int, int], annotations: list[_Annotati
         lineage = Lineage.first_seen(stage, np.array([0, len(annotations)]))
         for name, values in zip(LINEAGE_COLUMNS, zip(*origins.values(), strict=True), strict=True):
             getattr(lineage, name)[list(origins)] = values
+    masks = None
+    if any(annotation.mask is not None for annotation in annotations):
+        masks = mask_codes.column(annotation.filled_mask(size_hw) for annotation in annotations)
     return ImageLabels.build(
         file_name,
         size_hw,
@@ -251,4 +289,5 @@ def _stack(file_name: str, size_hw: tuple[int, int], annotations: list[_Annotati
         crowd=[annotation.crowd for annotation in annotations],
         areas=[annotation.area for annotation in annotations],
         lineage=lineage,
+        masks=masks,
     )

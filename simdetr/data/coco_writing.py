@@ -22,6 +22,7 @@ def write_coco(labels: Labels, path: str | Path) -> None:
 
     Images and annotations are numbered from 1. ``info.simdetr_stage`` keeps the stage. Boxes with a lineage have it in
     the fields ``stage``, ``born``, ``born_row``, ``stride``, ``k`` and ``cluster``, see `simdetr.data.lineage.Lineage`.
+    Masks are written as ``segmentation``, in compressed run lengths.
     """
     content = {
         "info": {"description": "written by simdetr", "simdetr_stage": labels.stage},
@@ -32,8 +33,10 @@ def write_coco(labels: Labels, path: str | Path) -> None:
             )
         ],
         "annotations": [
-            {"id": number + 1, **box, **origin}
-            for number, (box, origin) in enumerate(zip(_boxes(labels), _origins(labels), strict=True))
+            {"id": number + 1, **box, **mask, **origin}
+            for number, (box, mask, origin) in enumerate(
+                zip(_boxes(labels), _segmentations(labels), _origins(labels), strict=True)
+            )
         ],
         "categories": [{"id": category.id, "name": category.name} for category in labels.categories],
     }
@@ -43,6 +46,8 @@ def write_coco(labels: Labels, path: str | Path) -> None:
 
 def write_detections(labels: Labels, path: str | Path, coco_truth: str | Path | None = None) -> None:
     """Write labels as a COCO results list: image_id, category_id, bbox (x, y, width, height) and score per box.
+
+    Labels with masks have their ``segmentation`` too.
 
     Args:
         labels: the detections.
@@ -55,9 +60,9 @@ def write_detections(labels: Labels, path: str | Path, coco_truth: str | Path | 
     """
     image_numbers = None if coco_truth is None else _truth_ids(Path(coco_truth))
     entries: list[dict[str, Any]] = []
-    for box in _boxes(labels):
+    for box, mask in zip(_boxes(labels), _segmentations(labels), strict=True):
         file_name = labels.image_ids[box["image_id"] - 1]
-        entry = {key: box[key] for key in ("image_id", "category_id", "bbox", "score")}
+        entry = {key: box[key] for key in ("image_id", "category_id", "bbox", "score")} | mask
         if image_numbers is None:
             entry["file_name"] = file_name
         elif file_name in image_numbers:
@@ -94,6 +99,15 @@ def _boxes(labels: Labels) -> Iterator[dict[str, Any]]:
             "iscrowd": int(crowd),
             "score": score,
         }
+
+
+def _segmentations(labels: Labels) -> Iterator[dict[str, Any]]:
+    if labels.masks is None:
+        yield from itertools.repeat({}, len(labels.boxes_xyxy))
+        return
+    sizes_hw = np.repeat(labels.sizes_hw, np.diff(labels.offsets), axis=0).tolist()
+    for size_hw, counts in zip(sizes_hw, labels.masks, strict=True):
+        yield {"segmentation": {"size": size_hw, "counts": counts.decode()}}
 
 
 def _origins(labels: Labels) -> Iterator[dict[str, int]]:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
 from simdetr.boxes import clip, normalise
+from simdetr.data import masks as mask_codes
 from simdetr.data.images import ImageSource, UnreadableImageError, read_image
 from simdetr.data.labels import LabelError, Labels
 from simdetr.data.quarantine import Quarantine
@@ -37,7 +39,8 @@ class Batch(NamedTuple):
         mask: bool [B, H, W], True on the padding.
         targets: one per image: ``labels`` int64 [T]; ``boxes`` float32 [T, 4], cxcywh as fractions of the image without
             its padding; ``orig_size`` and ``size`` int64 [2], (height, width) of the file and of the transformed image;
-            ``image_index`` int64 scalar, the row in the labels, or in the source where there are no labels.
+            ``image_index`` int64 scalar, the row in the labels, or in the source where there are no labels; where masks
+            are asked for, ``masks`` bool [T, h, w] at the transformed image's size.
     """
 
     images: Tensor
@@ -58,9 +61,10 @@ class DetectionDataset(Dataset[Sample | None]):
         replace_unreadable: take the next readable image in the place of an unreadable one, as training wants, instead
             of giving None, which `collate` leaves out.
         seed: seed of the augmentation.
+        masks: give the objects' masks too; then ``target["masks"]`` is a tv_tensors.Mask uint8 [T, H, W] in transforms.
 
     Raises:
-        LabelError: a labelled image is not in the source.
+        LabelError: a labelled image is not in the source, or masks are asked for and the labels have none.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class DetectionDataset(Dataset[Sample | None]):
         quarantine: Quarantine | None = None,
         replace_unreadable: bool = False,
         seed: int = 0,
+        masks: bool = False,
     ) -> None:
         self.source = source
         self.labels = labels
@@ -83,6 +88,9 @@ class DetectionDataset(Dataset[Sample | None]):
                 f"{missing[0]!r}, there are ids like {next(iter(source.ids), None)!r}); give the folder that the "
                 "labels' file names are relative to, or labels.select(...) the images that exist"
             )
+        if masks and (labels is None or labels.masks is None):
+            raise LabelError("masks: the labels have none; read them with masks=True, or leave masks=False")
+        self.masks = masks
         self.transform = transform
         self.quarantine = quarantine
         self.replace_unreadable = replace_unreadable
@@ -133,31 +141,50 @@ class DetectionDataset(Dataset[Sample | None]):
         image, target = self.transform(*sample)
         height, width = image.shape[-2:]
         boxes = target["boxes"].as_subclass(Tensor).float().reshape(-1, 4)
-        return image.as_subclass(Tensor), {
+        finished = {
             "labels": target["labels"],
             "boxes": normalise(boxes, (height, width)),
             "orig_size": target["orig_size"],
             "size": torch.tensor([height, width]),
             "image_index": target["image_index"],
         }
+        if "masks" in target:
+            finished["masks"] = target["masks"].as_subclass(Tensor).bool()
+        return image.as_subclass(Tensor), finished
 
     def _raw_sample(self, row: int, pixels: Tensor) -> Sample:
         size_hw = (pixels.shape[-2], pixels.shape[-1])
         boxes, classes = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+        extra = {}
         if self.labels is not None:
             truth = self.labels.image(row)
             boxes, classes = truth.boxes_xyxy[~truth.crowd], truth.classes[~truth.crowd]
+            if self.masks and truth.masks is not None:
+                extra["masks"] = pixel_masks(truth.masks[~truth.crowd], truth.size_hw, size_hw)
         return tv_tensors.Image(pixels), {
             "boxes": pixel_boxes(clip(torch.from_numpy(boxes), size_hw), size_hw),
             "labels": torch.from_numpy(classes),
             "orig_size": torch.tensor(size_hw),
             "image_index": torch.tensor(row),
+            **extra,
         }
 
 
 def pixel_boxes(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> tv_tensors.BoundingBoxes:
     """Boxes [T, 4] in pixels on an image of (height, width), as torchvision's transforms want them."""
     return tv_tensors.BoundingBoxes(boxes_xyxy, format="XYXY", canvas_size=size_hw)
+
+
+def pixel_masks(masks: mask_codes.Masks, coded_hw: tuple[int, int], size_hw: tuple[int, int]) -> tv_tensors.Mask:
+    """Masks uint8 [T, H, W] on an image of (height, width); torchvision resizes bytes several times faster than bools.
+
+    Args:
+        masks: run lengths of T masks.
+        coded_hw: size that they were made for, cut or filled up with zeros where the image's is another, as boxes are.
+        size_hw: size of the image.
+    """
+    pixels = tv_tensors.Mask(torch.from_numpy(mask_codes.decode(masks, coded_hw)))
+    return pixels if coded_hw == size_hw else F.crop(pixels, 0, 0, *size_hw)
 
 
 def item_seed(seed: int, epoch: int, index: int) -> int:

@@ -5,6 +5,7 @@ Letters: n boxes of one image. Boxes are xyxy in pixels of the upright original.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,7 @@ class ImageLabels:
         crowd: bool [n], True where a box stands for a group of objects.
         areas: float32 [n], area of the object in square pixels.
         lineage: where the boxes come from, None where nobody knows.
+        masks: COCO's compressed run lengths of the objects at the image's size, bytes [n], None where nobody knows.
     """
 
     image_id: str
@@ -48,6 +50,7 @@ class ImageLabels:
     crowd: NDArray[np.bool_]
     areas: NDArray[np.float32]
     lineage: Lineage | None = None
+    masks: NDArray[np.object_] | None = None
 
     @classmethod
     def build(
@@ -61,6 +64,7 @@ class ImageLabels:
         areas: ArrayLike | None = None,
         *,
         lineage: Lineage | None = None,
+        masks: NDArray[np.object_] | None = None,
     ) -> ImageLabels:
         """Labels from anything array-like; scores are 1, nothing is a crowd and areas are the boxes' unless given."""
         boxes = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
@@ -73,7 +77,18 @@ class ImageLabels:
             crowd=np.zeros(len(boxes), np.bool_) if crowd is None else np.asarray(crowd, np.bool_).reshape(-1),
             areas=(boxes[:, 2:] - boxes[:, :2]).prod(1) if areas is None else np.asarray(areas, np.float32).reshape(-1),
             lineage=lineage,
+            masks=masks,
         )
 
     def __len__(self) -> int:
         return len(self.boxes_xyxy)
+
+
+def stack_lineages(images: Sequence[ImageLabels], stage: int) -> Lineage | None:
+    """Lineages of several images, one after the other; None if none has any, else the others' are of this stage."""
+    if all(image.lineage is None for image in images):
+        return None
+    own = [Lineage.first_seen(stage, np.array([0, len(image)])) for image in images]
+    return Lineage.stack(
+        [first if image.lineage is None else image.lineage for first, image in zip(own, images, strict=True)]
+    )

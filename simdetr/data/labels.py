@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from simdetr.data import masks as mask_codes
 from simdetr.data.atomic_files import atomic_path
-from simdetr.data.image_labels import Category, ImageLabels, LabelError
+from simdetr.data.image_labels import Category, ImageLabels, LabelError, stack_lineages
 from simdetr.data.lineage import LINEAGE_COLUMNS, Lineage
 
 __all__ = ["Category", "ImageLabels", "LabelError", "Labels", "read_labels", "write_labels"]
@@ -46,10 +47,11 @@ class Labels:
         crowd: bool [M], COCO's ``iscrowd``.
         stage: -1 human truth, 0 mined, j relabelled by stage j.
         lineage: where each of the M boxes comes from, or None.
+        masks: COCO's compressed run lengths of each object, bytes [M], see `simdetr.data.masks`; or None.
 
     Raises:
         LabelError: columns of different length, boxes that are not finite or upside down, classes without category,
-            scores outside [0, 1], repeated ids.
+            scores outside [0, 1], repeated ids, masks that are no bytes.
     """
 
     image_ids: tuple[str, ...]
@@ -63,6 +65,7 @@ class Labels:
     crowd: NDArray[np.bool_]
     stage: int = -1
     lineage: Lineage | None = None
+    masks: mask_codes.Masks | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_ids", tuple(self.image_ids))
@@ -86,6 +89,10 @@ class Labels:
             object.__setattr__(self, name, values)
         if self.lineage is not None and len(self.lineage) != rows:
             raise LabelError(f"lineage: expected that of {rows} boxes, got {len(self.lineage)}; select both alike")
+        if self.masks is not None:
+            if len(self.masks) != rows:
+                raise LabelError(f"masks: expected those of {rows} boxes, got {len(self.masks)}; select both alike")
+            object.__setattr__(self, "masks", mask_codes.column(self.masks))
         self._check_values()
 
     def _check_values(self) -> None:
@@ -154,6 +161,7 @@ class Labels:
             crowd=self.crowd[rows],
             areas=self.areas[rows],
             lineage=None if self.lineage is None else self.lineage[rows],
+            masks=None if self.masks is None else self.masks[rows],
         )
 
     def of(self, image_id: str) -> ImageLabels:
@@ -167,10 +175,9 @@ class Labels:
         counts = np.diff(self.offsets)[images]
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         rows = np.repeat(self.offsets[:-1][images] - offsets[:-1], counts) + np.arange(offsets[-1])
-        columns = {name: getattr(self, name)[rows] for name in (*_LIST_COLUMNS, "crowd")}
-        lineage = None if self.lineage is None else self.lineage[rows]
-        sizes_hw = self.sizes_hw[images]
-        return replace(self, image_ids=wanted, sizes_hw=sizes_hw, offsets=offsets, lineage=lineage, **columns)
+        names = [*_LIST_COLUMNS, "crowd", *(name for name in ("lineage", "masks") if getattr(self, name) is not None)]
+        columns = {name: getattr(self, name)[rows] for name in names}
+        return replace(self, image_ids=wanted, sizes_hw=self.sizes_hw[images], offsets=offsets, **columns)
 
     def class_agnostic(self) -> Labels:
         """The same boxes, all of the one category ``object``."""
@@ -196,7 +203,8 @@ class Labels:
     def from_images(cls, rows: Iterable[ImageLabels], categories: Sequence[Category], stage: int = -1) -> Labels:
         """Stack the labels of single images, in their order.
 
-        If some of them have a lineage, boxes of the others count as first seen by this stage.
+        If some of them have a lineage, boxes of the others count as first seen by this stage; if some have masks, the
+        others' boxes stand in for theirs.
         """
         images = list(rows)
         columns: dict[str, NDArray[Any]] = {
@@ -209,18 +217,10 @@ class Labels:
             offsets=np.cumsum([0, *(len(image) for image in images)], dtype=np.int64),
             categories=tuple(categories),
             stage=stage,
-            lineage=_stack_lineages(images, stage),
+            lineage=stack_lineages(images, stage),
+            masks=mask_codes.stack(images),
             **columns,
         )
-
-
-def _stack_lineages(images: Sequence[ImageLabels], stage: int) -> Lineage | None:
-    if all(image.lineage is None for image in images):
-        return None
-    own = [Lineage.first_seen(stage, np.array([0, len(image)])) for image in images]
-    return Lineage.stack(
-        [first if image.lineage is None else image.lineage for first, image in zip(own, images, strict=True)]
-    )
 
 
 def write_labels(labels: Labels, path: str | Path) -> None:
@@ -230,6 +230,8 @@ def write_labels(labels: Labels, path: str | Path) -> None:
     lists = {name: pa.array(getattr(labels, name)) for name in ("classes", "scores", "areas", "crowd")}
     if labels.lineage is not None:
         lists |= {name: pa.array(getattr(labels.lineage, name)) for name in LINEAGE_COLUMNS}
+    if labels.masks is not None:
+        lists["masks"] = pa.array(labels.masks, pa.binary())
     table = pa.table(
         {
             "image_id": pa.array(labels.image_ids, pa.string()),
@@ -247,12 +249,13 @@ def write_labels(labels: Labels, path: str | Path) -> None:
         pq.write_table(table, temporary, row_group_size=_ROWS_PER_GROUP, compression="zstd")
 
 
-def read_labels(path: str | Path, *, strict: bool = False) -> Labels:
+def read_labels(path: str | Path, *, strict: bool = False, masks: bool = False) -> Labels:
     """Read labels from a Parquet file of `write_labels` or a COCO .json.
 
     Args:
         path: the file.
         strict: raise at the first problem of a COCO file instead of repairing or dropping it, see `read_coco`.
+        masks: read the objects' masks from a COCO file too; a Parquet file gives those it has anyway.
 
     Raises:
         LabelError: the file is missing or holds no labels, or has a problem and ``strict`` is set.
@@ -261,7 +264,7 @@ def read_labels(path: str | Path, *, strict: bool = False) -> Labels:
     if path.suffix.lower() == ".json":
         from simdetr.data.coco import read_coco  # here, because COCO files are read into this module's types
 
-        return read_coco(path, strict=strict)[0]
+        return read_coco(path, strict=strict, masks=masks)[0]
     try:
         table = pq.read_table(path).combine_chunks()
     except (OSError, pa.ArrowException) as error:
@@ -272,7 +275,8 @@ def read_labels(path: str | Path, *, strict: bool = False) -> Labels:
     content = json.loads(facts)
 
     has_lineage = set(LINEAGE_COLUMNS) <= set(table.column_names)  # labels of people and older files have none
-    names = (*_LIST_COLUMNS, "crowd", *(LINEAGE_COLUMNS if has_lineage else ()))
+    has_masks = "masks" in table.column_names
+    names = (*_LIST_COLUMNS, "crowd", *(LINEAGE_COLUMNS if has_lineage else ()), *(["masks"] if has_masks else []))
     lists = {name: pa.concat_arrays(table[name].chunks) for name in names if table.num_rows}
 
     def flat(name: str) -> NDArray[Any]:
@@ -293,4 +297,5 @@ def read_labels(path: str | Path, *, strict: bool = False) -> Labels:
         crowd=flat("crowd"),
         stage=int(content["stage"]),
         lineage=Lineage(**{name: flat(name) for name in LINEAGE_COLUMNS}) if has_lineage else None,
+        masks=flat("masks") if has_masks else None,
     )

@@ -122,18 +122,24 @@ class Mosaic(Dataset[Sample | None]):
 
 
 def compose_tiles(samples: list[Sample], placements: list[Placement], canvas_hw: tuple[int, int]) -> Sample:
-    """Draw samples (uint8 images with pixel boxes) at their placements on one canvas; boxes and labels follow."""
+    """Draw samples (uint8 images with pixel boxes) at their placements on one canvas; boxes, labels and masks too."""
     canvas = torch.tensor(_FILL_RGB, dtype=torch.uint8).view(3, 1, 1).repeat(1, *canvas_hw)
     boxes: list[Tensor] = []
+    masks: list[Tensor] = []
     for (image, target), place in zip(samples, placements, strict=True):
         rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
         canvas[:, rows, columns] = F.resize(image.as_subclass(Tensor), [place.height, place.width], antialias=True)
         factors = torch.tensor([place.width / image.shape[-1], place.height / image.shape[-2]]).repeat(2)
         shift = torch.tensor([place.left, place.top]).repeat(2)
         boxes.append(target["boxes"].as_subclass(Tensor) * factors + shift)
+        if "masks" in target:
+            resized = F.resize(target["masks"], [place.height, place.width]).as_subclass(Tensor)
+            masks.append(resized.new_zeros(len(resized), *canvas_hw))
+            masks[-1][:, rows, columns] = resized
     return tv_tensors.Image(canvas), {
         "boxes": pixel_boxes(torch.cat(boxes), canvas_hw),
         "labels": torch.cat([target["labels"] for _, target in samples]),
         "orig_size": torch.tensor(canvas_hw),
         "image_index": samples[0][1]["image_index"],
+        **({"masks": tv_tensors.Mask(torch.cat(masks))} if masks else {}),
     }

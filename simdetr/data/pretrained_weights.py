@@ -2,8 +2,9 @@
 
 Knows what self-supervised training leaves around an encoder: SwAV (``module.``, prototypes), DINO (student, teacher,
 ``backbone.``), MoCo (``encoder_q``, ``base_encoder``, queues), MoBY (``encoder`` beside ``encoder_k``, the original
-Swin's place of ``downsample``), Lightning, this package's detectors (``backbone.body.``). Training heads are dropped.
-Nothing is unpickled: safetensors, or ``torch.load(weights_only=True)``.
+Swin's place of ``downsample``), Lightning, detectors of this package (``backbone.body.``), of the DETR family
+(``backbone.0.body.``) and of transformers (``model.backbone.conv_encoder.``). Training heads are dropped. Nothing is
+unpickled: safetensors, or ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ _ENCODERS = (
     "base_encoder.",
     "teacher.",
     "backbone.body.",
+    "backbone.0.body.",
     "backbone.",
+    "conv_encoder.",
     "encoder.",
     "student.",
     "module.",

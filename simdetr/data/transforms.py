@@ -44,16 +44,16 @@ class ResizeShortSide(nn.Module):
         self.max_side = int(max_side)
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Resize image and boxes alike."""
+        """Resize image, boxes and masks alike."""
         height, width = F.get_size(image)
         chosen = self.short_sides[int(torch.randint(len(self.short_sides), ()))]
         scale = min(chosen / min(height, width), self.max_side / max(height, width))
         size = [max(1, round(height * scale)), max(1, round(width * scale))]
-        return _on_image_and_boxes(image, target, lambda value: F.resize(value, size, antialias=True))
+        return _on_all(image, target, lambda value: F.resize(value, size, antialias=True))
 
 
 class RandomSizeCrop(nn.Module):
-    """Cut out a window whose height and width are drawn independently; boxes are cut with it.
+    """Cut out a window whose height and width are drawn independently; boxes and masks are cut with it.
 
     Args:
         min_side: smallest side of the window in pixels; smaller images are not cut along that side.
@@ -67,22 +67,21 @@ class RandomSizeCrop(nn.Module):
         self.min_side, self.max_side = int(min_side), int(max_side)
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Cut image and boxes alike; boxes may come out empty, `v2.SanitizeBoundingBoxes` drops them."""
+        """Cut all alike; boxes may come out empty, `v2.SanitizeBoundingBoxes` drops them with labels and masks."""
         full_height, full_width = F.get_size(image)
         height, width = self._draw(full_height), self._draw(full_width)
         top = int(torch.randint(full_height - height + 1, ()))
         left = int(torch.randint(full_width - width + 1, ()))
-        return _on_image_and_boxes(image, target, lambda value: F.crop(value, top, left, height, width))
+        return _on_all(image, target, lambda value: F.crop(value, top, left, height, width))
 
     def _draw(self, side: int) -> int:
         low, high = min(self.min_side, side), min(self.max_side, side)
         return int(torch.randint(low, high + 1, ()))
 
 
-def _on_image_and_boxes(
-    image: Tensor, target: dict[str, Any], change: Callable[[Any], Any]
-) -> tuple[Tensor, dict[str, Any]]:
-    return change(image), {**target, "boxes": change(target["boxes"])}
+def _on_all(image: Tensor, target: dict[str, Any], change: Callable[[Any], Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Change the image and what lies on it."""
+    return change(image), target | {name: change(target[name]) for name in ("boxes", "masks") if name in target}
 
 
 def train_transforms(

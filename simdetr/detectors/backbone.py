@@ -16,6 +16,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from simdetr.detectors.feature_pyramid import SimpleFeaturePyramid
+from simdetr.detectors.frozen_batch_norm import with_one_pass
 
 
 class Backbone(nn.Module):
@@ -67,7 +68,7 @@ class Backbone(nn.Module):
             )
 
         if frozen_batch_norm or freeze_all:
-            body = freeze_batch_norm_2d(body)  # type: ignore[no-untyped-call]
+            body = with_one_pass(freeze_batch_norm_2d(body))  # type: ignore[no-untyped-call]
         if freeze_all:
             body.requires_grad_(False)
         elif freeze_stem:
@@ -88,6 +89,13 @@ class Backbone(nn.Module):
         if self.freeze_all:
             self.body.eval()
         return self
+
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them, if the network knows how to."""
+        for module in (self.body, getattr(self.body, "model", None)):
+            if hasattr(module, "set_grad_checkpointing"):
+                module.set_grad_checkpointing(True)
+                return
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps of a batch.

@@ -3,58 +3,166 @@
 In: queries, normalised reference points or boxes, flattened feature maps. Out: one vector per query.
 Source: Deformable DETR (arXiv 2010.04159, equation 3), numerics of specs/detectors.md A3.
 Letters: B batch, N queries, S cells of all levels together, C channels, M heads, D = C / M, L levels, P points.
+
+One of several implementations computes the sums: "triton" on CUDA devices where Triton works, "rows" on processors,
+"grid_sample" elsewhere and in exported models. Another one is chosen by an argument, for a whole model by
+`set_implementation`, for a whole process by the environment variable SIMDETR_DEFORMABLE_ATTENTION.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from simdetr.detectors.deformable_attention_torch import by_grid_sample, by_rows, constant_table
+
+Implementation = Literal["auto", "triton", "rows", "grid_sample"]
+
+ENVIRONMENT_VARIABLE = "SIMDETR_DEFORMABLE_ATTENTION"
+IMPLEMENTATIONS = ("triton", "rows", "grid_sample")
+"""Of these ``"auto"`` takes the first that can be used."""
+
 
 def multi_scale_deformable_attention(
-    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """Weighted sum of bilinear samples of several feature maps.
 
     A location (x, y) in [0, 1] spans the whole map: 0 and 1 are the outer edges of the first and last cell, and what
-    lies outside counts as zero. Computed in float32 also under autocast, one level after the other to bound the memory.
+    lies outside counts as zero; so does a level without cells. Sums are computed in float32 (in float64 if ``value``
+    has it), also under autocast.
 
     Args:
         value: [B, S, M, D], levels one after the other, each row by row.
         shapes: (height, width) of each level; their areas sum to S.
         locations: [B, N, M, L, P, 2].
         weights: [B, N, M, L, P].
+        implementation: which one computes it.
 
     Returns:
         [B, N, M · D] in the dtype of ``value``.
+
+    Raises:
+        ValueError: the sizes do not fit together, or the implementation is unknown or cannot be used here.
     """
+    name = choose_implementation(value.device.type, value.device.index, value.dtype, implementation)
+    if not _exporting():  # an exporter's sizes are symbols that must not be compared
+        _check_sizes(value, shapes, locations)
+        filled = [level for level, (height, width) in enumerate(shapes) if height * width > 0]
+        if len(filled) < len(shapes):
+            shapes = [shapes[level] for level in filled]
+            locations, weights = locations[:, :, :, filled], weights[:, :, :, filled]
+    if name == "triton":
+        from simdetr.detectors.deformable_attention_triton import by_triton
+
+        return by_triton(value, shapes, locations, weights)
     dtype = value.dtype
     with torch.autocast(value.device.type, enabled=False):
         if dtype in (torch.float16, torch.bfloat16):
             value = value.float()
-        grids = 2.0 * locations.to(value.dtype) - 1.0
-        weights = weights.to(value.dtype)
-        batch, _, heads, _ = value.shape
-        total: Tensor | None = None
-        levels = value.split_with_sizes([height * width for height, width in shapes], dim=1)
-        for level, (cells, (height, width)) in enumerate(zip(levels, shapes, strict=True)):
-            samples = F.grid_sample(
-                rearrange(cells, "b (h w) m d -> (b m) d h w", h=height, w=width),
-                rearrange(grids[:, :, :, level], "b n m p xy -> (b m) p n xy"),
-                mode="bilinear",
-                padding_mode="zeros",
-                align_corners=False,
-            )
-            # points before queries: the sum over the few points then runs along long rows
-            summed = (samples * rearrange(weights[:, :, :, level], "b n m p -> (b m) 1 p n")).sum(dim=2)
-            total = summed if total is None else total + summed
-        assert total is not None, "no levels"
-        return rearrange(total, "(b m) d n -> b n (m d)", b=batch, m=heads).to(dtype)
+        compute = by_rows if name == "rows" else by_grid_sample
+        return compute(value, shapes, locations.to(value.dtype), weights.to(value.dtype)).to(dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def choose_implementation(device_type: str, device_index: int | None, dtype: torch.dtype, wanted: str = "auto") -> str:
+    """Name of the implementation that computes values of this type on this device.
+
+    Args:
+        device_type: such as ``"cuda"``.
+        device_index: number of the device of that type; None for the current one.
+        dtype: of the values.
+        wanted: an `Implementation`. With ``"auto"`` the environment variable decides, else what can be used here.
+
+    Raises:
+        ValueError: what is wanted is unknown or cannot be used here; the message says why.
+    """
+    source = "implementation"
+    if wanted == "auto":
+        if _exporting():
+            return "grid_sample"
+        source, wanted = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if wanted not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"{source} must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {wanted!r}")
+    if wanted == "auto":
+        return next(name for name in IMPLEMENTATIONS if obstacle(name, device_type, device_index, dtype) is None)
+    problem = obstacle(wanted, device_type, device_index, dtype)
+    if problem is not None:
+        raise ValueError(f"{source} {wanted!r} cannot compute deformable attention here: {problem}; use 'auto'")
+    return wanted
+
+
+def obstacle(
+    name: str, device_type: str, device_index: int | None = None, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Why an implementation cannot compute values of this type on this device; None if it can."""
+    if name == "rows" and device_type != "cpu":
+        return f"it is written for the CPU, not for {device_type}"
+    if name != "triton":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes in float32, which would round {str(dtype).removeprefix('torch.')}"
+    if device_type != "cuda":
+        return f"it needs a CUDA device, not {device_type}"
+    return _triton_failure(torch.cuda.current_device() if device_index is None else device_index)
+
+
+@functools.cache
+def _triton_failure(device_index: int) -> str | None:
+    """What goes wrong when Triton computes a small case on this device, such as a missing C compiler; None if nothing.
+
+    A thread of its own keeps the try apart from autocast, inference mode, tracing and whatever else is going on here.
+    """
+
+    def attempt() -> None:
+        from simdetr.detectors.deformable_attention_triton import try_out
+
+        try_out(torch.device("cuda", device_index))
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        error = pool.submit(attempt).exception()
+    if error is None:
+        return None
+    return f"Triton does not work here ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+
+
+def _exporting() -> bool:
+    """Whether a model is being written as a graph for another runtime."""
+    # torch.compiler.is_exporting came after the oldest torch that this package runs on
+    by_torch_export = bool(getattr(torch.compiler, "is_exporting", bool)())
+    return by_torch_export or torch.onnx.is_in_onnx_export() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _check_sizes(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor) -> None:
+    areas = sum(height * width for height, width in shapes)
+    if value.shape[1] != areas or areas == 0:
+        raise ValueError(f"shapes must have as many cells as value, one at least, got {shapes} and {value.shape[1]}")
+    if locations.shape[3] != len(shapes):
+        raise ValueError(f"locations must have a level for each of shapes, got {locations.shape[3]} and {len(shapes)}")
+
+
+def set_implementation(model: nn.Module, implementation: Implementation) -> None:
+    """Let one implementation compute all deformable attention of a model."""
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"implementation must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    for module in model.modules():
+        if isinstance(module, MSDeformAttn):
+            module.implementation = implementation
 
 
 class MSDeformAttn(nn.Module):
@@ -65,10 +173,14 @@ class MSDeformAttn(nn.Module):
         num_levels: L.
         num_heads: M, a divisor of ``dim``.
         num_points: P, per head and level.
+
+    Attributes:
+        implementation: which implementation computes the sums; `set_implementation` changes it.
     """
 
     def __init__(self, dim: int, num_levels: int, num_heads: int, num_points: int) -> None:
         super().__init__()
+        self.implementation: Implementation = "auto"
         if dim % num_heads:
             raise ValueError(f"hidden_dim must be a multiple of num_heads, got {dim} and {num_heads}")
         self.num_levels, self.num_heads, self.num_points = num_levels, num_heads, num_points
@@ -124,10 +236,18 @@ class MSDeformAttn(nn.Module):
         weights = rearrange(weights, "b n m (l p) -> b n m l p", l=self.num_levels)
         centres = reference[:, :, None, :, None, :2]
         if reference.shape[-1] == 2:
-            sizes_wh = reference.new_tensor([(width, height) for height, width in shapes])
-            locations = centres + offsets / sizes_wh[:, None]
+            locations = centres + offsets / _sizes_wh(shapes, reference)[:, None]
         else:
             locations = centres + offsets * (reference[:, :, None, :, None, 2:] * (0.5 / self.num_points))
-        attended = multi_scale_deformable_attention(value, shapes, locations, weights)
+        attended = multi_scale_deformable_attention(value, shapes, locations, weights, self.implementation)
         projected: Tensor = self.output_proj(attended)
         return projected
+
+
+def _sizes_wh(shapes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+    """(width, height) of each level, [L, 2]."""
+    if _exporting() or torch.compiler.is_compiling() or type(like) is not Tensor:
+        # filled one by one: of a list of sizes, an exported graph would keep the numbers
+        sides = [like.new_full((), side) for height, width in shapes for side in (width, height)]
+        return torch.stack(sides).view(-1, 2)
+    return constant_table(tuple((width, height) for height, width in shapes), like.dtype, like.device)

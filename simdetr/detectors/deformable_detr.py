@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simdetr.detectors.backbone import Backbone
-from simdetr.detectors.deformable_transformer import DeformableTransformer
+from simdetr.detectors.deformable_transformer import DeformableTransformer, TransformerOutput
 from simdetr.detectors.detector import Detector, DetectorOutput, Prediction
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.matcher import Target
@@ -73,6 +73,8 @@ class DeformableDETR(Detector):
         freeze_stem: fix the backbone before its stage of stride 8; set False to train it from random weights.
         freeze_backbone: fix the whole backbone.
         class_prior: probability of every class at the start, which sets the bias of the class heads.
+        activation_checkpointing: keep no activations of layers and of the backbone's stages for the backward pass, but
+            compute them again: much less memory for about a third more time.
 
     Raises:
         ValueError: sizes that do not fit together, or an unsuitable backbone.
@@ -101,6 +103,7 @@ class DeformableDETR(Detector):
         freeze_stem: bool = True,
         freeze_backbone: bool = False,
         class_prior: float = 0.01,
+        activation_checkpointing: bool = False,
     ) -> None:
         # what rebuilds this detector; kept beside its weights
         self.init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -137,6 +140,10 @@ class DeformableDETR(Detector):
         )
         self.query_embed = None if two_stage else nn.Embedding(num_queries, hidden_dim * 2)
         self._add_heads(hidden_dim, num_decoder_layers, with_box_refine, two_stage, class_prior)
+        if activation_checkpointing:
+            self.backbone.checkpoint_activations()
+            self.transformer.encoder.activation_checkpointing = True
+            self.transformer.decoder.activation_checkpointing = True
 
     def _add_heads(self, dim: int, num_layers: int, refine: bool, two_stage: bool, class_prior: float) -> None:
         """Class and box heads with the original's initialisation and names (A5 to A7)."""
@@ -165,10 +172,14 @@ class DeformableDETR(Detector):
         Returns:
             Predictions of the last layer, of the earlier ones and, in the two-stage variant, of the encoder.
         """
+        return self.predictions(self.decode(images, mask))
+
+    def decode(self, images: Tensor, mask: Tensor | None) -> TransformerOutput:
+        """States and boxes of the queries after every layer; arguments as in ``forward``."""
         images, mask = self._pad(images, mask)
         maps = self._levels(self.backbone(images))
         masks = _level_masks(mask, maps)
-        out = self.transformer(
+        out: TransformerOutput = self.transformer(
             maps,
             masks,
             [self.position_encoding(level) for level in masks],
@@ -176,6 +187,10 @@ class DeformableDETR(Detector):
             self.bbox_embed,
             self.class_embed,
         )
+        return out
+
+    def predictions(self, out: TransformerOutput) -> DetectorOutput:
+        """What ``forward`` returns, of states and boxes."""
         layers: list[Prediction] = [
             {"pred_logits": head(states), "pred_boxes": boxes}
             for head, states, boxes in zip(self.class_embed, out.states, out.boxes, strict=False)
@@ -202,11 +217,12 @@ class DeformableDETR(Detector):
             mask = torch.zeros(1, height, width, dtype=torch.bool, device=images.device)
         elif mask.shape != (images.shape[0], height, width):
             raise ValueError(f"mask must be [B, H, W] = {[images.shape[0], height, width]}, got {list(mask.shape)}")
-        elif mask.device.type == "cpu" and not mask.any():
+        elif mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any():
             mask = mask[:1]
         multiple = self.backbone.pad_multiple
         extra_h, extra_w = -height % multiple, -width % multiple
-        if extra_h or extra_w:
+        # a compiled or exported graph pads by 0 where eager mode would not pad: it serves every size
+        if multiple > 1 and (torch.compiler.is_compiling() or extra_h or extra_w):
             images = F.pad(images, (0, extra_w, 0, extra_h))
             mask = F.pad(mask.expand(images.shape[0], -1, -1), (0, extra_w, 0, extra_h), value=True)
         return images, mask
@@ -249,5 +265,16 @@ def _input_projections(channels: list[int], num_levels: int, dim: int) -> nn.Mod
 
 def _level_masks(mask: Tensor, maps: list[Tensor]) -> list[Tensor]:
     """Nearest resize of the mask [B, H, W] to the size of every map."""
-    pixels = mask[:, None].float()
-    return [F.interpolate(pixels, size=features.shape[-2:], mode="nearest")[:, 0] > 0.5 for features in maps]
+    sizes = [(features.shape[2], features.shape[3]) for features in maps]
+    rows = [_nearest(mask.shape[1], height, mask.device) for height, _ in sizes]
+    columns = [_nearest(mask.shape[2], width, mask.device) for _, width in sizes]
+    return [mask[:, row[:, None], column] for row, column in zip(rows, columns, strict=True)]
+
+
+def _nearest(pixels: int, cells: int, device: torch.device) -> Tensor:
+    """The pixel that ``F.interpolate(mode="nearest")`` takes for each cell, int64 [cells].
+
+    In its float32 arithmetic, spelt out because other runtimes of an exported graph round otherwise at cells' edges.
+    """
+    scale = torch.full((), pixels, dtype=torch.float32, device=device) / cells
+    return (torch.arange(cells, device=device) * scale).long()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from simdetr.detectors.deformable_attention import MSDeformAttn
 from simdetr.detectors.deformable_layers import DeformableDecoderLayer, DeformableEncoderLayer, Memory
@@ -58,22 +59,37 @@ def cell_references(shapes: Sequence[tuple[int, int]], valid_ratios: Tensor) -> 
     return torch.cat(centres, dim=1)[:, :, None] * valid_ratios[:, None]
 
 
+def run_layer(layer: nn.Module, *inputs: object, again: bool) -> Tensor:
+    """A layer's output; with ``again`` its activations are not kept but computed again in the backward pass."""
+    output: Tensor
+    if again and layer.training and torch.is_grad_enabled():
+        output = checkpoint(layer, *inputs, use_reentrant=False)
+    else:
+        output = layer(*inputs)
+    return output
+
+
 class DeformableEncoder(nn.Module):
     """Layers that refine the cells of all levels.
 
     Args:
         layers: the layers, in order.
+
+    Attributes:
+        activation_checkpointing: compute the layers' activations again in the backward pass instead of keeping them.
     """
 
     def __init__(self, layers: Iterable[DeformableEncoderLayer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.activation_checkpointing = False
 
     def forward(self, memory: Memory, positions: Tensor) -> Memory:
         """Memory with refined tokens; positions [B or 1, S, C]."""
         references = cell_references(memory.shapes, memory.valid_ratios)
         for layer in self.layers:
-            memory = memory._replace(tokens=layer(memory, positions, references))
+            tokens = run_layer(layer, memory, positions, references, again=self.activation_checkpointing)
+            memory = memory._replace(tokens=tokens)
         return memory
 
 
@@ -83,12 +99,16 @@ class DeformableDecoder(nn.Module):
     Args:
         layers: the layers, in order.
         refine: let each layer start from the boxes of the one before (iterative box refinement).
+
+    Attributes:
+        activation_checkpointing: compute the layers' activations again in the backward pass instead of keeping them.
     """
 
     def __init__(self, layers: Iterable[DeformableDecoderLayer], refine: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.refine = refine
+        self.activation_checkpointing = False
 
     def forward(
         self, target: Tensor, query: Tensor, reference: Tensor, memory: Memory, box_heads: nn.ModuleList
@@ -105,7 +125,8 @@ class DeformableDecoder(nn.Module):
         states, boxes = [], []
         for layer, head in zip(self.layers, box_heads, strict=False):
             ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)
-            target = layer(target, query, reference[:, :, None] * ratios[:, None], memory)
+            places = reference[:, :, None] * ratios[:, None]
+            target = run_layer(layer, target, query, places, memory, again=self.activation_checkpointing)
             offsets = head(target).float()
             start = inverse_sigmoid(reference)
             logits = offsets + F.pad(start, (0, 4 - start.shape[-1]))

@@ -36,6 +36,8 @@ class DetectorOutput(Prediction):
     """Predictions of the decoder's earlier layers, first to last."""
     enc_outputs: NotRequired[Prediction]
     """Two-stage only: one prediction per cell of the encoder's output, Q = S."""
+    enc_tokens: NotRequired[list[Tensor]]
+    """Token labelling only, in training: class logits [B, h, w, K] of the cells of every map."""
 
 
 class Detector(nn.Module, ABC):

@@ -24,6 +24,7 @@ from simdetr.detectors.matcher import (
     Target,
     at_least_float32,
     pad_targets,
+    to_device,
 )
 
 
@@ -136,8 +137,8 @@ class DetectionLoss(nn.Module):
     def _layer_losses(self, logits: Tensor, boxes: Tensor, matches: Matches, targets: Sequence[Target]) -> LayerLosses:
         """Sums of the three losses; logits [N, B, Q, K], boxes [N, B, Q, 4]."""
         logits, boxes = at_least_float32(logits), at_least_float32(boxes)
-        image, query, target = (indices.to(logits.device, non_blocking=True) for indices in matches)
-        labels, target_boxes = (padded.to(logits.device) for padded in pad_targets(targets))
+        image, query, target = matches.on(logits.device)
+        labels, target_boxes = (to_device(padded, logits.device) for padded in pad_targets(targets))
         layer = torch.arange(logits.shape[0], device=logits.device)[:, None].expand_as(image)
         classes = labels[image, target]
         ce = self._focal(logits, (layer, image, query, classes))
@@ -178,7 +179,9 @@ def _decoder_layers(outputs: Mapping[str, Any]) -> list[Mapping[str, Tensor]]:
 
 
 def _stack(layers: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Logits [N, B, Q, K] and boxes [N, B, Q, 4] of layers of one shape."""
+    """Logits [N, B, Q, K] and boxes [N, B, Q, 4] of layers of one shape; a view of a single layer."""
+    if len(layers) == 1:
+        return layers[0]["pred_logits"][None], layers[0]["pred_boxes"][None]
     return torch.stack([p["pred_logits"] for p in layers]), torch.stack([p["pred_boxes"] for p in layers])
 
 
@@ -186,6 +189,6 @@ def global_mean_count(count: int, device: torch.device) -> float | Tensor:
     """Targets per rank, averaged over all ranks, at least 1 (A8); a tensor without a host transfer when distributed."""
     if not (dist.is_available() and dist.is_initialized()):
         return max(float(count), 1.0)
-    total = torch.tensor(float(count), device=device)
+    total = torch.full((), float(count), device=device)  # unlike a tensor made on the host, it is not waited for
     dist.all_reduce(total)
     return (total / dist.get_world_size()).clamp(min=1.0)

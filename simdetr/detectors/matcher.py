@@ -7,16 +7,16 @@ Letters: N layers, B images, Q queries, K classes, T targets of one image (padde
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from simdetr.boxes import cxcywh_to_xyxy, paired_giou
+from simdetr.boxes import batched_giou, cxcywh_to_xyxy
 
 Target = Mapping[str, Tensor]
 """Objects of one image: ``labels`` int64 [T] and ``boxes`` float [T, 4] cxcywh, fractions of the valid image."""
@@ -37,6 +37,10 @@ class Matches(NamedTuple):
     """Index of the query in its image, int64 [N, M]."""
     target: Tensor
     """Index of the target in its image, int64 [N, M]."""
+
+    def on(self, device: torch.device) -> Matches:
+        """The same on another device, by one copy that the host does not wait for."""
+        return Matches(*to_device(torch.stack(self), device).unbind())
 
 
 class HungarianMatcher(nn.Module):
@@ -94,17 +98,14 @@ class HungarianMatcher(nn.Module):
         layers, _, queries, _ = logits.shape
         labels, target_boxes = pad_targets(targets)
         logits, boxes = at_least_float32(logits), at_least_float32(boxes_cxcywh)
-        labels, target_boxes = labels.to(logits.device), target_boxes.to(boxes)
+        labels, target_boxes = to_device(labels, logits.device), to_device(target_boxes, boxes.device).to(boxes.dtype)
         # only the logits of classes that occur are needed: K can be thousands, T is a few dozen
-        chosen = labels[None, :, None, :].expand(layers, -1, queries, -1)
-        of_targets = logits.gather(3, chosen)
-        pairs = (*chosen.shape, 4)
-        predicted = cxcywh_to_xyxy(boxes)[:, :, :, None].expand(pairs)
-        wanted = cxcywh_to_xyxy(target_boxes)[None, :, None].expand(pairs)
-        giou = paired_giou(predicted.reshape(-1, 4), wanted.reshape(-1, 4)).view(pairs[:4])
-        distance = torch.cdist(boxes, target_boxes[None].expand(layers, -1, -1, -1), p=1)
-        cost = self.class_cost * focal_class_cost(of_targets) + self.box_cost * distance - self.giou_cost * giou
-        return torch.nan_to_num(cost, nan=1e9, posinf=1e9, neginf=-1e9)
+        of_targets = logits.gather(3, labels[None, :, None, :].expand(layers, -1, queries, -1)).transpose(2, 3)
+        # [N, B, T, Q] from here: long rows for arithmetic on the CPU, and the solver wants the shorter side first
+        cost = focal_class_cost(of_targets.contiguous()).mul_(self.class_cost)
+        cost.add_(torch.cdist(target_boxes, boxes, p=1), alpha=self.box_cost)
+        cost.sub_(batched_giou(cxcywh_to_xyxy(target_boxes), cxcywh_to_xyxy(boxes)), alpha=self.giou_cost)
+        return torch.nan_to_num(cost, nan=1e9, posinf=1e9, neginf=-1e9).transpose(2, 3)
 
     @staticmethod
     def assign(costs: Sequence[Tensor], counts: Sequence[int]) -> list[Matches]:
@@ -117,10 +118,12 @@ class HungarianMatcher(nn.Module):
         Returns:
             Matches on the CPU, one per cost tensor.
         """
-        flat = torch.cat([cost.flatten() for cost in costs]).cpu()
-        pieces = flat.split_with_sizes([cost.numel() for cost in costs])
+        turned = [cost.transpose(2, 3) for cost in costs]
+        flat = torch.cat([cost.flatten() for cost in turned]).cpu()
+        pieces = flat.split_with_sizes([cost.numel() for cost in turned])
         return [
-            _assign_layers(piece.view(cost.shape).numpy(), counts) for piece, cost in zip(pieces, costs, strict=True)
+            _assign_layers(piece.view(cost.shape).double().numpy(), counts)
+            for piece, cost in zip(pieces, turned, strict=True)
         ]
 
 
@@ -129,13 +132,19 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy from the host that it does not wait for: over pinned memory where the device is a GPU."""
+    if values.device.type == "cpu" and device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def pad_targets(targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
-    """Labels [B, T] and boxes [B, T, 4] of a batch; class 0 and the whole image where an image has fewer targets."""
-    most = max((len(target["labels"]) for target in targets), default=0)
-    labels = torch.stack([F.pad(target["labels"], (0, most - len(target["labels"]))) for target in targets])
-    whole = torch.tensor([0.5, 0.5, 1.0, 1.0], device=labels.device)
-    boxes = [torch.cat((target["boxes"].float(), whole.expand(most - len(target["labels"]), -1))) for target in targets]
-    return labels, torch.stack(boxes)
+    """Labels [B, T] and boxes [B, T, 4] of a batch; class 0 and a point where an image has fewer targets."""
+    labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
+    # not 0: a matched box at the origin without any size would divide 0 by 0
+    boxes = pad_sequence([target["boxes"].float() for target in targets], batch_first=True, padding_value=0.5)
+    return labels, boxes
 
 
 def focal_class_cost(logits: Tensor) -> Tensor:
@@ -146,16 +155,14 @@ def focal_class_cost(logits: Tensor) -> Tensor:
     return positive - negative
 
 
-def _assign_layers(costs: NDArray[np.floating[Any]], counts: Sequence[int]) -> Matches:
-    """Solve [N, B, Q, T] layer by layer and image by image."""
-    layers, _, queries, _ = costs.shape
-    matched = sum(min(queries, count) for count in counts)
-    found = np.empty((3, layers, matched), dtype=np.int64)
+def _assign_layers(costs: NDArray[np.float64], counts: Sequence[int]) -> Matches:
+    """Solve [N, B, T, Q] layer by layer and image by image; queries ascending."""
+    layers, _, _, queries = costs.shape
+    starts = np.cumsum([0, *(min(queries, count) for count in counts)])
+    found = np.empty((3, layers, starts[-1]), dtype=np.int64)
     for layer in range(layers):
-        start = 0
         for image, count in enumerate(counts):
-            rows, columns = linear_sum_assignment(costs[layer, image, :, :count])
-            stop = start + len(rows)
-            found[:, layer, start:stop] = np.full(len(rows), image), rows, columns
-            start = stop
+            target, query = linear_sum_assignment(costs[layer, image, :count])
+            order = query.argsort()
+            found[:, layer, starts[image] : starts[image + 1]] = np.full(len(order), image), query[order], target[order]
     return Matches(*torch.from_numpy(found))

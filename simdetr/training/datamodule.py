@@ -27,7 +27,7 @@ from simdetr.training.label_subset import sample_images
 LOG = logging.getLogger(__name__)
 
 
-def read_training_labels(path: Path, *, strict: bool = False) -> Labels:
+def read_training_labels(path: Path, *, strict: bool = False, masks: bool = False) -> Labels:
     """Labels of a Parquet or COCO file; what had to be dropped or repaired in a COCO file is logged, counted.
 
     Raises:
@@ -35,7 +35,7 @@ def read_training_labels(path: Path, *, strict: bool = False) -> Labels:
     """
     if path.suffix.lower() != ".json":
         return read_labels(path)
-    labels, problems = read_coco(path, strict=strict)
+    labels, problems = read_coco(path, strict=strict, masks=masks)
     if problems.total:
         LOG.warning("%s: %s", path, "; ".join(problems.lines()))
     return labels
@@ -60,6 +60,8 @@ class DetectionData(pl.LightningDataModule):
         label_fraction: Part of the labelled images to train on (semi-supervised protocols).
         seed: Seed of order, subset and augmentation.
         strict: Turn problems in label files into errors.
+        masks: Read the objects' masks for training, for detectors that learn from them; labels without any train
+            without.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class DetectionData(pl.LightningDataModule):
         label_fraction: float = 1.0,
         seed: int = 0,
         strict: bool = False,
+        masks: bool = False,
     ) -> None:
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
@@ -86,7 +89,11 @@ class DetectionData(pl.LightningDataModule):
         self._loader: ResumableLoader | None = None
         self._position: dict[str, int] | None = None
         self.source = open_images(images)
-        self.labels = read_training_labels(Path(labels if labels is not None else images), strict=strict)
+        path = Path(labels if labels is not None else images)
+        self.labels = read_training_labels(path, strict=strict, masks=masks)
+        self.masks = masks and self.labels.masks is not None
+        if masks and not self.masks:
+            LOG.warning("%s has no masks: training goes on with boxes alone", path)
         if label_fraction < 1:
             self.labels = self.labels.select(sample_images(self.labels, label_fraction, seed))
         self.val_source: ImageSource | None = open_images(val_images) if val_images is not None else None
@@ -125,7 +132,13 @@ class DetectionData(pl.LightningDataModule):
         world_size = self.trainer.world_size if self.trainer is not None else 1
         transform = train_transforms(self.short_sides, self.max_side, crop=self.crop, colour=self.colour)
         dataset = DetectionDataset(
-            self.source, self.labels, transform, quarantine=self._quarantine(), replace_unreadable=True, seed=self.seed
+            self.source,
+            self.labels,
+            transform,
+            quarantine=self._quarantine(),
+            replace_unreadable=True,
+            seed=self.seed,
+            masks=self.masks,
         )
         samples = Mosaic(dataset, probability=self.mosaic, seed=self.seed) if self.mosaic > 0 else dataset
         samples.set_epoch(epoch)

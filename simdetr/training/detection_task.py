@@ -13,13 +13,15 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.optim import Optimizer
 
 from simdetr.data.dataset import Batch, item_seed
 from simdetr.data.pretrained_weights import load_backbone_weights, load_into
 from simdetr.detectors.detector import Detector
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.predictions import Detections, postprocess
-from simdetr.training.optimisation import Schedule, lr_factor, parameter_groups
+from simdetr.training.loss_watch import PendingLosses
+from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_groups
 from simdetr.training.weights import LoadReport, checkpoint_config, load_weights
 
 
@@ -43,6 +45,9 @@ class DetectionTask(pl.LightningModule):
         init_weights: Folder or file to start from; the class head is replaced if the classes differ.
         top_k: Detections per image kept in validation.
         seed: Seed of dropout; with it a resumed training equals an uninterrupted one.
+        channels_last: Keep the backbone's weights and images channel by channel within each pixel, which convolutions
+            in half precision on GPUs want.
+        compile: Compile the detector with torch.compile, for images of any size; a name chooses another backend.
     """
 
     def __init__(
@@ -59,6 +64,8 @@ class DetectionTask(pl.LightningModule):
         init_weights: str | None = None,
         top_k: int = 100,
         seed: int = 0,
+        channels_last: bool = False,
+        compile: bool | str = False,
     ) -> None:
         super().__init__()
         self.detector = detector
@@ -66,6 +73,9 @@ class DetectionTask(pl.LightningModule):
         self.lr, self.backbone_lr, self.weight_decay = lr, backbone_lr, weight_decay
         self.schedule, self.drop_at, self.warmup_steps = schedule, drop_at, warmup_steps
         self.init_weights, self.top_k, self.seed = init_weights, top_k, seed
+        self.compile_backend = "inductor" if compile is True else compile
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._pending: PendingLosses | None = None
         if backbone_weights is not None and init_weights is None:
             load_into(detector.get_submodule(detector.body_name), load_backbone_weights(backbone_weights))
         self.load_report: LoadReport | None = None
@@ -75,14 +85,18 @@ class DetectionTask(pl.LightningModule):
             for name, parameter in detector.named_parameters():
                 if name.startswith(f"{detector.backbone_name}."):
                     parameter.requires_grad_(False)
+        if channels_last:
+            detector.get_submodule(detector.backbone_name).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Any]:
         """Raw outputs of the detector; images [B, 3, H, W] normalised, mask [B, H, W] True = padding."""
-        outputs: dict[str, Any] = self.detector(images, mask)
+        outputs: dict[str, Any] = self.detector(images.contiguous(memory_format=self._memory_format), mask)
         return outputs
 
     def on_fit_start(self) -> None:
-        """Say what was loaded, once."""
+        """Compile, and say what was loaded, once."""
+        if self.compile_backend:
+            self.detector.compile(dynamic=True, backend=self.compile_backend)
         if self.load_report is not None and self.global_rank == 0:
             self.load_report.log()
 
@@ -93,23 +107,46 @@ class DetectionTask(pl.LightningModule):
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one batch, summed over decoder layers."""
-        losses = self._losses(batch)
-        loss = losses["loss"]
-        if not torch.isfinite(loss):
-            self._stop_on_non_finite(batch, losses)
-        last_layer = {f"train/{name}": value.detach() for name, value in losses.items() if name != "loss"}
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.targets))
-        self.log_dict(last_layer, batch_size=len(batch.targets))
-        return loss
+        """Loss of one batch, summed over decoder layers; nothing here waits for the GPU but the matching."""
+        self._settle()  # a batch whose gradients this one's are added to
+        losses = self.losses(batch)
+        self._pending = PendingLosses(batch, losses)
+        return losses["loss"]
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Stop before the weights take a loss that is not finite; else log the losses."""
+        settled = self._settle()
+        if settled is not None:
+            count, losses = settled
+            options: dict[str, Any] = {"on_step": True, "on_epoch": False, "batch_size": count}
+            self.log("train/loss", losses.pop("loss"), prog_bar=True, **options)
+            self.log_dict({f"train/{name}": value for name, value in losses.items()}, **options)
+
+    def _settle(self) -> tuple[int, dict[str, Tensor]] | None:
+        """Number of images and losses of the batch that is under way, if there is one."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        losses, all_finite = pending.read()
+        if not all_finite:
+            self._stop_on_non_finite(pending.batch, losses)
+        return len(pending.batch.targets), losses
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """``loss``, the total to minimise, and its terms."""
         if self.criterion is None:
-            return self.detector.losses(batch.images, batch.mask, batch.targets)
+            images = batch.images.contiguous(memory_format=self._memory_format)
+            return self.detector.losses(images, batch.mask, batch.targets)
         losses: dict[str, Tensor] = self.criterion(self(batch.images, batch.mask), batch.targets)
         return losses
 
     def _stop_on_non_finite(self, batch: Batch, losses: dict[str, Tensor]) -> None:
+        bad = [name for name, value in losses.items() if not torch.isfinite(value)]
+        if not bad:
+            raise NonFiniteLossError(
+                f"A loss of another process became NaN or infinite at step {self.global_step}; its message names the "
+                "images and the file for replay."
+            )
         ids = self.image_ids_of(batch)
         name = f"non_finite_batch_step{self.global_step}_rank{self.global_rank}.pt"
         path = Path(self.trainer.default_root_dir) / name
@@ -118,12 +155,11 @@ class DetectionTask(pl.LightningModule):
             {
                 "image_ids": ids,
                 "batch": tuple(batch),
-                "losses": {name: float(value.detach()) for name, value in losses.items()},
+                "losses": {name: float(value) for name, value in losses.items()},
                 "state_dict": self.detector.state_dict(),
             },
             path,
         )
-        bad = [name for name, value in losses.items() if not torch.isfinite(value)]
         raise NonFiniteLossError(
             f"{', '.join(bad)} became NaN or infinite at step {self.global_step} on images {ids}. "
             f"The batch and the weights are saved in {path} for replay. Lower lr (now {self.lr}), use fp32 or bf16 "
@@ -149,12 +185,15 @@ class DetectionTask(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with the recipe's groups, and the schedule per step."""
-        groups = parameter_groups(self.detector, self.lr, self.backbone_lr)
-        optimiser = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
+        optimiser = self.new_optimiser()
         total = int(self.trainer.estimated_stepping_batches)
         factor = lr_factor(self.schedule, total, warmup_steps=self.warmup_steps, drop_at=self.drop_at)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def new_optimiser(self) -> Optimizer:
+        """AdamW over the detector's parameters in the recipe's groups."""
+        return adamw(parameter_groups(self.detector, self.lr, self.backbone_lr), self.lr, self.weight_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the detector: its class, arguments, categories and image sizes; plain types only."""

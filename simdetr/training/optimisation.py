@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from simdetr.detectors.detector import Detector
@@ -37,6 +38,24 @@ def parameter_groups(
             members["rest"].append(parameter)
     rates = {"backbone": backbone_lr, "slow": lr * slow_factor, "rest": lr}
     return [{"params": members[name], "lr": rates[name], "name": name} for name in members if members[name]]
+
+
+def adamw(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; fused, one kernel for all parameters, where their device has it.
+
+    Args:
+        groups: Parameter groups, see ``parameter_groups``.
+        lr: Learning rate of groups without their own.
+        weight_decay: Of all groups.
+    """
+    try:
+        optimiser = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+    except RuntimeError:  # torch's answer where the device has no such kernel
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+    # leave it to the scaler, if there is one, to unscale gradients: Lightning cannot clip them else, and with bf16,
+    # where nothing is scaled, refuses to all the same
+    optimiser.__dict__["_step_supports_amp_scaling"] = False
+    return optimiser
 
 
 def lr_factor(

@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from simdetr import boxes as box_ops
+from simdetr.data import masks as mask_codes
 from simdetr.data.dataset import DetectionDataset, collate, pixel_boxes
 from simdetr.data.images import ImageSource
 from simdetr.data.labels import Category, ImageLabels, Labels, read_labels, write_labels
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.transforms import eval_transforms
+from simdetr.detectors.mask_vectors import decode_masks, portions
 from simdetr.training.inheritance import inherit
 
 LOG = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ class InferenceSettings:
         batch_size: Images per forward pass.
         num_workers: Decoding processes.
         device: Torch device.
+        masks: Draw each object's mask too, with detectors that predict its vector.
     """
 
     short_side: int
@@ -60,6 +64,7 @@ class InferenceSettings:
     batch_size: int = 8
     num_workers: int = 0
     device: str = "cpu"
+    masks: bool = False
 
     @classmethod
     def of(cls, image_settings: Mapping[str, Any], **choices: Any) -> InferenceSettings:  # noqa: ANN401
@@ -143,8 +148,7 @@ def detect_array(
     pixels, _ = transform(tv_tensors.Image(image), target)
     pixels = pixels[None].to(settings.device)
     outputs = detector.to(settings.device).eval()(pixels, torch.zeros_like(pixels[:, 0], dtype=torch.bool))
-    row = _image_labels("image", size_hw, outputs["pred_boxes"][0], outputs["pred_logits"][0], settings)
-    return Labels.from_images([row], categories)
+    return Labels.from_images([_image_labels("image", size_hw, _of_image(outputs, 0, settings), settings)], categories)
 
 
 @torch.inference_mode()
@@ -165,21 +169,44 @@ def detections(
         if batch is None:
             continue
         outputs = detector(batch.images.to(settings.device), batch.mask.to(settings.device))
-        for target, boxes, logits in zip(batch.targets, outputs["pred_boxes"], outputs["pred_logits"], strict=True):
+        for row, target in enumerate(batch.targets):
             height, width = (int(side) for side in target["orig_size"])
             image_id = source.ids[int(target["image_index"])]
-            yield _image_labels(image_id, (height, width), boxes, logits, settings)
+            yield _image_labels(image_id, (height, width), _of_image(outputs, row, settings), settings)
+
+
+def _of_image(outputs: Mapping[str, Any], row: int, settings: InferenceSettings) -> dict[str, Tensor]:
+    """The queries of one image: ``pred_boxes`` [Q, 4], ``pred_logits`` [Q, K], ``pred_vectors`` [Q, D] for masks.
+
+    Raises:
+        ValueError: Masks are asked for and the detector draws none.
+    """
+    if settings.masks and "pred_vectors" not in outputs:
+        raise ValueError("masks: this detector draws no masks; leave it out, or train ViDT with mask_vectors: true")
+    names = ["pred_boxes", "pred_logits", *(["pred_vectors"] if settings.masks else [])]
+    return {name: outputs[name][row] for name in names}
 
 
 def _image_labels(
-    image_id: str, size_hw: tuple[int, int], boxes_cxcywh: Tensor, logits: Tensor, settings: InferenceSettings
+    image_id: str, size_hw: tuple[int, int], queries: Mapping[str, Tensor], settings: InferenceSettings
 ) -> ImageLabels:
-    """Best class of every query, [Q, 4] and [Q, K], as labels in pixels."""
-    scores, classes = logits.float().sigmoid().max(dim=-1)
-    boxes = box_ops.clip(box_ops.denormalise(boxes_cxcywh.float(), size_hw), size_hw)
+    """Best class of every query, and its mask if asked for, as labels in pixels."""
+    scores, classes = queries["pred_logits"].float().sigmoid().max(dim=-1)
+    whole = box_ops.denormalise(queries["pred_boxes"].float(), size_hw)
+    boxes = box_ops.clip(whole, size_hw)
     kept = keep_boxes(boxes, scores, settings)
     columns = (column[kept].cpu().numpy() for column in (boxes, classes, scores))
-    return ImageLabels.build(image_id, size_hw, *columns)
+    masks = _draw_masks(queries["pred_vectors"][kept], whole[kept], size_hw) if settings.masks else None
+    return ImageLabels.build(image_id, size_hw, *columns, masks=masks)
+
+
+def _draw_masks(vectors: Tensor, boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> mask_codes.Masks:
+    """Run lengths of the masks of vectors [N, D] in boxes [N, 4], a few at a time: pixels are N · H · W bytes."""
+    codes = mask_codes.column([])
+    for part in portions(len(vectors), *size_hw):
+        pixels = decode_masks(vectors[part], boxes_xyxy[part], size_hw)
+        codes = np.concatenate([codes, mask_codes.encode(pixels.cpu().numpy())])
+    return codes
 
 
 def keep_boxes(boxes_xyxy: Tensor, scores: Tensor, settings: InferenceSettings) -> Tensor:

@@ -16,10 +16,11 @@ import pytorch_lightning as pl
 import torch
 
 from simdetr.data.quarantine import Quarantine
+from simdetr.training.checkpoint_files import averaged_state
 from simdetr.training.checkpoints import BEST, RESUME
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.detection_task import DetectionTask
-from simdetr.training.weights import averaged_state, checkpoint_config, save_detector
+from simdetr.training.weights import checkpoint_config, save_detector
 
 LOG = logging.getLogger(__name__)
 

@@ -1,49 +1,67 @@
-"""Detectors on disk: a folder with ``model.safetensors`` and ``config.json``, or a Lightning checkpoint.
+"""Detectors on disk: a folder with ``model.safetensors`` and ``config.json`` out; that, or any checkpoint, in.
 
-In: a detector with its categories and image sizes. Out: files that rebuild it without any other code or config.
-Nothing is unpickled: safetensors, or ``torch.load(weights_only=True)``. A head whose classes differ is replaced and
-listed; everything else is kept.
+In: a detector with its categories and image sizes. Out: files that rebuild it without any other code or config. A
+checkpoint gives a detector every tensor whose name and shape agree; heads for other classes are new, and listed. What
+can be read, and that nothing is unpickled, is ``checkpoint_files``' part.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_model
-from torch import Tensor, nn
+from safetensors.torch import save_model
+from torch import nn
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.labels import Category
 from simdetr.detectors.detector import Detector
-from simdetr.detectors.state_dict_names import from_official
+from simdetr.detectors.state_dict_names import restore_copies
+from simdetr.training.checkpoint_files import CONFIG_NAME, WEIGHTS_NAME, Checkpoint, read_checkpoint
+from simdetr.training.checkpoint_formats import OWN
 
 LOG = logging.getLogger(__name__)
-WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+_LEAST_FITTING = 0.5
+_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading weights did: names of tensors kept, replaced (shape differs), missing and unexpected."""
+    """What loading weights did.
+
+    Attributes:
+        path: The file.
+        source: Whose format it is.
+        kept: Names of the detector's tensors that were set.
+        replaced: Names whose shape in the file differs; they stay as initialised.
+        missing: Names that the file does not have; they stay as initialised.
+        unexpected: Names of the file that the detector has no place for.
+    """
 
     path: Path
+    source: str = "simdetr"
     kept: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
 
-    def log(self) -> None:
-        """One line of counts, and the names of what was not kept."""
-        LOG.info("%s: %d tensors kept, %d replaced", self.path, len(self.kept), len(self.replaced))
+    def summary(self) -> str:
+        """One line: the counts, and the first names of what was not kept."""
+        parts = [f"{len(self.kept)} tensors kept"]
         for what in ("replaced", "missing", "unexpected"):
-            if names := getattr(self, what):
-                LOG.info("  %s: %s", what, ", ".join(names))
+            names: list[str] = getattr(self, what)
+            shown = f" ({', '.join(names[:_NAMES_SHOWN])}{', …' if len(names) > _NAMES_SHOWN else ''})" if names else ""
+            parts.append(f"{len(names)} {what}{shown}")
+        return f"{self.path} ({self.source}): {', '.join(parts)}"
+
+    def log(self) -> None:
+        """Say the summary."""
+        LOG.info("%s", self.summary())
 
 
 @dataclass(frozen=True)
@@ -79,96 +97,92 @@ def is_saved(folder: Path) -> bool:
     return (folder / WEIGHTS_NAME).is_file() and (folder / CONFIG_NAME).is_file()
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors and, where present, the config of a detector folder, a .safetensors file or a Lightning checkpoint.
-
-    Raises:
-        FileNotFoundError: Nothing there, with the accepted forms.
-        ValueError: The file is damaged, or is no such file.
-    """
-    if path.is_dir():
-        path = path / WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"weights: expected a folder with {WEIGHTS_NAME}, a .safetensors file or a .ckpt, got {path}, which does "
-            "not exist."
-        )
-    try:
-        if path.suffix == ".safetensors":
-            beside = path.with_name(CONFIG_NAME)
-            config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
-            return load_file(str(path)), config
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the original's options
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise TypeError(f"it holds a {type(checkpoint).__name__}")
-    except Exception as error:  # a damaged file fails in any way
-        reason = (str(error).strip() or "it ends too early").splitlines()[0]
-        raise ValueError(
-            f"weights: {path} cannot be read as a detector ({reason}); the file is damaged, or is no .safetensors file "
-            "and no checkpoint of tensors."
-        ) from error
-    return averaged_state(checkpoint), checkpoint.get("simdetr")
-
-
-def averaged_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The detector's tensors of a Lightning checkpoint (the averaged ones if EMA was on) or of a plain state dict.
-
-    Checkpoints of the original Deformable DETR are given our names.
-    """
-    state: dict[str, Tensor] = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
-    prefix = "detector."
-    if any(name.startswith(prefix) for name in state):
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    return from_official(state) if any(name.startswith("backbone.0.") for name in state) else state
-
-
-def load_weights(detector: nn.Module, path: Path) -> LoadReport:
+def load_weights(detector: Detector, path: Path) -> LoadReport:
     """Copy every tensor whose name and shape agree; leave the others as initialised and list them.
 
+    Args:
+        detector: Any detector of ``simdetr.detectors``.
+        path: What ``read_checkpoint`` reads, of simdetr or of another project.
+
     Raises:
-        ValueError: No tensor agrees: the file is of another detector.
+        ValueError: Most tensors do not agree: the file is of another detector.
     """
-    state, _ = read_state(path)
+    return copy_weights(detector, read_checkpoint(path))
+
+
+def copy_weights(detector: Detector, checkpoint: Checkpoint) -> LoadReport:
+    """``load_weights`` for a file that was read already."""
     own = detector.state_dict()
+    given = checkpoint.state(own)
+    state = restore_copies(given, own)
+    fitting = {name for name, value in state.items() if name in own and own[name].shape == value.shape}
     # a module that stands under two names (shared heads) is stored once by safetensors: its other name is no loss
     stored_at = {own[name].data_ptr() for name in state if name in own and own[name].numel() > 0}
-    kept = [name for name, value in state.items() if name in own and own[name].shape == value.shape]
-    replaced = [name for name, value in state.items() if name in own and own[name].shape != value.shape]
+    unused = checkpoint.names_without(given) if checkpoint.format.is_partial else []
     report = LoadReport(
-        path=path,
-        kept=kept,
-        replaced=replaced,
+        path=checkpoint.path,
+        source=checkpoint.format.title,
+        kept=[name for name in own if name in fitting],
+        replaced=[name for name in own if name in state and name not in fitting],
         missing=[name for name in own if name not in state and own[name].data_ptr() not in stored_at],
-        unexpected=[name for name in state if name not in own],
+        unexpected=[*(name for name in given if name not in own), *unused],
     )
-    if not kept:
-        raise ValueError(
-            f"init_weights: no tensor of {path} fits {type(detector).__name__}; it holds {len(state)} tensors such as "
-            f"{next(iter(state), 'none')!r}. Use weights of the same detector and backbone."
-        )
-    detector.load_state_dict({name: state[name] for name in kept}, strict=False)
+    _check_fit(detector, report, is_partial=checkpoint.format.is_partial)
+    detector.load_state_dict({name: state[name] for name in report.kept}, strict=False)
     return report
 
 
+def _check_fit(detector: Detector, report: LoadReport, *, is_partial: bool) -> None:
+    """Raise for weights of another architecture; of those that fit in part, the whole backbone must."""
+    expected = "all tensors of its backbone" if is_partial else f"{_LEAST_FITTING:.0%} of its tensors"
+    kept, total = len(report.kept), len(report.kept) + len(report.replaced) + len(report.missing)
+    fits = kept >= _LEAST_FITTING * total
+    if is_partial:
+        body = [
+            f"{detector.body_name}.{name}" for name, _ in detector.get_submodule(detector.body_name).named_parameters()
+        ]
+        fits = set(body) <= set(report.kept)
+    if not fits:
+        raise ValueError(
+            f"init_weights: expected {expected}, but {kept} of the {total} tensors of {type(detector).__name__} are in "
+            f"{report.summary()}. It is of another detector, backbone or size; for a backbone alone use "
+            "--model.backbone_weights."
+        )
+
+
 def load_detector(path: Path) -> LoadedDetector:
-    """Rebuild a detector from a folder or checkpoint written by simdetr, in evaluation mode.
+    """Rebuild a detector from a folder or checkpoint, in evaluation mode.
 
     Raises:
-        ValueError: The file carries no config, or tensors are missing.
+        ValueError: Nothing tells which detector it is, or tensors are missing.
     """
-    _, config = read_state(path)
+    return rebuild(read_checkpoint(path))
+
+
+def rebuild(checkpoint: Checkpoint, known: Mapping[str, Any] | None = None) -> LoadedDetector:
+    """The detector of a file that was read already, in evaluation mode.
+
+    Args:
+        checkpoint: The file.
+        known: Arguments of the detector to put over what the file tells.
+
+    Raises:
+        ValueError: Nothing tells which detector it is, or tensors are missing.
+    """
+    config = checkpoint.config(known)
     if config is None:
         raise ValueError(
-            f"checkpoint: {path} holds weights but no {CONFIG_NAME}; expected a folder or .ckpt written by simdetr. "
-            "Build the detector in Python and call simdetr.training.load_weights instead."
+            f"checkpoint: {checkpoint.path} holds weights but no {CONFIG_NAME}, and its names "
+            f"({checkpoint.format.title}) do not tell the detector; expected a folder or .ckpt written by simdetr. Use "
+            "it as --init of `simdetr finetune` with a --config that names the detector."
         )
     detector = build_detector(config)
-    report = load_weights(detector, path)
+    report = copy_weights(detector, checkpoint)
+    if checkpoint.format is not OWN:
+        report.log()
     if report.missing or report.replaced:
         raise ValueError(
-            f"checkpoint: {path} does not fit its own config: missing {report.missing[:5]}, other shape "
+            f"checkpoint: {checkpoint.path} does not fit its own config: missing {report.missing[:5]}, other shape "
             f"{report.replaced[:5]}. The file is damaged or was edited."
         )
     categories = tuple(Category(**category) for category in config["categories"])
@@ -187,9 +201,13 @@ def build_detector(config: dict[str, Any]) -> Detector:
     found = getattr(importlib.import_module(module_name), class_name, None) if allowed else None
     if not (isinstance(found, type) and issubclass(found, Detector)):
         raise ValueError(f"class_path: expected a class of simdetr.detectors, got {config['class_path']!r}.")
-    # its weights are in the file: there is nothing to download
-    arguments = {name: value for name, value in config["init_args"].items() if name != "pretrained_backbone"}
     try:
-        return found(**arguments)
+        return found(**without_downloads(config["init_args"]))
     except TypeError as error:
         raise ValueError(f"init_args: {found.__name__} does not take the arguments of the file ({error}).") from error
+
+
+def without_downloads(init_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a detector whose weights come from a file: nothing has to be fetched only to be overwritten."""
+    nothing = {"pretrained_backbone": False, "pretrained": None}
+    return {name: nothing.get(name, value) for name, value in init_args.items()}

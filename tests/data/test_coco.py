@@ -2,7 +2,9 @@ import json
 
 import numpy as np
 import pytest
+from pycocotools.coco import COCO
 
+from simdetr.data import masks
 from simdetr.data.coco import read_coco, write_coco
 from simdetr.data.labels import Category, LabelError, read_labels
 
@@ -170,3 +172,70 @@ def test_real_files_read_without_problems_and_agree_with_pycocotools(shared_data
         assert np.abs(mine.boxes_xyxy - expected).max(initial=0) < 0.1
         names = [labels.categories[index].id for index in mine.classes]
         assert names == [annotation["category_id"] for annotation in theirs]
+
+
+POLYGON = [[2, 2, 12, 2, 12, 22, 2, 22]]
+
+
+def test_segmentations_of_every_kind_are_read_when_asked_for(coco_file):
+    pixels = np.zeros((40, 60), np.uint8)
+    pixels[5:25, 3:30] = 1
+    run_lengths = {"size": [40, 60], "counts": [3 * 40 + 5, *([20, 20] * 26), 20, 31 * 40 - 25]}
+    code = masks.encode(pixels[None])[0]
+    path = coco_file(
+        IMAGES,
+        [
+            box(1, segmentation=POLYGON),
+            box(2, segmentation=run_lengths, iscrowd=1),
+            box(3, segmentation={"size": [40, 60], "counts": code.decode()}),
+        ],
+        CATEGORIES,
+    )
+    labels, problems = read_coco(path, masks=True)
+    decoded = masks.decode(labels.image(0).masks, (40, 60))
+    assert problems.total == 0 and (decoded[1:] == pixels).all()
+    truth = COCO(path)
+    for mask, annotation in zip(decoded, truth.loadAnns([1, 2, 3]), strict=True):
+        counts = truth.annToRLE(annotation)["counts"]
+        assert (counts.encode() if isinstance(counts, str) else counts) == masks.encode(mask[None])[0]
+    assert read_coco(path)[0].masks is None and read_labels(path).masks is None
+    assert read_labels(path, masks=True).masks.tolist() == labels.masks.tolist()
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "kind"),
+    [
+        (None, "no segmentation, the box stands in"),
+        ([], "no segmentation, the box stands in"),
+        ([[1, 2, 3]], "segmentation cannot be read, the box stands in"),
+        ({"size": [1, 1], "counts": [1]}, "segmentation cannot be read, the box stands in"),
+    ],
+)
+def test_the_box_stands_in_for_a_mask_that_is_not_there(coco_file, segmentation, kind):
+    path = coco_file(
+        IMAGES, [box(1, segmentation=POLYGON), box(2, segmentation=segmentation), box(3, "x7")], CATEGORIES
+    )
+    labels, problems = read_coco(path, masks=True)
+    x, y, width, height = box(2)["bbox"]
+    filled = masks.decode(labels.image(0).masks, (40, 60))[1]
+    assert filled.sum() == width * height and filled[y : y + height, x : x + width].all()
+    assert problems.counts[kind] >= 1 and problems.examples[kind][0].startswith("annotation 2")
+    assert problems.total == 2  # the third has none either
+    with pytest.raises(LabelError, match=kind):
+        read_coco(path, masks=True, strict=True)
+    assert read_coco(path)[1].total == 0  # of no interest to those who want boxes
+
+
+def test_a_file_of_boxes_gives_labels_without_masks(coco_file):
+    labels, problems = read_coco(coco_file(IMAGES, [box(1), box(2, "x7")], CATEGORIES), masks=True, strict=True)
+    assert labels.masks is None and problems.total == 0
+
+
+def test_masks_survive_writing(coco_file, tmp_path):
+    path = coco_file(IMAGES, [box(1, segmentation=POLYGON), box(2, "x7", segmentation=POLYGON)], CATEGORIES)
+    labels, _ = read_coco(path, masks=True)
+    write_coco(labels, tmp_path / "out.json")
+    again, problems = read_coco(tmp_path / "out.json", masks=True)
+    assert again.masks.tolist() == labels.masks.tolist() and problems.total == 0
+    truth = COCO(tmp_path / "out.json")
+    assert all(truth.annToRLE(annotation)["size"] in ([40, 60], [30, 20]) for annotation in truth.anns.values())

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -48,6 +49,26 @@ def test_pycocotools_scores_the_results(tmp_path, coco_file):
     evaluation.accumulate()
     evaluation.summarize()
     assert evaluation.stats[0] == pytest.approx(1.0)
+
+
+def test_pycocotools_scores_the_masks_of_the_results(tmp_path, coco_file):
+    coco = pytest.importorskip("pycocotools.coco")
+    from pycocotools.cocoeval import COCOeval
+
+    content = json.loads(truth_file(coco_file).read_text())
+    content["annotations"][0]["segmentation"] = [[10, 10, 30, 10, 10, 20]]  # half of its box
+    content["annotations"][1]["segmentation"] = [[1, 2, 4, 2, 4, 8, 1, 8]]
+    path = coco_file(content["images"], content["annotations"], content["categories"], "truth.json")
+    labels, _ = read_coco(path, masks=True)
+    write_detections(labels, tmp_path / "out.json", path)
+    truth = coco.COCO(str(path))
+    evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "out.json")), "segm")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1.0)
+    write_detections(replace(labels, masks=None), tmp_path / "boxes.json", path)
+    assert "segmentation" not in (tmp_path / "boxes.json").read_text()
 
 
 def test_without_truth_images_are_numbered_and_named(tmp_path):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision import tv_tensors
 
+from simdetr.data import masks
 from simdetr.data.dataset import DetectionDataset, collate, item_seed
 from simdetr.data.images import UnreadableImageError, open_images
 from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
@@ -63,6 +65,46 @@ def test_crowds_are_left_out_and_an_image_may_have_no_objects(image_folder):
     assert len(batch.targets[1]["labels"]) == 0 and batch.targets[1]["boxes"].shape == (0, 4)
     evaluated = DetectionDataset(source, labels, PLAIN(40, 60))[0][1]
     assert evaluated["labels"].tolist() == [0] and evaluated["boxes"].shape == (1, 4)
+
+
+def test_masks_come_when_asked_for(image_folder):
+    source = open_images(image_folder(2))
+    pixels = np.random.default_rng(0).random((3, 40, 60)) > 0.5
+    images = [
+        ImageLabels.build(
+            "000.png",
+            (40, 60),
+            [[0, 0, 9, 9], [5, 5, 20, 20], [8, 1, 50, 30]],
+            [0, 0, 0],
+            crowd=[True, False, False],
+            masks=masks.encode(pixels),
+        ),
+        ImageLabels.build("001.png", (40, 60), [], []),
+    ]
+    labels = Labels.from_images(images, [Category(1, "a")])
+    dataset = DetectionDataset(source, labels, PLAIN(40, 60), masks=True)
+    raw = dataset.load(0)[1]["masks"]
+    assert type(raw) is tv_tensors.Mask and raw.dtype == torch.uint8
+    batch = collate([dataset[0], dataset[1]])
+    assert type(batch.targets[0]["masks"]) is torch.Tensor and batch.targets[0]["masks"].dtype == torch.bool
+    assert (batch.targets[0]["masks"].numpy() == pixels[1:]).all()  # the crowd is left out
+    assert batch.targets[1]["masks"].shape == (0, 40, 60)
+    resized = DetectionDataset(source, labels, PLAIN(80, 120), masks=True)[0][1]["masks"]
+    assert (resized.numpy() == pixels[1:].repeat(2, axis=1).repeat(2, axis=2)).all()
+    assert "masks" not in DetectionDataset(source, labels, PLAIN(40, 60))[0][1]
+    with pytest.raises(LabelError, match="masks: the labels have none"):
+        DetectionDataset(source, labels_for(source), PLAIN(40, 60), masks=True)
+    with pytest.raises(LabelError, match="masks: the labels have none"):
+        DetectionDataset(source, None, PLAIN(40, 60), masks=True)
+
+
+def test_masks_of_labels_of_another_size_are_cut_as_boxes_are(image_folder):
+    source = open_images(image_folder(1))
+    pixels = np.random.default_rng(0).random((1, 30, 90)) > 0.5
+    image = ImageLabels.build("000.png", (30, 90), [[0, 0, 90, 30]], [0], masks=masks.encode(pixels))
+    dataset = DetectionDataset(source, Labels.from_images([image], [Category(1, "a")]), PLAIN(40, 60), masks=True)
+    found = dataset[0][1]["masks"].numpy()
+    assert found.shape == (1, 40, 60) and (found[:, :30] == pixels[:, :, :60]).all() and not found[:, 30:].any()
 
 
 def test_without_labels_all_images_come_with_empty_targets(image_folder):

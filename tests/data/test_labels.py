@@ -1,10 +1,12 @@
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from simdetr.data import masks
 from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, read_labels, write_labels
 
 CATEGORIES = (Category(7, "cat"), Category("d", "dog"), Category(30, "owl"))
@@ -169,3 +171,49 @@ def test_labels_survive_pickling():
     labels = example()
     assert labels.row_of("sub/b.png") == 2
     assert_same(pickle.loads(pickle.dumps(labels)), labels)
+
+
+def with_masks():
+    """The example, with a mask of random pixels for each of its boxes."""
+    generator = np.random.default_rng(0)
+    images = [example().image(row) for row in range(3)]
+    codes = [masks.encode(generator.random((len(image), *image.size_hw)) > 0.5) for image in images]
+    return Labels.from_images(
+        [replace(image, masks=code) for image, code in zip(images, codes, strict=True)], CATEGORIES, stage=2
+    )
+
+
+def test_masks_follow_their_boxes_everywhere(tmp_path):
+    labels = with_masks()
+    assert labels.masks.shape == (3,) and all(isinstance(code, bytes) for code in labels.masks)
+    assert labels.image(0).masks.tolist() == labels.masks[:2].tolist() and len(labels.of("empty.png").masks) == 0
+    assert masks.decode(labels.of("sub/b.png").masks, (30, 30)).shape == (1, 30, 30)
+    assert labels.select(["sub/b.png", "a.png"]).masks.tolist() == labels.masks[[2, 0, 1]].tolist()
+    assert labels.class_agnostic().masks.tolist() == labels.masks.tolist()
+    assert labels.with_categories([*reversed(CATEGORIES)]).masks.tolist() == labels.masks.tolist()
+    assert pickle.loads(pickle.dumps(labels)).masks.tolist() == labels.masks.tolist()
+    again = Labels.from_images([labels.image(row) for row in range(3)], CATEGORIES, 2)
+    assert again.masks.tolist() == labels.masks.tolist()
+    write_labels(labels, tmp_path / "labels.parquet")
+    read = read_labels(tmp_path / "labels.parquet")
+    assert_same(read, labels)
+    assert read.masks.dtype == object and read.masks.tolist() == labels.masks.tolist()
+
+
+def test_labels_without_masks_stay_without(tmp_path):
+    assert example().masks is None and example().select(["a.png"]).masks is None and example().image(0).masks is None
+    write_labels(example(), tmp_path / "labels.parquet")
+    assert "masks" not in pq.read_schema(tmp_path / "labels.parquet").names
+    assert read_labels(tmp_path / "labels.parquet", masks=True).masks is None
+    nothing = with_masks().select([])
+    write_labels(nothing, tmp_path / "none.parquet")
+    assert read_labels(tmp_path / "none.parquet").masks.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [([b"0"], "masks: expected those of 3 boxes, got 1"), ([b"0", b"0", "0"], "as bytes, got '0' in row 2")],
+)
+def test_broken_masks_are_refused(codes, message):
+    with pytest.raises(LabelError, match=message):
+        replace(example(), masks=codes)

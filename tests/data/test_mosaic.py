@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 
+from simdetr.data import masks
 from simdetr.data.dataset import DetectionDataset, item_randomness
 from simdetr.data.images import open_images
 from simdetr.data.labels import Category, ImageLabels, Labels
@@ -101,6 +105,55 @@ def test_placements_are_exact():
     assert (image[0] == 200).sum() == 5 * 40
     assert target["boxes"].tolist() == [[16, 6, 48, 10]] and target["labels"].tolist() == [3]
     assert target["boxes"].canvas_size == (30, 50) and int(target["image_index"]) == 7
+
+
+@pytest.fixture
+def masked(dataset):
+    """The data set with the rectangles' upper left triangles as masks."""
+    rows = [dataset.labels.image(row) for row in range(len(dataset.labels))]
+    images = []
+    for row in rows:
+        pixels = np.zeros((len(row), *row.size_hw), np.uint8)
+        for plane, (x0, y0, x1, y1) in zip(pixels, row.boxes_xyxy.round().astype(int), strict=True):
+            down, right = np.indices((y1 - y0, x1 - x0))
+            plane[y0:y1, x0:x1] = down / (y1 - y0) + right / (x1 - x0) < 1
+        images.append(replace(row, masks=masks.encode(pixels)))
+    labels = Labels.from_images(images, dataset.labels.categories)
+    return DetectionDataset(dataset.source, labels, dataset.transform, masks=True)
+
+
+def test_masks_of_the_mosaic_lie_in_their_boxes(masked, dataset):
+    mosaic, plain = Mosaic(masked, probability=1, canvas_px=200), Mosaic(dataset, probability=1, canvas_px=200)
+    for index in range(len(mosaic)):
+        with item_randomness(0, 0, index):
+            image, target = mosaic.compose(index)
+        with item_randomness(0, 0, index):
+            same_image, same = plain.compose(index)
+        assert torch.equal(image, same_image) and torch.equal(target["boxes"], same["boxes"])
+        assert type(target["masks"]) is tv_tensors.Mask and "masks" not in same
+        assert target["masks"].shape == (len(target["boxes"]), 200, 200)
+        for mask, (x0, y0, x1, y1) in zip(target["masks"], target["boxes"], strict=True):
+            ys, xs = torch.nonzero(mask, as_tuple=True)
+            found = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+            assert (found - torch.stack([x0, y0, x1, y1])).abs().max() <= 2
+            assert float(mask.sum()) == pytest.approx(float((x1 - x0) * (y1 - y0) / 2), rel=0.2)
+        _, finished = mosaic[index]
+        assert finished["masks"].dtype == torch.bool
+        assert finished["masks"].shape == (len(finished["boxes"]), *finished["size"].tolist())
+
+
+def test_masks_are_resized_and_placed_exactly():
+    pixels = tv_tensors.Mask(torch.tensor([[[1, 0], [0, 1]]], dtype=torch.uint8))
+    sample = (
+        torch.zeros(3, 2, 2, dtype=torch.uint8),
+        {"boxes": torch.tensor([[0.0, 0, 2, 2]]), "labels": torch.tensor([0]), "image_index": 0, "masks": pixels},
+    )
+    empty = (sample[0], sample[1] | {name: sample[1][name][:0] for name in ("boxes", "labels", "masks")})
+    places = [Placement(1, 2, 4, 4), Placement(6, 6, 2, 2)]
+    _, target = compose_tiles([sample, empty], places, (10, 12))
+    expected = torch.zeros(1, 10, 12, dtype=torch.uint8)
+    expected[0, 1:3, 2:4] = expected[0, 3:5, 4:6] = 1
+    assert torch.equal(target["masks"].as_subclass(torch.Tensor), expected)
 
 
 def test_probability_is_the_share_of_mosaics(dataset):

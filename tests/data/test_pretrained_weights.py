@@ -67,9 +67,26 @@ def own_detector(state):
     return {"model": {**detector, **prefixed("backbone.body.", without_heads(state))}}
 
 
+def detr(state):
+    heads = {"transformer.encoder.layers.0.norm1.weight": torch.zeros(2), "input_proj.0.0.weight": torch.zeros(2)}
+    return {"model": {**heads, **prefixed("backbone.0.body.", without_heads(state))}, "args": argparse.Namespace(lr=1)}
+
+
+def transformers_on_disk(state):
+    heads = {"model.encoder.layers.0.fc1.weight": torch.zeros(2), "class_embed.0.weight": torch.zeros(2)}
+    return {**heads, **prefixed("model.backbone.conv_encoder.model.", without_heads(state))}
+
+
+def transformers_in_memory(state):
+    return {**prefixed("model.backbone.model.", without_heads(state)), "model.level_embed": torch.zeros(2)}
+
+
+DETECTORS = [own_detector, detr, transformers_on_disk, transformers_in_memory]
+
+
 @pytest.mark.parametrize(
     "wrap",
-    [dict, swav, swav_training, dino_training, moco_v2, moco_v3, lightning, own_detector],
+    [dict, swav, swav_training, dino_training, moco_v2, moco_v3, lightning, *DETECTORS],
     ids=lambda wrap: wrap.__name__,
 )
 def test_every_known_checkpoint_gives_the_encoder(tmp_path, resnet, wrap):

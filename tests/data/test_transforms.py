@@ -4,6 +4,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from simdetr.data.dataset import pixel_boxes
 from simdetr.data.transforms import (
@@ -98,6 +99,63 @@ def test_published_crop_sizes_at_the_published_short_side():
     whole, cut = choice.transforms
     assert whole.short_sides == (480, 800) and cut.transforms[0].short_sides == (400, 500, 600)
     assert (cut.transforms[1].min_side, cut.transforms[1].max_side) == (384, 600) and choice.p == [0.5, 0.5]
+
+
+def masked_scene():
+    """The scene with each rectangle's lower left triangle as its mask."""
+    image, target = scene(80, 120, BOXES)
+    masks = torch.zeros(len(BOXES), 80, 120, dtype=torch.uint8)
+    for mask, (x0, y0, x1, y1) in zip(masks, BOXES, strict=True):
+        mask[y0:y1, x0:x1] = torch.ones(y1 - y0, x1 - x0, dtype=torch.uint8).tril()
+    return image, {**target, "masks": tv_tensors.Mask(masks)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    ("step", "alone"),
+    [
+        (ResizeShortSide([33, 50, 97], 140), lambda mask, size, _: F.resize_mask(mask, list(size))),
+        (RandomSizeCrop(20, 70), lambda mask, size, corner: F.crop_mask(mask, *corner, *size)),
+        (v2.RandomHorizontalFlip(0.5), lambda mask, _, corner: mask.flip(-1) if corner is None else mask),
+    ],
+)
+def test_every_step_changes_masks_as_torchvision_does(seed, step, alone):
+    _, target = masked_scene()
+    rows, columns = torch.meshgrid(torch.arange(80.0), torch.arange(120.0), indexing="ij")
+    where = tv_tensors.Image(torch.stack([rows, columns, torch.zeros(80, 120)]))  # tells how a crop or flip fell
+    torch.manual_seed(seed)
+    moved, changed = step(where, {**target})
+    corner = [int(value) for value in moved[:2, 0, 0]] if isinstance(step, RandomSizeCrop) else (0, 0)
+    if isinstance(step, v2.RandomHorizontalFlip) and moved[1, 0, 0] > 0:
+        corner = None
+    expected = alone(target["masks"].as_subclass(torch.Tensor), moved.shape[-2:], corner)
+    assert type(changed["masks"]) is tv_tensors.Mask and changed["masks"].dtype == torch.uint8
+    assert torch.equal(changed["masks"].as_subclass(torch.Tensor), expected)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_masks_and_boxes_stay_aligned_through_everything(seed):
+    transform = train_transforms([64, 80, 96], 160, colour="strong", mean=(0, 0, 0), std=(1, 1, 1))
+    torch.manual_seed(seed)
+    image, target = transform(*masked_scene())
+    torch.manual_seed(seed)
+    same_image, same = transform(*scene(80, 120, BOXES))
+    assert torch.equal(image, same_image) and torch.equal(target["boxes"], same["boxes"])  # masks draw nothing
+    assert target["masks"].shape == (len(target["boxes"]), *image.shape[-2:])
+    assert len(target["labels"]) == len(target["boxes"])
+    for mask, (x0, y0, x1, y1) in zip(target["masks"], target["boxes"], strict=True):
+        ys, xs = torch.nonzero(mask, as_tuple=True)
+        if len(xs):  # a crop may show none of the triangle
+            inside = (xs + 1 >= x0 - 1) & (xs <= x1 + 1) & (ys + 1 >= y0 - 1) & (ys <= y1 + 1)
+            assert inside.all()
+
+
+def test_masks_are_dropped_with_their_boxes():
+    image, target = masked_scene()
+    target["boxes"][1, 2:] = target["boxes"][1, :2] + 0.5
+    _, found = eval_transforms(80, 200)(image, target)
+    assert found["labels"].tolist() == [0, 2]
+    assert torch.equal(found["masks"], masked_scene()[1]["masks"].as_subclass(torch.Tensor)[[0, 2]])
 
 
 def test_flip_mirrors_half_of_the_images():

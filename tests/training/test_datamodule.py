@@ -70,3 +70,22 @@ def test_problems_of_labels_are_counted_or_errors(own_scenes, caplog):
     assert "instances.json" in caplog.text
     with pytest.raises(LabelError):
         data(own_scenes, strict=True)
+
+
+def test_masks_when_asked_for_and_where_there_are_some(own_scenes, caplog):
+    folder = own_scenes
+    made = data(folder, masks=True)
+    assert "has no masks: training goes on with boxes alone" in caplog.text
+    assert "masks" not in next(iter(made.train_dataloader())).targets[0]
+    path = folder / "instances.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height]]
+    path.write_text(json.dumps(content))
+    for options in ({"masks": True}, {"masks": True, "mosaic": 0.0, "crop": True}):
+        for batch in data(folder, **options).train_dataloader():
+            for target in batch.targets:
+                assert target["masks"].dtype == torch.bool
+                assert target["masks"].shape == (len(target["boxes"]), *target["size"].tolist())
+    assert data(folder).labels.masks is None

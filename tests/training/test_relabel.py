@@ -6,12 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from simdetr.boxes import pairwise_iou
+from simdetr.data import masks
 from simdetr.data.images import open_images
 from simdetr.data.labels import Category, read_labels
 from simdetr.data.lineage import LINEAGE_COLUMNS
-from simdetr.training.relabel import InferenceSettings, keep_boxes, relabel
+from simdetr.detectors.mask_vectors import encode_crops
+from simdetr.training.relabel import InferenceSettings, detect_array, keep_boxes, relabel
 
 module = sys.modules["simdetr.training.relabel"]  # the package gives the function this name
 RealQuarantine = module.Quarantine
@@ -93,3 +96,55 @@ def test_a_part_without_a_readable_image(make_detector, own_scenes, tmp_path, mo
     assert labels.image_ids == tuple(source.ids[1:])
     assert "labels" not in (tmp_path / "quarantine.csv").read_text()
     assert source.ids[0] in (tmp_path / "quarantine.csv").read_text()
+
+
+class Draws(nn.Module):
+    """Finds the same two objects in every image: an L that fills its box's left and bottom, and a disc."""
+
+    def __init__(self, with_vectors=True):
+        super().__init__()
+        self.with_vectors = with_vectors
+        self.boxes = torch.tensor([[0.3, 0.4, 0.4, 0.5], [0.8, 0.6, 0.5, 0.4]])  # the second leaves the image
+        side = torch.arange(128) + 0.5
+        y, x = torch.meshgrid(side, side, indexing="ij")
+        self.crops = torch.stack([(x < 64) | (y > 96), (x - 64) ** 2 + (y - 64) ** 2 < 64**2])
+
+    def forward(self, images, mask):
+        outputs = {"pred_boxes": self.boxes, "pred_logits": torch.tensor([[0.0, 2.0], [1.0, -1.0]])}
+        if self.with_vectors:
+            outputs["pred_vectors"] = encode_crops(self.crops)
+        return {name: value.expand(len(images), *value.shape) for name, value in outputs.items()}
+
+
+def test_masks_are_drawn_where_the_boxes_are(scenes, tmp_path):
+    source = open_images(scenes)
+    settings = replace(SETTINGS, masks=True)
+    labels = relabel(Draws(), source, CATEGORIES, settings, tmp_path / "masks.parquet", stage=0)
+    again = read_labels(tmp_path / "masks.parquet")
+    assert again.masks.tolist() == labels.masks.tolist() and len(labels.masks) == 24
+    for row in range(2):
+        image = labels.image(row)
+        height, width = image.size_hw
+        drawn = masks.decode(image.masks, image.size_hw).astype(bool)
+        y, x = np.indices((height, width)) + 0.5
+        left, top, across, down = 0.1 * width, 0.15 * height, 0.4 * width, 0.5 * height
+        inside = (x > left) & (x < left + across) & (y > top) & (y < top + down)
+        shape = inside & ((x < left + across / 2) | (y > top + 0.75 * down))
+        disc = ((x - 0.8 * width) / (0.25 * width)) ** 2 + ((y - 0.6 * height) / (0.2 * height)) ** 2 < 1
+        for found, expected in zip(drawn, (shape, disc), strict=True):  # best first
+            assert (found & expected).sum() / (found | expected).sum() > 0.95
+    pixels = torch.zeros(3, 50, 70, dtype=torch.uint8)
+    assert masks.decode(detect_array(Draws(), pixels, CATEGORIES, settings).masks, (50, 70)).any(axis=(1, 2)).all()
+    assert detect_array(Draws(), pixels, CATEGORIES, SETTINGS).masks is None
+
+
+def test_no_masks_from_a_detector_that_draws_none(scenes, tmp_path):
+    with pytest.raises(ValueError, match="masks: this detector draws no masks"):
+        relabel(
+            Draws(False),
+            open_images(scenes),
+            CATEGORIES,
+            replace(SETTINGS, masks=True),
+            tmp_path / "l.parquet",
+            stage=0,
+        )

@@ -1,0 +1,160 @@
+"""Instance masks as COCO's compressed run lengths: pixels, boxes or a file's segmentations in, bytes out, and back.
+
+A mask is the ``counts`` of its code as bytes, at the size of its whole image, some hundred bytes; pixels are made where
+they are needed. pycocotools encodes; it does not decode, since it reads beyond the end of a broken code and is slower.
+Letters: n masks of one image of H × W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_masks
+
+from simdetr.data.image_labels import ImageLabels, LabelError
+
+Masks = NDArray[np.object_]
+"""Run lengths of n masks, an array of bytes [n]."""
+
+_FAR = 10.0  # a polygon may leave the image by this many sides: pycocotools' memory grows with its length
+
+
+def encode(pixels: NDArray[Any]) -> Masks:
+    """Run lengths of masks bool or uint8 [n, H, W]."""
+    planes = np.asfortranarray(pixels.astype(np.uint8, copy=False).transpose(1, 2, 0))
+    return column(code["counts"] for code in coco_masks.encode(planes))
+
+
+def decode(masks: Masks, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
+    """Pixels of masks on an image of (height, width), 0 or 1, uint8 [n, H, W].
+
+    Raises:
+        LabelError: run lengths of an image of another size, or none at all.
+    """
+    height, width = size_hw
+    pixels = np.empty((len(masks), height, width), dtype=np.uint8)
+    for plane, packed in zip(pixels, masks, strict=True):
+        lengths = unpack(packed)
+        if (lengths < 0).any() or lengths.sum() != height * width:
+            raise LabelError(
+                f"masks: expected those of an image of {height} × {width} = {height * width} pixels, got run lengths "
+                f"that sum to {lengths.sum()}; the masks belong to another image or another size of it"
+            )
+        values = np.arange(len(lengths), dtype=np.int64) % 2
+        plane[:] = np.repeat(values.astype(np.uint8), lengths).reshape(width, height).T  # column by column
+    return pixels
+
+
+def of_boxes(boxes_xyxy: NDArray[np.floating[Any]], size_hw: tuple[int, int]) -> Masks:
+    """Masks that fill boxes [n, 4], for objects whose shape nobody knows."""
+    if len(boxes_xyxy) == 0:
+        return column([])
+    corners = boxes_xyxy.astype(np.float64)
+    boxes_xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    return column(code["counts"] for code in coco_masks.frPyObjects(boxes_xywh, *size_hw))
+
+
+def of_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> bytes | None:  # noqa: ANN401
+    """The mask of an annotation's ``segmentation``: polygons, run lengths as numbers or compressed ones.
+
+    Returns:
+        Its run lengths; None where there is none: the field is missing, null or empty.
+
+    Raises:
+        LabelError: a segmentation that cannot be read, or one of an image of another size.
+    """
+    if segmentation is None or segmentation == [] or segmentation == {}:
+        return None
+    if isinstance(segmentation, list):
+        return _of_polygons(segmentation, size_hw)
+    if isinstance(segmentation, dict):
+        return _of_run_lengths(segmentation, size_hw)
+    raise LabelError("expected polygons or run lengths")
+
+
+def column(masks: Iterable[bytes]) -> Masks:
+    """Run lengths as an array.
+
+    Raises:
+        LabelError: a mask that is no bytes, or empty ones.
+    """
+    codes = list(masks)
+    for row, code in enumerate(codes):
+        if not isinstance(code, bytes) or not code:
+            raise LabelError(f"masks: expected COCO's compressed run lengths as bytes, got {code!r} in row {row}")
+    array = np.empty(len(codes), dtype=np.object_)
+    array[:] = codes
+    return array
+
+
+def stack(images: Sequence[ImageLabels]) -> Masks | None:
+    """Masks of several images, one after the other; None if none has any, else the others' boxes stand in."""
+    if all(image.masks is None for image in images):
+        return None
+    return np.concatenate(
+        [of_boxes(image.boxes_xyxy, image.size_hw) if image.masks is None else image.masks for image in images]
+    )
+
+
+def _of_polygons(polygons: list[Any], size_hw: tuple[int, int]) -> bytes:
+    try:
+        points = [np.asarray(polygon, dtype=np.float64) for polygon in polygons]
+    except (TypeError, ValueError) as error:
+        raise LabelError("a polygon is no list of numbers") from error
+    limit = _FAR * max(size_hw)
+    for flat in points:
+        if flat.ndim != 1 or len(flat) % 2 or not (np.abs(flat) <= limit).all():
+            raise LabelError("expected polygons [x, y, x, y, ...] of numbers in or near the image")
+    areas = [flat.tolist() for flat in points if len(flat) >= 6]  # points and lines have none
+    if not areas:
+        raise LabelError("expected a polygon of at least three corners")
+    counts: bytes = coco_masks.merge(coco_masks.frPyObjects(areas, *size_hw))["counts"]
+    return counts
+
+
+def _of_run_lengths(segmentation: dict[str, Any], size_hw: tuple[int, int]) -> bytes:
+    counts, size = segmentation.get("counts"), segmentation.get("size")
+    if size != list(size_hw):
+        raise LabelError(f"expected run lengths of size {list(size_hw)}, got {size}")
+    if isinstance(counts, str):
+        packed = counts.encode()
+        lengths = unpack(packed)
+    else:
+        try:
+            lengths = np.asarray(counts)
+        except ValueError as error:
+            raise LabelError("run lengths are no list of numbers") from error
+        if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+            raise LabelError("expected run lengths as a text or as a list of whole numbers")
+        packed = b""
+    if (lengths < 0).any() or int(lengths.sum()) != math.prod(size_hw):
+        raise LabelError(f"expected run lengths that sum to {math.prod(size_hw)} pixels, got {int(lengths.sum())}")
+    return packed or coco_masks.frPyObjects({"size": size, "counts": lengths.tolist()}, *size_hw)["counts"]
+
+
+def unpack(packed: bytes) -> NDArray[np.int64]:
+    """Lengths of the runs of a compressed code, background first; int64 [runs].
+
+    A number is written in groups of five bits, lowest first, of which all but the last have bit 5 set and the last has
+    the sign in bit 4; from the fourth number on it is the difference to the last but one.
+
+    Raises:
+        LabelError: text that is no such code.
+    """
+    groups = np.frombuffer(packed, np.uint8).astype(np.int64) - ord("0")
+    if not len(groups) or groups.min() < 0 or groups.max() > 63 or groups[-1] & 32:
+        raise LabelError("expected COCO's compressed run lengths")
+    ends = np.flatnonzero(groups & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    place = np.arange(len(groups)) - np.repeat(starts, ends - starts + 1)
+    if place.max() > 6:
+        raise LabelError("expected run lengths below 2 ** 34")
+    numbers = np.add.reduceat((groups & 31) << 5 * place, starts)
+    numbers -= np.where(groups[ends] & 16, 1 << 5 * (place[ends] + 1), 0)
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers

@@ -1,0 +1,234 @@
+"""Detectors of transformers against transformers itself, and against our own Deformable DETR with the same weights."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from simdetr.detectors import TransformersDetector
+from simdetr.detectors.losses import DetectionLoss
+from simdetr.detectors.state_dict_names import to_transformers
+from simdetr.detectors.transformers_adapter import per_class
+from simdetr.training.weights import checkpoint_config, load_detector, load_weights, save_detector
+
+pytest.importorskip("transformers", reason="an optional dependency")
+
+FAMILIES = ("deformable_detr", "conditional_detr", "detr", "rt_detr_v2", "d_fine")
+OURS_AS_CONFIG = {  # the fixture make_detector's
+    "model_type": "deformable_detr",
+    "backbone": "resnet18",
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "num_queries": 20,
+    "two_stage_num_proposals": 20,
+    "num_feature_levels": 4,
+    "auxiliary_loss": True,
+    "dropout": 0.0,
+    "class_cost": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def detectors(make_other):
+    """One detector of each kind, in evaluation mode; tests copy those that they change."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = make_other(name, num_classes=7).eval()
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(params=["base", "two_stage"])
+def pair(request, make_detector, shake):
+    """Our Deformable DETR and transformers' behind the adapter, with the same random weights."""
+    ours = shake(make_detector(request.param, dropout=0.0))
+    two_stage = request.param == "two_stage"
+    config = {**OURS_AS_CONFIG, "with_box_refine": two_stage, "two_stage": two_stage}
+    theirs = TransformersDetector(7, config, loss="simdetr").eval()
+    if two_stage:  # transformers ties all heads when it builds a model from nothing
+        model = theirs.model
+        for name in ("bbox_embed", "class_embed"):
+            heads = nn.ModuleList(copy.deepcopy(head) for head in getattr(model, name))
+            setattr(model, name, heads)
+            setattr(model.model.decoder, name, heads)
+    theirs.model.load_state_dict(to_transformers(ours.state_dict(), "memory"), strict=True)
+    return ours, theirs
+
+
+def close(found, expected):
+    torch.testing.assert_close(found["pred_logits"], expected["pred_logits"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["pred_boxes"], expected["pred_boxes"], rtol=1e-4, atol=1e-5)
+
+
+def test_deformable_detr_is_ours(pair, batch):
+    """Predictions on a padded batch, those of earlier layers and the encoder's, and the loss that is ours."""
+    ours, theirs = pair
+    images, mask, targets = batch
+    with torch.no_grad():
+        found, expected = theirs(images, mask), ours(images, mask)
+        close(found, expected)
+        assert found.keys() == {"pred_logits", "pred_boxes"} and found["pred_boxes"].std() > 0.05
+        ours.train(), theirs.train()
+        found, expected = theirs(images, mask), ours(images, mask)
+        assert found.keys() == expected.keys() and len(found["aux_outputs"]) == 2
+        for layer, reference in zip(found["aux_outputs"], expected["aux_outputs"], strict=True):
+            close(layer, reference)
+    losses, reference = theirs.losses(images, mask, targets), ours.losses(images, mask, targets)
+    assert losses.keys() == reference.keys()
+    for name in losses:
+        torch.testing.assert_close(losses[name], reference[name], rtol=1e-4, atol=1e-4)
+    assert ("loss_ce_enc" in losses) == ("enc_outputs" in expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_own_loss_is_the_familys(name, detectors, batch):
+    """Total and terms as transformers gives them for images without padding."""
+    detector = copy.deepcopy(detectors(name)).train()
+    images = batch[0][:, :, :96, :96]
+    targets = batch[2]
+    labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in targets]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        found = detector.losses(images, torch.zeros(2, 96, 96, dtype=torch.bool), targets)
+        torch.manual_seed(1)
+        detector.model.loss_function = detector.own_loss
+        expected = detector.model(pixel_values=images, labels=labels)
+    assert found.keys() == {"loss", *expected.loss_dict}
+    for term, value in {**expected.loss_dict, "loss": expected.loss}.items():
+        torch.testing.assert_close(found[term], value, rtol=1e-5, atol=1e-6)
+    assert name not in ("rt_detr_v2", "d_fine") or {"loss_vfl", "loss_vfl_dn_0"} <= found.keys()
+
+
+@pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine"])
+def test_boxes_of_a_canvas(name, detectors, batch):
+    """In pixels, boxes are the same on the padded canvas that the model knows and on the image that we know."""
+    detector = copy.deepcopy(detectors(name))
+    images, mask, targets = batch  # 120 x 136, the second one 90 x 100; the model wants 128 x 160
+    padded = torch.zeros(2, 3, 128, 160)
+    padded[:, :, :120, :136] = images
+    canvas = torch.tensor([160.0, 128.0, 160.0, 128.0])
+    valid = torch.tensor([[136.0, 120.0, 136.0, 120.0], [100.0, 90.0, 100.0, 90.0]])
+    with torch.no_grad():
+        found = detector(images, mask)
+        raw = detector.model(pixel_values=padded)
+        torch.testing.assert_close(found["pred_boxes"] * valid[:, None], raw.pred_boxes * canvas)
+        torch.testing.assert_close(found["pred_logits"], raw.logits)
+    given = []
+
+    def record(logits, labels, *rest, **more):
+        given.extend(labels)
+        return logits.sum(), {}, None
+
+    detector.own_loss = record
+    detector.train().losses(images, mask, targets)
+    for label, target, size in zip(given, targets, valid, strict=True):
+        torch.testing.assert_close(label["boxes"] * canvas, target["boxes"] * size)
+        assert torch.equal(label["class_labels"], target["labels"])
+
+
+@pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine"])
+def test_earlier_layers_of_models_that_put_images_first(name, detectors, batch):
+    """Two images and two layers (D-FINE: three): the order cannot be told from shapes."""
+    detector = copy.deepcopy(detectors(name)).train()
+    images, mask = batch[0][:, :, :96, :96], torch.zeros(2, 96, 96, dtype=torch.bool)
+    with torch.no_grad():
+        found = detector(images, mask)
+        raw = detector.model(pixel_values=images)
+    layers = [*found["aux_outputs"], found]
+    assert len(layers) == {"rt_detr_v2": 2, "d_fine": 3}[name]
+    for index, layer in enumerate(layers):
+        torch.testing.assert_close(layer["pred_logits"], raw.intermediate_logits[:, index])
+    torch.testing.assert_close(found["enc_outputs"]["pred_boxes"], raw.enc_topk_bboxes)
+
+
+@pytest.mark.parametrize("name", ["conditional_detr", "rt_detr_v2"])
+def test_our_loss_on_their_layers(name, make_other, batch):
+    detector = make_other(name, num_classes=7, loss="simdetr").train()
+    losses = detector.losses(*batch)
+    assert {"loss_ce", "loss_giou_0"} <= losses.keys() and ("loss_ce_enc" in losses) == (name == "rt_detr_v2")
+    criterion = DetectionLoss(class_aware_encoder=True)
+    again = criterion(detector(*batch[:2]), batch[2])  # what a task with a criterion computes
+    torch.testing.assert_close(losses["loss"], again["loss"])
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in detector.parameters() if p.requires_grad)
+
+
+def test_our_loss_is_not_for_a_softmax(make_other, batch):
+    with pytest.raises(ValueError, match="loss: classes of detr compete in a softmax"):
+        make_other("detr", num_classes=7, loss="simdetr").losses(*batch)
+
+
+def test_softmax_classes_become_classes_on_their_own(detectors, batch):
+    logits = 30 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    logits[0, 1] = 200.0  # a probability of 1
+    assert torch.isfinite(per_class(logits)).all()
+    torch.testing.assert_close(per_class(logits).sigmoid(), logits.softmax(dim=-1)[:, :-1])
+    detector = detectors("detr")
+    with torch.no_grad():
+        raw = detector.model(pixel_values=batch[0], pixel_mask=(~batch[1]).long()).logits
+        found = detector(*batch[:2])["pred_logits"]
+    assert raw.shape[-1] == 8
+    torch.testing.assert_close(found.sigmoid(), raw.softmax(dim=-1)[..., :-1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip_over_a_folder(name, detectors, batch, tmp_path):
+    detector = detectors(name)
+    save_detector(detector, checkpoint_config(detector, None), tmp_path)
+    again = load_detector(tmp_path).detector
+    state = detector.state_dict()
+    assert state.keys() == again.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+    assert again.init_args == detector.init_args
+    with torch.no_grad():
+        found, expected = again(*batch[:2]), detector(*batch[:2])
+    assert all(torch.equal(found[key], expected[key]) for key in ("pred_logits", "pred_boxes"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_serve_other_classes(name, detectors, make_other, tmp_path):
+    save_detector(detectors(name), checkpoint_config(detectors(name), None), tmp_path)
+    other = make_other(name, num_classes=2, seed=1)
+    report = load_weights(other, tmp_path)
+    assert report.replaced and not report.missing and not report.unexpected
+    assert all(any(part in key for part in ("class", "score")) for key in report.replaced)
+
+
+def test_from_a_folder_of_transformers(detectors, batch, tmp_path):
+    """Config and weights of a folder; afterwards the detector needs it no more."""
+    source = detectors("rt_detr_v2")
+    source.model.save_pretrained(tmp_path / "theirs")
+    detector = TransformersDetector(7, str(tmp_path / "theirs"), pretrained=str(tmp_path / "theirs"))
+    assert detector.training and detector.init_args["pretrained"] == str(tmp_path / "theirs")
+    save_detector(detector, checkpoint_config(detector, None), tmp_path / "ours")
+    shutil.rmtree(tmp_path / "theirs")
+    again = load_detector(tmp_path / "ours").detector
+    with torch.no_grad():
+        close(again(*batch[:2]), source(*batch[:2]))
+
+
+def test_images_smaller_than_the_queries_need(make_other, config_of_other):
+    config = {**config_of_other("rt_detr_v2")["init_args"]["config"], "num_queries": 300}
+    with pytest.raises(ValueError, match="images of 64 x 96 px have fewer cells than"):
+        make_other("rt_detr_v2", config=config).eval()(torch.zeros(1, 3, 64, 80))
+
+
+def test_other_multiples_and_bad_numbers(make_other):
+    detector = make_other("conditional_detr", pad_multiple=32).eval()
+    image = torch.randn(1, 3, 60, 70, generator=torch.Generator().manual_seed(0))
+    padded, mask = torch.zeros(1, 3, 64, 96), torch.ones(1, 64, 96, dtype=torch.bool)
+    padded[:, :, :60, :70], mask[:, :60, :70] = image, False
+    with torch.no_grad():
+        assert torch.equal(detector(image)["pred_boxes"], detector(padded, mask)["pred_boxes"])
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        TransformersDetector(0, {"model_type": "detr"})

@@ -1,0 +1,348 @@
+"""ViDT: parameter counts, order of tokens and layers, gradients, learning (specification T11, T20, T24, B6)."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+
+from simdetr.boxes import cxcywh_to_xyxy, denormalise, pairwise_iou
+from simdetr.detectors import ViDT, postprocess
+from simdetr.detectors.swin_ram import resize_mask
+
+PLAIN = {"fusion": False, "iou_aware": False, "mask_vectors": False, "token_labels": False}
+VARIANTS = {"plus": {}, "vidt": PLAIN, "shared_heads": {"with_box_refine": False}, "neck_free": {"neck": False}}
+SMALL = {
+    "num_classes": 5,
+    "backbone": "swin_pico",
+    "num_queries": 12,
+    "hidden_dim": 32,
+    "num_heads": 4,
+    "num_decoder_layers": 2,
+    "ffn_dim": 32,
+    "num_points": 2,
+    "dropout": 0.0,
+}
+
+
+def make_vidt(variant="plus", seed=0, **changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ViDT(**(SMALL | VARIANTS[variant] | changes)).eval()
+
+
+@pytest.fixture
+def masked_batch(batch):
+    """Two images, the second padded, with rectangles as instance masks."""
+    images, mask, targets = batch
+    with_masks = []
+    for target, (height, width) in zip(targets, [(120, 136), (90, 100)], strict=True):
+        masks = torch.zeros(len(target["boxes"]), height, width, dtype=torch.bool)
+        corners = denormalise(target["boxes"], (height, width)).round().int()
+        for index, (left, top, right, bottom) in enumerate(corners.tolist()):
+            masks[index, max(top, 0) : bottom, max(left, 0) : right] = True
+        with_masks.append({**target, "labels": target["labels"] % 5, "masks": masks})
+    return images, mask, with_masks
+
+
+def without(targets, name):
+    return [{key: value for key, value in target.items() if key != name} for target in targets]
+
+
+def unused_upstream(width):
+    """Parameters of the original that nothing reads, without and with a neck, and with fusion."""
+    widths = [width * 2**stage for stage in range(4)]
+    merging = sum(2 * w * w + 2 * w for w in widths[:3])  # expansion and norm2 of three mergings
+    norms = sum(2 * w for w in widths[1:])
+    neck = 256 * widths[3] + 2 * widths[3] + 4 * 256  # those of the fourth merging, level embedding
+    residual = (256 * 64 + 64) + (64 * 64 * 9 + 64) + (64 * 256 + 256)
+    fusion = (256 * 256 + 256) + residual  # smoothing and first residual unit of the coarsest level
+    return merging + norms, merging + norms + neck, merging + norms + neck + fusion
+
+
+SIZES = {
+    "swin_nano": (48, (7_997_418, 15_728_677, 16_612_773, 17_822_727)),
+    "swin_tiny_patch4_window7_224": (96, (29_564_250, 37_962_901, 38_856_597, 40_066_551)),
+    "swin_small_patch4_window7_224": (96, (52_066_410, 60_465_061, 61_358_757, 62_568_711)),
+    "swin_base_patch4_window7_224": (128, (91_116_056, 99_959_635, 100_859_731, 102_069_685)),
+}
+
+
+@pytest.mark.parametrize("backbone", SIZES)
+def test_parameter_counts_of_the_original(backbone):
+    width, published = SIZES[backbone]
+    body, neck, fusion = unused_upstream(width)
+    columns = [
+        ({"neck": False, "num_queries": 100}, body),
+        ({**PLAIN, "num_queries": 100}, neck),
+        ({**PLAIN, "fusion": True}, fusion),
+        ({}, fusion),
+    ]
+    for (settings, unused), expected in zip(columns, published, strict=True):
+        with torch.device("meta"):
+            model = ViDT(91, backbone, **settings)
+        assert sum(parameter.numel() for parameter in model.parameters()) + unused == expected
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_outputs(variant, batch):
+    images, mask, _ = batch
+    detector = make_vidt(variant).train()
+    for training in (True, False):
+        out = detector.train(training)(images, mask)
+        layers = [out, *out.get("aux_outputs", [])]
+        assert len(layers) == (1 if variant == "neck_free" else 3)
+        for layer in layers:
+            assert layer["pred_logits"].shape == (2, 12, 5) and layer["pred_boxes"].shape == (2, 12, 4)
+            assert ((layer["pred_boxes"] >= 0) & (layer["pred_boxes"] <= 1)).all()
+            extra = {name: tuple(layer[name].shape) for name in ("pred_ious", "pred_vectors") if name in layer}
+            has_extra = variant in ("plus", "shared_heads")
+            assert extra == ({"pred_ious": (2, 12, 1), "pred_vectors": (2, 12, 256)} if has_extra else {})
+        assert ("enc_tokens" in out) is (training and has_extra)
+    assert detector(images, mask).keys() == out.keys()
+
+
+@torch.no_grad()
+def test_levels_are_coarse_first_with_fusion(batch):
+    """The cells' classes have the order of the levels that the decoder reads."""
+    sides = [(level.shape[1], level.shape[2]) for level in make_vidt().train()(*batch[:2])["enc_tokens"]]
+    assert sides == [(2, 3), (4, 5), (8, 9), (15, 17)]
+    plain = make_vidt("vidt", token_labels=True).train()(*batch[:2])["enc_tokens"]
+    assert [(level.shape[1], level.shape[2]) for level in plain] == sides[::-1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_tokens_have_no_order(variant, batch):
+    detector, order = make_vidt(variant), torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    for parameter in detector.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    before = detector(*batch[:2])
+    for parameter in (detector.backbone.det_token, detector.backbone.det_pos_embed):
+        parameter.copy_(parameter[:, order].clone())
+    after = detector(*batch[:2])
+    for old, new in zip([before, *before.get("aux_outputs", [])], [after, *after.get("aux_outputs", [])], strict=True):
+        assert old.keys() == new.keys()
+        for name in old.keys() - {"aux_outputs"}:
+            torch.testing.assert_close(new[name], old[name][:, order], rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(new[name], old[name], atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["plus", "shared_heads"])
+@torch.no_grad()
+def test_fewer_layers_at_inference(variant, batch, shake):
+    detector = shake(make_vidt(variant, num_decoder_layers=3))
+    whole = detector(*batch[:2])
+    layers = [*whole["aux_outputs"], whole]
+    for used in range(4):
+        detector.inference_layers = used
+        fewer = detector(*batch[:2])
+        assert len(fewer["aux_outputs"]) == used
+        for name in ("pred_logits", "pred_boxes", "pred_ious", "pred_vectors"):
+            assert torch.equal(fewer[name], layers[used][name])
+    assert len(detector.train()(*batch[:2])["aux_outputs"]) == 3  # training uses all
+    assert detector.init_args["inference_layers"] == 3
+    with pytest.raises(ValueError, match="must be None or 0 to 3, got 4"):
+        detector.inference_layers = 4
+    assert detector.inference_layers == 3
+
+
+@torch.no_grad()
+def test_first_prediction_needs_no_decoder(batch, shake):
+    detector = make_vidt()
+    before = detector(*batch[:2])
+    shake(detector.transformer.decoder.layers)
+    after = detector(*batch[:2])
+    for name in ("pred_logits", "pred_boxes", "pred_ious", "pred_vectors"):
+        assert torch.equal(after["aux_outputs"][0][name], before["aux_outputs"][0][name])
+        assert not torch.equal(after["aux_outputs"][1][name], before["aux_outputs"][1][name]) or name != "pred_logits"
+
+
+@torch.no_grad()
+def test_padding(batch, shake):
+    """What lies under the padding does not matter, that there is padding does."""
+    detector = shake(make_vidt())
+    images, mask, _ = batch
+    clean = detector(images, mask)
+    dirty = detector(torch.where(mask[:, None], 50.0, images), mask)
+    assert torch.equal(clean["pred_boxes"], dirty["pred_boxes"])
+    unmasked = detector(images)
+    torch.testing.assert_close(unmasked["pred_boxes"][0], clean["pred_boxes"][0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(unmasked["pred_boxes"][1], clean["pred_boxes"][1], atol=1e-3)
+    blank = detector(images, torch.zeros_like(mask))
+    assert torch.equal(blank["pred_logits"], unmasked["pred_logits"])
+    with pytest.raises(ValueError, match=r"mask must be \[B, H, W\] = \[2, 120, 136\], got \[2, 60, 68\]"):
+        detector(images, mask[:, ::2, ::2])
+
+
+def test_masks_are_resized_to_the_nearest_pixel():
+    mask = torch.zeros(1, 6, 6, dtype=torch.bool)
+    mask[:, 4:] = True
+    assert resize_mask(mask, (3, 2))[0].tolist() == [[False, False], [False, False], [True, True]]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("what", ["masks", "boxes", "nothing"])
+def test_every_parameter_takes_part(variant, what, masked_batch, caplog):
+    """Distributed training waits for the gradient of each, whatever a batch holds."""
+    images, mask, targets = masked_batch
+    if what != "masks":
+        targets = without(targets, "masks")
+    if what == "nothing":
+        targets = [{"labels": target["labels"][:0], "boxes": target["boxes"][:0]} for target in targets]
+    detector = make_vidt(variant, drop_path=0.2).train()
+    with caplog.at_level(logging.WARNING):
+        losses = detector.losses(images, mask, targets)
+    losses["loss"].backward()
+    for name, parameter in detector.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    additions = variant in ("plus", "shared_heads")
+    assert ("loss_vector" in losses) is (additions and what == "masks")
+    assert ("loss_token_focal" in losses) is (additions and what == "masks")
+    assert ("loss_iouaware" in losses) is additions
+    assert ("off" in caplog.text) is (additions and what != "masks")
+
+
+@pytest.mark.parametrize("variant", ["plus", "neck_free"])
+def test_gradient_is_real_where_there_is_something_to_learn(variant, masked_batch):
+    images, mask, targets = masked_batch
+    detector = make_vidt(variant).train()
+    # box heads and MSDA offsets start at weights of zero, which let no gradient through
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            if not parameter.count_nonzero():
+                parameter.normal_(std=0.05)
+    detector.losses(images, mask, targets)["loss"].backward()
+    idle = {name for name, parameter in detector.named_parameters() if not parameter.grad.count_nonzero()}
+    # without a neck nobody reads the patches of the last block
+    last = "backbone.body.layers.3.blocks.1.attn.relative_position_bias_table"
+    assert idle <= ({last} if variant == "neck_free" else set()), idle
+
+
+@pytest.mark.parametrize("variant", ["plus", "neck_free"])
+def test_one_step_lowers_the_loss(variant, masked_batch):
+    images, mask, targets = masked_batch
+    detector = make_vidt(variant).train()
+    optimiser = torch.optim.AdamW(detector.parameters(), lr=1e-4)
+    before = detector.losses(images, mask, targets)["loss"]
+    before.backward()
+    optimiser.step()
+    assert detector.losses(images, mask, targets)["loss"] < before - 0.01
+
+
+@torch.no_grad()
+def test_neck_free_logits_are_its_softmax(batch):
+    images, mask, _ = batch
+    detector = make_vidt("neck_free")
+    tokens = detector.backbone(images, mask).tokens
+    probability = detector.neck_free_head(tokens)[0].softmax(-1)
+    torch.testing.assert_close(detector(images, mask)["pred_logits"].sigmoid(), probability[..., :-1])
+
+
+def test_initialisation():
+    detector = make_vidt(num_decoder_layers=3)
+    assert [head.layers[-1].bias.tolist()[2:] for head in detector.bbox_embed] == [[-2.0] * 2] + [[0.0] * 2] * 3
+    for head in [*detector.class_embed, detector.transformer.token_embed]:
+        torch.testing.assert_close(head.bias, torch.full((5,), -math.log(99)))
+    assert len(set(detector.iou_embed)) == 4 and len(set(detector.vector_embed)) == 1
+    assert detector.vector_embed[0].layers[-1].bias.tolist() == [0.0, 0.0] + [-2.0] * 254
+    assert detector.transformer.decoder.bbox_embed is detector.bbox_embed
+    shared = make_vidt("shared_heads")
+    assert len({*shared.class_embed}) == len({*shared.bbox_embed}) == len({*shared.iou_embed}) == 1
+    assert shared.bbox_embed[0].layers[-1].bias.tolist()[2:] == [-2.0] * 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_its_arguments_rebuild_it(variant, batch):
+    detector = make_vidt(variant, inference_layers=1)
+    again = ViDT(**json.loads(json.dumps(detector.init_args))).eval()
+    again.load_state_dict(detector.state_dict())
+    assert torch.equal(again(*batch[:2])["pred_boxes"], detector(*batch[:2])["pred_boxes"])
+    assert again.init_args == detector.init_args and again.inference_layers == 1
+    body = detector.get_submodule(detector.body_name)
+    assert type(body).__name__ == "SwinTransformer" and detector.body_name.startswith(detector.backbone_name)
+
+
+def test_checkpointing_changes_memory_alone(masked_batch):
+    grads = []
+    for checkpointing in (False, True):
+        detector = make_vidt(activation_checkpointing=checkpointing).train()
+        detector.losses(*masked_batch)["loss"].backward()
+        grads.append({name: parameter.grad for name, parameter in detector.named_parameters()})
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_autocast_keeps_boxes_in_float32(masked_batch):
+    for variant in ("plus", "neck_free"):
+        detector = make_vidt(variant).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = detector.losses(*masked_batch)["loss"]
+            assert detector(*masked_batch[:2])["pred_boxes"].dtype == loss.dtype == torch.float32
+        loss.backward()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in detector.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_dim": 66}, "multiple of 4 and of num_heads=4, got 66"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers must be at least 1, got 0"),
+        ({"inference_layers": 3}, "inference_layers must be None or 0 to 2, got 3"),
+        ({"backbone": "resnet18"}, "'resnet18' is no Swin transformer"),
+    ],
+)
+def test_sizes_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_vidt(**changes)
+
+
+def rectangles():
+    """Two images of coloured rectangles on grey, 96 px, with their boxes, masks and colours as classes."""
+    places = [[(8, 12, 48, 44, 0), (52, 50, 90, 88, 1)], [(20, 40, 80, 90, 2)]]
+    images, targets = torch.zeros(2, 3, 96, 96), []
+    for image, boxes in enumerate(places):
+        masks = torch.zeros(len(boxes), 96, 96, dtype=torch.bool)
+        for index, (x0, y0, x1, y1, colour) in enumerate(boxes):
+            images[image, :, y0:y1, x0:x1] = -1.0
+            images[image, colour, y0:y1, x0:x1] = 2.0
+            masks[index, y0:y1, x0:x1] = True
+        xyxy = torch.tensor([box[:4] for box in boxes], dtype=torch.float32)
+        cxcywh = torch.cat(((xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]), dim=1) / 96
+        targets.append({"labels": torch.tensor([box[4] for box in boxes]), "boxes": cxcywh, "masks": masks})
+    return images, targets
+
+
+def learn(detector, steps, lr=5e-4):
+    """Train on the two images; first and last loss."""
+    images, targets = rectangles()
+    mask = torch.zeros(2, 96, 96, dtype=torch.bool)
+    optimiser, losses = torch.optim.AdamW(detector.train().parameters(), lr=lr), []
+    for _ in range(steps):
+        loss = detector.losses(images, mask, targets)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.1)
+        optimiser.step()
+        losses.append(loss.item())
+    return losses[0], losses[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["plus", "vidt", "neck_free"])
+def test_learns_two_images_by_heart(variant):
+    detector = make_vidt(variant, num_classes=3, hidden_dim=64)
+    first, last = learn(detector, steps=400)
+    assert last < first / 4
+    images, targets = rectangles()
+    with torch.no_grad():
+        detections = postprocess(detector.eval()(images), [(96, 96)] * 2)
+    for found, target in zip(detections, targets, strict=True):
+        count = len(target["labels"])
+        ious = pairwise_iou(cxcywh_to_xyxy(target["boxes"]) * 96, found["boxes_xyxy"][:count])
+        assert (ious.amax(dim=1) > 0.8).all(), ious
+        assert sorted(found["labels"][:count].tolist()) == sorted(target["labels"].tolist())

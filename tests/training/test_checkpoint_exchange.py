@@ -1,0 +1,262 @@
+"""Detectors that go out and come back are equal bit by bit (specification T8); foreign ones come in whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from simdetr.data.labels import Category
+from simdetr.detectors import DeformableDETR, DETReg, TorchvisionDetector, ViDT
+from simdetr.training.checkpoint_exchange import (
+    export_official,
+    export_safetensors,
+    export_transformers,
+    import_checkpoint,
+    name_classes,
+)
+from simdetr.training.weights import LoadedDetector, checkpoint_config, load_detector, load_weights, save_detector
+
+CATEGORIES = tuple(Category(3 * number, f"thing {number}") for number in range(7))
+IMAGES = {"short_side": 64, "max_side": 90, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.2]}
+
+
+@pytest.fixture
+def saved(variant, tmp_path):
+    """A detector and its folder."""
+    folder = tmp_path / "detector"
+    save_detector(variant, checkpoint_config(variant, LoadedDetector(variant, CATEGORIES, IMAGES)), folder)
+    return variant, folder
+
+
+@pytest.fixture
+def make_vidt():
+    """A small ViDT+, with changes."""
+    small = {"num_classes": 5, "backbone": "swin_pico", "hidden_dim": 32, "num_heads": 2, "num_decoder_layers": 2,
+             "ffn_dim": 32, "num_queries": 9}  # fmt: skip
+    return lambda **changes: ViDT(**(small | changes)).eval()
+
+
+@pytest.fixture
+def up_detr(make_plain):
+    """State dict of an UP-DETR: torch's transformer layers have the original's names."""
+    model = nn.ModuleDict(
+        {
+            "transformer": nn.ModuleDict(
+                {
+                    "encoder": nn.ModuleDict(
+                        {"layers": nn.ModuleList(nn.TransformerEncoderLayer(64, 4, 256) for _ in range(6))}
+                    ),
+                    "decoder": nn.TransformerDecoder(nn.TransformerDecoderLayer(64, 4, 256), 6, nn.LayerNorm(64)),
+                }
+            ),
+            "input_proj": nn.Conv2d(512, 64, 1),
+            "query_embed": nn.Embedding(10, 64),
+            "class_embed": nn.Linear(64, 3),
+            "bbox_embed": nn.ModuleList([nn.Linear(64, 4)]),
+            "patch2query": nn.Linear(512, 64),
+            "feature_align": nn.ModuleList([nn.Linear(64, 512)]),
+        }
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    body = {f"backbone.0.body.{k}": v.clone() for k, v in make_plain().backbone.body.state_dict().items()}
+    return {**model.state_dict(), **body}
+
+
+def test_official_names_and_back(saved, tmp_path, equal_states):
+    detector, folder = saved
+    export_official(folder, tmp_path / "official.pth")
+    content = torch.load(tmp_path / "official.pth", weights_only=True)
+    assert any(name.startswith("backbone.0.body.") for name in content["model"])
+    told = {"num_heads": 4, "dilation": detector.init_args["dilation"], "num_queries": 20}
+    import_checkpoint(tmp_path / "official.pth", tmp_path / "back", told)
+    back = load_detector(tmp_path / "back")
+    assert equal_states(back.detector.state_dict(), detector.state_dict())
+    assert {**back.detector.init_args, "freeze_stem": True} == detector.init_args
+    assert back.image_settings["short_side"] == 800 and back.categories[5] == Category(5, "class 5")
+
+
+def test_transformers_folder_and_back(saved, tmp_path, equal_states):
+    detector, folder = saved
+    export_transformers(folder, tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "back")
+    back = load_detector(tmp_path / "back")
+    assert equal_states(back.detector.state_dict(), detector.state_dict())
+    assert back.detector.init_args == detector.init_args
+    assert [category.name for category in back.categories] == [category.name for category in CATEGORIES]
+    assert back.image_settings == IMAGES
+
+
+def test_safetensors_and_back(saved, tmp_path, equal_states):
+    detector, folder = saved
+    lightning = {f"detector.{name}": value for name, value in detector.state_dict().items()}
+    config = json.loads((folder / "config.json").read_text())
+    torch.save({"state_dict": lightning, "simdetr": config}, tmp_path / "last.ckpt")
+    export_safetensors(tmp_path / "last.ckpt", tmp_path / "out")
+    back = load_detector(tmp_path / "out")
+    assert equal_states(back.detector.state_dict(), detector.state_dict())
+    assert (back.categories, back.image_settings) == (CATEGORIES, IMAGES)
+
+
+def test_vidt_under_the_names_of_the_original_and_back(make_vidt, tmp_path, equal_states):
+    detector = make_vidt()
+    save_detector(detector, checkpoint_config(detector, None), tmp_path / "ours")
+    export_official(tmp_path / "ours", tmp_path / "vidt.pth")
+    content = torch.load(tmp_path / "vidt.pth", weights_only=True)
+    content["model"] |= {  # what the original stores and never reads
+        "backbone.norm2.weight": torch.zeros(64),
+        "backbone.layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49),
+        "backbone.layers.1.downsample.expansion.weight": torch.zeros(2),
+        "transformer.level_embed": torch.zeros(4, 32),
+        "fusion.multi_scaler.refinenet_3.smoothing.weight": torch.zeros(2),
+    }
+    torch.save(content | {"args": argparse.Namespace(nheads=2, det_token_num=9)}, tmp_path / "vidt.pth")
+    said = import_checkpoint(tmp_path / "vidt.pth", tmp_path / "back")
+    assert said == f"ViDT with 5 classes in {tmp_path / 'back'} (model.safetensors, config.json)"
+    back = load_detector(tmp_path / "back").detector
+    assert isinstance(back, ViDT)
+    assert equal_states(back.state_dict(), detector.state_dict())
+    report = load_weights(make_vidt(num_classes=3), tmp_path / "vidt.pth")
+    assert report.source == "ViDT" and report.missing == report.unexpected == []
+    assert all("class_embed" in name or "token_embed" in name for name in report.replaced)
+
+
+def test_options_of_the_original_tell_what_tensors_do_not(make_plain, tmp_path, caplog):
+    detector = make_plain(with_box_refine=True, two_stage=True, num_queries=12)
+    save_detector(detector, checkpoint_config(detector, None), tmp_path / "ours")
+    export_official(tmp_path / "ours", tmp_path / "bare.pth")
+    content = torch.load(tmp_path / "bare.pth", weights_only=True)
+    options = argparse.Namespace(nheads=4, num_queries=12, dilation=False, lr=1e-4)
+    torch.save(content | {"args": options, "epoch": 49, "optimizer": {"state": {}}}, tmp_path / "official.pth")
+    with caplog.at_level("INFO"):
+        assert load_detector(tmp_path / "official.pth").detector.init_args["num_queries"] == 12
+    assert not any("assumed" in line for line in caplog.messages)
+    with pytest.raises(ValueError, match=r"--detector\.num_heads"):
+        load_detector(tmp_path / "bare.pth")
+    with caplog.at_level("INFO"):
+        import_checkpoint(tmp_path / "bare.pth", tmp_path / "out", {"num_heads": 4})
+    assert any("assumed" in line and "dilation=False, num_queries=300" in line for line in caplog.messages)
+
+
+@pytest.fixture
+def detreg(make_plain, tmp_path):
+    """A DETReg checkpoint and the detector in it: 91 classes, of which it knows objects only, and embeddings."""
+    detector = make_plain(num_classes=91)
+    save_detector(detector, checkpoint_config(detector, None), tmp_path / "source")
+    export_official(tmp_path / "source", tmp_path / "detreg.pth")
+    content = torch.load(tmp_path / "detreg.pth", weights_only=True)
+    for layer, (rows, columns) in enumerate(((64, 64), (512, 64))):
+        content["model"][f"feature_embed.layers.{layer}.weight"] = torch.zeros(rows, columns)
+        content["model"][f"feature_embed.layers.{layer}.bias"] = torch.zeros(rows)
+    torch.save(content | {"args": argparse.Namespace(nheads=4, dilation=False)}, tmp_path / "detreg.pth")
+    return detector, tmp_path / "detreg.pth"
+
+
+def test_detreg_gives_all_but_its_heads(detreg, make_plain):
+    source, path = detreg
+    detector = make_plain(num_classes=3)
+    fresh = {name: value.clone() for name, value in detector.state_dict().items()}
+    report = load_weights(detector, path)
+    heads = {f"class_embed.{layer}.{part}" for layer in range(3) for part in ("weight", "bias")}
+    embeddings = {f"feature_embed.layers.{layer}.{part}" for layer in range(2) for part in ("weight", "bias")}
+    assert (report.source, set(report.replaced), set(report.unexpected)) == ("DETReg", heads, embeddings)
+    assert report.missing == []
+    for name, value in detector.state_dict().items():
+        assert torch.equal(value, fresh[name] if name in heads else source.state_dict()[name]), name
+
+
+def test_detreg_becomes_a_detector_folder(detreg, tmp_path, equal_states, caplog):
+    source, path = detreg
+    with caplog.at_level("INFO"):
+        import_checkpoint(path, tmp_path / "out")
+    assert any("(DETReg)" in line and "4 unexpected (feature_embed" in line for line in caplog.messages)
+    back = load_detector(tmp_path / "out").detector
+    assert type(back) is DeformableDETR and equal_states(back.state_dict(), source.state_dict())
+
+
+def test_our_own_detreg_has_the_names_of_the_original(tmp_path, make_plain, equal_states):
+    small = {"backbone": "resnet18", "hidden_dim": 64, "num_heads": 4, "num_encoder_layers": 2, "num_decoder_layers": 3,
+             "ffn_dim": 128, "num_queries": 20}  # fmt: skip
+    pretrained = DETReg(1, **small)
+    save_detector(pretrained, checkpoint_config(pretrained, None), tmp_path / "ours")
+    export_official(tmp_path / "ours", tmp_path / "detreg.pth")
+    back = DETReg(1, **small)
+    report = load_weights(back, tmp_path / "detreg.pth")
+    assert report.source == "DETReg" and report.replaced == report.missing == report.unexpected == []
+    assert equal_states(back.state_dict(), pretrained.state_dict())
+    detector = make_plain()
+    for path in (tmp_path / "ours", tmp_path / "detreg.pth"):
+        report = load_weights(detector, path)
+        assert {name.split(".")[0] for name in report.replaced} == {"class_embed"} and report.missing == []
+        assert {name.split(".")[0] for name in report.unexpected} == {"feature_embed"}
+
+
+def test_up_detr_gives_its_backbone_and_what_fits_of_its_transformer(up_detr, make_plain, tmp_path):
+    detector = make_plain()
+    fresh = {name: value.clone() for name, value in detector.state_dict().items()}
+    torch.save({"model": up_detr, "args": argparse.Namespace(nheads=4)}, tmp_path / "up-detr.pth")
+    report = load_weights(detector, tmp_path / "up-detr.pth")
+    state = detector.state_dict()
+    body = [name for name in state if name.startswith("backbone.body.")]
+    assert report.source == "UP-DETR" and set(body) <= set(report.kept)
+    assert all(torch.equal(state[name], up_detr[name.replace("backbone.", "backbone.0.", 1)]) for name in body)
+    # the perceptrons of the original DETR are twice as wide
+    wide = {f"linear{number}.{part}" for number in (1, 2) for part in ("weight", "bias")} - {"linear2.bias"}
+    assert {".".join(name.split(".")[-2:]) for name in report.replaced} == wide
+    decoder = "transformer.decoder.layers.2."
+    assert torch.equal(state[f"{decoder}self_attn.in_proj_weight"], up_detr[f"{decoder}self_attn.in_proj_weight"])
+    assert torch.equal(state[f"{decoder}norm2.weight"], up_detr[f"{decoder}norm1.weight"])
+    assert torch.equal(state["query_embed.weight"], fresh["query_embed.weight"])
+    heads = {"class_embed.weight", "bbox_embed.0.weight", "patch2query.weight", "feature_align.0.bias"}
+    assert heads <= set(report.unexpected)
+    assert not any(name.startswith("backbone") for name in report.unexpected)
+    assert all(torch.equal(state[name], fresh[name]) for name in report.missing + report.replaced)
+
+
+def test_up_detr_needs_its_own_backbone_and_a_config(up_detr, make_plain, tmp_path):
+    torch.save({"model": up_detr}, tmp_path / "up-detr.pth")
+    with pytest.raises(ValueError, match="expected all tensors of its backbone, but"):
+        load_weights(make_plain(backbone="resnet34"), tmp_path / "up-detr.pth")
+    with pytest.raises(ValueError, match=r"\(UP-DETR\) do not tell the detector.*--init of `simdetr finetune`"):
+        import_checkpoint(tmp_path / "up-detr.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_detector_of_another_kind_is_refused(make_vidt, make_plain, tmp_path):
+    detector = make_vidt()
+    save_detector(detector, checkpoint_config(detector, None), tmp_path / "vidt")
+    with pytest.raises(ValueError, match=r"expected 50% of its tensors, but .* tensors of DeformableDETR"):
+        load_weights(make_plain(), tmp_path / "vidt")
+    with pytest.raises(ValueError, match=r"does not fit its own config"):
+        export_official(tmp_path / "vidt", tmp_path / "vidt.pth")
+        import_checkpoint(tmp_path / "vidt.pth", tmp_path / "out", {"num_heads": 2, "ffn_dim": 512})
+
+
+def test_nothing_is_overwritten_by_what_is_made_of_it(make_plain, tmp_path):
+    save_detector(make_plain(), checkpoint_config(make_plain(), None), tmp_path)
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        for write in (export_safetensors, export_transformers, import_checkpoint):
+            with pytest.raises(ValueError, match="holds the checkpoint itself"):
+                write(source, tmp_path)
+
+
+def test_names_of_classes():
+    coco = [Category(1, "person"), Category(3, "car")]
+    assert name_classes(coco, 2) == tuple(coco)
+    by_id = (Category(0, "unused 0"), coco[0], Category(2, "unused 2"), coco[1], Category(4, "unused 4"))
+    assert name_classes(coco, 5) == by_id
+    with pytest.raises(ValueError, match="expected 1 categories, or fewer"):
+        name_classes(coco, 1)
+    with pytest.raises(ValueError, match=r"ids such as \['a'\]"):
+        name_classes([Category("a", "a")], 3)
+
+
+def test_only_detectors_with_an_original_have_its_names(tmp_path):
+    detector = TorchvisionDetector(2, "retinanet_resnet50_fpn", backbone="resnet18")
+    save_detector(detector, checkpoint_config(detector, None), tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"TorchvisionDetector has no original.*safetensors, transformers or onnx"):
+        export_official(tmp_path / "ours", tmp_path / "out.pth")
