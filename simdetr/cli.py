@@ -25,7 +25,7 @@ from simdetr import commands, encoder_commands, export_commands, mining_commands
 Command = Callable[..., None]
 POSITIONAL = ("doctor", "import")
 """Commands whose required arguments stand without a name: `simdetr doctor DIR`."""
-FLAGS = ("--masks", "--verify")
+FLAGS = ("--auto-batch", "--masks", "--verify")
 """Options that stand without a value and mean true."""
 LIGHTNING = ("fit", "validate", "test")
 COMMANDS: dict[str, Command | dict[str, Command]] = {
@@ -55,7 +55,7 @@ GROUPS = {
     "encoder": "Train an encoder for mining on your own images: fit.",
     "export": "Write boxes for other tools: labels; a detector for others: safetensors, transformers, official, onnx.",
 }
-USER_ERRORS = (FileNotFoundError, PermissionError, ValueError, RuntimeError, OSError)
+USER_ERRORS = (FileNotFoundError, PermissionError, ValueError, RuntimeError, OSError, ImportError)
 """Errors whose message is for the user; with --debug they come with their traceback."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -78,6 +79,7 @@ def pretrain(
     options: tuple[str, ...] = (),
     num_ranks: int = 1,
     encoder: str | None = None,
+    auto_batch: bool | Literal["linear", "sqrt"] = False,
 ) -> None:
     """Pretrain a detector on unlabelled images: mine, cluster, then train and relabel for each stage.
 
@@ -92,12 +94,22 @@ def pretrain(
         options: ``--section.name=value`` strings; dotted options on the command line end here.
         num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
         encoder: Folder of ``simdetr encoder fit``, or a timm model whose weights are fetched; over the config's.
+        auto_batch: Train with the largest batch that fits the device; learning rates follow its size (`--auto-batch`)
+            or the square root of it (`--auto-batch=sqrt`).
     """
     from simdetr import pipeline
     from simdetr.encoder_choice import encoder_options
 
-    options = (*encoder_options(encoder), *options)
-    run = pipeline.pretrain(images, out, config, truth=truth, device=device, options=options, num_ranks=num_ranks)
+    run = pipeline.pretrain(
+        images,
+        out,
+        config,
+        truth=truth,
+        device=device,
+        options=(*encoder_options(encoder), *options),
+        num_ranks=num_ranks,
+        auto_batch=auto_batch,
+    )
     OUT.print(f"report: {run.report}", soft_wrap=True)
 
 
@@ -123,6 +135,7 @@ def finetune(
     val_images: Path | None = None,
     val_labels: Path | None = None,
     options: tuple[str, ...] = (),
+    auto_batch: bool | Literal["linear", "sqrt"] = False,
 ) -> None:
     """Train a detector on labelled images, from a pretrained one or from scratch.
 
@@ -135,11 +148,21 @@ def finetune(
         val_images: Validation images.
         val_labels: COCO JSON with their boxes.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
+        auto_batch: Train with the largest batch that fits the device; learning rates follow its size (`--auto-batch`)
+            or the square root of it (`--auto-batch=sqrt`).
     """
     from simdetr import pipeline
 
     detector = pipeline.finetune(
-        images, labels, out, config, init=init, val_images=val_images, val_labels=val_labels, options=options
+        images,
+        labels,
+        out,
+        config,
+        init=init,
+        val_images=val_images,
+        val_labels=val_labels,
+        options=options,
+        auto_batch=auto_batch,
     )
     OUT.print(f"detector: {detector}", soft_wrap=True)
 

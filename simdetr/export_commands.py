@@ -128,14 +128,14 @@ def onnx(
     image_size: tuple[int, int] | None = None,
     opset: int | None = None,
 ) -> None:
-    """A file for onnxruntime and other engines, of any batch and image size; Deformable DETR and ViDT.
+    """A file for onnxruntime and other engines, for batches and images of any size.
 
     Args:
         checkpoint: Run folder, detector folder or checkpoint.
         out: File to write, .onnx.
-        verify: Run the file by onnxruntime and compare its boxes with the detector's.
-        image_size: Height and width in pixels of the images that it is made with, as ``[800, 1088]``.
-        opset: Version of ONNX's operators.
+        verify: Run the file by onnxruntime and compare it with the detector; without a value.
+        image_size: Height and width in pixels that all images have, as ``[800, 1088]``; any size when left out.
+        opset: Version of ONNX's operators, 18 by default.
     """
     from simdetr.inference import detector_folder
     from simdetr.results import check_writable

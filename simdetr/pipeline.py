@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from simdetr.batch_choice import fit_to_device, is_chosen
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Labels, read_labels, write_labels
@@ -32,6 +33,7 @@ from simdetr.proposals.pseudo_labels import count_regions, make_pseudo_labels
 from simdetr.recipe import PipelineSections, Recipe
 from simdetr.results import json_ready
 from simdetr.rival_comparison import mine_rivals
+from simdetr.training.auto_batch import Scaling
 from simdetr.training.checkpoints import RESUME
 from simdetr.training.progress import image_progress
 from simdetr.training.relabel import InferenceSettings, relabel
@@ -62,6 +64,7 @@ def pretrain(
     device: str | None = None,
     options: Sequence[str] = (),
     num_ranks: int = 1,
+    auto_batch: bool | Scaling = False,
 ) -> RunFolder:
     """Pretrain a detector on unlabelled images.
 
@@ -73,6 +76,8 @@ def pretrain(
         device: Torch device of mining and relabelling; the GPU if there is one.
         options: ``--section.name=value`` strings, over the files.
         num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
+        auto_batch: Train with the largest batch that fits the device, and learning rates to go with it: ``linear``
+            (True) in its size, or ``sqrt``.
 
     Returns:
         The run folder: ``detector(stage)`` and ``labels(stage)`` are its results.
@@ -80,10 +85,16 @@ def pretrain(
     run, source = RunFolder(Path(out)), open_images(images)
     recipe = Recipe(tuple(str(path) for path in config), (f"--data.images={images}", *options))
     sections = recipe.sections()
+    resumed = is_chosen(run)
+    if resumed:
+        recipe = fit_to_device(recipe, run, auto_batch)
     run.claim(recipe.resolved()[1], _settled(run))
 
     job = MiningJob(str(images), str(run.proposals), recipe.configs, tuple(options), device)
     labels = mine_and_cluster(run, source, sections, job, num_ranks)
+    if auto_batch and not resumed:
+        recipe = fit_to_device(recipe, run, auto_batch, f"--data.labels={run.labels(0)}")
+        run.claim(recipe.resolved()[1], _settled(run))
     for stage in range(1, sections.self_training.stages + 1):
         fit_stage(run, recipe, sections, stage, num_images=len(labels))
         labels = relabel_stage(run, source, sections, stage, device or default_device())
@@ -182,6 +193,7 @@ def finetune(
     val_images: str | Path | None = None,
     val_labels: str | Path | None = None,
     options: Sequence[str] = (),
+    auto_batch: bool | Scaling = False,
 ) -> Path:
     """Train a detector on labelled images, from pretrained weights or from scratch.
 
@@ -194,6 +206,7 @@ def finetune(
         val_images: Validation images.
         val_labels: Their boxes.
         options: ``--section.name=value`` strings, over the files.
+        auto_batch: As for ``pretrain``.
 
     Returns:
         The folder of the trained detector.
@@ -206,6 +219,7 @@ def finetune(
     if init is not None:
         recipe = recipe.starting_from(detector_folder(init), run.path)
     detector = run.path / "detector"
+    recipe = fit_to_device(recipe, run, auto_batch)
     begun = is_saved(detector) or (run.path / "checkpoints" / RESUME).is_file()
     run.claim(recipe.resolved()[1], None if begun else ())
     if not is_saved(detector):

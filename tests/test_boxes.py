@@ -65,6 +65,16 @@ def test_paired_iou_is_the_diagonal_of_all_pairs():
     assert torch.autograd.gradcheck(boxes.paired_iou, (a[:6].requires_grad_(), b[:6].requires_grad_()))
 
 
+def test_batched_giou_is_torchvisions_of_every_set():
+    first, second = random_xyxy(24, seed=3).view(2, 3, 4, 4), random_xyxy(10, seed=4).view(2, 5, 4)
+    found = boxes.batched_giou(first.transpose(0, 1), second)
+    assert found.shape == (3, 2, 4, 5)
+    for row in range(3):
+        for column in range(2):
+            expected = ops.generalized_box_iou(first[column, row], second[column])
+            torch.testing.assert_close(found[row, column], expected)
+
+
 def test_giou_by_hand():
     unit = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     others = torch.tensor([[0.0, 0.0, 1.0, 1.0], [2.0, 0.0, 3.0, 1.0], [0.25, 0.25, 0.75, 0.75]])

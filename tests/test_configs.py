@@ -29,6 +29,7 @@ SMALLEST = (
 )
 TINY = {
     "DeformableDETR": ("tiny.yaml", {"backbone": "test_resnet", "num_queries": 10}),
+    "DETReg": ("tiny.yaml", {"backbone": "test_resnet", "num_queries": 10}),
     "ViDT": ("vidt_tiny.yaml", {"backbone": "swin_pico", "num_queries": 10}),
     "TorchvisionDetector": ("faster_rcnn_tiny.yaml", {}),
     "TransformersDetector": ("rt_detr_v2_tiny.yaml", {}),
@@ -40,6 +41,7 @@ def test_there_are_configs():
     assert {path.relative_to(REPOSITORY / "configs").as_posix() for path in CONFIGS} >= {
         "tiny.yaml",
         "pretrain/deformable_detr_r50.yaml",
+        "pretrain/detreg_r50.yaml",
         "finetune/deformable_detr_r50.yaml",
         "vidt_tiny.yaml",
         "pretrain/vidt_plus_swin_tiny.yaml",

@@ -93,8 +93,9 @@ class Backbone(nn.Module):
     def checkpoint_activations(self) -> None:
         """Compute activations again in the backward pass instead of keeping them, if the network knows how to."""
         for module in (self.body, getattr(self.body, "model", None)):
-            if hasattr(module, "set_grad_checkpointing"):
-                module.set_grad_checkpointing(True)
+            switch: Any = getattr(module, "set_grad_checkpointing", None)
+            if switch is not None:
+                switch(True)
                 return
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -52,9 +52,9 @@ def try_out(device: torch.device) -> None:
     """Run both kernels on a small case; raises what Triton raises, or RuntimeError if the numbers are wrong."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 5), (2, 2)]
-    value = torch.randn(1, 19, 8, 32, generator=generator)
-    locations = torch.rand(1, 4, 8, 2, 4, 2, generator=generator) * 1.4 - 0.2
-    weights = torch.rand(1, 4, 8, 2, 4, generator=generator)
+    value = torch.randn(1, 19, 2, 8, generator=generator)
+    locations = torch.rand(1, 3, 2, 2, 1, 2, generator=generator) * 1.4 - 0.2
+    weights = torch.rand(1, 3, 2, 2, 1, generator=generator)
     results = []
     for function, place in ((by_grid_sample, torch.device("cpu")), (by_triton, device)):
         inputs = [tensor.to(place).requires_grad_() for tensor in (value, locations, weights)]

@@ -31,8 +31,9 @@ def with_one_pass(body: nn.Module) -> nn.Module:
     for parent in list(body.modules()):
         for name, child in parent.named_children():
             if type(child) is FrozenBatchNorm2d:
-                own = FrozenBatchNorm(len(child.weight), child.eps)
-                for key, value in child.named_buffers():
+                buffers = dict(child.named_buffers())
+                own = FrozenBatchNorm(len(buffers["weight"]), child.eps)
+                for key, value in buffers.items():
                     setattr(own, key, value)
                 setattr(parent, name, own)
     return body

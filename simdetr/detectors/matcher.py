@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -121,10 +120,7 @@ class HungarianMatcher(nn.Module):
         turned = [cost.transpose(2, 3) for cost in costs]
         flat = torch.cat([cost.flatten() for cost in turned]).cpu()
         pieces = flat.split_with_sizes([cost.numel() for cost in turned])
-        return [
-            _assign_layers(piece.view(cost.shape).double().numpy(), counts)
-            for piece, cost in zip(pieces, turned, strict=True)
-        ]
+        return [_assign_layers(piece.view(cost.shape), counts) for piece, cost in zip(pieces, turned, strict=True)]
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -155,14 +151,15 @@ def focal_class_cost(logits: Tensor) -> Tensor:
     return positive - negative
 
 
-def _assign_layers(costs: NDArray[np.float64], counts: Sequence[int]) -> Matches:
+def _assign_layers(costs: Tensor, counts: Sequence[int]) -> Matches:
     """Solve [N, B, T, Q] layer by layer and image by image; queries ascending."""
     layers, _, _, queries = costs.shape
+    tables = costs.double().numpy()
     starts = np.cumsum([0, *(min(queries, count) for count in counts)])
     found = np.empty((3, layers, starts[-1]), dtype=np.int64)
     for layer in range(layers):
         for image, count in enumerate(counts):
-            target, query = linear_sum_assignment(costs[layer, image, :count])
+            target, query = linear_sum_assignment(tables[layer, image, :count])
             order = query.argsort()
             found[:, layer, starts[image] : starts[image + 1]] = np.full(len(order), image), query[order], target[order]
     return Matches(*torch.from_numpy(found))

@@ -144,7 +144,12 @@ class DetectionData(pl.LightningDataModule):
         samples.set_epoch(epoch)
         batches = EpochBatchSampler(len(dataset), self.batch_size, self.seed, epoch, rank, world_size)
         loader = ResumableLoader(
-            samples, epoch=epoch, batch_sampler=batches, collate_fn=collate, num_workers=self.num_workers
+            samples,
+            epoch=epoch,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
         if self._position is not None:
             loader.load_state_dict(self._position)

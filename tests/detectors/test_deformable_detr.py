@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 
 from simdetr.boxes import cxcywh_to_xyxy, pairwise_iou
@@ -142,6 +143,54 @@ def test_autocast_keeps_boxes_in_float32(make_detector, batch):
     assert out["pred_boxes"].dtype == loss.dtype == torch.float32
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in detector.parameters() if p.grad is not None)
+
+
+def kept_bytes(compute):
+    """Result of a computation and the size of what it keeps for its backward pass."""
+    kept = {}
+
+    def count(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        result = compute()
+    return result, sum(kept.values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"backbone": "vit_tiny_patch16_224"}], ids=["resnet", "vit"])
+def test_activation_checkpointing_changes_memory_alone(changes, make_detector, batch):
+    images, mask, targets = batch
+    gradients, kept = [], []
+    for again in (False, True):
+        detector = make_detector("refine", dropout=0.3, activation_checkpointing=again, **changes).train()
+        assert detector.init_args["activation_checkpointing"] is again
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            losses, size = kept_bytes(lambda model=detector: model.losses(images, mask, targets))
+            losses["loss"].backward()
+        gradients.append({name: p.grad for name, p in detector.named_parameters() if p.requires_grad})
+        kept.append(size)
+    assert kept[1] < 0.6 * kept[0]
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_activation_checkpointing_is_for_training_alone(make_detector, batch):
+    detector = make_detector("base", activation_checkpointing=True)
+    with torch.no_grad():
+        expected = make_detector("base")(*batch[:2])["pred_boxes"]
+        torch.testing.assert_close(detector(*batch[:2])["pred_boxes"], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_attention_of_queries_saves_memory_in_training(dropout, make_detector, batch, monkeypatch):
+    """It goes through the fused operator, with its dropout, and asks for no table of weights."""
+    calls = []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args: (calls.append(args), fused(*args))[1])
+    detector = make_detector("base", dropout=dropout).train()
+    detector.losses(*batch)["loss"].backward()
+    assert len(calls) == 3 and {args[4] for args in calls} == {dropout}
 
 
 def test_widths_that_32_does_not_divide(make_detector, batch):

@@ -62,9 +62,7 @@ def test_every_tensor_has_the_role_that_it_had(detr, make_detector):
     encoder = "transformer.encoder.layers.0"
     assert torch.equal(taken[f"{encoder}.linear1.weight"], state[f"{encoder}.linear1.weight"])
     assert torch.equal(taken[f"{encoder}.self_attn.value_proj.bias"], state[f"{encoder}.self_attn.in_proj_bias"][128:])
-    assert torch.equal(
-        taken[f"{encoder}.self_attn.output_proj.weight"], state[f"{encoder}.self_attn.out_proj.weight"]
-    )
+    assert torch.equal(taken[f"{encoder}.self_attn.output_proj.weight"], state[f"{encoder}.self_attn.out_proj.weight"])
     assert torch.equal(taken[f"{encoder}.norm2.weight"], state[f"{encoder}.norm2.weight"])
 
 

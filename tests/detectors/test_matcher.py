@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
+from torchvision.ops import generalized_box_iou
 
 from simdetr.boxes import cxcywh_to_xyxy, pairwise_giou
-from simdetr.detectors.matcher import HungarianMatcher, focal_class_cost
+from simdetr.detectors.matcher import HungarianMatcher, focal_class_cost, pad_targets
 
 
 def random_case(seed, layers=1, batch=1, queries=5, classes=4, counts=(3,)):
@@ -114,6 +116,37 @@ def test_identical_predictions_take_the_targets():
     logits = torch.zeros(1, 4, 4)
     query, target = HungarianMatcher()(logits, boxes, targets)[0]
     assert query.tolist() == [0, 1, 2, 3] and target.tolist() == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("classes", [7, 300])
+def test_assignments_of_the_usual_formulation(classes):
+    """Layer by layer and image by image, from the probabilities of all classes, by torchvision and scipy."""
+    counts = (5, 0, 12)
+    logits, boxes, targets = random_case(7, layers=3, batch=3, queries=20, classes=classes, counts=counts)
+    matcher = HungarianMatcher()
+    found = matcher.assign([matcher.costs(logits, boxes, targets)], counts)[0]
+    for layer in range(3):
+        expected = []
+        for image, target in enumerate(targets):
+            p = logits[layer, image].sigmoid()
+            focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p**2 * -(1 - p + 1e-8).log()
+            wanted = target["boxes"].double()
+            giou = generalized_box_iou(cxcywh_to_xyxy(boxes[layer, image]), cxcywh_to_xyxy(wanted))
+            cost = 2 * focal[:, target["labels"]] + 5 * torch.cdist(boxes[layer, image], wanted, p=1) - 2 * giou
+            rows, columns = linear_sum_assignment(cost)
+            expected += [(image, *pair) for pair in zip(rows.tolist(), columns.tolist(), strict=True)]
+        assert torch.stack(found, dim=-1)[layer].tolist() == [list(row) for row in expected]
+
+
+def test_padding_of_targets_does_no_harm():
+    """A query without size at the place of the padding's point: nothing is divided by zero."""
+    logits, boxes, targets = random_case(8, batch=2, counts=(1, 3))
+    boxes[0, 0, 0] = torch.tensor([0.5, 0.5, 1e-9, 1e-9])
+    labels, padded = pad_targets(targets)
+    assert labels.tolist() == [[targets[0]["labels"].item(), 0, 0], targets[1]["labels"].tolist()]
+    assert torch.equal(padded[0, 0], targets[0]["boxes"][0]) and torch.equal(padded[1], targets[1]["boxes"])
+    assert (padded[0, 1:] == 0.5).all()
+    assert torch.isfinite(HungarianMatcher().costs(logits, boxes, targets)).all()
 
 
 def test_weights_of_the_terms_matter():

@@ -131,6 +131,45 @@ def test_backbone_starts_from_given_weights_unless_the_whole_detector_does(make_
     assert torch.equal(task.detector.state_dict()[weight], other.state_dict()[weight])
 
 
+def options_of(**changes):
+    return tuple(f"--model.{name}={str(value).lower()}" for name, value in changes.items())
+
+
+@pytest.mark.parametrize("changes", [{"channels_last": True}, {"compile": "aot_eager"}], ids=["channels", "compiled"])
+def test_faster_ways_to_the_same_step(changes, recipe, tmp_path):
+    """The same loss, and weights that are stored and read back, in another layout and from a compiled detector."""
+    steady = (*STEADY, NO_DROPOUT, "--data.short_sides=[64]", "--trainer.max_steps=2")
+    for name, more in (("plain", {}), ("faster", changes)):
+        cli = recipe(*steady, *options_of(**more)).training(tmp_path / name)
+        train(cli, tmp_path / name)
+    assert logged(tmp_path / "faster") == pytest.approx(logged(tmp_path / "plain"), rel=1e-4, abs=1e-6)
+    states = [load_detector(tmp_path / name / "detector").detector.state_dict() for name in ("plain", "faster")]
+    assert all(torch.allclose(states[0][name], states[1][name], atol=2e-4) for name in states[0])
+    weight = cli.model.detector.state_dict()["backbone.body.conv1.weight"]
+    if "channels_last" in changes:
+        assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    else:
+        assert cli.model.detector._compiled_call_impl is not None
+
+
+def test_a_batch_that_was_only_accumulated_stops_the_training_too(recipe, tmp_path, monkeypatch):
+    """The loss of the first of two batches is broken; the weights have not moved when that is known."""
+    cli = recipe(*STEADY, "--trainer.accumulate_grad_batches=2", "--trainer.max_steps=1").training(tmp_path)
+    before = {name: value.clone() for name, value in cli.model.detector.state_dict().items()}
+    own, calls = DetectionTask.losses, []
+
+    def broken(self, batch):
+        calls.append(batch)
+        losses = own(self, batch)
+        return losses if len(calls) > 1 else {**losses, "loss": losses["loss"] * float("inf")}
+
+    monkeypatch.setattr(DetectionTask, "losses", broken)
+    with pytest.raises(NonFiniteLossError, match="loss became NaN or infinite at step 0"):
+        train(cli, tmp_path)
+    assert len(calls) == 1
+    assert all(torch.equal(before[name], value) for name, value in cli.model.detector.state_dict().items())
+
+
 def test_half_precision_step(recipe, tmp_path):
     train(recipe("--trainer.precision=bf16-mixed", *STEADY).training(tmp_path), tmp_path)
     assert logged(tmp_path)["train/loss"] > 0

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from simdetr.detectors import DeformableDETR
-from simdetr.training.optimisation import lr_factor, parameter_groups
+from simdetr.training.optimisation import adamw, lr_factor, parameter_groups
 
 
 def test_groups_of_the_base_model_have_the_official_sizes():
@@ -46,3 +48,26 @@ def test_deformable_detr_drops_at_epoch_40_of_50():
     factor = lr_factor("step", 50 * steps_per_epoch, drop_at=0.8)
     assert factor(40 * steps_per_epoch - 1) == 1
     assert factor(40 * steps_per_epoch) == 0.1
+
+
+def test_the_optimiser_is_fused_where_it_can_be():
+    layer = nn.Linear(3, 2)
+    optimiser = adamw([{"params": list(layer.parameters()), "lr": 0.5}], lr=1.0, weight_decay=0.1)
+    (group,) = optimiser.param_groups
+    assert (group["fused"], group["lr"], group["weight_decay"]) == (True, 0.5, 0.1)
+    elsewhere = adamw([{"params": list(nn.Linear(3, 2, device="meta").parameters())}], lr=1.0, weight_decay=0.1)
+    assert not elsewhere.param_groups[0]["fused"] and elsewhere.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_the_fused_optimiser_takes_the_steps_of_the_plain_one():
+    start = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    weights = [nn.Parameter(start.clone()) for _ in range(2)]
+    optimisers = [adamw([{"params": weights[:1]}], lr=0.1, weight_decay=0.1)]
+    optimisers.append(torch.optim.AdamW(weights[1:], lr=0.1, weight_decay=0.1, foreach=False))
+    for _ in range(3):
+        for weight, optimiser in zip(weights, optimisers, strict=True):
+            optimiser.zero_grad()
+            weight.pow(3).sum().backward()
+            optimiser.step()
+    torch.testing.assert_close(*weights)
+    assert not torch.allclose(weights[0], start, atol=0.1)

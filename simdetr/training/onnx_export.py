@@ -1,0 +1,195 @@
+"""ONNX: a detector on disk in, one file for onnxruntime and other engines out.
+
+The graph takes ``images``, float32 [B, 3, H, W], normalised and zero-padded at the bottom and right, and ``mask``, bool
+[B, H, W], True = padding; it gives ``logits`` [B, Q, K] and ``boxes`` [B, Q, 4], cxcywh in fractions of each image
+without its padding. B, H and W are free. Categories, image sizes and normalisation stand in the file's metadata.
+Source: torch.export and torch.onnx; ``onnx_comparison`` checks the result.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simdetr.data.atomic_files import atomic_path
+from simdetr.detectors.detector import Detector, DetectorOutput
+from simdetr.training.onnx_comparison import compare_with_file, example_batch
+from simdetr.training.weights import LoadedDetector, checkpoint_config, load_detector
+
+LOG = logging.getLogger(__name__)
+OPSET = 18
+"""The oldest set of operators that torch's exporter writes by itself."""
+_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_SMALLEST_EXAMPLE = 320
+_NOISY_LOGGERS = ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")
+
+
+class OnnxExportError(RuntimeError):
+    """A detector cannot be written as an ONNX graph, or the graph does not compute what the detector does."""
+
+
+class _Outputs(nn.Module):
+    """A detector with plain tensors as outputs, without those that only training needs.
+
+    Args:
+        detector: The detector.
+    """
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, Q, K] and boxes [B, Q, 4]."""
+        outputs: DetectorOutput = self.detector(images, mask)
+        return outputs["pred_logits"], outputs["pred_boxes"]
+
+
+def export_onnx(
+    checkpoint: Path,
+    out: Path,
+    *,
+    verify: bool = False,
+    image_size: tuple[int, int] | None = None,
+    opset: int | None = None,
+) -> str:
+    """Write a detector as an ONNX file.
+
+    Args:
+        checkpoint: What ``load_detector`` reads.
+        out: File to write; it appears whole or not at all, and with ``verify`` only if it passes.
+        verify: Run the file by onnxruntime on the CPU, on padded batches of several sizes, and compare.
+        image_size: (height, width) in pixels that all images have, padding included. By default any size will do, and
+            where the network's code does not allow that, the largest that the detector's images have.
+        opset: Version of ONNX's operators, 18 by default.
+
+    Returns:
+        What was written and compared, in lines.
+
+    Raises:
+        ModuleNotFoundError: The extra ``onnx`` is not installed.
+        ValueError: ``image_size`` is no size.
+        OnnxExportError: The detector cannot be exported, or onnxruntime finds something else.
+    """
+    _check_packages()
+    if image_size is not None and min(image_size) < 1:
+        raise ValueError(f"image_size: expected a height and a width in pixels, got {image_size}.")
+    loaded = load_detector(checkpoint)
+    program, fixed_size = _trace_any_size(loaded, image_size, opset or OPSET)
+    program.model.metadata_props.update(metadata(loaded))
+    name, classes = type(loaded.detector).__name__, loaded.detector.num_classes
+    with atomic_path(out) as temporary:
+        program.save(temporary)
+        sizes = [fixed_size] * 3 if fixed_size else _other_sizes(_example_size(loaded.image_settings))
+        compared = compare_with_file(loaded.detector, temporary, sizes) if verify else []
+        if not all(result.is_equal for result in compared):
+            raise OnnxExportError(
+                f"verify: onnxruntime does not find what {name} finds, {out} is not written:\n"
+                + "\n".join(result.line() for result in compared)
+                + "\nTry another opset, or image_size for a graph of one size."
+            )
+    size = "any height and width" if fixed_size is None else f"{fixed_size[0]} x {fixed_size[1]} px, padding included"
+    title = f"{name} with {classes} classes in {out} ({out.stat().st_size / 1e6:.1f} MB, opset {opset or OPSET})"
+    return "\n".join([f"{title}: any number of images, {size}", *(result.line() for result in compared)])
+
+
+def metadata(loaded: LoadedDetector) -> dict[str, str]:
+    """What one has to know to use the file: categories and image settings as JSON, versions and the class."""
+    config = checkpoint_config(loaded.detector, loaded)
+    return {
+        "categories": json.dumps(config["categories"]),
+        "image_settings": json.dumps(config["image_settings"]),
+        "class_path": config["class_path"],
+        "simdetr_version": version("simdetr"),
+    }
+
+
+def _check_packages() -> None:
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"Exporting to ONNX needs {', '.join(missing)}, which the extra `onnx` brings: pip install 'simdetr[onnx]'"
+        )
+
+
+def _example_size(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width to trace and compare with: those of the detector's own images, but no map of a single cell."""
+    height = max(int(settings.get("short_side", 0)), _SMALLEST_EXAMPLE)
+    return height, height * 6 // 5
+
+
+def _other_sizes(size_hw: tuple[int, int]) -> list[tuple[int, int]]:
+    """That size, upright, and one whose sides nothing divides."""
+    height, width = size_hw
+    return [(height, width), (width, height + 7), (height - 61, width - 29)]
+
+
+def _trace_any_size(
+    loaded: LoadedDetector, image_size: tuple[int, int] | None, opset: int
+) -> tuple[Any, tuple[int, int] | None]:
+    """The program, and the one size that it takes; None for any."""
+    detector, settings = loaded.detector, loaded.image_settings
+    if image_size is not None:
+        return _trace(detector, image_size, opset, any_size=False), image_size
+    example = _example_size(settings)
+    try:
+        return _trace(detector, example, opset, any_size=True), None
+    except OnnxExportError as error:
+        side = int(settings.get("max_side", max(example)))
+        LOG.warning(
+            "%s The file will take images of %d x %d px, padding included; image_size chooses another size.",
+            error, side, side,
+        )  # fmt: skip
+    return _trace(detector, (side, side), opset, any_size=False), (side, side)
+
+
+def _trace(detector: Detector, size_hw: tuple[int, int], opset: int, *, any_size: bool) -> Any:  # noqa: ANN401
+    """The ONNX program of a detector; two images, because of a single one it would learn that there is one."""
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes: dict[str, dict[int, Any]] = {"images": {0: "batch"}, "mask": {0: dynamic}}
+    if any_size:
+        shapes = {"images": {0: "batch", 2: "height", 3: "width"}, "mask": dict.fromkeys(range(3), dynamic)}
+    with _quiet():
+        try:
+            return torch.onnx.export(
+                _Outputs(detector).eval(),
+                example_batch(2, size_hw),
+                dynamo=True,
+                dynamic_shapes=shapes,
+                input_names=["images", "mask"],
+                output_names=["logits", "boxes"],
+                opset_version=opset,
+                verbose=False,
+            )
+        except Exception as error:  # what cannot be traced fails in any way
+            cause = error.__cause__ or error
+            reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+            raise OnnxExportError(
+                f"{type(detector).__name__} cannot be exported for images of {'any' if any_size else 'one'} size "
+                f"({reason.strip()[:300]})."
+            ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks on its own passes from the user."""
+    levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(torch|onnxscript|onnx_ir|copyreg)\b")
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
