@@ -1,8 +1,8 @@
 """Deformable attention: our implementations and the one in transformers on the same inputs, and their peak memory.
 
 Shapes are those of an 800 x 1066 image: levels of 100 x 134, 50 x 67, 25 x 34 and 13 x 17 cells, 8 heads of 32
-channels, 4 points. In the encoder each of the 17 881 cells asks, at points a few cells around itself; in the decoder 300
-queries ask anywhere. All take turns on the same inputs, so that other load on the machine meets all; a ratio is the
+channels, 4 points. In the encoder each of the 17 821 cells asks, at points a few cells around itself; in the decoder
+300 queries ask anywhere. All take turns on the same inputs, so that other load on the machine meets all; a ratio is the
 median of the ratios within a turn. Peak memory is what a forward and backward pass needs beyond its inputs: on the CPU
 in a process of its own (Linux), on the GPU by the allocator.
 

@@ -163,14 +163,17 @@ def _groups(value: Tensor, locations: Tensor) -> list[slice]:
     return [slice(start, start + together) for start in range(0, batch, together)]
 
 
+def _first_rows(images: int, heads: int, cells: int) -> Tensor:
+    """Row of each image's and head's first cell in a table [G · cells · M, D], int32 [G, 1, M, 1]."""
+    starts = torch.arange(images, dtype=torch.int32) * (cells * heads)
+    return starts[:, None, None, None] + torch.arange(heads, dtype=torch.int32)[:, None]
+
+
 def _row_numbers(y: _Axis, x: _Axis, level: _Level, num_cells: int) -> Tensor:
     """Rows [G, N, M, P, corners] of the table [G · S · M, D] that each point reads, int32."""
     images, _, heads, _ = x.first.shape
-    owners = torch.arange(images, dtype=torch.int32)[:, None] * (num_cells * heads) + torch.arange(
-        heads, dtype=torch.int32
-    )
     cells = (y.first * level.width + x.first).int().add_(level.cells.start)
-    rows = cells.mul_(heads).add_(owners[:, None, :, None])
+    rows = cells.mul_(heads).add_(_first_rows(images, heads, num_cells))
     corners = itertools.product(range(len(y.weights)), range(len(x.weights)))
     return torch.stack([rows + (down * level.width + right) * heads for down, right in corners], dim=-1)
 
@@ -221,9 +224,7 @@ def _backward(
     grad: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_cells, dim = value.shape[1], value.shape[3]
-    grad_value = torch.zeros_like(value, memory_format=torch.contiguous_format)
-    grad_locations = torch.zeros_like(locations, memory_format=torch.contiguous_format)
-    grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    grad_value, grad_locations, grad_weights = (x.new_zeros(x.shape) for x in (value, locations, weights))
     if locations.shape[1] == 0:
         return grad_value, grad_locations, grad_weights
     for images in _groups(value, locations):
@@ -282,12 +283,10 @@ def _sum_by_cell(canvas: Tensor, y: _Axis, x: _Axis, grads: Tensor, corners: lis
     """
     images, _, heads, num_points = x.first.shape
     height, width = canvas.shape[1] - len(y.weights) + 1, canvas.shape[2] - len(x.weights) + 1
-    firsts = torch.arange(images, dtype=torch.int32)[:, None] * (height * width * heads) + torch.arange(
-        heads, dtype=torch.int32
-    )
-    keys = (y.first * width + x.first).int().mul_(heads).add_(firsts[:, None, :, None])
+    keys = (y.first * width + x.first).int().mul_(heads).add_(_first_rows(images, heads, height * width))
     keys, order = keys.flatten().sort(stable=True)  # stable: torch then sorts whole numbers by radix
-    ends = torch.bincount(keys, minlength=images * height * width * heads).cumsum(0, dtype=torch.int32)
+    counts = torch.bincount(keys, minlength=images * height * width * heads)
+    starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     bags = (order // num_points).int()
     for (down, right), corner in zip(
         itertools.product(range(len(y.weights)), range(len(x.weights))), corners, strict=True
@@ -295,7 +294,7 @@ def _sum_by_cell(canvas: Tensor, y: _Axis, x: _Axis, grads: Tensor, corners: lis
         sums = F.embedding_bag(
             bags,
             grads,
-            F.pad(ends, (1, 0)),
+            starts,
             mode="sum",
             per_sample_weights=corner.flatten().index_select(0, order),
             include_last_offset=True,

@@ -21,6 +21,7 @@ from simdetr.detectors.deformable_transformer import DeformableTransformer, Tran
 from simdetr.detectors.detector import Detector, DetectorOutput, Prediction
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.matcher import Target
+from simdetr.detectors.padding_mask import resize_mask
 from simdetr.detectors.position_encoding import LearnedEncoding, SineEncoding
 
 
@@ -178,7 +179,7 @@ class DeformableDETR(Detector):
         """States and boxes of the queries after every layer; arguments as in ``forward``."""
         images, mask = self._pad(images, mask)
         maps = self._levels(self.backbone(images))
-        masks = _level_masks(mask, maps)
+        masks = [resize_mask(mask, (level.shape[2], level.shape[3])) for level in maps]
         out: TransformerOutput = self.transformer(
             maps,
             masks,
@@ -261,20 +262,3 @@ def _input_projections(channels: list[int], num_levels: int, dim: int) -> nn.Mod
         nn.init.zeros_(convolution.bias)
         projections.append(nn.Sequential(convolution, nn.GroupNorm(math.gcd(32, dim), dim)))
     return projections
-
-
-def _level_masks(mask: Tensor, maps: list[Tensor]) -> list[Tensor]:
-    """Nearest resize of the mask [B, H, W] to the size of every map."""
-    sizes = [(features.shape[2], features.shape[3]) for features in maps]
-    rows = [_nearest(mask.shape[1], height, mask.device) for height, _ in sizes]
-    columns = [_nearest(mask.shape[2], width, mask.device) for _, width in sizes]
-    return [mask[:, row[:, None], column] for row, column in zip(rows, columns, strict=True)]
-
-
-def _nearest(pixels: int, cells: int, device: torch.device) -> Tensor:
-    """The pixel that ``F.interpolate(mode="nearest")`` takes for each cell, int64 [cells].
-
-    In its float32 arithmetic, spelt out because other runtimes of an exported graph round otherwise at cells' edges.
-    """
-    scale = torch.full((), pixels, dtype=torch.float32, device=device) / cells
-    return (torch.arange(cells, device=device) * scale).long()

@@ -19,6 +19,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from simdetr.detectors.padding_mask import resize_mask
 from simdetr.detectors.position_encoding import sine_cell_positions
 from simdetr.detectors.ram_block import HIDDEN, PatchAccess, ram_block, shift_mask
 
@@ -69,11 +70,6 @@ def create_swin(name: str, pretrained: bool = False, drop_path: float | None = N
             "swin_transformer module, such as swin_tiny_patch4_window7_224"
         )
     return cast(SwinTransformer, timm.create_model(name, pretrained=pretrained, num_classes=0, **options))
-
-
-def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest resize of bool masks, [B, H, W] to [B, *size]."""
-    return F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0] > 0.5
 
 
 class RamSwin(nn.Module):

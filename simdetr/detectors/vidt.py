@@ -20,8 +20,9 @@ from simdetr.detectors.detector import Detector, DetectorOutput, Prediction
 from simdetr.detectors.mask_vectors import NUM_COEFFICIENTS
 from simdetr.detectors.matcher import Target
 from simdetr.detectors.neck_free_loss import NeckFreeLoss
+from simdetr.detectors.padding_mask import resize_mask
 from simdetr.detectors.pyramid_fusion import PyramidFusion
-from simdetr.detectors.swin_ram import RamFeatures, RamSwin, create_swin, resize_mask
+from simdetr.detectors.swin_ram import RamFeatures, RamSwin, create_swin
 from simdetr.detectors.vidt_heads import (
     NeckFreeHead,
     Perceptron,

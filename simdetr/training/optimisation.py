@@ -17,6 +17,8 @@ from simdetr.detectors.detector import Detector
 Schedule = Literal["step", "cosine", "constant"]
 SLOW_NAMES = ("reference_points", "sampling_offsets")
 """Parameters whose name holds one of these learn ten times slower (Deformable DETR)."""
+FUSED_DEVICES = ("cuda", "cpu")
+"""Devices that every supported version of torch has a fused AdamW for."""
 
 
 def parameter_groups(
@@ -48,10 +50,9 @@ def adamw(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch
         lr: Learning rate of groups without their own.
         weight_decay: Of all groups.
     """
-    try:
-        optimiser = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
-    except RuntimeError:  # torch's answer where the device has no such kernel
-        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+    # where there is none, torch says so only at the first step
+    fused = all(parameter.device.type in FUSED_DEVICES for group in groups for parameter in group["params"])
+    optimiser = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused or None)
     # leave it to the scaler, if there is one, to unscale gradients: Lightning cannot clip them else, and with bf16,
     # where nothing is scaled, refuses to all the same
     optimiser.__dict__["_step_supports_amp_scaling"] = False

@@ -160,7 +160,7 @@ class Values(TorchDispatchMode):
 
 def test_backward_pass_and_optimiser_need_no_values(make_detector):
     """The engine of the backward pass wants a real device, so this part runs on the CPU."""
-    task = DetectionTask(make_detector(3, with_box_refine=True, two_stage=True).train())
+    task = DetectionTask(make_detector(3, num_queries=4, with_box_refine=True, two_stage=True).train())
     optimiser = task.new_optimiser()
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     for _ in range(2):  # the second step finds the optimiser's state
