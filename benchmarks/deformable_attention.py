@@ -4,7 +4,8 @@ Shapes are those of an 800 x 1066 image: levels of 100 x 134, 50 x 67, 25 x 34 a
 channels, 4 points. In the encoder each of the 17 821 cells asks, at points a few cells around itself; in the decoder
 300 queries ask anywhere. All take turns on the same inputs, so that other load on the machine meets all; a ratio is the
 median of the ratios within a turn. Peak memory is what a forward and backward pass needs beyond its inputs: on the CPU
-in a process of its own (Linux), on the GPU by the allocator.
+in a process of its own (Linux), on the GPU by the allocator. Where other work shares the cores, OpenMP's waiting
+threads spoil timings with several threads; run on a quiet machine, or with OMP_WAIT_POLICY=passive.
 
 Bars: on the CPU 1.2 times as fast as transformers forward and backward; on a GPU Triton twice as fast as grid_sample
 with at most half its memory. A GPU that is not here is "not measured".
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
@@ -86,30 +87,32 @@ def take_turns(
     inputs: tuple[Tensor, ...],
     repeats: int,
 ) -> dict[str, dict[str, Any]]:
-    """Median milliseconds of each, and how many times as long transformers and grid_sample take."""
+    """Median milliseconds of each by wall clock and CPU time, and how many times as long the others take."""
     wait = torch.cuda.synchronize if inputs[0].is_cuda else (lambda: None)
-    times: dict[str, list[float]] = {name: [] for name in attentions}
+    times: dict[str, list[np.ndarray]] = {name: [] for name in attentions}
     for turn in range(repeats + 1):  # the first one warms up
         for name, attention in attentions.items():
             wait()
-            started = time.perf_counter()
+            started = clocks()
             work(attention, inputs)
             wait()
             if turn:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(clocks() - started)
     return {
-        name: {
-            "ms": round(1e3 * statistics.median(own), 3),
-            **{
-                f"times_as_fast_as_{other}": round(
-                    statistics.median(b / a for a, b in zip(own, times[other], strict=True)), 2
-                )
-                for other in ("transformers", "grid_sample")
-                if other != name
-            },
+        name: dict(zip(("ms", "cpu_ms"), np.round(1e3 * np.median(own, axis=0), 3).tolist(), strict=True))
+        | {
+            f"{clock}times_as_fast_as_{other}": round(float(np.median(np.divide(times[other], own)[:, column])), 2)
+            for column, clock in enumerate(("", "cpu_"))
+            for other in ("transformers", "grid_sample")
+            if other != name
         }
         for name, own in times.items()
     }
+
+
+def clocks() -> np.ndarray:
+    """Wall clock and CPU time of all threads of this process, in seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def cuda_memory(attention: Attention, inputs: tuple[Tensor, ...]) -> float:

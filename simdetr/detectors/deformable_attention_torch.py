@@ -178,11 +178,10 @@ def _row_numbers(y: _Axis, x: _Axis, level: _Level, num_cells: int) -> Tensor:
     return torch.stack([rows + (down * level.width + right) * heads for down, right in corners], dim=-1)
 
 
-def _corner_weights(y: _Axis, x: _Axis, weights: Tensor) -> Iterator[Tensor]:
-    """Attention times bilinear weight of each corner in the order of `_row_numbers`, each [G, N, M, P]."""
-    for vertical in y.weights:
-        weighted = vertical * weights
-        yield from (weighted * horizontal for horizontal in x.weights)
+def _corner_weights(y: _Axis, x: _Axis, weights: Tensor) -> dict[tuple[int, int], Tensor]:
+    """Attention times bilinear weight [G, N, M, P] by corner (down, right), in the order of `_row_numbers`."""
+    weighted = [vertical * weights for vertical in y.weights]
+    return {(i, j): down * right for i, down in enumerate(weighted) for j, right in enumerate(x.weights)}
 
 
 @torch.library.custom_op(
@@ -203,12 +202,12 @@ def _forward(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Te
             points = locations[images, :, :, level.number]
             y, x = _axis(points[..., 1], level.height), _axis(points[..., 0], level.width)
             rows = _row_numbers(y, x, level, num_cells)
-            corners = torch.stack(list(_corner_weights(y, x, weights[images, :, :, level.number])), dim=-1)
+            corners = _corner_weights(y, x, weights[images, :, :, level.number])
             sums = F.embedding_bag(
                 rearrange(rows, "g n m p c -> (g n m) (p c)"),
                 table,
                 mode="sum",
-                per_sample_weights=rearrange(corners, "g n m p c -> (g n m) (p c)"),
+                per_sample_weights=rearrange(list(corners.values()), "c g n m p -> (g n m) (p c)"),
             )
             total[images] += sums.view(-1, queries, heads, dim)
     return total.flatten(2)
@@ -239,7 +238,7 @@ def _backward(
             towards_x = _dot(y.weights, [_dot(x.slopes, row) for row in dots])
             grad_locations[images, :, :, level.number, :, 0] = towards_x * attention * level.width
             grad_locations[images, :, :, level.number, :, 1] = _dot(y.slopes, along_x) * attention * level.height
-            corners = list(_corner_weights(y, x, attention))
+            corners = _corner_weights(y, x, attention)
             if points.shape[1] * points.shape[3] < level.height * level.width:
                 _scatter(grad_value[images].view(-1, dim), rows, grads, corners)
             else:
@@ -268,14 +267,14 @@ def _row_dots(table: Tensor, rows: Tensor, grads: Tensor) -> Tensor:
     return dots.view(rows.shape).movedim(-1, 0).contiguous()
 
 
-def _scatter(table: Tensor, rows: Tensor, grads: Tensor, corners: list[Tensor]) -> None:
+def _scatter(table: Tensor, rows: Tensor, grads: Tensor, corners: dict[tuple[int, int], Tensor]) -> None:
     """Add to the table's gradient [G · S · M, D] point by point: for fewer points than cells."""
-    shares = rearrange(torch.stack(corners, dim=-1), "g n m p c -> (g n m) (p c) 1") * grads[:, None]
+    shares = rearrange(list(corners.values()), "c g n m p -> (g n m) (p c) 1") * grads[:, None]
     numbers = rows.flatten().long()[:, None].expand(-1, table.shape[1])  # torch adds whole rows of an expanded index
     table.scatter_add_(0, numbers, shares.flatten(0, 1))
 
 
-def _sum_by_cell(canvas: Tensor, y: _Axis, x: _Axis, grads: Tensor, corners: list[Tensor]) -> None:
+def _sum_by_cell(canvas: Tensor, y: _Axis, x: _Axis, grads: Tensor, corners: dict[tuple[int, int], Tensor]) -> None:
     """Add to the level's gradient [G, H, W, M, D] cell by cell: for more points than cells.
 
     Points are sorted once, by the first cell of their pairs; each of a point's corners is then the same bag sum, moved
@@ -288,17 +287,9 @@ def _sum_by_cell(canvas: Tensor, y: _Axis, x: _Axis, grads: Tensor, corners: lis
     counts = torch.bincount(keys, minlength=images * height * width * heads)
     starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     bags = (order // num_points).int()
-    for (down, right), corner in zip(
-        itertools.product(range(len(y.weights)), range(len(x.weights))), corners, strict=True
-    ):
-        sums = F.embedding_bag(
-            bags,
-            grads,
-            starts,
-            mode="sum",
-            per_sample_weights=corner.flatten().index_select(0, order),
-            include_last_offset=True,
-        )
+    for (down, right), corner in corners.items():
+        shares = corner.flatten().index_select(0, order)
+        sums = F.embedding_bag(bags, grads, starts, mode="sum", per_sample_weights=shares, include_last_offset=True)
         canvas[:, down : down + height, right : right + width] += sums.view(images, height, width, heads, -1)
 
 

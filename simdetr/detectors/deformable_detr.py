@@ -44,7 +44,7 @@ class BoxHead(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """[..., C] to [..., 4]."""
         for layer in self.layers[:-1]:
-            states = F.relu(layer(states))
+            states = layer(states).relu_()
         offsets: Tensor = self.layers[-1](states)
         return offsets
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simdetr.detectors.deformable_attention import MSDeformAttn
@@ -56,7 +55,7 @@ class DeformableEncoderLayer(nn.Module):
         tokens = memory.tokens
         attended = self.self_attn(tokens + positions, references, tokens, memory.shapes, memory.padding)
         tokens = self.norm1(tokens + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(tokens)))
+        hidden = self.dropout(self.linear1(tokens).relu_())
         normed: Tensor = self.norm2(tokens + self.dropout(self.linear2(hidden)))
         return normed
 
@@ -93,6 +92,6 @@ class DeformableDecoderLayer(nn.Module):
         target = self.norm2(target + self.dropout(attended))
         attended = self.cross_attn(target + query, references, memory.tokens, memory.shapes, memory.padding)
         target = self.norm1(target + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(target)))
+        hidden = self.dropout(self.linear1(target).relu_())
         normed: Tensor = self.norm3(target + self.dropout(self.linear2(hidden)))
         return normed

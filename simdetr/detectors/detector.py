@@ -48,12 +48,16 @@ class Detector(nn.Module, ABC):
         num_classes: K.
         backbone_name: dotted name of the submodule that learns with the backbone's learning rate.
         body_name: dotted name of the feature network that encoder checkpoints fit.
+        slow_names: parameters whose name holds one of these learn ten times slower, as published for Deformable DETR.
+        decays_backbone_vectors: whether weight decay also holds for the backbone's biases, norms and tokens.
     """
 
     init_args: dict[str, Any]
     num_classes: int
     backbone_name: str = "backbone"
     body_name: str = "backbone.body"
+    slow_names: tuple[str, ...] = ("reference_points", "sampling_offsets")
+    decays_backbone_vectors: bool = True
 
     @abstractmethod
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:

@@ -69,6 +69,9 @@ class ViDT(Detector):
         ValueError: sizes that do not fit together, or a backbone that is no Swin.
     """
 
+    slow_names = ()
+    decays_backbone_vectors = False
+
     def __init__(
         self,
         num_classes: int,

@@ -61,19 +61,20 @@ class Comparison:
         )
 
 
-def compare_with_file(detector: Detector, path: Path, sizes: Sequence[tuple[int, int]]) -> list[Comparison]:
+def compare_with_file(detector: Detector, file: Path | bytes, sizes: Sequence[tuple[int, int]]) -> list[Comparison]:
     """Run a file by onnxruntime on the CPU, beside the detector: one image of the first size, two of the next, ...
 
     All images but the first of a batch are padded.
 
     Args:
         detector: In evaluation mode, on the CPU.
-        path: The ONNX file.
+        file: The ONNX file, or what is in it.
         sizes: Height and width in pixels of each batch.
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    model = file if isinstance(file, bytes) else str(file)
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     results = []
     for batch, size in enumerate(sizes, start=1):
         images, mask = example_batch(batch, size)

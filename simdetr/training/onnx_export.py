@@ -138,19 +138,40 @@ def _trace_any_size(
     loaded: LoadedDetector, image_size: tuple[int, int] | None, opset: int
 ) -> tuple[Any, tuple[int, int] | None]:
     """The program, and the one size that it takes; None for any."""
-    detector, settings = loaded.detector, loaded.image_settings
+    detector, example = loaded.detector, _example_size(loaded.image_settings)
     if image_size is not None:
         return _trace(detector, image_size, opset, any_size=False), image_size
-    example = _example_size(settings)
     try:
-        return _trace(detector, example, opset, any_size=True), None
+        return _trace_checked(detector, example, opset), None
     except OnnxExportError as error:
-        side = int(settings.get("max_side", max(example)))
-        LOG.warning(
-            "%s The file will take images of %d x %d px, padding included; image_size chooses another size.",
-            error, side, side,
-        )  # fmt: skip
-    return _trace(detector, (side, side), opset, any_size=False), (side, side)
+        side = int(loaded.image_settings.get("max_side", max(example)))
+        program = _trace(detector, (side, side), opset, any_size=False)
+        LOG.warning("%s. It is for images padded to %d x %d px; image_size gives another size.", error, side, side)
+    return program, (side, side)
+
+
+def _trace_checked(detector: Detector, example: tuple[int, int], opset: int) -> Any:  # noqa: ANN401
+    """A program for any size that was tried at another one: numbers that pass through Python's lists become constants.
+
+    Raises:
+        OnnxExportError: There is none, or it serves the example's size alone.
+    """
+    if _has_windows(detector):
+        # they are padded, shifted and masked by the map's size: the exporter would work on that for hours
+        raise OnnxExportError(_cannot(detector, "any size", "its backbone attends within windows"))
+    program = _trace(detector, example, opset, any_size=True)
+    try:
+        (result,) = compare_with_file(detector, program.model_proto.SerializeToString(), _other_sizes(example)[1:2])
+    except RuntimeError as error:
+        raise OnnxExportError(_cannot(detector, "any size", _first_line(error))) from error
+    if not result.is_equal:
+        raise OnnxExportError(_cannot(detector, "any size", f"its graph serves one size alone,{result.line()}"))
+    return program
+
+
+def _has_windows(detector: Detector) -> bool:
+    """Whether its backbone attends within windows, as Swin does."""
+    return any(getattr(module, "window_size", None) for module in detector.modules())
 
 
 def _trace(detector: Detector, size_hw: tuple[int, int], opset: int, *, any_size: bool) -> Any:  # noqa: ANN401
@@ -172,12 +193,16 @@ def _trace(detector: Detector, size_hw: tuple[int, int], opset: int, *, any_size
                 verbose=False,
             )
         except Exception as error:  # what cannot be traced fails in any way
-            cause = error.__cause__ or error
-            reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-            raise OnnxExportError(
-                f"{type(detector).__name__} cannot be exported for images of {'any' if any_size else 'one'} size "
-                f"({reason.strip()[:300]})."
-            ) from error
+            sizes = "any size" if any_size else f"{size_hw[0]} x {size_hw[1]} px"
+            raise OnnxExportError(_cannot(detector, sizes, _first_line(error.__cause__ or error))) from error
+
+
+def _cannot(detector: Detector, sizes: str, reason: str) -> str:
+    return f"{type(detector).__name__} cannot be exported to ONNX for images of {sizes}: {reason}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

@@ -15,8 +15,6 @@ from torch import nn
 from simdetr.detectors.detector import Detector
 
 Schedule = Literal["step", "cosine", "constant"]
-SLOW_NAMES = ("reference_points", "sampling_offsets")
-"""Parameters whose name holds one of these learn ten times slower (Deformable DETR)."""
 FUSED_DEVICES = ("cuda", "cpu")
 """Devices that every supported version of torch has a fused AdamW for."""
 
@@ -24,22 +22,30 @@ FUSED_DEVICES = ("cuda", "cpu")
 def parameter_groups(
     detector: Detector, lr: float, backbone_lr: float, slow_factor: float = 0.1
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in three disjoint groups: backbone, slow (offsets and references), the rest.
+    """Trainable parameters in disjoint groups: backbone, its vectors, slow (offsets and references), the rest.
 
-    Empty groups are left out. Weight decay is the same for all, as in the official recipe.
+    Empty groups are left out. Weight decay is the same for all, as in the recipe of Deformable DETR (A9), but for
+    detectors whose recipe spares the backbone's biases, norms and tokens (ViDT, B5).
     """
-    members: dict[str, list[nn.Parameter]] = {"backbone": [], "slow": [], "rest": []}
+    members: dict[str, list[nn.Parameter]] = {"backbone": [], "backbone_vectors": [], "slow": [], "rest": []}
     for name, parameter in detector.named_parameters():
         if not parameter.requires_grad:
             continue
         if name.startswith(f"{detector.backbone_name}."):
-            members["backbone"].append(parameter)
-        elif any(slow in name for slow in SLOW_NAMES):
+            is_vector = parameter.ndim <= 1 or name.endswith(("det_token", "det_pos_embed"))
+            spared = is_vector and not detector.decays_backbone_vectors
+            members["backbone_vectors" if spared else "backbone"].append(parameter)
+        elif any(slow in name for slow in detector.slow_names):
             members["slow"].append(parameter)
         else:
             members["rest"].append(parameter)
-    rates = {"backbone": backbone_lr, "slow": lr * slow_factor, "rest": lr}
-    return [{"params": members[name], "lr": rates[name], "name": name} for name in members if members[name]]
+    rates = {"backbone": backbone_lr, "backbone_vectors": backbone_lr, "slow": lr * slow_factor, "rest": lr}
+    extra = {"backbone_vectors": {"weight_decay": 0.0}}
+    return [
+        {"params": members[name], "lr": rates[name], "name": name, **extra.get(name, {})}
+        for name in members
+        if members[name]
+    ]
 
 
 def adamw(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch.optim.AdamW:

@@ -9,16 +9,12 @@ from simdetr.detectors.padding_mask import _nearest, resize_mask
 
 @pytest.mark.parametrize("stride", [4, 8, 14, 16, 32, 64])
 def test_pixels_are_those_of_interpolate(stride):
-    """Every size up to 1400 px with its map's two usual sizes; integer arithmetic would differ in some."""
-    exact = differ = 0
+    """Every size up to 1400 px with the two usual sizes of its map; integer arithmetic would miss some, such as 26 of 106."""
     for pixels in range(stride, 1400):
         for cells in {-(-pixels // stride), pixels // stride}:
             row = torch.arange(pixels, dtype=torch.float32)[None, None]
             expected = F.interpolate(row, size=cells, mode="nearest")[0, 0].long()
             assert torch.equal(_nearest(pixels, cells, row.device), expected), (pixels, cells)
-            differ += int(not torch.equal(torch.arange(cells) * pixels // cells, expected))
-            exact += 1
-    assert 0 <= differ < 0.05 * exact
 
 
 def test_masks_of_a_batch():

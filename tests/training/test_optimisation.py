@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from simdetr.detectors import DeformableDETR
+from simdetr.detectors import DeformableDETR, ViDT
 from simdetr.training.optimisation import adamw, lr_factor, parameter_groups
 
 
@@ -17,6 +17,21 @@ def test_groups_of_the_base_model_have_the_official_sizes():
     members = [id(p) for group in groups for p in group["params"]]
     assert len(members) == len(set(members))
     assert set(members) == {id(p) for p in detector.parameters() if p.requires_grad}
+
+
+def test_groups_of_vidt_spare_vectors_and_tokens_of_the_body_alone():
+    detector = ViDT(5, backbone="swin_pico", hidden_dim=32, num_heads=4, num_decoder_layers=1, num_queries=4)
+    names = {id(parameter): name for name, parameter in detector.named_parameters()}
+    groups = {group["name"]: group for group in parameter_groups(detector, lr=1e-4, backbone_lr=1e-4)}
+    members = {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()}
+    assert set(groups) == {"backbone", "backbone_vectors", "rest"}
+    assert {name: group["lr"] for name, group in groups.items()} == dict.fromkeys(groups, 1e-4)
+    assert groups["backbone_vectors"]["weight_decay"] == 0 and "weight_decay" not in groups["rest"]
+    tables = {name for name in names.values() if name.endswith("relative_position_bias_table")}
+    assert tables and tables <= members["backbone"]
+    assert {"backbone.det_token", "backbone.det_pos_embed"} <= members["backbone_vectors"]
+    assert any(name.endswith("norm1.bias") for name in members["rest"])  # the neck's vectors do decay
+    assert set().union(*members.values()) == set(names.values())
 
 
 def test_frozen_parameters_and_empty_groups_are_left_out():
