@@ -19,7 +19,7 @@ from torchvision.ops import generalized_box_iou
 from benchmarks.environment import environment, write_result
 from benchmarks.turns import compare_in_turns
 from simdetr.boxes import cxcywh_to_xyxy
-from simdetr.detectors.matcher import HungarianMatcher, Target
+from simdetr.detectors.matcher import HungarianMatcher, Matches, Target
 
 LAYERS, BATCH, QUERIES = 6, 8, 300
 BAR = 3.0
@@ -41,20 +41,15 @@ def predictions(num_classes: int, device: str) -> tuple[Tensor, Tensor, list[Tar
     return logits.to(device), boxes.to(device), targets
 
 
-def together(logits: Tensor, boxes: Tensor, targets: list[Target]) -> list[list[tuple[Tensor, Tensor]]]:
-    """Ours: one tensor of costs, one transfer; per layer and image the queries and their targets."""
+def together(logits: Tensor, boxes: Tensor, targets: list[Target]) -> Matches:
+    """Ours: one tensor of costs, one transfer."""
     matcher = HungarianMatcher()
-    found = matcher.assign([matcher.costs(logits, boxes, targets)], [len(target["labels"]) for target in targets])[0]
-    sizes = [len(target["labels"]) for target in targets]
-    return [
-        list(zip(query.split(sizes), target.split(sizes), strict=True))
-        for query, target in zip(found.query, found.target, strict=True)
-    ]
+    return matcher.assign([matcher.costs(logits, boxes, targets)], [len(target["labels"]) for target in targets])[0]
 
 
 @torch.no_grad()
 def one_by_one(logits: Tensor, boxes: Tensor, targets: list[Target]) -> list[list[tuple[Tensor, Tensor]]]:
-    """The usual way."""
+    """The usual way: per layer and image the queries and their targets."""
     layers = []
     for layer_logits, layer_boxes in zip(logits, boxes, strict=True):
         images = []
@@ -74,10 +69,11 @@ def one_by_one(logits: Tensor, boxes: Tensor, targets: list[Target]) -> list[lis
 def agree(num_classes: int, device: str) -> bool:
     """Whether both find the same assignments."""
     case = predictions(num_classes, device)
+    found, usual = together(*case), one_by_one(*case)
     return all(
-        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-        for ours, usual in zip(together(*case), one_by_one(*case), strict=True)
-        for a, b in zip(ours, usual, strict=True)
+        torch.equal(found.query[layer], torch.cat([query for query, _ in images]))
+        and torch.equal(found.target[layer], torch.cat([target for _, target in images]))
+        for layer, images in enumerate(usual)
     )
 
 

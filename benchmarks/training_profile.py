@@ -9,6 +9,7 @@ python -m benchmarks.training_profile
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from typing import Any
@@ -54,7 +55,7 @@ class Step:
         torch.nn.utils.clip_grad_norm_(self.parameters, 0.1)
         self.optimiser.step()
         times.append(self._now())
-        return [after - before for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(times)]
 
     def _now(self) -> float:
         if self.device == "cuda":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from benchmarks.detector_pair import PACKAGES, build_pair, make_batch, transformers_inputs
 from benchmarks.environment import environment, write_result
 from benchmarks.turns import compare_in_turns
+from simdetr.detectors import DetectionLoss
 from simdetr.training.detection_task import DetectionTask
 
 BARS = {"cpu": 1.2, "cuda": 1.5}
@@ -29,7 +30,7 @@ SETTINGS = {
 }
 
 
-def step_of(model: nn.Module, loss_of: Callable[[], Tensor], optimiser: torch.optim.Optimizer) -> Callable[[], float]:
+def step_of(model: nn.Module, loss_of: Callable[[], Tensor], optimiser: torch.optim.Optimizer) -> Callable[[], Tensor]:
     """One step of training; gives its loss without waiting for it on a GPU."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -49,6 +50,7 @@ def both_steps(
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """Our step and theirs; both detectors begin with the same weights."""
     ours, theirs = build_pair(device, **small)
+    ours.criterion = DetectionLoss(class_weight=1.0)  # as transformers weighs its terms
     images, mask, targets = make_batch(batch_size, side, device)
     inputs = transformers_inputs(images, mask, targets)
     task = DetectionTask(ours.train(), lr=1e-6, backbone_lr=1e-7, channels_last=channels_last)

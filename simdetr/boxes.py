@@ -73,11 +73,13 @@ def batched_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
     """
     ax0, ay0, ax1, ay1 = boxes_a_xyxy[..., None].unbind(-2)
     bx0, by0, bx1, by1 = boxes_b_xyxy.mT.contiguous()[..., None, :].unbind(-3)
-    width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)
-    intersection = width * (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
-    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - intersection
-    hull = (torch.maximum(ax1, bx1) - torch.minimum(ax0, bx0)) * (torch.maximum(ay1, by1) - torch.minimum(ay0, by0))
-    return intersection / union + union / hull - 1.0
+    width = torch.minimum(ax1, bx1).sub_(torch.maximum(ax0, bx0))
+    height = torch.minimum(ay1, by1).sub_(torch.maximum(ay0, by0))
+    # the two spans make up the hull's and what they share; where they share nothing, the gap between them is negative
+    hull = ((ax1 - ax0) + (bx1 - bx0)).sub_(width).mul(((ay1 - ay0) + (by1 - by0)).sub_(height))
+    intersection = width.clamp_(min=0) * height.clamp_(min=0)
+    union = ((ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0)).sub_(intersection)
+    return (intersection / union).add_(union / hull).sub_(1.0)
 
 
 def paired_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:

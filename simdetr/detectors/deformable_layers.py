@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from simdetr.detectors.cpu_linear import Linear, linear
 from simdetr.detectors.deformable_attention import MSDeformAttn
 
 
@@ -45,8 +48,8 @@ class DeformableEncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = MSDeformAttn(dim, num_levels, num_heads, num_points)
         self.norm1 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.linear1 = Linear(dim, ffn_dim)
+        self.linear2 = Linear(ffn_dim, dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
@@ -80,18 +83,36 @@ class DeformableDecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
         self.norm2 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.linear1 = Linear(dim, ffn_dim)
+        self.linear2 = Linear(ffn_dim, dim)
         self.norm3 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, target: Tensor, query: Tensor, references: Tensor, memory: Memory) -> Tensor:
         """New states [B, Q, C]; query positions [B, Q, C], references [B, Q, L, 2 or 4] on the padded maps."""
         placed = target + query
-        attended = self.self_attn(placed, placed, target, need_weights=False)[0]
+        attended = attend(self.self_attn, placed, target)
         target = self.norm2(target + self.dropout(attended))
         attended = self.cross_attn(target + query, references, memory.tokens, memory.shapes, memory.padding)
         target = self.norm1(target + self.dropout(attended))
         hidden = self.dropout(self.linear1(target).relu_())
         normed: Tensor = self.norm3(target + self.dropout(self.linear2(hidden)))
         return normed
+
+
+def attend(attention: nn.MultiheadAttention, placed: Tensor, values: Tensor) -> Tensor:
+    """Self-attention of queries, of which no table of weights is kept: two projections, the fused operator, one more.
+
+    Args:
+        attention: parameters, heads and dropout.
+        placed: contents and positions of the queries [B, Q, C], what they are compared by.
+        values: their contents [B, Q, C].
+    """
+    dim, heads = values.shape[-1], attention.num_heads
+    both, value = attention.in_proj_weight.split_with_sizes((2 * dim, dim))
+    both_bias, value_bias = attention.in_proj_bias.split_with_sizes((2 * dim, dim))
+    asked, found = rearrange(linear(placed, both, both_bias), "b q (two m d) -> two b m q d", two=2, m=heads)
+    read = rearrange(linear(values, value, value_bias), "b q (m d) -> b m q d", m=heads)
+    dropout = attention.dropout if attention.training else 0.0
+    attended = F.scaled_dot_product_attention(asked, found, read, dropout_p=dropout)
+    return linear(rearrange(attended, "b m q d -> b q (m d)"), attention.out_proj.weight, attention.out_proj.bias)

@@ -94,17 +94,22 @@ class HungarianMatcher(nn.Module):
         Returns:
             float [N, B, Q, T]; columns past an image's own number of targets mean nothing.
         """
-        layers, _, queries, _ = logits.shape
-        labels, target_boxes = pad_targets(targets)
         logits, boxes = at_least_float32(logits), at_least_float32(boxes_cxcywh)
-        labels, target_boxes = to_device(labels, logits.device), to_device(target_boxes, boxes.device).to(boxes.dtype)
+        labels, target_boxes = (to_device(padded, boxes.device) for padded in pad_targets(targets))
+        # a processor's caches hold the temporary tensors of one layer, and its allocator does not give them back
+        together = 1 if boxes.device.type == "cpu" else len(boxes)
+        parts = zip(logits.split(together), boxes.split(together), strict=True)
+        cost = torch.cat([self._turned_costs(*part, labels, target_boxes.to(boxes.dtype)) for part in parts])
+        return cost.transpose(2, 3)
+
+    def _turned_costs(self, logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor) -> Tensor:
+        """Costs [N, B, T, Q]: long rows for arithmetic on the CPU, and the solver wants the shorter side first."""
         # only the logits of classes that occur are needed: K can be thousands, T is a few dozen
-        of_targets = logits.gather(3, labels[None, :, None, :].expand(layers, -1, queries, -1)).transpose(2, 3)
-        # [N, B, T, Q] from here: long rows for arithmetic on the CPU, and the solver wants the shorter side first
-        cost = focal_class_cost(of_targets.contiguous()).mul_(self.class_cost)
+        chosen = labels[None, :, None, :].expand(len(logits), -1, logits.shape[2], -1)
+        cost = focal_class_cost(logits.gather(3, chosen).transpose(2, 3).contiguous()).mul_(self.class_cost)
         cost.add_(torch.cdist(target_boxes, boxes, p=1), alpha=self.box_cost)
         cost.sub_(batched_giou(cxcywh_to_xyxy(target_boxes), cxcywh_to_xyxy(boxes)), alpha=self.giou_cost)
-        return torch.nan_to_num(cost, nan=1e9, posinf=1e9, neginf=-1e9).transpose(2, 3)
+        return cost.nan_to_num_(nan=1e9, posinf=1e9, neginf=-1e9)
 
     @staticmethod
     def assign(costs: Sequence[Tensor], counts: Sequence[int]) -> list[Matches]:
@@ -118,8 +123,9 @@ class HungarianMatcher(nn.Module):
             Matches on the CPU, one per cost tensor.
         """
         turned = [cost.transpose(2, 3) for cost in costs]
-        flat = torch.cat([cost.flatten() for cost in turned]).cpu()
-        pieces = flat.split_with_sizes([cost.numel() for cost in turned])
+        flat = [cost.flatten() for cost in turned]
+        together = (torch.cat(flat) if len(flat) > 1 else flat[0]).cpu()
+        pieces = together.split_with_sizes([cost.numel() for cost in turned])
         return [_assign_layers(piece.view(cost.shape), counts) for piece, cost in zip(pieces, turned, strict=True)]
 
 
@@ -143,23 +149,24 @@ def pad_targets(targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
     return labels, boxes
 
 
+@torch.no_grad()
 def focal_class_cost(logits: Tensor) -> Tensor:
     """Focal loss of a class as positive less that as negative, any shape; 1e-8 in the logarithms as in the original."""
-    probability = logits.sigmoid()
-    positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -(probability + 1e-8).log()
-    negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -(1 - probability + 1e-8).log()
-    return positive - negative
+    present = logits.sigmoid()
+    absent = 1 - present
+    positive, negative = (present + 1e-8).log_(), (absent + 1e-8).log_()
+    positive.mul_(absent.pow_(FOCAL_GAMMA)).mul_(-FOCAL_ALPHA)
+    return positive.add_(negative.mul_(present.pow_(FOCAL_GAMMA)), alpha=1 - FOCAL_ALPHA)
 
 
 def _assign_layers(costs: Tensor, counts: Sequence[int]) -> Matches:
     """Solve [N, B, T, Q] layer by layer and image by image; queries ascending."""
     layers, _, _, queries = costs.shape
-    tables = costs.double().numpy()
-    starts = np.cumsum([0, *(min(queries, count) for count in counts)])
-    found = np.empty((3, layers, starts[-1]), dtype=np.int64)
-    for layer in range(layers):
-        for image, count in enumerate(counts):
-            target, query = linear_sum_assignment(tables[layer, image, :count])
-            order = query.argsort()
-            found[:, layer, starts[image] : starts[image + 1]] = np.full(len(order), image), query[order], target[order]
-    return Matches(*torch.from_numpy(found))
+    tables = costs.numpy()
+    sizes = [min(queries, count) for count in counts]
+    pairs = [linear_sum_assignment(tables[n, b, :count]) for n in range(layers) for b, count in enumerate(counts)]
+    target, query = (np.concatenate(side).reshape(layers, sum(sizes)) for side in zip(*pairs, strict=True))
+    image = np.broadcast_to(np.repeat(np.arange(len(counts)), sizes), query.shape)
+    order = (image * queries + query).argsort(axis=1)
+    found = [image, *(np.take_along_axis(side, order, axis=1) for side in (query, target))]
+    return Matches(*torch.from_numpy(np.stack(found).astype(np.int64, copy=False)))

@@ -61,28 +61,39 @@ class Comparison:
         )
 
 
-def compare_with_file(detector: Detector, file: Path | bytes, sizes: Sequence[tuple[int, int]]) -> list[Comparison]:
-    """Run a file by onnxruntime on the CPU, beside the detector: one image of the first size, two of the next, ...
-
-    All images but the first of a batch are padded.
+def compare_with_file(
+    detector: Detector, file: Path | bytes, shapes: Sequence[tuple[int, int, int]]
+) -> list[Comparison]:
+    """Run a file by onnxruntime on the CPU, beside the detector, on one batch of each shape; see ``example_batch``.
 
     Args:
         detector: In evaluation mode, on the CPU.
         file: The ONNX file, or what is in it.
-        sizes: Height and width in pixels of each batch.
+        shapes: B, H and W of each batch.
+
+    Raises:
+        RuntimeError: onnxruntime cannot run it.
     """
     import onnxruntime
 
+    batches = [example_batch(batch, (height, width)) for batch, height, width in shapes]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is in the exception
     model = file if isinstance(file, bytes) else str(file)
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        outputs = [
+            session.run(["logits", "boxes"], {"images": images.numpy(), "mask": mask.numpy()})
+            for images, mask in batches
+        ]
+    except Exception as error:  # its errors have no class of their own
+        raise RuntimeError(f"onnxruntime cannot run the graph: {str(error).strip()[:500]}") from error
     results = []
-    for batch, size in enumerate(sizes, start=1):
-        images, mask = example_batch(batch, size)
-        logits, boxes = session.run(["logits", "boxes"], {"images": images.numpy(), "mask": mask.numpy()})
+    for (images, mask), (logits, boxes) in zip(batches, outputs, strict=True):
         with torch.no_grad():
             wanted = detector(images, mask)
         found: Prediction = {"pred_logits": torch.from_numpy(logits), "pred_boxes": torch.from_numpy(boxes)}
-        results.append(compare(wanted, found, size))
+        results.append(compare(wanted, found, (images.shape[2], images.shape[3])))
     return results
 
 

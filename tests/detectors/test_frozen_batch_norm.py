@@ -19,7 +19,6 @@ def pair(shake):
 
 
 def test_values_and_gradients_are_torchvisions(pair):
-    ours, theirs = pair
     x = torch.randn(2, 5, 4, 3, generator=torch.Generator().manual_seed(0))
     inputs = [x.clone().requires_grad_() for _ in pair]
     outputs = [layer(value) for layer, value in zip(pair, inputs, strict=True)]

@@ -9,7 +9,7 @@ from simdetr.detectors.padding_mask import _nearest, resize_mask
 
 @pytest.mark.parametrize("stride", [4, 8, 14, 16, 32, 64])
 def test_pixels_are_those_of_interpolate(stride):
-    """Every size up to 1400 px with the two usual sizes of its map; integer arithmetic would miss some, such as 26 of 106."""
+    """Every size up to 1400 px with the two usual sizes of its map; exact fractions would miss some (26 of 106)."""
     for pixels in range(stride, 1400):
         for cells in {-(-pixels // stride), pixels // stride}:
             row = torch.arange(pixels, dtype=torch.float32)[None, None]

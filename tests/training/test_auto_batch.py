@@ -86,7 +86,7 @@ def test_found_once_and_logged(tmp_path, monkeypatch, caplog):
         for how in ("largest that fits", "found before")
     ]
     assert json.loads(path.read_text())["before"] == {"batch_size": 8, "lr": 2e-4, "backbone_lr": 2e-5}
-    with pytest.raises(ValueError, match="expected 'linear', with which .* was begun, got 'sqrt'"):
+    with pytest.raises(ValueError, match=r"expected 'linear', with which .* was begun, got 'sqrt'"):
         auto_batch_options(path, BEFORE, "sqrt", lambda: None)
 
 

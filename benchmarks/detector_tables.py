@@ -1,0 +1,112 @@
+"""Tables of the training step, the matcher and inference for the README, and of the profile for docs/training_speed.md.
+
+``tables.py`` calls the former; the latter goes into the page by
+
+python -m benchmarks.detector_tables
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import RESULTS
+
+PAGE = Path(__file__).parents[1] / "docs" / "training_speed.md"
+BEGIN, END = "<!-- profile:begin (python -m benchmarks.detector_tables) -->", "<!-- profile:end -->"
+_NO_GPU = {"not measured": "\nNot measured on a GPU: there was none.\n", "measured": ""}
+
+
+def _device(row: dict[str, Any]) -> str:
+    name = row["device"].upper() if row["device"] in ("cpu", "cuda") else row["device"]
+    return f"{name}, {row['side']} px, batch {row['batch']}, {row['precision']}" if "side" in row else name
+
+
+def training_step(result: dict[str, Any]) -> str:
+    """Step time and peak memory against transformers."""
+    lines = [
+        (
+            "**A training step against transformers' Deformable DETR** (R50; same weights, batch, precision, clipping "
+            "and fused AdamW; forward, losses, backward, optimiser; medians of steps in turns):"
+        ),
+        "",
+        "| | transformers | simdetr | ratio | bar | peak memory, theirs / ours |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        wall, memory = row["wall"], row["peak_mb"]
+        peak = f"{memory['theirs']:,.0f} / {memory['ours']:,.0f} MB" if memory["ours"] is not None else ""
+        layout = ", channels last" if row["channels_last"] else ""
+        lines.append(
+            f"| {_device(row)}{layout} | {wall['theirs_ms']:,.0f} ms | {wall['ours_ms']:,.0f} ms | "
+            f"{wall['ratio']:.2f} × | {row['bar']} × | {peak} |"
+        )
+    return "\n".join(lines) + "\n" + _NO_GPU[result["gpu"]]
+
+
+def matcher(result: dict[str, Any]) -> str:
+    """Matching against layer by layer and image by image."""
+    lines = [
+        f"**Matching all layers and images at once** against one by one ({result['what']}; equal assignments):",
+        "",
+        "| | classes | one by one | simdetr | ratio | bar |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        wall = row["wall"]
+        lines.append(
+            f"| {_device(row)} | {row['num_classes']:,} | {wall['theirs_ms']:.1f} ms | {wall['ours_ms']:.1f} ms | "
+            f"{wall['ratio']:.1f} × | {row['bar']:.0f} × |"
+        )
+    return "\n".join(lines) + "\n" + _NO_GPU[result["gpu"]]
+
+
+def inference_speed(result: dict[str, Any]) -> str:
+    """Latency and throughput against transformers."""
+    lines = [
+        "**Detection against transformers' Deformable DETR** (R50, same weights, forward pass; medians in turns):",
+        "",
+        "| | transformers | simdetr | ratio | images/s, theirs / ours |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        wall, rate = row["wall"], row["images_per_s"]
+        lines.append(
+            f"| {_device(row)} | {wall['theirs_ms']:,.0f} ms | {wall['ours_ms']:,.0f} ms | {wall['ratio']:.2f} × | "
+            f"{rate['theirs']:.1f} / {rate['ours']:.1f} |"
+        )
+    return "\n".join(lines) + "\n" + _NO_GPU[result["gpu"]]
+
+
+def training_profile(result: dict[str, Any]) -> str:
+    """Parts of a step and its longest operators, for the page."""
+    blocks = []
+    for row in result["rows"]:
+        lines = [f"**{_device(row)}**", "", "| part | time | share |", "|---|--:|--:|"]
+        lines += [f"| {part['part']} | {part['ms']:,.0f} ms | {100 * part['share']:.1f} % |" for part in row["parts"]]
+        lines += ["", "| operator | calls | own time | share |", "|---|--:|--:|--:|"]
+        lines += [
+            f"| `{operator['operator']}` | {operator['calls']:,} | {operator['ms']:,.1f} ms | "
+            f"{100 * operator['share']:.1f} % |"
+            for operator in row["operators"]
+        ]
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks) + _NO_GPU[result["gpu"]]
+
+
+def main() -> None:
+    """Put the profile of ``results/training_profile.json`` into the page."""
+    result = json.loads((RESULTS / "training_profile.json").read_text(encoding="utf-8"))
+    made = result["environment"]
+    source = (
+        f"<sub>{made['processor']}, {made['cores']} cores, torch {made['versions']['torch']}, {made['date']}: "
+        f"`{made['command']}`</sub>"
+    )
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    text = f"{head}{BEGIN}\n\n{training_profile(result)}\n{source}\n\n{END}{rest.partition(END)[2]}"
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
