@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--side", type=int, help="of the images, in place of the bar's")
-    parser.add_argument("--layers", type=int, help="of encoder and decoder, in place of 6, for a quick look")
+    parser.add_argument("--layers", type=int, help="of encoder and decoder, 2 or more, in place of 6, for a quick look")
     parser.add_argument("--name", default="training_step", help="of the result file")
     arguments = parser.parse_args()
     changes: dict[str, Any] = {"side": arguments.side} if arguments.side else {}

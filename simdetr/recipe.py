@@ -32,7 +32,7 @@ from simdetr.training.checkpoint_files import read_checkpoint
 from simdetr.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.detection_task import DetectionTask
-from simdetr.training.weights import checkpoint_config, save_detector, without_downloads
+from simdetr.training.weights import checkpoint_config, detector_class, save_detector, without_downloads
 
 LOG = logging.getLogger(__name__)
 DEFAULT_ENCODER = "simdetr.proposals.colour_texture.ColourTextureEncoder"
@@ -212,10 +212,12 @@ class Recipe:
         stored = checkpoint.config()
         model: dict[str, Any] = {"init_weights": str(detector)} if weights else {}
         if stored is not None:
-            arguments = {name: value for name, value in stored["init_args"].items() if name != "num_classes"}
+            trained, arguments = detector_class(stored["class_path"]).finetuned_as(stored["init_args"])
+            arguments.pop("num_classes", None)
             if weights:
                 arguments = without_downloads(arguments)
-            model["detector"] = {"class_path": stored["class_path"], "init_args": arguments}
+            class_path = f"{trained.__module__}.{trained.__qualname__}"
+            model["detector"] = {"class_path": class_path, "init_args": arguments}
         else:
             title = checkpoint.format.title
             LOG.info("init: %s (%s) does not tell its detector; that of the config is used", detector, title)

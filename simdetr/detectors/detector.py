@@ -8,7 +8,7 @@ Letters: B images, Q queries, K classes, T objects of one image.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor, nn
@@ -80,3 +80,12 @@ class Detector(nn.Module, ABC):
         Returns:
             ``loss``, the total to minimise, which every trainable parameter takes part in, and its terms.
         """
+
+    @classmethod
+    def finetuned_as(cls, init_args: Mapping[str, Any]) -> tuple[type[Detector], dict[str, Any]]:
+        """Class and arguments of what fine-tuning makes of this detector: the same, unless it serves pretraining only.
+
+        Args:
+            init_args: this detector's arguments.
+        """
+        return cls, dict(init_args)

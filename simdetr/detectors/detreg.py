@@ -13,7 +13,7 @@ Letters: B images, Q queries, C channels, D width of an embedding, M matched pai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from simdetr.boxes import cxcywh_to_xyxy
 from simdetr.detectors.adapters import valid_sizes
 from simdetr.detectors.backbone import Backbone
 from simdetr.detectors.deformable_detr import DeformableDETR
+from simdetr.detectors.detector import Detector
 from simdetr.detectors.matcher import Matches, Target
 
 
@@ -77,6 +78,12 @@ class DETReg(DeformableDETR):
         self.embedding_weight, self.crop_size = embedding_weight, crop_size
         dim = self.transformer.level_embed.shape[1]
         self.feature_embed = EmbeddingHead(dim, self.backbone.channels[0])
+
+    @classmethod
+    def finetuned_as(cls, init_args: Mapping[str, Any]) -> tuple[type[Detector], dict[str, Any]]:
+        """A ``DeformableDETR`` whose backbone learns."""
+        own = ("embedding_weight", "crop_size")
+        return DeformableDETR, {name: value for name, value in init_args.items() if name not in own}
 
     def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses of all layers, see ``DetectionLoss``, and ``loss_embedding`` of the last."""

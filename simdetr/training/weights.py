@@ -189,22 +189,31 @@ def rebuild(checkpoint: Checkpoint, known: Mapping[str, Any] | None = None) -> L
     return LoadedDetector(detector.eval(), categories, config["image_settings"])
 
 
-def build_detector(config: dict[str, Any]) -> Detector:
+def build_detector(config: Mapping[str, Any]) -> Detector:
     """Construct the class a config names, with new weights.
 
     Raises:
-        ValueError: The class is not one of simdetr's detectors (a config must not name arbitrary code), or does not
-            take the arguments.
+        ValueError: The class is none of simdetr's detectors, or does not take the arguments.
     """
-    module_name, _, class_name = config["class_path"].rpartition(".")
-    allowed = module_name == "simdetr.detectors" or module_name.startswith("simdetr.detectors.")
-    found = getattr(importlib.import_module(module_name), class_name, None) if allowed else None
-    if not (isinstance(found, type) and issubclass(found, Detector)):
-        raise ValueError(f"class_path: expected a class of simdetr.detectors, got {config['class_path']!r}.")
+    found = detector_class(config["class_path"])
     try:
         return found(**without_downloads(config["init_args"]))
     except TypeError as error:
         raise ValueError(f"init_args: {found.__name__} does not take the arguments of the file ({error}).") from error
+
+
+def detector_class(class_path: str) -> type[Detector]:
+    """The detector that a config names.
+
+    Raises:
+        ValueError: The class is not one of simdetr's detectors: a config must not name arbitrary code.
+    """
+    module_name, _, class_name = class_path.rpartition(".")
+    allowed = module_name == "simdetr.detectors" or module_name.startswith("simdetr.detectors.")
+    found = getattr(importlib.import_module(module_name), class_name, None) if allowed else None
+    if not (isinstance(found, type) and issubclass(found, Detector)):
+        raise ValueError(f"class_path: expected a class of simdetr.detectors, got {class_path!r}.")
+    return found
 
 
 def without_downloads(init_args: Mapping[str, Any]) -> dict[str, Any]:

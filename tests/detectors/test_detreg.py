@@ -203,6 +203,11 @@ def test_two_steps_of_its_config_leave_the_backbone_alone(scenes, tmp_path):
     assert not [name for name in changed if name.startswith("backbone.")]
     assert {"feature_embed.layers.1.weight", "class_embed.0.bias", "transformer.level_embed"} <= changed
 
+    recipe = Recipe((), tuple(data)).starting_from(tmp_path / "detector", tmp_path / "tuned")
+    described = recipe.resolved()[0].model.detector
+    assert described.class_path == "simdetr.detectors.deformable_detr.DeformableDETR"
+    assert (described.init_args.backbone, described.init_args.freeze_backbone) == (SMALL["backbone"], False)
+
     finetuned = DeformableDETR(loaded.num_classes + 2, **SMALL)
     report = load_weights(finetuned, tmp_path / "detector")
     heads = [f"class_embed.{layer}.{kind}" for layer in range(2) for kind in ("weight", "bias")]
