@@ -42,6 +42,17 @@ class Matches(NamedTuple):
         return Matches(*to_device(torch.stack(self), device).unbind())
 
 
+class _BoxPair(NamedTuple):
+    """Boxes [..., 4] in both of the formats that costs are computed in."""
+
+    cxcywh: Tensor
+    xyxy: Tensor
+
+    @classmethod
+    def of(cls, boxes_cxcywh: Tensor) -> _BoxPair:
+        return cls(boxes_cxcywh, cxcywh_to_xyxy(boxes_cxcywh))
+
+
 class HungarianMatcher(nn.Module):
     """Assign every target to a query of its own at the least total cost.
 
@@ -96,19 +107,20 @@ class HungarianMatcher(nn.Module):
         """
         logits, boxes = at_least_float32(logits), at_least_float32(boxes_cxcywh)
         labels, target_boxes = (to_device(padded, boxes.device) for padded in pad_targets(targets))
+        wanted = _BoxPair.of(target_boxes.to(boxes.dtype))
         # a processor's caches hold the temporary tensors of one layer, and its allocator does not give them back
-        together = 1 if boxes.device.type == "cpu" else len(boxes)
-        parts = zip(logits.split(together), boxes.split(together), strict=True)
-        cost = torch.cat([self._turned_costs(*part, labels, target_boxes.to(boxes.dtype)) for part in parts])
-        return cost.transpose(2, 3)
+        parts = len(boxes) if boxes.device.type == "cpu" else 1
+        predicted = zip(*(side.chunk(parts) for side in (logits, *_BoxPair.of(boxes))), strict=True)
+        costs = [self._turned_costs(scores, _BoxPair(*pair), labels, wanted) for scores, *pair in predicted]
+        return torch.cat(costs).transpose(2, 3)
 
-    def _turned_costs(self, logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor) -> Tensor:
+    def _turned_costs(self, logits: Tensor, predicted: _BoxPair, labels: Tensor, wanted: _BoxPair) -> Tensor:
         """Costs [N, B, T, Q]: long rows for arithmetic on the CPU, and the solver wants the shorter side first."""
         # only the logits of classes that occur are needed: K can be thousands, T is a few dozen
         chosen = labels[None, :, None, :].expand(len(logits), -1, logits.shape[2], -1)
         cost = focal_class_cost(logits.gather(3, chosen).transpose(2, 3).contiguous()).mul_(self.class_cost)
-        cost.add_(torch.cdist(target_boxes, boxes, p=1), alpha=self.box_cost)
-        cost.sub_(batched_giou(cxcywh_to_xyxy(target_boxes), cxcywh_to_xyxy(boxes)), alpha=self.giou_cost)
+        cost.add_(torch.cdist(wanted.cxcywh, predicted.cxcywh, p=1), alpha=self.box_cost)
+        cost.sub_(batched_giou(wanted.xyxy, predicted.xyxy), alpha=self.giou_cost)
         return cost.nan_to_num_(nan=1e9, posinf=1e9, neginf=-1e9)
 
     @staticmethod

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as transforms
 from simdetr.detectors import DeformableDETR, DETReg
 from simdetr.detectors.detreg import EmbeddingHead, _finest_map, embedding_loss
 from simdetr.detectors.matcher import Matches
+from simdetr.detectors.state_dict_names import to_official
 from simdetr.recipe import Recipe
 from simdetr.training.train import train
 from simdetr.training.weights import load_detector, load_weights
@@ -217,3 +218,15 @@ def test_two_steps_of_its_config_leave_the_backbone_alone(scenes, tmp_path):
     assert set(report.kept) == set(finetuned.state_dict()) - set(heads)
     state = finetuned.state_dict()
     assert all(torch.equal(state[name], after[name]) for name in report.kept)
+
+
+def test_checkpoints_of_the_original_fit(make_detreg, tmp_path):
+    """Names of the original's files, whose classes are numbered by COCO's ids."""
+    source = make_detreg(91)
+    torch.save({"model": to_official(source.state_dict())}, tmp_path / "detreg.pth")
+    same = load_weights(make_detreg(91), tmp_path / "detreg.pth")
+    assert same.source == "DETReg" and same.replaced == same.missing == same.unexpected == []
+    other = make_detreg(1)
+    report = load_weights(other, tmp_path / "detreg.pth")
+    assert {name.split(".")[0] for name in report.replaced} == {"class_embed"} and report.unexpected == []
+    assert torch.equal(other.feature_embed.layers[1].weight, source.feature_embed.layers[1].weight)
