@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.detector_tables import inference_speed, matcher, training_step
+from benchmarks.detector_tables import deformable_attention, detector_families, inference_speed, matcher, training_step
 from benchmarks.environment import RESULTS
 from benchmarks.proposal_tables import end_to_end, rivals, scale, sweep
 from simdetr.evaluation.compare import comparison_table
@@ -155,6 +155,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "mining_scale": lambda result: f"{scale(result)}\n{source(result['environment'])}",
     "mining_memory": memory,
     "kmeans": kmeans,
+    "detector_families": lambda result: f"{detector_families(result)}\n{source(result['environment'])}",
+    "deformable_attention": lambda result: f"{deformable_attention(result)}\n{source(result['environment'])}",
     "training_step": lambda result: f"{training_step(result)}\n{source(result['environment'])}",
     "matcher": lambda result: f"{matcher(result)}\n{source(result['environment'])}",
     "inference_speed": lambda result: f"{inference_speed(result)}\n{source(result['environment'])}",
