@@ -99,7 +99,12 @@ def auto_batch_options(
     after = before.scaled_to(found["batch_size"], scaling)
     LOG.info(
         "auto_batch: batch_size %d -> %d (%s on %s at %d x %d px), lr %.3g -> %.3g, backbone_lr %.3g -> %.3g (%s)",
-        *(before.batch_size, after.batch_size, "largest that fits" if new else "found before", found["device"]),
+        *(
+            before.batch_size,
+            after.batch_size,
+            "largest that fits or the set fills" if new else "found before",
+            found["device"],
+        ),
         *(*found["size_hw"], before.lr, after.lr, before.backbone_lr, after.backbone_lr, scaling),
     )
     return after.options()

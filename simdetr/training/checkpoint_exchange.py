@@ -94,13 +94,16 @@ def export_transformers(checkpoint: Path, out: Path) -> str:
 def export_official(checkpoint: Path, out: Path) -> str:
     """Write a .pth that the code of the original Deformable DETR, DETReg or ViDT loads; its entry is ``model``.
 
+    An entry beside it, which the original ignores, keeps what rebuilds the detector here.
+
     Returns:
         What was written, in one line.
 
     Raises:
         ValueError: The detector has no original.
     """
-    detector = load_detector(checkpoint).detector
+    loaded = load_detector(checkpoint)
+    detector = loaded.detector
     if isinstance(detector, DeformableDETR):
         state = to_official(detector.state_dict())
     elif isinstance(detector, ViDT):
@@ -108,10 +111,10 @@ def export_official(checkpoint: Path, out: Path) -> str:
     else:
         raise ValueError(
             f"checkpoint: {type(detector).__name__} has no original with other names; expected a DeformableDETR or a "
-            "ViDT. Export to safetensors, transformers or onnx instead."
+            "ViDT. Export to safetensors instead."
         )
     with atomic_path(out) as temporary:
-        torch.save({"model": state}, temporary)
+        torch.save({"model": state, "simdetr": checkpoint_config(detector, loaded)}, temporary)
     return f"{len(state)} tensors of {type(detector).__name__} under the original's names in {out}"
 
 

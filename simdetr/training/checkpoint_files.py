@@ -95,12 +95,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         FileNotFoundError: Nothing there, with the accepted forms.
         ValueError: The file is damaged, or is no such file; or a folder of transformers holds another detector.
     """
+    given = path
     if path.is_dir():
         path = path / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"weights: expected a folder with {WEIGHTS_NAME}, a .safetensors file, a .ckpt or a .pth, got {path}, "
-            "which does not exist."
+            f"weights: expected a folder with {WEIGHTS_NAME}, a .safetensors file, a .ckpt or a .pth, got {given}, "
+            f"which {'holds no checkpoint' if given.is_dir() else 'does not exist'}."
         )
     try:
         if path.suffix == ".safetensors":
@@ -113,7 +114,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             if not isinstance(content, dict):
                 raise TypeError(f"it holds a {type(content).__name__}")
     except Exception as error:  # a damaged file fails in any way
-        reason = (str(error).strip() or "it ends too early").splitlines()[0]
+        # torch's own text offers to unpickle it all the same
+        unsafe = "weights_only" in str(error)
+        reason = "it holds more than tensors" if unsafe else (str(error).strip() or "it ends too early").splitlines()[0]
         raise ValueError(
             f"weights: {path} cannot be read as a detector ({reason}); the file is damaged, or is no .safetensors file "
             "and no checkpoint of tensors."
@@ -121,7 +124,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     tensors = averaged_state(content)
     stored = config if config is not None else content.get("simdetr")
     if stored is not None and "class_path" in stored:
-        return Checkpoint(path, tensors, OWN, stored)
+        # of what we wrote, only an original's .pth has other names than ours
+        return Checkpoint(path, tensors, recognise(tensors) if config is None and "model" in content else OWN, stored)
     if stored is not None and "model_type" in stored:
         stored = config_from_transformers(stored, preprocessor or {}, tensors, path)
         return Checkpoint(path, tensors, recognise(tensors), stored)

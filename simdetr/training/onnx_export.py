@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.detectors.detector import Detector, DetectorOutput
+from simdetr.detectors.torchvision_adapter import TorchvisionDetector
 from simdetr.training.onnx_comparison import compare_with_file, example_batch
 from simdetr.training.weights import LoadedDetector, checkpoint_config, load_detector
 
@@ -87,6 +88,11 @@ def export_onnx(
     if image_size is not None and min(image_size) < 1:
         raise ValueError(f"image_size: expected a height and a width in pixels, got {image_size}.")
     loaded = load_detector(checkpoint)
+    if isinstance(loaded.detector, TorchvisionDetector):
+        raise OnnxExportError(
+            f"checkpoint: {loaded.detector.init_args['architecture']} of torchvision chooses boxes one by one, which this "
+            "exporter cannot trace; export its `model` by torchvision's own recipe, or to safetensors."
+        )
     program, fixed_size = _trace_any_size(loaded, image_size, opset or OPSET)
     program.model.metadata_props.update(metadata(loaded))
     name, classes = type(loaded.detector).__name__, loaded.detector.num_classes

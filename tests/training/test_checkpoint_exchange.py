@@ -72,8 +72,17 @@ def test_official_names_and_back(saved, tmp_path, equal_states):
     export_official(folder, tmp_path / "official.pth")
     content = torch.load(tmp_path / "official.pth", weights_only=True)
     assert any(name.startswith("backbone.0.body.") for name in content["model"])
+    whole = load_detector(tmp_path / "official.pth")  # the entry that the original ignores tells everything
+    assert equal_states(whole.detector.state_dict(), detector.state_dict())
+    assert whole.detector.init_args == detector.init_args
+    assert (whole.categories, whole.image_settings) == (
+        load_detector(folder).categories,
+        load_detector(folder).image_settings,
+    )
+
+    torch.save({"model": content["model"]}, tmp_path / "original.pth")
     told = {"num_heads": 4, "dilation": detector.init_args["dilation"], "num_queries": 20}
-    import_checkpoint(tmp_path / "official.pth", tmp_path / "back", told)
+    import_checkpoint(tmp_path / "original.pth", tmp_path / "back", told)
     back = load_detector(tmp_path / "back")
     assert equal_states(back.detector.state_dict(), detector.state_dict())
     assert {**back.detector.init_args, "freeze_stem": True} == detector.init_args

@@ -76,3 +76,12 @@ def test_names_of_tensors_that_nothing_was_made_of(saved, tmp_path):
     torch.save({"a": torch.arange(6.0), "b": torch.zeros(2)}, tmp_path / "some.pth")
     checkpoint = read_checkpoint(tmp_path / "some.pth")
     assert checkpoint.names_without({"part": checkpoint.tensors["a"].chunk(3)[2]}) == ["b"]
+
+
+def test_what_is_no_checkpoint_is_refused_in_our_words(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    with pytest.raises(ValueError, match=r"cannot be read as a detector \(it holds more than tensors\)"):
+        read_checkpoint(tmp_path / "module.pth")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(FileNotFoundError, match="photos, which holds no checkpoint"):
+        read_checkpoint(tmp_path / "photos")
