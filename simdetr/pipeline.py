@@ -88,6 +88,8 @@ def pretrain(
     resumed = is_chosen(run)
     if resumed:
         recipe = fit_to_device(recipe, run, auto_batch)
+    if not run.labels(0).is_file():
+        recipe.check_detector(sections.clustering.num_classes)
     run.claim(recipe.resolved()[1], _settled(run))
 
     job = MiningJob(str(images), str(run.proposals), recipe.configs, tuple(options), device)

@@ -7,6 +7,7 @@ DetectionData that fit together; ``num_classes`` flows from the labels to the de
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from argparse import ArgumentError
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning.callbacks import Callback
@@ -230,6 +232,18 @@ class Recipe:
         """The checked configuration and its YAML text; nothing is built."""
         cli = RecipeCLI(self.arguments(*options), run=False, parse_only=True)
         return cli.config, cli.parser.dump(cli.config, skip_link_targets=True)
+
+    def check_detector(self, num_classes: int) -> None:
+        """Build the detector once, for its errors to come before the work of hours that precedes its training.
+
+        Raises:
+            ValueError: The detector cannot be built from its section; and whatever else its class raises.
+        """
+        described = self.resolved()[0].model.detector
+        module_name, _, class_name = described.class_path.rpartition(".")
+        arguments = without_downloads(described.init_args.as_dict() | {"num_classes": num_classes})
+        with torch.random.fork_rng(devices=[]):
+            getattr(importlib.import_module(module_name), class_name)(**arguments)
 
     def sections(self, *options: str) -> PipelineSections:
         """The pipeline's sections, built."""

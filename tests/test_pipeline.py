@@ -91,6 +91,17 @@ def test_the_same_call_again_changes_nothing(run, scenes, tiny_config):
     assert times(run.path) == before
 
 
+def test_a_detector_that_cannot_be_built_is_refused_before_mining(scenes, tiny_config, tmp_path):
+    with pytest.raises(ValueError, match="two_stage=True needs with_box_refine=True"):
+        pipeline.pretrain(
+            scenes,
+            tmp_path / "run",
+            [tiny_config],
+            options=["--model.detector.init_args.two_stage=true", "--model.detector.init_args.with_box_refine=false"],
+        )
+    assert not (tmp_path / "run" / "proposals").exists()
+
+
 def test_other_settings_on_a_run_are_refused(run, scenes, tiny_config):
     with pytest.raises(RunMismatchError, match=r"model\.lr is 0\.001 there, 0\.5 asked"):
         pipeline.pretrain(scenes, run.path, [tiny_config], options=["--self_training.stages=2", "--model.lr=0.5"])

@@ -90,8 +90,8 @@ def export_onnx(
     loaded = load_detector(checkpoint)
     if isinstance(loaded.detector, TorchvisionDetector):
         raise OnnxExportError(
-            f"checkpoint: {loaded.detector.init_args['architecture']} of torchvision chooses boxes one by one, which this "
-            "exporter cannot trace; export its `model` by torchvision's own recipe, or to safetensors."
+            f"checkpoint: {loaded.detector.init_args['architecture']} of torchvision chooses boxes one by one, which "
+            "this exporter cannot trace; export its `model` by torchvision's own recipe, or to safetensors."
         )
     program, fixed_size = _trace_any_size(loaded, image_size, opset or OPSET)
     program.model.metadata_props.update(metadata(loaded))

@@ -74,8 +74,8 @@ def write_transformers_folder(loaded: LoadedDetector, folder: Path) -> str:
         )
     if model_type not in _PROCESSORS:
         return (
-            f"{model_type} in {folder}, without preprocessor_config.json: the image processor of its family resizes to a "
-            "fixed square, as simdetr does not. Prepare images as simdetr did: short side "
+            f"{model_type} in {folder}, without preprocessor_config.json: the image processor of its family resizes "
+            "to a fixed square, as simdetr does not. Prepare images as simdetr did: short side "
             f"{loaded.image_settings.get('short_side')}, long side at most {loaded.image_settings.get('max_side')} px."
         )
     images = {"image_processor_type": _PROCESSORS[model_type], **images_to_transformers(loaded.image_settings)}
