@@ -115,7 +115,7 @@ def test_vidt_under_the_names_of_the_original_and_back(make_vidt, tmp_path, equa
     detector = make_vidt()
     save_detector(detector, checkpoint_config(detector, None), tmp_path / "ours")
     export_official(tmp_path / "ours", tmp_path / "vidt.pth")
-    content = torch.load(tmp_path / "vidt.pth", weights_only=True)
+    content = {"model": torch.load(tmp_path / "vidt.pth", weights_only=True)["model"]}  # as the original writes it
     content["model"] |= {  # what the original stores and never reads
         "backbone.norm2.weight": torch.zeros(64),
         "backbone.layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49),
@@ -137,8 +137,9 @@ def test_vidt_under_the_names_of_the_original_and_back(make_vidt, tmp_path, equa
 def test_options_of_the_original_tell_what_tensors_do_not(make_plain, tmp_path, caplog):
     detector = make_plain(with_box_refine=True, two_stage=True, num_queries=12)
     save_detector(detector, checkpoint_config(detector, None), tmp_path / "ours")
-    export_official(tmp_path / "ours", tmp_path / "bare.pth")
-    content = torch.load(tmp_path / "bare.pth", weights_only=True)
+    export_official(tmp_path / "ours", tmp_path / "ours.pth")
+    content = {"model": torch.load(tmp_path / "ours.pth", weights_only=True)["model"]}  # as the original writes it
+    torch.save(content, tmp_path / "bare.pth")
     options = argparse.Namespace(nheads=4, num_queries=12, dilation=False, lr=1e-4)
     torch.save(content | {"args": options, "epoch": 49, "optimizer": {"state": {}}}, tmp_path / "official.pth")
     with caplog.at_level("INFO"):
@@ -157,7 +158,7 @@ def detreg(make_plain, tmp_path):
     detector = make_plain(num_classes=91)
     save_detector(detector, checkpoint_config(detector, None), tmp_path / "source")
     export_official(tmp_path / "source", tmp_path / "detreg.pth")
-    content = torch.load(tmp_path / "detreg.pth", weights_only=True)
+    content = {"model": torch.load(tmp_path / "detreg.pth", weights_only=True)["model"]}  # as the original writes it
     for layer, (rows, columns) in enumerate(((64, 64), (512, 64))):
         content["model"][f"feature_embed.layers.{layer}.weight"] = torch.zeros(rows, columns)
         content["model"][f"feature_embed.layers.{layer}.bias"] = torch.zeros(rows)
