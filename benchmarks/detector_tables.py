@@ -61,22 +61,14 @@ def detector_families(result: dict[str, Any]) -> str:
             "all steps run."
         ),
         "",
-        (
-            "| detector | config | parameters | AR@100 of stage 1 / 2 | AR@100 after fine-tuning | "
-            "seconds: mine, cluster / train / relabel |"
-        ),
-        "|---|---|--:|--:|--:|--:|",
+        "| detector | config | parameters | AR@100 of stage 1 / 2 | AR@100 after fine-tuning |",
+        "|---|---|--:|--:|--:|",
     ]
     for row in result["rows"]:
         recall = " / ".join(f"{100 * found['AR@100']:.1f}" for found in row["recall"].values())
-        seconds = {
-            kind: sum(step["seconds"] for step in row["steps"] if step["name"].startswith(kinds))
-            for kind, kinds in (("mine", ("mine", "cluster")), ("fit", ("fit",)), ("relabel", ("relabel",)))
-        }
-        times = " / ".join(f"{value:,.0f}" for value in seconds.values())
         lines.append(
             f"| {row['detector']} | `{row['config']}` | {row['parameters'] / 1e6:.1f} M | {recall} | "
-            f"{100 * row['AR@100']:.1f} | {times} |"
+            f"{100 * row['AR@100']:.1f} |"
         )
     return "\n".join(lines) + "\n"
 

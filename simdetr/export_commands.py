@@ -128,7 +128,7 @@ def onnx(
     image_size: tuple[int, int] | None = None,
     opset: int | None = None,
 ) -> None:
-    """A file for onnxruntime and other engines, for batches and images of any size.
+    """A file for onnxruntime and other engines, for any batch; images of any size where the network allows.
 
     Args:
         checkpoint: Run folder, detector folder or checkpoint.

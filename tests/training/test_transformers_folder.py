@@ -132,7 +132,7 @@ def test_detreg_is_a_deformable_detr_there(padded_batch, tmp_path):
 
 def test_detectors_without_counterpart_say_where_they_can_go(tmp_path):
     detector = TorchvisionDetector(3, "retinanet_resnet50_fpn", backbone="resnet18")
-    with pytest.raises(ValueError, match=r"has no TorchvisionDetector.*safetensors or onnx"):
+    with pytest.raises(ValueError, match=r"has no TorchvisionDetector.*Export to safetensors"):
         write_transformers_folder(LoadedDetector(detector, CATEGORIES[:3], IMAGES), tmp_path)
 
 
