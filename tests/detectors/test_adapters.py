@@ -133,6 +133,8 @@ def test_training_goes_on_after_inference_mode(name, detectors, scene):
     detector.train().losses(*scene)["loss"].backward()
     if name in TRANSFORMERS:  # as with a criterion of the task
         sum(value.sum() for value in detector(*scene[:2]).values() if isinstance(value, torch.Tensor)).backward()
+    learnt = [parameter for parameter in detector.parameters() if parameter.requires_grad]
+    assert learnt and all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in learnt)
 
 
 @pytest.mark.parametrize("name", [*TRANSFORMERS, *TORCHVISION])
