@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simdetr.data import masks as mask_codes
+from simdetr.data import points as point_columns
 from simdetr.data.coco_writing import write_coco, write_detections
 from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
 from simdetr.data.lineage import LINEAGE_COLUMNS, Lineage
@@ -77,6 +78,10 @@ def read_coco(
             cannot be read, gets a mask that fills its box, and is counted; a file without any gives labels without
             masks.
 
+    An annotation's one keypoint, if visible, becomes its point; with it, an annotation without ``bbox``, or with one of
+    no width or height, is a landmark of which only the point is known: its box is (x, y, x, y). Files in which an
+    annotation has several keypoints, as people have, give no points.
+
     Returns:
         The labels (crowds are kept and marked; an annotation's ``score`` and lineage are kept) and the problems met.
 
@@ -91,7 +96,8 @@ def read_coco(
     class_of = {category.id: index for index, category in enumerate(categories)}
     boxes: dict[str, list[_Annotation]] = {file_name: [] for file_name in sizes}
     seen: set[Any] = set()
-    for position, entry in enumerate(content.get("annotations", [])):
+    points = point_columns.one_each(content["annotations"])
+    for position, entry in enumerate(content["annotations"]):
         if not isinstance(entry, dict):
             problems.add("annotation is no object, dropped", f"annotation number {position + 1}")
             continue
@@ -106,7 +112,8 @@ def read_coco(
         elif _plain_id(entry.get("category_id")) not in class_of:
             problems.add("unknown category, dropped", f"{where} with category_id {entry.get('category_id')!r}")
         else:
-            annotation = _annotation(entry, sizes[file_name], class_of, problems, where)
+            point = _point(entry, problems, where) if points else None
+            annotation = _annotation(entry, point, sizes[file_name], class_of, problems, where)
             if annotation is not None:
                 mask = _mask(entry, annotation, sizes[file_name], problems) if masks else None
                 boxes[file_name].append(annotation if mask is None else replace(annotation, mask=mask))
@@ -130,6 +137,7 @@ class _Annotation:
     origin: tuple[int, ...] | None  # values of LINEAGE_COLUMNS
     where: str
     mask: bytes | None = None
+    point: tuple[float, float] | None = None
 
     def filled_mask(self, size_hw: tuple[int, int]) -> bytes:
         """The mask, or one that fills the box."""
@@ -203,15 +211,26 @@ def _images(
     return rows, sizes
 
 
+def _point(entry: Mapping[str, Any], problems: LabelProblems, where: str) -> tuple[float, float] | None:
+    try:
+        return point_columns.of_keypoints(entry.get("keypoints"))
+    except LabelError as error:
+        problems.add("keypoint cannot be read, left out", f"{where}: {error}")
+        return None
+
+
 def _annotation(
     entry: Mapping[str, Any],
+    point: tuple[float, float] | None,
     size_hw: tuple[int, int],
     class_of: Mapping[int | str, int],
     problems: LabelProblems,
     where: str,
 ) -> _Annotation | None:
+    bbox = entry.get("bbox")
+    boxless = point is not None and (not bbox or (isinstance(bbox, list) and 0 in bbox[2:4]))
     try:
-        x, y, width, height = (float(value) for value in entry["bbox"])
+        x, y, width, height = (*point, 0.0, 0.0) if point and boxless else (float(value) for value in entry["bbox"])
         score, area = float(entry.get("score", 1.0)), float(entry.get("area") or math.nan)
     except (KeyError, TypeError, ValueError):
         x = y = width = height = score = area = math.nan
@@ -220,8 +239,8 @@ def _annotation(
         return None
     full = np.array([x, y, x + width, y + height])
     limits = np.array([size_hw[1], size_hw[0], size_hw[1], size_hw[0]])
-    box = np.clip(full, 0, limits).astype(np.float32)
-    if not (box[2:] > box[:2]).all():
+    box = (full if boxless else np.clip(full, 0, limits)).astype(np.float32)
+    if not boxless and not (box[2:] > box[:2]).all():
         problems.add("box without area in the image, dropped", f"{where} with bbox {entry['bbox']!r}")
         return None
     if np.abs(full - box).max() > _ROUNDING_PX:
@@ -236,6 +255,7 @@ def _annotation(
         area=area if area > 0 and math.isfinite(area) else float((box[2] - box[0]) * (box[3] - box[1])),
         origin=_origin(entry, problems, where),
         where=where,
+        point=point,
     )
 
 
@@ -280,6 +300,9 @@ def _stack(file_name: str, size_hw: tuple[int, int], annotations: list[_Annotati
     masks = None
     if any(annotation.mask is not None for annotation in annotations):
         masks = mask_codes.column(annotation.filled_mask(size_hw) for annotation in annotations)
+    points = None
+    if any(annotation.point is not None for annotation in annotations):
+        points = [annotation.point or (math.nan, math.nan) for annotation in annotations]
     return ImageLabels.build(
         file_name,
         size_hw,
@@ -290,4 +313,5 @@ def _stack(file_name: str, size_hw: tuple[int, int], annotations: list[_Annotati
         areas=[annotation.area for annotation in annotations],
         lineage=lineage,
         masks=masks,
+        points=points,
     )

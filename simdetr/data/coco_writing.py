@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from simdetr.data import points as point_columns
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.labels import LabelError, Labels
 from simdetr.data.lineage import LINEAGE_COLUMNS
 
 _BOX_DECIMALS = 4
+_KEYPOINT_OF_CATEGORY = {"keypoints": ["reference point"], "skeleton": []}
 
 
 def write_coco(labels: Labels, path: str | Path) -> None:
@@ -22,7 +24,7 @@ def write_coco(labels: Labels, path: str | Path) -> None:
 
     Images and annotations are numbered from 1. ``info.simdetr_stage`` keeps the stage. Boxes with a lineage have it in
     the fields ``stage``, ``born``, ``born_row``, ``stride``, ``k`` and ``cluster``, see `simdetr.data.lineage.Lineage`.
-    Masks are written as ``segmentation``, in compressed run lengths.
+    Masks are written as ``segmentation``, in compressed run lengths, points as the one keypoint of each annotation.
     """
     content = {
         "info": {"description": "written by simdetr", "simdetr_stage": labels.stage},
@@ -33,12 +35,15 @@ def write_coco(labels: Labels, path: str | Path) -> None:
             )
         ],
         "annotations": [
-            {"id": number + 1, **box, **mask, **origin}
-            for number, (box, mask, origin) in enumerate(
-                zip(_boxes(labels), _segmentations(labels), _origins(labels), strict=True)
+            {"id": number + 1, **box, **mask, **point, **origin}
+            for number, (box, mask, point, origin) in enumerate(
+                zip(_boxes(labels), _segmentations(labels), _keypoints(labels), _origins(labels), strict=True)
             )
         ],
-        "categories": [{"id": category.id, "name": category.name} for category in labels.categories],
+        "categories": [
+            {"id": category.id, "name": category.name, **({} if labels.points is None else _KEYPOINT_OF_CATEGORY)}
+            for category in labels.categories
+        ],
     }
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")
@@ -47,7 +52,7 @@ def write_coco(labels: Labels, path: str | Path) -> None:
 def write_detections(labels: Labels, path: str | Path, coco_truth: str | Path | None = None) -> None:
     """Write labels as a COCO results list: image_id, category_id, bbox (x, y, width, height) and score per box.
 
-    Labels with masks have their ``segmentation`` too.
+    Labels with masks have their ``segmentation`` too, those with points their ``keypoints``.
 
     Args:
         labels: the detections.
@@ -60,9 +65,9 @@ def write_detections(labels: Labels, path: str | Path, coco_truth: str | Path | 
     """
     image_numbers = None if coco_truth is None else _truth_ids(Path(coco_truth))
     entries: list[dict[str, Any]] = []
-    for box, mask in zip(_boxes(labels), _segmentations(labels), strict=True):
+    for box, mask, point in zip(_boxes(labels), _segmentations(labels), _keypoints(labels), strict=True):
         file_name = labels.image_ids[box["image_id"] - 1]
-        entry = {key: box[key] for key in ("image_id", "category_id", "bbox", "score")} | mask
+        entry = {key: box[key] for key in ("image_id", "category_id", "bbox", "score")} | mask | point
         if image_numbers is None:
             entry["file_name"] = file_name
         elif file_name in image_numbers:
@@ -108,6 +113,17 @@ def _segmentations(labels: Labels) -> Iterator[dict[str, Any]]:
     sizes_hw = np.repeat(labels.sizes_hw, np.diff(labels.offsets), axis=0).tolist()
     for size_hw, counts in zip(sizes_hw, labels.masks, strict=True):
         yield {"segmentation": {"size": size_hw, "counts": counts.decode()}}
+
+
+def _keypoints(labels: Labels) -> Iterator[dict[str, Any]]:
+    if labels.points is None:
+        yield from itertools.repeat({}, len(labels.boxes_xyxy))
+        return
+    for (x, y), known in zip(
+        labels.points.astype(np.float64).round(_BOX_DECIMALS).tolist(), point_columns.known(labels.points), strict=True
+    ):
+        # COCO's visibility: 2 is seen, 0 is not labelled
+        yield {"keypoints": [x, y, 2] if known else [0, 0, 0], "num_keypoints": int(known)}
 
 
 def _origins(labels: Labels) -> Iterator[dict[str, int]]:

@@ -40,6 +40,7 @@ class ImageLabels:
         areas: float32 [n], area of the object in square pixels.
         lineage: where the boxes come from, None where nobody knows.
         masks: COCO's compressed run lengths of the objects at the image's size, bytes [n], None where nobody knows.
+        points: float32 [n, 2], a reference point (x, y) of each object in pixels, NaN where it has none; or None.
     """
 
     image_id: str
@@ -51,6 +52,7 @@ class ImageLabels:
     areas: NDArray[np.float32]
     lineage: Lineage | None = None
     masks: NDArray[np.object_] | None = None
+    points: NDArray[np.float32] | None = None
 
     @classmethod
     def build(
@@ -65,6 +67,7 @@ class ImageLabels:
         *,
         lineage: Lineage | None = None,
         masks: NDArray[np.object_] | None = None,
+        points: ArrayLike | None = None,
     ) -> ImageLabels:
         """Labels from anything array-like; scores are 1, nothing is a crowd and areas are the boxes' unless given."""
         boxes = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
@@ -78,6 +81,7 @@ class ImageLabels:
             areas=(boxes[:, 2:] - boxes[:, :2]).prod(1) if areas is None else np.asarray(areas, np.float32).reshape(-1),
             lineage=lineage,
             masks=masks,
+            points=None if points is None else np.asarray(points, np.float32).reshape(-1, 2),
         )
 
     def __len__(self) -> int:

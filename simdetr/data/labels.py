@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from simdetr.data import masks as mask_codes
+from simdetr.data import points as point_columns
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.image_labels import Category, ImageLabels, LabelError, stack_lineages
 from simdetr.data.lineage import LINEAGE_COLUMNS, Lineage
@@ -29,6 +30,7 @@ __all__ = ["Category", "ImageLabels", "LabelError", "Labels", "read_labels", "wr
 _METADATA_KEY = b"simdetr-labels"
 _ROWS_PER_GROUP = 20_000
 _LIST_COLUMNS = {"boxes_xyxy": pa.float32(), "classes": pa.int64(), "scores": pa.float32(), "areas": pa.float32()}
+_OPTIONAL_COLUMNS = ("lineage", "masks", "points")
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ class Labels:
         stage: -1 human truth, 0 mined, j relabelled by stage j.
         lineage: where each of the M boxes comes from, or None.
         masks: COCO's compressed run lengths of each object, bytes [M], see `simdetr.data.masks`; or None.
+        points: float32 [M, 2], reference points (x, y) in pixels, NaN where a box has none, see `simdetr.data.points`;
+            or None.
 
     Raises:
         LabelError: columns of different length, boxes that are not finite or upside down, classes without category,
-            scores outside [0, 1], repeated ids, masks that are no bytes.
+            scores outside [0, 1], repeated ids, masks that are no bytes, infinite points.
     """
 
     image_ids: tuple[str, ...]
@@ -66,6 +70,7 @@ class Labels:
     stage: int = -1
     lineage: Lineage | None = None
     masks: mask_codes.Masks | None = None
+    points: point_columns.Points | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_ids", tuple(self.image_ids))
@@ -93,6 +98,8 @@ class Labels:
             if len(self.masks) != rows:
                 raise LabelError(f"masks: expected those of {rows} boxes, got {len(self.masks)}; select both alike")
             object.__setattr__(self, "masks", mask_codes.column(self.masks))
+        if self.points is not None:
+            object.__setattr__(self, "points", point_columns.column(self.points, rows))
         self._check_values()
 
     def _check_values(self) -> None:
@@ -162,6 +169,7 @@ class Labels:
             areas=self.areas[rows],
             lineage=None if self.lineage is None else self.lineage[rows],
             masks=None if self.masks is None else self.masks[rows],
+            points=None if self.points is None else self.points[rows],
         )
 
     def of(self, image_id: str) -> ImageLabels:
@@ -175,7 +183,7 @@ class Labels:
         counts = np.diff(self.offsets)[images]
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         rows = np.repeat(self.offsets[:-1][images] - offsets[:-1], counts) + np.arange(offsets[-1])
-        names = [*_LIST_COLUMNS, "crowd", *(name for name in ("lineage", "masks") if getattr(self, name) is not None)]
+        names = [*_LIST_COLUMNS, "crowd", *(name for name in _OPTIONAL_COLUMNS if getattr(self, name) is not None)]
         columns = {name: getattr(self, name)[rows] for name in names}
         return replace(self, image_ids=wanted, sizes_hw=self.sizes_hw[images], offsets=offsets, **columns)
 
@@ -204,7 +212,7 @@ class Labels:
         """Stack the labels of single images, in their order.
 
         If some of them have a lineage, boxes of the others count as first seen by this stage; if some have masks, the
-        others' boxes stand in for theirs.
+        others' boxes stand in for theirs; if some have points, the others' are unknown.
         """
         images = list(rows)
         columns: dict[str, NDArray[Any]] = {
@@ -219,6 +227,7 @@ class Labels:
             stage=stage,
             lineage=stack_lineages(images, stage),
             masks=mask_codes.stack(images),
+            points=point_columns.stack(images),
             **columns,
         )
 
@@ -232,6 +241,8 @@ def write_labels(labels: Labels, path: str | Path) -> None:
         lists |= {name: pa.array(getattr(labels.lineage, name)) for name in LINEAGE_COLUMNS}
     if labels.masks is not None:
         lists["masks"] = pa.array(labels.masks, pa.binary())
+    if labels.points is not None:
+        lists["points"] = pa.FixedSizeListArray.from_arrays(pa.array(labels.points.reshape(-1)), 2)
     table = pa.table(
         {
             "image_id": pa.array(labels.image_ids, pa.string()),
@@ -275,8 +286,8 @@ def read_labels(path: str | Path, *, strict: bool = False, masks: bool = False) 
     content = json.loads(facts)
 
     has_lineage = set(LINEAGE_COLUMNS) <= set(table.column_names)  # labels of people and older files have none
-    has_masks = "masks" in table.column_names
-    names = (*_LIST_COLUMNS, "crowd", *(LINEAGE_COLUMNS if has_lineage else ()), *(["masks"] if has_masks else []))
+    optional = {"masks", "points"} & set(table.column_names)
+    names = (*_LIST_COLUMNS, "crowd", *(LINEAGE_COLUMNS if has_lineage else ()), *optional)
     lists = {name: pa.concat_arrays(table[name].chunks) for name in names if table.num_rows}
 
     def flat(name: str) -> NDArray[Any]:
@@ -297,5 +308,6 @@ def read_labels(path: str | Path, *, strict: bool = False, masks: bool = False) 
         crowd=flat("crowd"),
         stage=int(content["stage"]),
         lineage=Lineage(**{name: flat(name) for name in LINEAGE_COLUMNS}) if has_lineage else None,
-        masks=flat("masks") if has_masks else None,
+        masks=flat("masks") if "masks" in optional else None,
+        points=flat("points").reshape(-1, 2) if "points" in optional else None,
     )

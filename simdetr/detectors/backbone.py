@@ -8,7 +8,9 @@ The network lives in ``body``, so that names in a state dict are ``backbone.body
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import timm
 from timm.layers.norm_act import freeze_batch_norm_2d
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from simdetr.detectors.feature_pyramid import SimpleFeaturePyramid
 from simdetr.detectors.frozen_batch_norm import with_one_pass
 
+Between = Callable[[int, Tensor], Tensor]
+
 
 class Backbone(nn.Module):
     """A timm network as a source of multi-scale feature maps.
@@ -25,7 +29,8 @@ class Backbone(nn.Module):
     Args:
         name: any name of ``timm.list_models()`` whose maps have strides 8, 16 and 32, or a plain vision transformer.
         num_maps: 3 for strides 8, 16, 32; 1 for the coarsest map only (a transformer's own map, without a pyramid).
-        dilation: keep the last stage at stride 16 by dilating it (the DC5 variant; networks with ``output_stride``).
+        output_stride: pixels per cell of the last map; 16 (the DC5 variant) or 8 dilate the stages that would go below
+            (networks with ``output_stride``).
         frozen_batch_norm: fix statistics and affine parameters of batch norm; wanted with small batches and pretrained
             weights. Set it to False to train a batch-norm network from random weights.
         freeze_stem: fix all parameters before the stage of stride 8 (ResNet: conv1, bn1, layer1; plain transformers:
@@ -47,7 +52,7 @@ class Backbone(nn.Module):
         self,
         name: str,
         num_maps: int = 3,
-        dilation: bool = False,
+        output_stride: Literal[8, 16, 32] = 32,
         frozen_batch_norm: bool = True,
         freeze_stem: bool = True,
         freeze_all: bool = False,
@@ -57,14 +62,16 @@ class Backbone(nn.Module):
         super().__init__()
         if num_maps not in (1, 3):
             raise ValueError(f"num_maps must be 1 or 3, got {num_maps}")
-        body = _create(name, dilation, pretrained)
+        body = _create(name, output_stride, pretrained)
         info = body.feature_info
         assert isinstance(info, FeatureInfo)
         channels, strides = list(info.channels()), list(info.reduction())
         plain = len(set(strides)) == 1
-        if not plain and strides != ([8, 16, 16] if dilation else [8, 16, 32]):
+        expected = [min(stride, output_stride) for stride in (8, 16, 32)]
+        if not plain and strides != expected:
             raise ValueError(
-                f"backbone {name!r} has maps of strides {strides}; expected 8, 16, 32. Choose another network."
+                f"backbone {name!r} has maps of strides {strides}; expected {', '.join(map(str, expected))}. Choose "
+                "another network."
             )
 
         if frozen_batch_norm or freeze_all:
@@ -98,22 +105,64 @@ class Backbone(nn.Module):
                 switch(True)
                 return
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, between: Between | None = None) -> list[Tensor]:
         """Feature maps of a batch.
 
         Args:
             images: normalised images [B, 3, H, W], sides multiples of ``pad_multiple``.
+            between: sees map l [B, C_l, H_l, W_l] as soon as it is there, and gives what the next stage reads.
 
         Returns:
             Maps [B, channels[l], H_l, W_l], fine to coarse.
         """
-        maps = self.body(images)
+        with self._seen_by(between):
+            maps = self.body(images)
         if self._channels_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
         if self.pyramid is not None:
             pyramid: list[Tensor] = self.pyramid(maps[-1])
             return pyramid
         return list(maps[-len(self.channels) :])
+
+    def _seen_by(self, between: Between | None) -> AbstractContextManager[None]:
+        """Hooks on the stages that end in a map, as ``forward`` describes them.
+
+        Raises:
+            ValueError: the maps come from a pyramid, after the network's last block: no stage follows another.
+        """
+        if between is None:
+            return nullcontext()
+        if self.pyramid is not None:
+            raise ValueError("backbone: a plain vision transformer has no stages between its maps; choose one with")
+
+        def change(index: int, output: Tensor) -> Tensor:
+            if not self._channels_last:
+                return between(index, output)
+            return between(index, output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+        info: Any = self.body.feature_info
+        return _hooked([_submodule(self.body, name) for name in info.module_name()[-len(self.channels) :]], change)
+
+
+def _submodule(body: nn.Module, name: str) -> nn.Module:
+    """The module that timm's feature info names, in either of its two wrappers."""
+    flat = name.replace(".", "_")
+    known = dict(body.named_children())
+    return known[flat] if flat in known else body.get_submodule(f"model.{name}")
+
+
+@contextmanager
+def _hooked(modules: Sequence[nn.Module], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """Let ``change`` replace the output of each of the modules, within the block."""
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, index=index: change(index, output))
+        for index, module in enumerate(modules)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _takes_one_size(name: str) -> bool:
@@ -122,14 +171,14 @@ def _takes_one_size(name: str) -> bool:
     return bool(config.fixed_input_size) if config is not None else False
 
 
-def _create(name: str, dilation: bool, pretrained: bool) -> nn.Module:
+def _create(name: str, output_stride: int, pretrained: bool) -> nn.Module:
     """Build the timm network with its last three maps."""
     if not timm.is_model(name.split(".")[0]):
         similar = ", ".join(timm.list_models(f"*{name[:8]}*")[:6]) or "none"
         raise ValueError(f"backbone {name!r} is not a timm model; similar names: {similar}. See timm.list_models().")
     options: dict[str, Any] = {}
-    if dilation:
-        options["output_stride"] = 16
+    if output_stride < 32:
+        options["output_stride"] = output_stride
     if _takes_one_size(name):
         options["dynamic_img_size"] = True
         if name.startswith("swin_"):
@@ -142,7 +191,7 @@ def _create(name: str, dilation: bool, pretrained: bool) -> nn.Module:
     except (TypeError, NotImplementedError) as error:
         raise ValueError(
             f"backbone {name!r} cannot be built with {options}: {error}. Choose a network for any image size"
-            + (" that can be dilated (ResNet)." if dilation else " (ResNet, ConvNeXt, Swin, ViT).")
+            + (" that can be dilated (ResNet)." if output_stride < 32 else " (ResNet, ConvNeXt, Swin, ViT).")
         ) from error
     return body
 

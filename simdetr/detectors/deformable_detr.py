@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simdetr.detectors.backbone import Backbone
 from simdetr.detectors.cpu_linear import Linear
 from simdetr.detectors.deformable_transformer import DeformableTransformer, TransformerOutput
-from simdetr.detectors.detector import Detector, DetectorOutput, Prediction
+from simdetr.detectors.detector import DetectorOutput, Prediction
+from simdetr.detectors.features import Features, FeatureSizes, Level, Neck, QueryDetector, levels_of, queries_of
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.matcher import Target
-from simdetr.detectors.padding_mask import resize_mask
+from simdetr.detectors.padding_mask import pad_to_multiple, resize_mask
 from simdetr.detectors.position_encoding import LearnedEncoding, SineEncoding
 
 
@@ -50,7 +50,7 @@ class BoxHead(nn.Module):
         return offsets
 
 
-class DeformableDETR(Detector):
+class DeformableDETR(QueryDetector):
     """Deformable DETR on a timm backbone.
 
     Args:
@@ -118,7 +118,7 @@ class DeformableDETR(Detector):
         self.backbone = Backbone(
             backbone,
             num_maps=1 if num_feature_levels == 1 else 3,
-            dilation=dilation,
+            output_stride=16 if dilation else 32,
             frozen_batch_norm=frozen_batch_norm,
             freeze_stem=freeze_stem,
             freeze_all=freeze_backbone,
@@ -174,22 +174,50 @@ class DeformableDETR(Detector):
         Returns:
             Predictions of the last layer, of the earlier ones and, in the two-stage variant, of the encoder.
         """
-        return self.predictions(self.decode(images, mask))
+        return self.predictions(self.decode(images, mask)[0])
 
-    def decode(self, images: Tensor, mask: Tensor | None) -> TransformerOutput:
-        """States and boxes of the queries after every layer; arguments as in ``forward``."""
-        images, mask = self._pad(images, mask)
+    def decoded(
+        self, images: Tensor, mask: Tensor | None = None, neck: Neck | None = None
+    ) -> tuple[DetectorOutput, Features]:
+        """As ``forward``, with the projected maps and the queries; arguments as in ``QueryDetector``."""
+        out, levels, taps = self.decode(images, mask, neck)
+        outputs = self.predictions(out)
+        logits = [layer["pred_logits"] for layer in (*outputs["aux_outputs"], outputs)]
+        queries = queries_of(out.states, out.boxes, logits, out.start, self.transformer.decoder.refine)
+        return outputs, Features(levels, queries, taps)
+
+    @property
+    def feature_sizes(self) -> FeatureSizes:
+        """Sizes of what ``decoded`` gives."""
+        dim, count = self.transformer.level_embed.shape[1], len(self.input_proj)
+        return FeatureSizes(
+            self.num_classes, (dim,) * count, self._strides(), dim, len(self.transformer.decoder.layers)
+        )
+
+    def _strides(self) -> tuple[int, ...]:
+        """Pixels per cell of every level: the backbone's, then each twice the one before."""
+        strides = list(self.backbone.strides)
+        while len(strides) < len(self.input_proj):
+            strides.append(2 * strides[-1])
+        return tuple(strides[-len(self.input_proj) :])
+
+    def decode(
+        self, images: Tensor, mask: Tensor | None, neck: Neck | None = None
+    ) -> tuple[TransformerOutput, list[Level], list[Any]]:
+        """States and boxes of the queries after every layer, the maps and the neck's notes; as in ``decoded``."""
+        images, mask = pad_to_multiple(images, mask, self.backbone.pad_multiple)
         maps = self._levels(self.backbone(images))
         masks = [resize_mask(mask, (level.shape[2], level.shape[3])) for level in maps]
+        levels, taps = levels_of(maps, masks, self._strides(), neck)
         out: TransformerOutput = self.transformer(
-            maps,
+            [level.features for level in levels],
             masks,
             [self.position_encoding(level) for level in masks],
             None if self.query_embed is None else self.query_embed.weight,
             self.bbox_embed,
             self.class_embed,
         )
-        return out
+        return out, levels, taps
 
     def predictions(self, out: TransformerOutput) -> DetectorOutput:
         """What ``forward`` returns, of states and boxes."""
@@ -209,25 +237,12 @@ class DeformableDETR(Detector):
 
     def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses of all layers, see ``DetectionLoss``."""
-        terms: dict[str, Tensor] = self.criterion(self(images, mask), targets)
-        return terms
+        return self.losses_of(self(images, mask), images, targets)
 
-    def _pad(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Zero-pad to the sides that the backbone needs; a mask without padding shrinks to one image to save work."""
-        height, width = images.shape[-2:]
-        if mask is None:
-            mask = torch.zeros(1, height, width, dtype=torch.bool, device=images.device)
-        elif mask.shape != (images.shape[0], height, width):
-            raise ValueError(f"mask must be [B, H, W] = {[images.shape[0], height, width]}, got {list(mask.shape)}")
-        elif mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any():
-            mask = mask[:1]
-        multiple = self.backbone.pad_multiple
-        extra_h, extra_w = -height % multiple, -width % multiple
-        # a compiled or exported graph pads by 0 where eager mode would not pad: it serves every size
-        if multiple > 1 and (torch.compiler.is_compiling() or extra_h or extra_w):
-            images = F.pad(images, (0, extra_w, 0, extra_h))
-            mask = F.pad(mask.expand(images.shape[0], -1, -1), (0, extra_w, 0, extra_h), value=True)
-        return images, mask
+    def losses_of(self, outputs: DetectorOutput, images: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """``losses`` of outputs that are there already."""
+        terms: dict[str, Tensor] = self.criterion(outputs, targets)
+        return terms
 
     def _levels(self, maps: list[Tensor]) -> list[Tensor]:
         """Project the backbone's maps to C channels and add coarser ones, the first of them from the raw last map."""

@@ -33,6 +33,8 @@ class TransformerOutput(NamedTuple):
     """Class logits [B, S, K] of the encoder's proposals (two-stage)."""
     encoder_boxes: Tensor | None
     """Boxes [B, S, 4] of the encoder's proposals (two-stage)."""
+    start: Tensor
+    """Where the first decoder layer starts, fractions of the valid image: [B, Q, 2] or boxes cxcywh [B, Q, 4]."""
 
 
 def inverse_sigmoid(values: Tensor) -> Tensor:
@@ -222,12 +224,12 @@ class DeformableTransformer(nn.Module):
                 memory, [mask.expand(batch, -1, -1) for mask in masks], class_heads[-1], box_heads[-1]
             )
             states, boxes = self.decoder(chosen.target, chosen.query, chosen.reference, memory, box_heads)
-            return TransformerOutput(states, boxes, chosen.logits, chosen.boxes)
+            return TransformerOutput(states, boxes, chosen.logits, chosen.boxes, chosen.reference)
         assert query_embed is not None, "learned queries need an embedding"
         query, target = query_embed[None].expand(batch, -1, -1).chunk(2, dim=-1)
         reference = self.reference_points(query).float().sigmoid()
         states, boxes = self.decoder(target, query, reference, memory, box_heads)
-        return TransformerOutput(states, boxes, None, None)
+        return TransformerOutput(states, boxes, None, None, reference)
 
     def _flatten(
         self, maps: Sequence[Tensor], masks: Sequence[Tensor], positions: Sequence[Tensor]

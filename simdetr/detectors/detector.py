@@ -36,6 +36,12 @@ class DetectorOutput(Prediction):
     """Predictions of the decoder's earlier layers, first to last."""
     enc_outputs: NotRequired[Prediction]
     """Two-stage only: one prediction per cell of the encoder's output, Q = S."""
+    pred_points: NotRequired[Tensor]
+    """Reference points (x, y), fractions of the valid image [B, Q, 2], of landmark heads."""
+    point_logits: NotRequired[Tensor]
+    """Class logits [B, Q, K] of landmark heads that classify on their own; they then give a detection's class."""
+    score_maps: NotRequired[Tensor]
+    """What a localisation head reads its boxes off [B, 1, h, w], in [0, 1] over the valid image; evaluation mode."""
     enc_tokens: NotRequired[list[Tensor]]
     """Token labelling only, in training: class logits [B, h, w, K] of the cells of every map."""
 
@@ -80,6 +86,20 @@ class Detector(nn.Module, ABC):
         Returns:
             ``loss``, the total to minimise, which every trainable parameter takes part in, and its terms.
         """
+
+    @classmethod
+    def from_init_args(cls, init_args: Mapping[str, Any]) -> Detector:
+        """Build it anew from ``init_args``.
+
+        Args:
+            init_args: as the attribute of this name, or as a config file has them.
+        """
+        return cls(**init_args)
+
+    @property
+    def core(self) -> Detector:
+        """The detector that checkpoints of plain detectors fit: this one, unless it wraps another."""
+        return self
 
     @classmethod
     def finetuned_as(cls, init_args: Mapping[str, Any]) -> tuple[type[Detector], dict[str, Any]]:

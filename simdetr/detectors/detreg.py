@@ -87,7 +87,7 @@ class DETReg(DeformableDETR):
 
     def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses of all layers, see ``DetectionLoss``, and ``loss_embedding`` of the last."""
-        decoded = self.decode(images, mask)
+        decoded = self.decode(images, mask)[0]
         outputs = self.predictions(decoded)
         matched = self.criterion.match(outputs, targets)
         terms = self.criterion.of_matched(outputs, targets, matched)

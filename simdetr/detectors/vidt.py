@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from simdetr.detectors.deformable_detr import BoxHead
-from simdetr.detectors.detector import Detector, DetectorOutput, Prediction
+from simdetr.detectors.detector import DetectorOutput, Prediction
+from simdetr.detectors.features import Features, FeatureSizes, Neck, QueryDetector, levels_of, queries_of
 from simdetr.detectors.mask_vectors import NUM_COEFFICIENTS
 from simdetr.detectors.matcher import Target
 from simdetr.detectors.neck_free_loss import NeckFreeLoss
@@ -34,8 +35,11 @@ from simdetr.detectors.vidt_heads import (
 from simdetr.detectors.vidt_losses import VidtLoss
 from simdetr.detectors.vidt_neck import VidtNeck, flatten_maps
 
+STRIDES = (8, 16, 32, 64)
+"""Input pixels per cell of the maps."""
 
-class ViDT(Detector):
+
+class ViDT(QueryDetector):
     """ViDT+ on a Swin of timm; set ``fusion``, ``iou_aware``, ``mask_vectors`` and ``token_labels`` to False for ViDT.
 
     Without masks in the targets the masks' vectors and the cells' classes learn nothing, and the loss says so.
@@ -186,21 +190,46 @@ class ViDT(Detector):
         features = self.backbone(images, mask)
         if self.neck_free_head is not None:
             return self._predict_without_neck(features)[0]
-        return self._predict(features, mask)
+        return self._predict(features, mask)[0]
+
+    def decoded(
+        self, images: Tensor, mask: Tensor | None = None, neck: Neck | None = None
+    ) -> tuple[DetectorOutput, Features]:
+        """As ``forward``, with the projected maps and the queries; arguments as in ``QueryDetector``.
+
+        Raises:
+            ValueError: there is no decoder (``neck=False``).
+        """
+        if self.neck_free_head is not None:
+            raise ValueError("neck: heads read the decoder's queries; build ViDT with neck=True")
+        images, mask = _clear_padding(images, mask)
+        return self._predict(self.backbone(images, mask), mask, neck)
+
+    @property
+    def feature_sizes(self) -> FeatureSizes:
+        """Sizes of what ``decoded`` gives."""
+        dim, count = self.backbone.det_pos_embed.shape[2], len(self.backbone.channels)
+        return FeatureSizes(self.num_classes, (dim,) * count, STRIDES[:count], dim, self.num_decoder_layers + 1)
 
     def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses of all layers, see ``VidtLoss``, or ``NeckFreeLoss`` without a neck."""
         terms: dict[str, Tensor]
         if self.neck_free_head is None:
-            terms = self.criterion(self(images, mask), targets, tuple(images.shape[-2:]))
-            return terms
+            return self.losses_of(self(images, mask), images, targets)
         features = self.backbone(*_clear_padding(images, mask))
         outputs, class_logits = self._predict_without_neck(features)
         terms = self.criterion(class_logits, outputs, targets)
         # nothing reads the last maps, but every parameter has to take part
         return {**terms, "loss": terms["loss"] + 0.0 * features.maps[-1].float().sum()}
 
-    def _predict(self, features: RamFeatures, mask: Tensor) -> DetectorOutput:
+    def losses_of(self, outputs: DetectorOutput, images: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """``losses`` of outputs of a decoder that are there already."""
+        terms: dict[str, Tensor] = self.criterion(outputs, targets, tuple(images.shape[-2:]))
+        return terms
+
+    def _predict(
+        self, features: RamFeatures, mask: Tensor, neck: Neck | None = None
+    ) -> tuple[DetectorOutput, Features]:
         """Decode the tokens and apply the heads."""
         if self.fusion is not None:
             maps = self.fusion(features.maps)
@@ -208,17 +237,20 @@ class ViDT(Detector):
             assert self.input_proj is not None
             maps = [project(level) for project, level in zip(self.input_proj, features.maps, strict=True)]
         masks = [resize_mask(mask, (level.shape[2], level.shape[3])) for level in maps]
-        memory = flatten_maps(maps, masks)
+        levels, taps = levels_of(maps, masks, STRIDES[: len(maps)], neck)
+        memory = flatten_maps([level.features for level in levels], masks)
         target = project_tokens(self.tgt_proj, features.tokens)
         query = project_tokens(self.query_pos_proj, self.backbone.det_pos_embed).expand_as(target)
         used = self.num_decoder_layers if self.training or self.inference_layers is None else self.inference_layers
-        states, boxes = self.transformer(target, query, memory, self.bbox_embed, used)
+        states, boxes, start = self.transformer(target, query, memory, self.bbox_embed, used)
         layers = [self._apply_heads(index, *layer) for index, layer in enumerate(zip(states, boxes, strict=True))]
+        logits = [layer["pred_logits"] for layer in layers]
+        queries = queries_of(states, boxes, logits, start, self.transformer.decoder.refine)
         last = layers.pop()
         outputs = cast(DetectorOutput, {**last, "aux_outputs": layers})
         if self.training and self.transformer.token_embed is not None:
             outputs["enc_tokens"] = self.transformer.label_cells(memory, masks)
-        return outputs
+        return outputs, Features(levels, queries, taps)
 
     def _apply_heads(self, index: int, states: Tensor, boxes: Tensor) -> Prediction:
         """Prediction of one layer; states [B, Q, C], boxes [B, Q, 4]."""

@@ -87,8 +87,10 @@ class VidtNeck(nn.Module):
 
     def forward(
         self, target: Tensor, query: Tensor, memory: Memory, box_heads: nn.ModuleList, num_layers: int
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """States [B, Q, C] and boxes cxcywh [B, Q, 4] of the body and of each layer, 1 + ``num_layers`` of them.
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """States [B, Q, C] and boxes cxcywh [B, Q, 4] of the body and each layer, 1 + ``num_layers``; points [B, Q, 2].
+
+        The points are where the body's prediction starts, fractions of the valid image.
 
         Args:
             target: detection tokens [B, Q, C].
@@ -102,7 +104,7 @@ class VidtNeck(nn.Module):
         boxes = (offsets + F.pad(inverse_sigmoid(reference), (0, 2))).sigmoid()
         start = boxes.detach() if self.decoder.refine else reference
         later = self.decoder(target, query, start, memory, box_heads[1 : num_layers + 1])
-        return [target, *later[0]], [boxes, *later[1]]
+        return [target, *later[0]], [boxes, *later[1]], reference
 
     def label_cells(self, memory: Memory, masks: Sequence[Tensor]) -> list[Tensor]:
         """Class logits of all cells, [B, h_l, w_l, K] per level; padding and border cells count as zeros."""

@@ -48,11 +48,11 @@ def test_coarsest_map_only():
 
 
 def test_dilation_keeps_stride_16():
-    backbone = Backbone("resnet50", num_maps=1, dilation=True)
+    backbone = Backbone("resnet50", num_maps=1, output_stride=16)
     assert backbone.strides == [16]
     assert backbone(torch.zeros(1, 3, 64, 64))[0].shape == (1, 2048, 4, 4)
     with pytest.raises(ValueError, match=r"swin_tiny.*cannot be built.*dilated"):
-        Backbone("swin_tiny_patch4_window7_224", num_maps=1, dilation=True)
+        Backbone("swin_tiny_patch4_window7_224", num_maps=1, output_stride=16)
 
 
 def frozen(backbone):

@@ -88,7 +88,7 @@ def test_loss_is_the_mean_distance_of_matched_pairs(make_detreg, one_class):
     detector = make_detreg(dropout=0.0, embedding_weight=3.0)
     terms = detector.losses(images, mask, targets)
 
-    decoded = detector.decode(images, mask)
+    decoded = detector.decode(images, mask)[0]
     outputs = detector.predictions(decoded)
     pairs = detector.criterion.matcher(outputs["pred_logits"], outputs["pred_boxes"], targets)
     predicted = detector.feature_embed(decoded.states[-1])

@@ -1,0 +1,121 @@
+"""The one contract of heads: what a head reads of a detector, and what it gives back.
+
+A head is built for ``FeatureSizes``, reads ``Features`` and knows no detector: standalone it reads a backbone's maps
+(``HeadedBackbone``), else the maps and queries of a detector (``HeadedDetector``). Source: specs/heads.md section 0.
+Letters: B images, K classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from simdetr.detectors.features import Features, FeatureSizes, Level
+from simdetr.detectors.matcher import Target
+
+Need = Literal["levels", "queries"]
+
+
+class HeadLosses(NamedTuple):
+    """What a head says of a batch in training."""
+
+    total: Tensor
+    """To minimise; part of the graph even where the batch has nothing to learn from, and 0 then."""
+    terms: dict[str, Tensor]
+    """Its parts, unweighted."""
+    diagnostics: dict[str, Tensor]
+    """Numbers to watch, without gradient."""
+
+
+class Head(nn.Module, ABC):
+    """A part that reads features and predicts something of its own.
+
+    Attributes:
+        name: prefix of its losses.
+        needs: what it reads; building it for features without them is an error.
+        init_args: its options, plain JSON types; with the sizes they rebuild it.
+        is_neck: whether it looks at, and in training may change, the features on their way (``pass_level``).
+    """
+
+    name: str
+    needs: frozenset[Need]
+    init_args: dict[str, Any]
+    is_neck: bool = False
+
+    def pass_level(self, index: int, level: Level) -> tuple[Tensor, Any]:
+        """Necks only: see a level on its way; draws come from torch's default generator, which training seeds.
+
+        Args:
+            index: its place among the levels, fine to coarse.
+            level: the features as they come.
+
+        Returns:
+            The features [B, C, h, w] to go on with (the same tensor in evaluation mode), and what to find again in
+            ``Features.taps``.
+        """
+        return level.features, None
+
+    @abstractmethod
+    def forward(self, features: Features) -> Any:  # noqa: ANN401
+        """Raw outputs of the head, whatever its losses and predictions want."""
+
+    @abstractmethod
+    def losses(self, outputs: Any, features: Features, targets: Sequence[Target]) -> HeadLosses:  # noqa: ANN401
+        """Losses of a batch.
+
+        Args:
+            outputs: of ``forward``.
+            features: what they were made of.
+            targets: per image ``labels`` [T], ``boxes`` [T, 4] and, where asked for, ``points`` [T, 2]; may be empty.
+        """
+
+    @abstractmethod
+    def predictions(self, outputs: Any, features: Features) -> dict[str, Tensor]:  # noqa: ANN401
+        """What the head adds to a ``DetectorOutput``; standalone, ``pred_logits`` and ``pred_boxes`` are among it."""
+
+
+def check_needs(head: Head, sizes: FeatureSizes) -> None:
+    """Raise a ValueError where a head is built for features that lack what it reads."""
+    if "queries" in head.needs and sizes.query_channels is None:
+        raise ValueError(
+            f"{type(head).__name__} reads the queries of a decoder, but a backbone alone has none; put it on a "
+            "detector (simdetr.heads.HeadedDetector), or choose the variant that reads feature maps."
+        )
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise a ValueError that names the first element of ``values`` that is not finite, any shape.
+
+    Looked at on the CPU only, where it costs nothing; on other devices the loss would tell.
+    """
+    if values.device.type != "cpu" or bool(torch.isfinite(values).all()):
+        return
+    first = tuple(int(i) for i in torch.nonzero(~torch.isfinite(values))[0])
+    raise ValueError(f"{name}: expected finite values, got {float(values[first])} at index {first}")
+
+
+def check_targets(targets: Sequence[Target], batch: int, num_classes: int) -> None:
+    """Raise a ValueError for targets that do not fit the batch or the classes; labels on the CPU only."""
+    if len(targets) != batch:
+        raise ValueError(f"targets: expected one per image ({batch}), got {len(targets)}")
+    for index, target in enumerate(targets):
+        labels = target["labels"]
+        if labels.device.type != "cpu" or not len(labels):
+            continue
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"labels of image {index} of the batch: expected 0 to {num_classes - 1}, got {wrong}; number classes "
+                "from 0 and link num_classes to the data"
+            )
+
+
+def prefixed(name: str, losses: HeadLosses) -> dict[str, Tensor]:
+    """Terms and diagnostics under the head's name, for the log."""
+    both: Mapping[str, Tensor] = {**losses.terms, **losses.diagnostics}
+    return {f"{name}_{key}": value for key, value in both.items()}
