@@ -117,6 +117,12 @@ def denormalise(boxes_cxcywh: Tensor, size_hw: tuple[int, int]) -> Tensor:
     return cxcywh_to_xyxy(boxes_cxcywh) * boxes_cxcywh.new_tensor([width, height, width, height])
 
 
+def denormalise_points(points: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Points (x, y) as fractions of an image of (height, width) to pixels, [..., 2] to [..., 2]."""
+    height, width = size_hw
+    return points * points.new_tensor([width, height])
+
+
 def suppress_overlaps(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Indices, best first, such that no two kept boxes have IoU above the threshold; the more confident one stays.
 

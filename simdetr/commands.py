@@ -177,13 +177,13 @@ def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = No
         out: JSON file to write the numbers to.
     """
     from simdetr import inference
-    from simdetr.results import check_writable, write_scores
+    from simdetr.results import check_writable, shown_score, write_scores
 
     if out is not None:
         check_writable(out)
     scores = inference.evaluate(images, labels, checkpoint)
     for name, value in scores.items():
-        OUT.print(f"{name:>10}  {100 * value:5.1f} %", highlight=False)
+        OUT.print(f"{name:>22}  {shown_score(name, value)}", highlight=False)
     if out is not None:
         write_scores(scores, out)
 
@@ -233,6 +233,7 @@ def predict(
     max_boxes: int = 100,
     device: str | None = None,
     masks: bool = False,
+    heat_maps: Path | None = None,
 ) -> None:
     """Detect objects in an image, a folder or a list, and write COCO JSON.
 
@@ -248,6 +249,7 @@ def predict(
         max_boxes: Most confident boxes kept per image.
         device: Torch device; the GPU if there is one.
         masks: Write each object's mask too, as run lengths; for detectors that draw masks (ViDT+).
+        heat_maps: Folder for copies of the images with what a localisation head looks at laid over them.
     """
     from simdetr import inference
     from simdetr.data.images import open_images
@@ -270,6 +272,8 @@ def predict(
     OUT.print(write_result(found, out), soft_wrap=True)
     if pictures is not None:
         write_pictures(open_images(images), found, pictures)
+    if heat_maps is not None:
+        OUT.print(f"{inference.heat_maps(images, checkpoint, heat_maps):,} heat maps in {heat_maps}", soft_wrap=True)
 
 
 def report(run: Path, images: Path, truth: Path | None = None) -> None:

@@ -87,8 +87,8 @@ def safetensors(checkpoint: Path, out: Path) -> None:
         checkpoint: Run folder, detector folder or checkpoint.
         out: Folder to write: model.safetensors and config.json.
     """
-    from simdetr.inference import detector_folder
     from simdetr.training.checkpoint_exchange import export_safetensors
+    from simdetr.training.run_folder import detector_folder
 
     OUT.print(export_safetensors(detector_folder(checkpoint), out), soft_wrap=True)
 
@@ -100,8 +100,8 @@ def transformers(checkpoint: Path, out: Path) -> None:
         checkpoint: Run folder, detector folder or checkpoint.
         out: Folder to write: model.safetensors, config.json and preprocessor_config.json.
     """
-    from simdetr.inference import detector_folder
     from simdetr.training.checkpoint_exchange import export_transformers
+    from simdetr.training.run_folder import detector_folder
 
     OUT.print(export_transformers(detector_folder(checkpoint), out), soft_wrap=True)
 
@@ -113,9 +113,9 @@ def official(checkpoint: Path, out: Path) -> None:
         checkpoint: Run folder, detector folder or checkpoint.
         out: File to write, .pth; its tensors are in the entry ``model``.
     """
-    from simdetr.inference import detector_folder
     from simdetr.results import check_writable
     from simdetr.training.checkpoint_exchange import export_official
+    from simdetr.training.run_folder import detector_folder
 
     check_writable(out)
     OUT.print(export_official(detector_folder(checkpoint), out), soft_wrap=True)
@@ -137,9 +137,9 @@ def onnx(
         image_size: Height and width in pixels that all images have, as ``[800, 1088]``; any size when left out.
         opset: Version of ONNX's operators, 18 by default.
     """
-    from simdetr.inference import detector_folder
     from simdetr.results import check_writable
     from simdetr.training.onnx_export import export_onnx
+    from simdetr.training.run_folder import detector_folder
 
     check_writable(out)
     summary = export_onnx(detector_folder(checkpoint), out, verify=verify, image_size=image_size, opset=opset)

@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Labels, read_labels
 from simdetr.data.quarantine import Quarantine
+from simdetr.data.reference_points import ReferencePoints, with_reference_points
 from simdetr.evaluation.coco_metric import coco_metrics
+from simdetr.evaluation.point_metric import point_metrics
 from simdetr.evaluation.proposal_recall import proposal_recall
+from simdetr.heads.localisation_results import localisation_head, localisation_scores, write_heat_maps
 from simdetr.training.progress import image_progress
 from simdetr.training.relabel import InferenceSettings, detect, detect_array
-from simdetr.training.run_folder import RunFolder
-from simdetr.training.weights import is_saved, load_detector
+from simdetr.training.run_folder import detector_folder
+from simdetr.training.weights import load_detector
 
 LOG = logging.getLogger(__name__)
 
@@ -81,7 +84,9 @@ def _listed(quarantine: Path | None) -> str:
 def evaluate(
     images: str | Path, labels: str | Path, checkpoint: str | Path, *, device: str | None = None
 ) -> dict[str, float]:
-    """COCO's AP family and class-agnostic recall of a detector, fractions in 0..1.
+    """COCO's AP family and class-agnostic recall of a detector, fractions in 0..1; of heads their own scores too.
+
+    Landmark heads add those of `simdetr.evaluation.point_metric`, localisation heads MaxBoxAcc and its like.
 
     Args:
         images: Images to evaluate on; those without labels are left out.
@@ -92,7 +97,7 @@ def evaluate(
     Raises:
         ValueError: No image has labels.
     """
-    truth, source = read_labels(Path(labels)), open_images(images)
+    truth, source, loaded = read_labels(Path(labels)), open_images(images), load_detector(detector_folder(checkpoint))
     shared = [image_id for image_id in source.ids if image_id in truth]
     if not shared:
         raise ValueError(
@@ -101,28 +106,47 @@ def evaluate(
         )
     if len(shared) < len(truth):
         LOG.warning("%d of %d labelled images are not in %s", len(truth) - len(shared), len(truth), images)
-    found = predict(source.subset(shared), checkpoint, device=device)
-    return coco_metrics(truth, found) | proposal_recall(truth, found)
+    source, settings = (
+        source.subset(shared),
+        InferenceSettings.of(loaded.image_settings, device=device or default_device()),
+    )
+    with image_progress("predicting", len(source)) as progress:
+        found = detect(loaded.detector, source, loaded.categories, settings, progress=progress)
+    if loaded.reference_points is not None and truth.points is None:
+        rules = ReferencePoints(loaded.reference_points, loaded.categories)
+        truth = with_reference_points(truth, rules.of(truth.categories))
+    scores = coco_metrics(truth, found) | proposal_recall(truth, found)
+    if truth.points is not None and found.points is not None:
+        scores |= point_metrics(truth, found)
+    if localisation_head(loaded.detector) is not None:
+        numbered = truth.with_categories(loaded.categories)
+        scores |= localisation_scores(loaded.detector, source, numbered, settings)  # type: ignore[arg-type]
+    return scores
 
 
-def detector_folder(path: str | Path) -> Path:
-    """The detector a path means: itself, or the last one of a run folder.
+def heat_maps(
+    images: str | Path, checkpoint: str | Path, folder: Path, *, labels: Path | None = None, device: str | None = None
+) -> int:
+    """Write copies of images with what a localisation head looks at laid over them; returns how many.
+
+    Args:
+        images: What ``open_images`` takes.
+        checkpoint: Run folder, detector folder or checkpoint of a detector with a localisation head.
+        folder: Where the copies go.
+        labels: COCO JSON with human boxes to draw beside the found ones.
+        device: Torch device; the GPU if there is one.
 
     Raises:
-        FileNotFoundError: The path does not exist or holds no detector.
+        ValueError: The detector has no localisation head.
     """
-    path = Path(path)
-    if path.is_file() or is_saved(path):
-        return path
-    run = RunFolder(path)
-    trained = [path / "detector", *(run.detector(stage) for stage in reversed(run.stages()))]
-    for folder in trained:
-        if is_saved(folder):
-            return folder
-    raise FileNotFoundError(
-        f"checkpoint: expected a run folder, a detector folder or a checkpoint file, got {path}, which "
-        f"{'holds none' if path.exists() else 'does not exist'}."
-    )
+    loaded = load_detector(detector_folder(checkpoint))
+    if localisation_head(loaded.detector) is None:
+        raise ValueError(
+            f"checkpoint: {checkpoint} has no simdetr.heads.LocalisationHead, so there are no score maps to draw"
+        )
+    settings = InferenceSettings.of(loaded.image_settings, device=device or default_device())
+    truth = read_labels(labels) if labels is not None else None
+    return write_heat_maps(loaded.detector, open_images(images), settings, folder, truth)  # type: ignore[arg-type]
 
 
 def default_device() -> str:

@@ -25,7 +25,7 @@ from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Labels, read_labels, write_labels
 from simdetr.evaluation.report import write_report
 from simdetr.evaluation.run_folder import collect_run
-from simdetr.inference import default_device, detector_folder, evaluate, predict
+from simdetr.inference import default_device, evaluate, predict
 from simdetr.mining_ranks import MiningJob
 from simdetr.mining_steps import cluster_proposals, mine_proposals, preview_mining
 from simdetr.proposals.miner import mine
@@ -37,7 +37,7 @@ from simdetr.training.auto_batch import Scaling
 from simdetr.training.checkpoints import RESUME
 from simdetr.training.progress import image_progress
 from simdetr.training.relabel import InferenceSettings, relabel
-from simdetr.training.run_folder import RunFolder, leads, made_once
+from simdetr.training.run_folder import RunFolder, detector_folder, leads, made_once
 from simdetr.training.train import train
 from simdetr.training.weights import is_saved, load_detector
 

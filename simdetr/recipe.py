@@ -219,7 +219,7 @@ class Recipe:
             if weights:
                 arguments = without_downloads(arguments)
             class_path = f"{trained.__module__}.{trained.__qualname__}"
-            model["detector"] = {"class_path": class_path, "init_args": arguments}
+            model |= self._placed({"class_path": class_path, "init_args": arguments})
         else:
             title = checkpoint.format.title
             LOG.info("init: %s (%s) does not tell its detector; that of the config is used", detector, title)
@@ -227,6 +227,23 @@ class Recipe:
         with atomic_path(overlay) as temporary:
             temporary.write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
         return Recipe((*self.configs, str(overlay)), self.options)
+
+    def _placed(self, detector: dict[str, Any]) -> dict[str, Any]:
+        """Where the detector of a file goes in ``model``: in place of the recipe's own, or under the recipe's head."""
+        own = self._own_detector()
+        if detector["class_path"].startswith("simdetr.heads.") or not own.startswith("simdetr.heads."):
+            return {"detector": detector}
+        if own.rpartition(".")[2] == "HeadedBackbone":  # takes weights, and has no place for more
+            return {}
+        return {"detector": {"class_path": own, "init_args": {"detector": detector}}}
+
+    def _own_detector(self) -> str:
+        """Class of the detector that the config files name last; empty if none does."""
+        found = ""
+        for path in self.configs:
+            model = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("model") or {}
+            found = (model.get("detector") or {}).get("class_path", found)
+        return found
 
     def resolved(self, *options: str) -> tuple[Namespace, str]:
         """The checked configuration and its YAML text; nothing is built."""
@@ -243,7 +260,7 @@ class Recipe:
         module_name, _, class_name = described.class_path.rpartition(".")
         arguments = without_downloads(described.init_args.as_dict() | {"num_classes": num_classes})
         with torch.random.fork_rng(devices=[]):
-            getattr(importlib.import_module(module_name), class_name)(**arguments)
+            getattr(importlib.import_module(module_name), class_name).from_init_args(arguments)
 
     def sections(self, *options: str) -> PipelineSections:
         """The pipeline's sections, built."""

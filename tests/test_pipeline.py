@@ -18,7 +18,7 @@ from simdetr.data.images import read_image
 from simdetr.data.labels import Labels, read_labels
 from simdetr.data.quarantine import TooManyUnreadableError
 from simdetr.results import write_result
-from simdetr.training.run_folder import RunFolder, RunMismatchError
+from simdetr.training.run_folder import RunFolder, RunMismatchError, detector_folder
 
 
 def same_labels(a: Labels, b: Labels) -> bool:
@@ -258,14 +258,14 @@ def test_a_half_written_detector_is_trained_again(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run.path, copy)
     (copy / "stage2" / "detector" / "config.json").unlink()
-    assert pipeline.detector_folder(copy) == copy / "stage1" / "detector"
+    assert detector_folder(copy) == copy / "stage1" / "detector"
 
 
 @pytest.mark.parametrize("path", ["missing", "empty"])
 def test_a_folder_without_detector_is_named(path, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="checkpoint: expected a run folder"):
-        pipeline.detector_folder(tmp_path / path)
+        detector_folder(tmp_path / path)
 
 
 # --- bad input (design.md, section 11) ---

@@ -9,8 +9,11 @@ from simdetr.data.doctor import DoctorReport, examine, summary
 from simdetr.data.images import ImageRecord, ImageSource, UnreadableImageError, open_images, read_image
 from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, read_labels, write_labels
 from simdetr.data.lineage import Lineage
+from simdetr.data.map_file import read_map
+from simdetr.data.map_projection import map_targets
 from simdetr.data.mosaic import Mosaic
 from simdetr.data.quarantine import Quarantine, TooManyUnreadableError
+from simdetr.data.reference_points import ReferencePoints, with_reference_points
 from simdetr.data.transforms import eval_transforms, train_transforms
 
 __all__ = [
@@ -27,17 +30,21 @@ __all__ = [
     "Lineage",
     "Mosaic",
     "Quarantine",
+    "ReferencePoints",
     "TooManyUnreadableError",
     "UnreadableImageError",
     "collate",
     "eval_transforms",
     "examine",
+    "map_targets",
     "open_images",
     "read_coco",
     "read_image",
     "read_labels",
+    "read_map",
     "summary",
     "train_transforms",
+    "with_reference_points",
     "write_coco",
     "write_detections",
     "write_labels",

@@ -23,6 +23,8 @@ from simdetr.data import masks as mask_codes
 from simdetr.data.images import ImageSource, UnreadableImageError, read_image
 from simdetr.data.labels import LabelError, Labels
 from simdetr.data.quarantine import Quarantine
+from simdetr.data.reference_points import ReferencePoints
+from simdetr.data.sample_points import transformed_points, untransformed_points
 
 Target = dict[str, Any]
 Sample = tuple[Tensor, Target]
@@ -40,7 +42,8 @@ class Batch(NamedTuple):
         targets: one per image: ``labels`` int64 [T]; ``boxes`` float32 [T, 4], cxcywh as fractions of the image without
             its padding; ``orig_size`` and ``size`` int64 [2], (height, width) of the file and of the transformed image;
             ``image_index`` int64 scalar, the row in the labels, or in the source where there are no labels; where masks
-            are asked for, ``masks`` bool [T, h, w] at the transformed image's size.
+            are asked for, ``masks`` bool [T, h, w] at the transformed image's size; where reference points are,
+            ``points`` float32 [T, 2], (x, y) as fractions of the image without its padding, NaN where a box has none.
     """
 
     images: Tensor
@@ -62,9 +65,12 @@ class DetectionDataset(Dataset[Sample | None]):
             of giving None, which `collate` leaves out.
         seed: seed of the augmentation.
         masks: give the objects' masks too; then ``target["masks"]`` is a tv_tensors.Mask uint8 [T, H, W] in transforms.
+        reference_points: give the objects' reference points by these rules, read from the transformed boxes or, where
+            they are given ones, carried through the transforms of `simdetr.data.transforms`.
 
     Raises:
-        LabelError: a labelled image is not in the source, or masks are asked for and the labels have none.
+        LabelError: a labelled image is not in the source, masks are asked for and the labels have none, or a landmark
+            lacks what its rule of a reference point reads.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class DetectionDataset(Dataset[Sample | None]):
         replace_unreadable: bool = False,
         seed: int = 0,
         masks: bool = False,
+        reference_points: ReferencePoints | None = None,
     ) -> None:
         self.source = source
         self.labels = labels
@@ -90,7 +97,10 @@ class DetectionDataset(Dataset[Sample | None]):
             )
         if masks and (labels is None or labels.masks is None):
             raise LabelError("masks: the labels have none; read them with masks=True, or leave masks=False")
+        if reference_points is not None and labels is not None:
+            reference_points.check(labels)
         self.masks = masks
+        self.reference_points = reference_points if labels is not None else None
         self.transform = transform
         self.quarantine = quarantine
         self.replace_unreadable = replace_unreadable
@@ -140,6 +150,8 @@ class DetectionDataset(Dataset[Sample | None]):
         """Transform an untransformed sample and bring its target to the form that `Batch` describes."""
         image, target = self.transform(*sample)
         height, width = image.shape[-2:]
+        if self.reference_points is not None:
+            target = transformed_points(self.reference_points, target, (height, width))
         boxes = target["boxes"].as_subclass(Tensor).float().reshape(-1, 4)
         finished = {
             "labels": target["labels"],
@@ -150,17 +162,22 @@ class DetectionDataset(Dataset[Sample | None]):
         }
         if "masks" in target:
             finished["masks"] = target["masks"].as_subclass(Tensor).bool()
+        if self.reference_points is not None:
+            finished["points"] = target["points"] / target["points"].new_tensor([width, height])
         return image.as_subclass(Tensor), finished
 
     def _raw_sample(self, row: int, pixels: Tensor) -> Sample:
         size_hw = (pixels.shape[-2], pixels.shape[-1])
         boxes, classes = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-        extra = {}
+        extra: dict[str, Tensor] = {}
         if self.labels is not None:
             truth = self.labels.image(row)
             boxes, classes = truth.boxes_xyxy[~truth.crowd], truth.classes[~truth.crowd]
             if self.masks and truth.masks is not None:
                 extra["masks"] = pixel_masks(truth.masks[~truth.crowd], truth.size_hw, size_hw)
+            if self.reference_points is not None:
+                given = None if truth.points is None else truth.points[~truth.crowd]
+                extra |= untransformed_points(self.reference_points, boxes, classes, given, size_hw)
         return tv_tensors.Image(pixels), {
             "boxes": pixel_boxes(clip(torch.from_numpy(boxes), size_hw), size_hw),
             "labels": torch.from_numpy(classes),

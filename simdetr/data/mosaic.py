@@ -122,10 +122,11 @@ class Mosaic(Dataset[Sample | None]):
 
 
 def compose_tiles(samples: list[Sample], placements: list[Placement], canvas_hw: tuple[int, int]) -> Sample:
-    """Draw samples (uint8 images with pixel boxes) at their placements on one canvas; boxes, labels and masks too."""
+    """Draw samples (uint8 images with pixel boxes) at their placements on one canvas, with all that goes by box."""
     canvas = torch.tensor(_FILL_RGB, dtype=torch.uint8).view(3, 1, 1).repeat(1, *canvas_hw)
     boxes: list[Tensor] = []
     masks: list[Tensor] = []
+    points: list[Tensor] = []
     for (image, target), place in zip(samples, placements, strict=True):
         rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
         canvas[:, rows, columns] = F.resize(image.as_subclass(Tensor), [place.height, place.width], antialias=True)
@@ -136,10 +137,16 @@ def compose_tiles(samples: list[Sample], placements: list[Placement], canvas_hw:
             resized = F.resize(target["masks"], [place.height, place.width]).as_subclass(Tensor)
             masks.append(resized.new_zeros(len(resized), *canvas_hw))
             masks[-1][:, rows, columns] = resized
+        if "points" in target:
+            points.append(target["points"] * factors[:2] + shift[:2])
+    extra: dict[str, Tensor] = {"masks": tv_tensors.Mask(torch.cat(masks))} if masks else {}
+    if points:
+        flags = {name: torch.cat([target[name] for _, target in samples]) for name in ("only_point", "one_sided")}
+        extra |= {"points": torch.cat(points), **flags}
     return tv_tensors.Image(canvas), {
         "boxes": pixel_boxes(torch.cat(boxes), canvas_hw),
         "labels": torch.cat([target["labels"] for _, target in samples]),
         "orig_size": torch.tensor(canvas_hw),
         "image_index": samples[0][1]["image_index"],
-        **({"masks": tv_tensors.Mask(torch.cat(masks))} if masks else {}),
+        **extra,
     }

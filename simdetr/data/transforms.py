@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -44,16 +45,21 @@ class ResizeShortSide(nn.Module):
         self.max_side = int(max_side)
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Resize image, boxes and masks alike."""
+        """Resize image, boxes, masks and points alike."""
         height, width = F.get_size(image)
         chosen = self.short_sides[int(torch.randint(len(self.short_sides), ()))]
         scale = min(chosen / min(height, width), self.max_side / max(height, width))
         size = [max(1, round(height * scale)), max(1, round(width * scale))]
-        return _on_all(image, target, lambda value: F.resize(value, size, antialias=True))
+        return _on_all(
+            image,
+            target,
+            lambda value: F.resize(value, size, antialias=True),
+            lambda points: points * points.new_tensor([size[1] / width, size[0] / height]),
+        )
 
 
 class RandomSizeCrop(nn.Module):
-    """Cut out a window whose height and width are drawn independently; boxes and masks are cut with it.
+    """Cut out a window whose height and width are drawn independently; boxes and masks are cut with it, points moved.
 
     Args:
         min_side: smallest side of the window in pixels; smaller images are not cut along that side.
@@ -67,21 +73,70 @@ class RandomSizeCrop(nn.Module):
         self.min_side, self.max_side = int(min_side), int(max_side)
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Cut all alike; boxes may come out empty, `v2.SanitizeBoundingBoxes` drops them with labels and masks."""
+        """Cut all alike; boxes may come out empty, `DropSmallBoxes` drops them with what belongs to them."""
         full_height, full_width = F.get_size(image)
         height, width = self._draw(full_height), self._draw(full_width)
         top = int(torch.randint(full_height - height + 1, ()))
         left = int(torch.randint(full_width - width + 1, ()))
-        return _on_all(image, target, lambda value: F.crop(value, top, left, height, width))
+        return _on_all(
+            image,
+            target,
+            lambda value: F.crop(value, top, left, height, width),
+            lambda points: points - points.new_tensor([left, top]),
+        )
 
     def _draw(self, side: int) -> int:
         low, high = min(self.min_side, side), min(self.max_side, side)
         return int(torch.randint(low, high + 1, ()))
 
 
-def _on_all(image: Tensor, target: dict[str, Any], change: Callable[[Any], Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Change the image and what lies on it."""
-    return change(image), target | {name: change(target[name]) for name in ("boxes", "masks") if name in target}
+class RandomMirror(nn.Module):
+    """Mirror left and right, but no sample with a landmark whose point would then be on the wrong side of its object.
+
+    Such a landmark (``target["one_sided"]``) has a class whose reference point is a left or right one, and no box to
+    find the other side's by. A refusal is told as ``target["flip_refused"]``.
+
+    Args:
+        probability: share of samples that are mirrored.
+    """
+
+    def __init__(self, probability: float = 0.5) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Mirror all alike, or nothing."""
+        if torch.rand(1) >= self.probability:
+            return image, target
+        if "one_sided" in target and target["one_sided"].any():
+            return image, target | {"flip_refused": True}
+        width = F.get_size(image)[1]
+        return _on_all(
+            image, target, F.horizontal_flip, lambda points: torch.stack([width - points[:, 0], points[:, 1]], dim=1)
+        )
+
+
+class DropSmallBoxes(nn.Module):
+    """Leave out boxes below one pixel with their labels, masks and points; landmarks that never had a box stay."""
+
+    def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Select the rows of all that goes by box."""
+        boxes = target["boxes"].as_subclass(Tensor)
+        kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
+        if "only_point" in target:
+            kept |= target["only_point"]
+        names = [name for name in ("boxes", "labels", "masks", "points", "only_point") if name in target]
+        return image, target | {name: tv_tensors.wrap(target[name][kept], like=target[name]) for name in names}
+
+
+def _on_all(
+    image: Tensor, target: dict[str, Any], change: Callable[[Any], Any], move: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Change the image and what lies on it; points [T, 2] move exactly, torchvision >= 0.19 may not know them."""
+    changed: dict[str, Any] = {name: change(target[name]) for name in ("boxes", "masks") if name in target}
+    if "points" in target:
+        changed["points"] = move(target["points"])
+    return change(image), target | changed
 
 
 def train_transforms(
@@ -115,7 +170,7 @@ def train_transforms(
             ]
         )
         resize = v2.RandomChoice([resize, cut])
-    steps = [*([v2.RandomHorizontalFlip(0.5)] if flip else []), resize, *_colour_changes(colour)]
+    steps = [*([RandomMirror(0.5)] if flip else []), resize, *_colour_changes(colour)]
     composed: nn.Module = v2.Compose([*steps, *_preparation(mean, std)])
     return composed
 
@@ -131,7 +186,7 @@ def eval_transforms(
 def _preparation(mean: Sequence[float], std: Sequence[float]) -> list[nn.Module]:
     return [
         v2.ClampBoundingBoxes(),
-        v2.SanitizeBoundingBoxes(min_size=1.0),
+        DropSmallBoxes(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(list(mean), list(std)),
         v2.ToPureTensor(),

@@ -66,7 +66,7 @@ class Backbone(nn.Module):
         info = body.feature_info
         assert isinstance(info, FeatureInfo)
         channels, strides = list(info.channels()), list(info.reduction())
-        plain = len(set(strides)) == 1
+        plain = len(set(strides)) == 1 and output_stride == 32  # at 8 all maps of a hierarchy have one stride too
         expected = [min(stride, output_stride) for stride in (8, 16, 32)]
         if not plain and strides != expected:
             raise ValueError(

@@ -56,6 +56,7 @@ class Detector(nn.Module, ABC):
         body_name: dotted name of the feature network that encoder checkpoints fit.
         slow_names: parameters whose name holds one of these learn ten times slower, as published for Deformable DETR.
         decays_backbone_vectors: whether weight decay also holds for the backbone's biases, norms and tokens.
+        takes_backbones: whether a checkpoint that fits its backbone alone is enough to start from.
     """
 
     init_args: dict[str, Any]
@@ -64,6 +65,7 @@ class Detector(nn.Module, ABC):
     body_name: str = "backbone.body"
     slow_names: tuple[str, ...] = ("reference_points", "sampling_offsets")
     decays_backbone_vectors: bool = True
+    takes_backbones: bool = False
 
     @abstractmethod
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:

@@ -84,6 +84,7 @@ class RamSwin(nn.Module):
 
     Attributes:
         channels: channels of each map, fine to coarse.
+        strides: input pixels per cell of each map.
         token_channels: C_4.
 
     Raises:
@@ -123,6 +124,8 @@ class RamSwin(nn.Module):
         )
         self.tail = None if tail_channels is None else PatchMerging(widths[-1], tail_channels)
         self.channels = widths[1:] + ([] if tail_channels is None else [tail_channels])
+        patches: Any = body.patch_embed
+        self.strides = [int(patches.patch_size[0]) * 2**stage for stage in range(1, len(self.channels) + 1)]
         self.token_channels = widths[-1]
 
     def forward(self, images: Tensor, mask: Tensor) -> RamFeatures:

@@ -35,9 +35,6 @@ from simdetr.detectors.vidt_heads import (
 from simdetr.detectors.vidt_losses import VidtLoss
 from simdetr.detectors.vidt_neck import VidtNeck, flatten_maps
 
-STRIDES = (8, 16, 32, 64)
-"""Input pixels per cell of the maps."""
-
 
 class ViDT(QueryDetector):
     """ViDT+ on a Swin of timm; set ``fusion``, ``iou_aware``, ``mask_vectors`` and ``token_labels`` to False for ViDT.
@@ -209,7 +206,9 @@ class ViDT(QueryDetector):
     def feature_sizes(self) -> FeatureSizes:
         """Sizes of what ``decoded`` gives."""
         dim, count = self.backbone.det_pos_embed.shape[2], len(self.backbone.channels)
-        return FeatureSizes(self.num_classes, (dim,) * count, STRIDES[:count], dim, self.num_decoder_layers + 1)
+        return FeatureSizes(
+            self.num_classes, (dim,) * count, tuple(self.backbone.strides), dim, self.num_decoder_layers + 1
+        )
 
     def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses of all layers, see ``VidtLoss``, or ``NeckFreeLoss`` without a neck."""
@@ -232,13 +231,15 @@ class ViDT(QueryDetector):
     ) -> tuple[DetectorOutput, Features]:
         """Decode the tokens and apply the heads."""
         if self.fusion is not None:
-            maps = self.fusion(features.maps)
+            maps = self.fusion(features.maps)[::-1]
         else:
             assert self.input_proj is not None
             maps = [project(level) for project, level in zip(self.input_proj, features.maps, strict=True)]
         masks = [resize_mask(mask, (level.shape[2], level.shape[3])) for level in maps]
-        levels, taps = levels_of(maps, masks, STRIDES[: len(maps)], neck)
-        memory = flatten_maps([level.features for level in levels], masks)
+        levels, taps = levels_of(maps, masks, self.backbone.strides, neck)
+        order = slice(None, None, -1 if self.fusion is not None else 1)  # the original decodes fused maps coarse first
+        masks = masks[order]
+        memory = flatten_maps([level.features for level in levels[order]], masks)
         target = project_tokens(self.tgt_proj, features.tokens)
         query = project_tokens(self.query_pos_proj, self.backbone.det_pos_embed).expand_as(target)
         used = self.num_decoder_layers if self.training or self.inference_layers is None else self.inference_layers

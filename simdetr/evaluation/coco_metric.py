@@ -39,11 +39,11 @@ class MatchScores:
 
     def average_precision(self, *, size: str = "all", iou: int | None = None) -> float:
         """AP with the largest number of boxes, over all IoU thresholds or at one given in percent (50, 55 .. 95)."""
-        return _mean_of_present(self.precision[_thresholds(iou), :, :, SIZES.index(size), -1])
+        return mean_of_present(self.precision[_thresholds(iou), :, :, SIZES.index(size), -1])
 
     def average_recall(self, boxes: int, *, size: str = "all", iou: int | None = None) -> float:
         """Recall with at most ``boxes`` boxes per image, over all IoU thresholds or at one given in percent."""
-        return _mean_of_present(self.recall[_thresholds(iou), :, SIZES.index(size), self.max_boxes.index(boxes)])
+        return mean_of_present(self.recall[_thresholds(iou), :, SIZES.index(size), self.max_boxes.index(boxes)])
 
 
 def _thresholds(iou: int | None) -> slice:
@@ -53,7 +53,8 @@ def _thresholds(iou: int | None) -> slice:
     return slice(index, index + 1)
 
 
-def _mean_of_present(values: NDArray[np.float64]) -> float:
+def mean_of_present(values: NDArray[np.float64]) -> float:
+    """Mean of the numbers that are not COCOeval's -1, ``nan`` if all are."""
     present = values[values > -1]
     return float(present.mean()) if present.size else float("nan")
 
@@ -90,7 +91,7 @@ def per_class_ap(truth: Labels, predictions: Labels) -> dict[int | str, float]:
         ValueError: as `coco_metrics`.
     """
     precision = match_boxes(truth, predictions).precision[:, :, :, 0, -1]
-    return {c.id: _mean_of_present(precision[:, :, index]) for index, c in enumerate(truth.categories)}
+    return {c.id: mean_of_present(precision[:, :, index]) for index, c in enumerate(truth.categories)}
 
 
 def match_boxes(
@@ -109,7 +110,7 @@ def match_boxes(
     """
     if not max_boxes or min(max_boxes) < 1:
         raise ValueError(f"max_boxes: expected at least one number of boxes >= 1, got {tuple(max_boxes)}")
-    images = _rows_of_images(truth, predictions)
+    images = rows_of_images(truth, predictions)
     if class_agnostic:
         category_ids = [1]
         truth_categories = np.ones(len(truth.classes), np.int64)
@@ -117,7 +118,7 @@ def match_boxes(
     else:
         category_ids = list(range(1, len(truth.categories) + 1))
         truth_categories = truth.classes + 1
-        predicted_categories = _truth_categories(truth, predictions)
+        predicted_categories = categories_in_truth(truth, predictions)
     own_images = np.repeat(np.arange(len(truth)), np.diff(truth.offsets))
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(
@@ -133,7 +134,7 @@ def match_boxes(
     return MatchScores(evaluation.eval["precision"], evaluation.eval["recall"], tuple(evaluation.params.maxDets))
 
 
-def _rows_of_images(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
+def rows_of_images(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
     """The truth's image index of every predicted box."""
     unknown = [image_id for image_id in predictions.image_ids if image_id not in truth]
     if unknown:
@@ -146,7 +147,7 @@ def _rows_of_images(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
     return np.repeat(indices, np.diff(predictions.offsets))
 
 
-def _truth_categories(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
+def categories_in_truth(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
     """COCO category (truth's class index + 1) of every predicted box, 0 for categories unknown to the truth."""
     index_of = {category.id: index for index, category in enumerate(truth.categories)}
     lookup = np.asarray([index_of.get(category.id, -1) + 1 for category in predictions.categories], np.int64)

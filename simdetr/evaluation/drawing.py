@@ -1,7 +1,7 @@
-"""Pictures for eyes: images and boxes in, PIL pictures out (predict, report and notebooks share them).
+"""Pictures for eyes: images, boxes and points in, PIL pictures out (predict, report and notebooks share them).
 
 Boxes are drawn by torchvision; small images are enlarged first, so that lines and captions stay thin and readable.
-A class has the same colour in every picture.
+A class has the same colour in every picture. Score maps are drawn by `simdetr.evaluation.heat_map_drawing`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from simdetr import boxes as box_maths
+from simdetr.data import points as point_columns
 from simdetr.data.images import ImageSource, UnreadableImageError, read_image
-from simdetr.data.labels import Labels
+from simdetr.data.labels import Category, ImageLabels, Labels
 
 Colour = tuple[int, int, int]
 GOLDEN_RATIO = 0.6180339887498949
+INK: Colour = (16, 18, 22)
 PAPER: Colour = (214, 217, 222)  # ground of sheets and of tiles that a picture does not fill
 
 
@@ -104,6 +106,64 @@ def _check_drawing(
             raise ValueError(f"{name}: expected one per box ({len(boxes)}), got {len(given)}")
 
 
+def draw_points(
+    picture: Tensor | Image.Image,
+    points_xy: Tensor | NDArray[np.float32],
+    captions: Sequence[str] | None = None,
+    colours: Sequence[Colour] | None = None,
+    *,
+    filled: bool = True,
+    size_hw: tuple[int, int] | None = None,
+) -> Image.Image:
+    """Draw points, each a ring with a cross in it that is as large on a small image as on a large one.
+
+    Args:
+        picture: uint8 [3, H, W], enlarged as `draw_boxes` does; or a picture with boxes, of which a copy is drawn on.
+        points_xy: [N, 2] pixels; those that are NaN are passed over, those outside the picture are cut off.
+        captions: N short texts, put at the upper right of their points; none if left out or empty.
+        colours: N RGB triples; the colours of classes 0 .. N-1 if left out.
+        filled: fill the rings, as for predictions; hollow ones are for human points beside them.
+        size_hw: height and width of the image whose pixels the points are in; the picture's own if left out.
+
+    Raises:
+        ValueError: wrong type or shape of the picture or points, or other than N captions or colours.
+    """
+    points = np.asarray(points_xy, dtype=np.float64).reshape(-1, 2)
+    for name, given in (("captions", captions), ("colours", colours)):
+        if given is not None and len(given) != len(points):
+            raise ValueError(f"{name}: expected one per point ({len(points)}), got {len(given)}")
+    if isinstance(picture, Tensor):
+        size_hw = size_hw or (picture.shape[-2], picture.shape[-1])
+        drawn = draw_boxes(picture, np.zeros((0, 4), np.float32))
+    else:
+        drawn = picture.copy()
+    height, width = size_hw or (drawn.height, drawn.width)
+    for index in np.flatnonzero(np.isfinite(points).all(1)).tolist():
+        x, y = points[index] * (drawn.width / width, drawn.height / height)
+        colour = class_colour(index) if colours is None else colours[index]
+        radius = _draw_ring(ImageDraw.Draw(drawn), (math.floor(x), math.floor(y)), colour, filled=filled)
+        if captions is not None and captions[index]:
+            _write_caption(drawn, (x + radius, y - radius), captions[index], colour)
+    return drawn
+
+
+def _draw_ring(draw: ImageDraw.ImageDraw, centre: tuple[int, int], colour: Colour, *, filled: bool) -> int:
+    """A ring between dark edges, which show it on any ground, and a cross through its centre; its outer radius."""
+    x, y = centre
+    line = max(2, round(max(draw.im.size) / 320))  # as thick as a box
+    radius: int = 4 * line
+
+    def ring(distance: int, colour: Colour, width: int, fill: Colour | None = None) -> None:
+        draw.ellipse((x - distance, y - distance, x + distance, y + distance), fill, colour, width)
+
+    ring(radius + 1, INK, line + 2)
+    ring(radius, colour, line, colour if filled else None)
+    cross = INK if filled else colour
+    draw.line((x - radius, y, x + radius, y), cross, line // 2)
+    draw.line((x, y - radius, x, y + radius), cross, line // 2)
+    return radius
+
+
 @functools.cache
 def _font(size_px: int) -> ImageFont.FreeTypeFont:
     # matplotlib carries its own font files, so captions look alike on every machine and know more than Latin letters
@@ -124,14 +184,17 @@ def _write_caption(picture: Image.Image, box: Sequence[float], caption: str, col
     draw.text((x + 2 - left, y + 2 - top), caption, fill="black" if is_light else "white", font=font)
 
 
-def write_pictures(source: ImageSource, labels: Labels, folder: str | Path, *, max_boxes: int = 25) -> int:
-    """Write a copy of every labelled image with its boxes, class names and scores drawn on it.
+def write_pictures(
+    source: ImageSource, labels: Labels, folder: str | Path, *, max_boxes: int = 25, truth: Labels | None = None
+) -> int:
+    """Write a copy of every labelled image with its boxes, points, class names and scores drawn on it.
 
     Args:
         source: the images of the labels.
         labels: predictions, pseudo-labels or truth.
         folder: where the copies go, under the images' relative paths; other formats than JPEG and PNG become PNG.
         max_boxes: the best-scored boxes drawn per image, so that a picture stays readable.
+        truth: human labels whose points are drawn too, as hollow rings.
 
     Returns:
         Number of pictures written; images that cannot be read are passed over.
@@ -142,98 +205,43 @@ def write_pictures(source: ImageSource, labels: Labels, folder: str | Path, *, m
     folder = Path(folder)
     if folder.resolve() == source.root.resolve():
         raise ValueError(f"folder: {folder} holds the images themselves; choose another one for their copies")
+    colour_of = {category.id: class_colour(index) for index, category in enumerate(labels.categories)}
+    truth_colours = [] if truth is None else [colour_of.get(category.id, PAPER) for category in truth.categories]
     written = 0
     for index, image_id in enumerate(labels.image_ids):
         try:
             image = read_image(source.record(image_id))
         except UnreadableImageError:
             continue
-        found = labels.image(index)
-        best = np.argsort(-found.scores, kind="stable")[:max_boxes]
-        names = [labels.categories[label].name for label in found.classes[best]]
-        picture = draw_boxes(
-            image,
-            found.boxes_xyxy[best],
-            [f"{name} {score:.2f}" for name, score in zip(names, found.scores[best], strict=True)],
-            [class_colour(int(label)) for label in found.classes[best]],
-        )
-        target = folder / image_id.lstrip("/")  # an absolute id must not lead back to the image itself
-        if target.suffix.lower() not in (".jpg", ".jpeg", ".png"):
-            target = target.with_name(f"{target.name}.png")
+        picture = _draw_labels(image, labels.image(index), labels.categories, max_boxes)
+        own = truth.of(image_id) if truth is not None and image_id in truth else None
+        if own is not None and own.points is not None:
+            colours = [truth_colours[label] for label in own.classes]
+            picture = draw_points(picture, own.points, None, colours, filled=False, size_hw=own.size_hw)
+        target = picture_path(folder, image_id)
         target.parent.mkdir(parents=True, exist_ok=True)
         picture.save(target)
         written += 1
     return written
 
 
-def contact_sheet(images: Sequence[Image.Image], columns: int, *, gap_px: int = 4) -> Image.Image:
-    """Pictures side by side in rows, each in a cell of the largest one's size, in reading order.
-
-    Raises:
-        ValueError: no images, or ``columns`` below 1.
-    """
-    if not images or columns < 1:
-        raise ValueError(f"expected at least one image and one column, got {len(images)} images, {columns} columns")
-    columns = min(columns, len(images))
-    cell_width, cell_height = max(i.width for i in images), max(i.height for i in images)
-    rows = math.ceil(len(images) / columns)
-    sheet_size = (columns * (cell_width + gap_px) - gap_px, rows * (cell_height + gap_px) - gap_px)
-    sheet = Image.new("RGB", sheet_size, PAPER)
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        x = column * (cell_width + gap_px) + (cell_width - image.width) // 2
-        y = row * (cell_height + gap_px) + (cell_height - image.height) // 2
-        sheet.paste(image, (x, y))
-    return sheet
+def picture_path(folder: Path, image_id: str) -> Path:
+    """Where the picture of an image goes: under its relative path, as PNG unless it is a JPEG."""
+    target = folder / image_id.lstrip("/")  # an absolute id must not lead back to the image itself
+    is_writable = target.suffix.lower() in (".jpg", ".jpeg", ".png")
+    return target if is_writable else target.with_name(f"{target.name}.png")
 
 
-def class_montage(
-    source: ImageSource, labels: Labels, class_index: int, count: int, seed: int, *, tile_px: int = 96, columns: int = 6
-) -> Image.Image:
-    """Crops of boxes of one (pseudo-)class, drawn at random, as one sheet of square tiles.
-
-    Args:
-        source: the images of the labels.
-        labels: pseudo-labels or human labels.
-        class_index: index into ``labels.categories``.
-        count: most crops shown; all of the class if it has fewer. Images that cannot be read are passed over.
-        seed: of the choice among the boxes of the class.
-        tile_px: side of a tile; a crop keeps its aspect inside it.
-        columns: tiles per row.
-
-    Raises:
-        ValueError: ``class_index`` outside the categories, a class without boxes, or without a readable image.
-    """
-    if not 0 <= class_index < labels.num_classes:
-        raise ValueError(f"class_index: expected 0 .. {labels.num_classes - 1}, got {class_index}")
-    members = np.flatnonzero(labels.classes == class_index)
-    images_of_rows = np.searchsorted(labels.offsets, members, side="right") - 1
-    tiles: list[Image.Image] = []
-    for pick in np.random.default_rng(seed).permutation(len(members)):
-        if len(tiles) == count:
-            break
-        image_id = labels.image_ids[images_of_rows[pick]]
-        try:
-            image = read_image(source.record(image_id))
-        except UnreadableImageError:
-            continue
-        tiles.append(_tile(image, labels.boxes_xyxy[members[pick]], tile_px))
-    if not tiles:
-        raise ValueError(f"class_index: class {class_index} has {len(members)} boxes, none on a readable image")
-    return contact_sheet(tiles, columns)
-
-
-def _tile(image: Tensor, box_xyxy: NDArray[np.float32], tile_px: int) -> Image.Image:
-    """The box's part of the image, its longer side scaled to the tile, on a square of the paper's colour."""
-    height, width = image.shape[1:]
-    x0, y0 = (
-        int(max(0, min(math.floor(v), limit - 1))) for v, limit in zip(box_xyxy[:2], (width, height), strict=True)
+def _draw_labels(image: Tensor, found: ImageLabels, categories: Sequence[Category], max_boxes: int) -> Image.Image:
+    """The best-scored boxes and their points; a landmark that is a point alone has its caption there."""
+    best = np.argsort(-found.scores, kind="stable")[:max_boxes]
+    captions = [f"{categories[found.classes[row]].name} {found.scores[row]:.2f}" for row in best]
+    colours = [class_colour(int(label)) for label in found.classes[best]]
+    points = point_columns.unknown(len(best)) if found.points is None else found.points[best]
+    alone = point_columns.only_points(found.boxes_xyxy[best], points)
+    boxed = np.flatnonzero(~alone)
+    picture = draw_boxes(
+        image, found.boxes_xyxy[best[boxed]], [captions[row] for row in boxed], [colours[row] for row in boxed]
     )
-    x1, y1 = max(x0 + 1, math.ceil(box_xyxy[2])), max(y0 + 1, math.ceil(box_xyxy[3]))
-    crop = image[:, y0:y1, x0:x1]
-    scale = tile_px / max(crop.shape[1:])
-    size = [max(1, round(side * scale)) for side in crop.shape[1:]]
-    picture = to_pil_image(resize(crop, size, antialias=True))
-    square = Image.new("RGB", (tile_px, tile_px), PAPER)
-    square.paste(picture, ((tile_px - picture.width) // 2, (tile_px - picture.height) // 2))
-    return square
+    texts = [caption if is_alone else "" for caption, is_alone in zip(captions, alone, strict=True)]
+    return draw_points(picture, points, texts, colours, size_hw=(image.shape[1], image.shape[2]))

@@ -134,8 +134,8 @@ def contour_boxes(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
         holes = _extents(background)[1:] + np.array([-2, -2, 0, 0])
         boxes = np.concatenate([boxes, holes])
     boxes += np.array([left, top, left, top])
-    height, width = mask.shape
-    return np.minimum(boxes, np.array([width, height, width - 1, height - 1]))
+    boxes[:, 2:] = np.minimum(boxes[:, 2:], np.array(mask.shape)[::-1] - 1)
+    return boxes
 
 
 def _extents(labels: NDArray[Any]) -> NDArray[np.int64]:
@@ -166,6 +166,9 @@ def _polygon_areas(labels: NDArray[Any]) -> NDArray[np.float64]:
 
     Of the square between four neighbouring centres it covers all if all four pixels belong to it, half if three do.
     """
-    corners = np.stack([labels[:-1, :-1], labels[:-1, 1:], labels[1:, :-1], labels[1:, 1:]]).reshape(4, -1)
-    covered = np.maximum((corners > 0).sum(0) - 2, 0) / 2
-    return np.bincount(corners.max(0, initial=0), weights=covered, minlength=int(labels.max()) + 1)[1:]
+    inside = (labels > 0).view(np.uint8)
+    beside = inside[:, :-1] + inside[:, 1:]
+    pixels = beside[:-1] + beside[1:]
+    own = np.maximum(labels[:-1, :-1], labels[1:, 1:])  # of three of the four pixels one is one of these two
+    three, four = (np.bincount(own[pixels >= least], minlength=int(labels.max()) + 1) for least in (3, 4))
+    return (three + four)[1:] / 2

@@ -21,8 +21,9 @@ from PIL import Image
 from simdetr.data.images import ImageSource, UnreadableImageError, read_image
 from simdetr.data.labels import ImageLabels, Labels, read_labels
 from simdetr.evaluation.box_origins import birth_colours, births, origin_rows, stage_title
-from simdetr.evaluation.drawing import class_colour, class_montage, draw_boxes
+from simdetr.evaluation.drawing import class_colour, draw_boxes
 from simdetr.evaluation.learning_curves import Curve, panels, read_curve
+from simdetr.evaluation.montages import class_montage
 from simdetr.evaluation.proposal_recall import proposal_recall
 from simdetr.evaluation.report import ReportData, Sample, StepRow
 from simdetr.evaluation.rival_recall import rival_labels, rival_rows, rival_samples

@@ -13,11 +13,12 @@ from pytorch_lightning.callbacks import Callback
 
 from simdetr.data.labels import ImageLabels, Labels
 from simdetr.evaluation.coco_metric import coco_metrics
+from simdetr.evaluation.point_metric import point_metrics
 from simdetr.evaluation.proposal_recall import proposal_recall
 
 
 class CocoValidation(Callback):
-    """Logs AP (or class-agnostic recall) of the validation images after each validation epoch.
+    """Logs AP (or class-agnostic recall) of the validation images after each validation epoch, and scores of points.
 
     Args:
         class_agnostic: Log recall whatever the class, for pretraining on pseudo-classes.
@@ -45,7 +46,9 @@ class CocoValidation(Callback):
         for target, found in zip(batch.targets if batch is not None else [], outputs, strict=True):
             height, width = (int(side) for side in target["orig_size"])
             columns = (found[name].float().cpu().numpy() for name in ("boxes_xyxy", "labels", "scores"))
-            self._rows.append(ImageLabels.build(image_ids[int(target["image_index"])], (height, width), *columns))
+            points = found["points"].float().cpu().numpy() if "points" in found else None
+            image_id = image_ids[int(target["image_index"])]
+            self._rows.append(ImageLabels.build(image_id, (height, width), *columns, points=points))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gather, score and log."""
@@ -55,6 +58,8 @@ class CocoValidation(Callback):
         rows = self._gathered(trainer)
         predictions = Labels.from_images(rows, trainer.datamodule.categories)  # type: ignore[attr-defined]
         scores = proposal_recall(truth, predictions) if self.class_agnostic else coco_metrics(truth, predictions)
+        if truth.points is not None and predictions.points is not None:
+            scores = scores | point_metrics(truth, predictions)
         for name, value in scores.items():
             # every rank has the same value; without sync_dist Lightning warns
             pl_module.log(f"val/{name}", value, prog_bar=name in ("AP", "AR@100"), sync_dist=True)

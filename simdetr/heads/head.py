@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -87,12 +87,20 @@ def check_needs(head: Head, sizes: FeatureSizes) -> None:
         )
 
 
+def check_choice(name: str, value: str | None, kind: Any) -> None:  # noqa: ANN401
+    """Raise a ValueError that lists the legal values unless ``value`` is one of the ``Literal`` ``kind``."""
+    if value not in get_args(kind):
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
+
+
 def check_finite(name: str, values: Tensor) -> None:
     """Raise a ValueError that names the first element of ``values`` that is not finite, any shape.
 
-    Looked at on the CPU only, where it costs nothing; on other devices the loss would tell.
+    Looked at on the CPU only, where it costs nothing, and not in exported or compiled graphs, which cannot; there and
+    on other devices the loss would tell.
     """
-    if values.device.type != "cpu" or bool(torch.isfinite(values).all()):
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    if graph or values.device.type != "cpu" or bool(torch.isfinite(values).all()):
         return
     first = tuple(int(i) for i in torch.nonzero(~torch.isfinite(values))[0])
     raise ValueError(f"{name}: expected finite values, got {float(values[first])} at index {first}")

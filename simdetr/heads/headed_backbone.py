@@ -36,6 +36,8 @@ class HeadedBackbone(Detector):
         ValueError: the head reads something that a backbone lacks, or an unsuitable backbone.
     """
 
+    takes_backbones = True
+
     def __init__(
         self,
         num_classes: int,
@@ -69,13 +71,18 @@ class HeadedBackbone(Detector):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
         """What the head predicts; arguments as in ``Detector``."""
+        outputs, features = self.read(images, mask)
+        return cast(DetectorOutput, self.head.predictions(outputs, features))
+
+    def read(self, images: Tensor, mask: Tensor | None = None) -> tuple[Any, Features]:
+        """The head's raw outputs, and what they were made of."""
         features = self.features(images, mask)
-        return cast(DetectorOutput, self.head.predictions(self.head(features), features))
+        return self.head(features), features
 
     def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         """The head's losses under its name."""
-        features = self.features(images, mask)
-        found = self.head.losses(self.head(features), features, targets)
+        outputs, features = self.read(images, mask)
+        found = self.head.losses(outputs, features, targets)
         # stages that the head does not read must have a gradient too, if only for several processes
         unread = 0.0 * sum(level.features.sum() for level in features.levels)
         return {"loss": found.total + unread, **prefixed(self.head.name, found)}

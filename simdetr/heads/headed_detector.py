@@ -75,6 +75,11 @@ class HeadedDetector(Detector):
         outputs, features = self._decoded(images, mask)
         return cast(DetectorOutput, {**outputs, **self.head.predictions(self.head(features), features)})
 
+    def read(self, images: Tensor, mask: Tensor | None = None) -> tuple[Any, Features]:
+        """The head's raw outputs, and what they were made of."""
+        features = self._decoded(images, mask)[1]
+        return self.head(features), features
+
     def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         """The detector's losses and, under its name, the head's."""
         outputs, features = self._decoded(images, mask)

@@ -16,10 +16,13 @@ from torch.utils.data import DataLoader
 
 from simdetr.data.coco import read_coco
 from simdetr.data.dataset import DetectionDataset, collate
+from simdetr.data.image_level import image_level as image_level_of
+from simdetr.data.image_level import read_image_level
 from simdetr.data.images import ImageSource, open_images
-from simdetr.data.labels import Category, Labels, read_labels
+from simdetr.data.labels import Category, LabelError, Labels, read_labels
 from simdetr.data.mosaic import Mosaic
 from simdetr.data.quarantine import Quarantine
+from simdetr.data.reference_points import ReferencePoints, with_reference_points
 from simdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transforms, train_transforms
 from simdetr.training.epoch_sampler import EpochBatchSampler, ResumableLoader, ShareBatchSampler
 from simdetr.training.label_subset import sample_images
@@ -33,12 +36,25 @@ def read_training_labels(path: Path, *, strict: bool = False, masks: bool = Fals
     Raises:
         LabelError: The file holds no labels, or has a problem and ``strict`` is set.
     """
+    if path.suffix.lower() == ".csv":
+        raise LabelError(f"labels: {path} has no boxes; a CSV gives classes of whole images, for image_level: true")
     if path.suffix.lower() != ".json":
         return read_labels(path)
     labels, problems = read_coco(path, strict=strict, masks=masks)
     if problems.total:
         LOG.warning("%s: %s", path, "; ".join(problems.lines()))
     return labels
+
+
+def _check_image_level(mosaic: float, reference_points: dict[str, str] | None) -> None:
+    if mosaic > 0:
+        raise ValueError(
+            f"mosaic: expected 0 with image_level, got {mosaic}; a tile's place would be a box that is known"
+        )
+    if reference_points is not None:
+        raise ValueError(
+            "reference_points: expected none with image_level, where no box is left to read them from; leave one out"
+        )
 
 
 class DetectionData(pl.LightningDataModule):
@@ -62,6 +78,15 @@ class DetectionData(pl.LightningDataModule):
         strict: Turn problems in label files into errors.
         masks: Read the objects' masks for training, for detectors that learn from them; labels without any train
             without.
+        reference_points: Which point of each class's boxes heads learn, as class name: rule, ``default`` for all other
+            classes; rules are in `simdetr.data.reference_points`. Training targets and validation labels get points.
+        point_margin: How far outside the image a point may lie, as a fraction of the image's side.
+        image_level: Train on the classes that each image has, and not on where; ``labels`` may then be a CSV (columns
+            image, label) or a folder with one folder per class too. Validation keeps its boxes.
+
+    Raises:
+        ValueError: ``image_level`` with a mosaic or with reference points; a table that does not fit the classes.
+        LabelError: Labels that cannot be read, or that lack what a reference point is read from.
     """
 
     def __init__(
@@ -81,6 +106,9 @@ class DetectionData(pl.LightningDataModule):
         seed: int = 0,
         strict: bool = False,
         masks: bool = False,
+        reference_points: dict[str, str] | None = None,
+        point_margin: float = 0.0,
+        image_level: bool = False,
     ) -> None:
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
@@ -89,17 +117,29 @@ class DetectionData(pl.LightningDataModule):
         self._loader: ResumableLoader | None = None
         self._position: dict[str, int] | None = None
         self.source = open_images(images)
+        self.val_source: ImageSource | None = open_images(val_images) if val_images is not None else None
+        self.val_labels: Labels | None = None
+        if val_images is not None:
+            self.val_labels = read_training_labels(Path(val_labels or val_images), strict=strict)
         path = Path(labels if labels is not None else images)
-        self.labels = read_training_labels(path, strict=strict, masks=masks)
+        if image_level:
+            _check_image_level(mosaic, reference_points)
+            self.labels = self._read_image_level(path, strict)
+        else:
+            self.labels = read_training_labels(path, strict=strict, masks=masks)
         self.masks = masks and self.labels.masks is not None
         if masks and not self.masks:
             LOG.warning("%s has no masks: training goes on with boxes alone", path)
         if label_fraction < 1:
             self.labels = self.labels.select(sample_images(self.labels, label_fraction, seed))
-        self.val_source: ImageSource | None = open_images(val_images) if val_images is not None else None
-        self.val_labels: Labels | None = None
-        if val_images is not None:
-            self.val_labels = read_training_labels(Path(val_labels or val_images), strict=strict)
+        self.reference_points: ReferencePoints | None = None
+        if reference_points is not None:
+            self.reference_points = ReferencePoints(reference_points, self.labels.categories, point_margin)
+            self.labels = with_reference_points(self.labels, self.reference_points)
+            if self.val_labels is not None:
+                self.val_labels = with_reference_points(
+                    self.val_labels, self.reference_points.of(self.val_labels.categories)
+                )
 
     @property
     def num_classes(self) -> int:
@@ -110,6 +150,11 @@ class DetectionData(pl.LightningDataModule):
     def categories(self) -> tuple[Category, ...]:
         """Categories with the ids of the user's file."""
         return self.labels.categories
+
+    @property
+    def category_names(self) -> list[str]:
+        """Names of the classes, in the order of their indices; linked to heads that speak of classes by name."""
+        return [category.name for category in self.labels.categories]
 
     @property
     def image_settings(self) -> dict[str, object]:
@@ -139,6 +184,7 @@ class DetectionData(pl.LightningDataModule):
             replace_unreadable=True,
             seed=self.seed,
             masks=self.masks,
+            reference_points=self.reference_points,
         )
         samples = Mosaic(dataset, probability=self.mosaic, seed=self.seed) if self.mosaic > 0 else dataset
         samples.set_epoch(epoch)
@@ -155,6 +201,13 @@ class DetectionData(pl.LightningDataModule):
             loader.load_state_dict(self._position)
         self._loader = loader
         return loader
+
+    def _read_image_level(self, path: Path, strict: bool) -> Labels:
+        if not path.is_dir() and path.suffix.lower() != ".csv":
+            return image_level_of(read_training_labels(path, strict=strict))
+        # speaking of the same category ids, or no detection would match the truth of the validation
+        categories = None if self.val_labels is None else self.val_labels.categories
+        return read_image_level(path, self.source, categories)
 
     def state_dict(self) -> dict[str, int]:
         """Position in the epoch; Lightning's own place for it comes too late where the schedule asks for a length."""

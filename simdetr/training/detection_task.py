@@ -22,6 +22,7 @@ from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.predictions import Detections, postprocess
 from simdetr.training.loss_watch import PendingLosses
 from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_groups
+from simdetr.training.run_folder import detector_folder
 from simdetr.training.weights import LoadReport, checkpoint_config, load_weights
 
 
@@ -42,7 +43,8 @@ class DetectionTask(pl.LightningModule):
         drop_at: Fraction of the training after which ``step`` drops the rate.
         warmup_steps: Optimiser steps of linear warm-up.
         backbone_weights: Checkpoint (path or URL; SwAV, DINO, MoCo, MoBY, timm) the backbone starts from.
-        init_weights: Folder or file to start from; the class head is replaced if the classes differ.
+        init_weights: Run folder, detector folder or file to start from; the class head is replaced if the classes
+            differ, and a head on the detector is new.
         top_k: Detections per image kept in validation.
         seed: Seed of dropout; with it a resumed training equals an uninterrupted one.
         channels_last: Keep the backbone's weights and images channel by channel within each pixel, which convolutions
@@ -80,7 +82,7 @@ class DetectionTask(pl.LightningModule):
             load_into(detector.get_submodule(detector.body_name), load_backbone_weights(backbone_weights))
         self.load_report: LoadReport | None = None
         if init_weights is not None:
-            self.load_report = load_weights(detector, Path(init_weights))
+            self.load_report = load_weights(detector, detector_folder(init_weights))
         if backbone_lr == 0:
             for name, parameter in detector.named_parameters():
                 if name.startswith(f"{detector.backbone_name}."):

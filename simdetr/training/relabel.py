@@ -8,6 +8,7 @@ confidence; of two boxes with IoU above 0.55 the more confident stays.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from simdetr.data.labels import Category, ImageLabels, Labels, read_labels, writ
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.transforms import eval_transforms
 from simdetr.detectors.mask_vectors import decode_masks, portions
+from simdetr.detectors.point_predictions import merge_points
 from simdetr.training.inheritance import inherit
 
 LOG = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class InferenceSettings:
         num_workers: Decoding processes.
         device: Torch device.
         masks: Draw each object's mask too, with detectors that predict its vector.
+        point_radius: Landmarks of one class closer than this part of the image's diagonal are one; 0 keeps all.
     """
 
     short_side: int
@@ -65,6 +68,7 @@ class InferenceSettings:
     num_workers: int = 0
     device: str = "cpu"
     masks: bool = False
+    point_radius: float = 0.03
 
     @classmethod
     def of(cls, image_settings: Mapping[str, Any], **choices: Any) -> InferenceSettings:  # noqa: ANN401
@@ -178,26 +182,37 @@ def detections(
 def _of_image(outputs: Mapping[str, Any], row: int, settings: InferenceSettings) -> dict[str, Tensor]:
     """The queries of one image: ``pred_boxes`` [Q, 4], ``pred_logits`` [Q, K], ``pred_vectors`` [Q, D] for masks.
 
+    Those of landmark heads have ``pred_points`` [Q, 2] too, and their own ``point_logits`` in place of the detector's.
+
     Raises:
         ValueError: Masks are asked for and the detector draws none.
     """
     if settings.masks and "pred_vectors" not in outputs:
         raise ValueError("masks: this detector draws no masks; leave it out, or train ViDT with mask_vectors: true")
-    names = ["pred_boxes", "pred_logits", *(["pred_vectors"] if settings.masks else [])]
-    return {name: outputs[name][row] for name in names}
+    names = ["pred_boxes", *(["pred_vectors"] if settings.masks else [])]
+    if "pred_points" in outputs:
+        names.append("pred_points")
+    logits = outputs.get("point_logits", outputs["pred_logits"])
+    return {"pred_logits": logits[row], **{name: outputs[name][row] for name in names}}
 
 
 def _image_labels(
     image_id: str, size_hw: tuple[int, int], queries: Mapping[str, Tensor], settings: InferenceSettings
 ) -> ImageLabels:
-    """Best class of every query, and its mask if asked for, as labels in pixels."""
+    """Best class of every query, its mask if asked for and its point if it has one, as labels in pixels."""
     scores, classes = queries["pred_logits"].float().sigmoid().max(dim=-1)
     whole = box_ops.denormalise(queries["pred_boxes"].float(), size_hw)
     boxes = box_ops.clip(whole, size_hw)
-    kept = keep_boxes(boxes, scores, settings)
+    points = None
+    if "pred_points" in queries:
+        pixels = box_ops.denormalise_points(queries["pred_points"].float(), size_hw)
+        kept, merged = keep_points(pixels, classes, scores, size_hw, settings)
+        points = merged.cpu().numpy()
+    else:
+        kept = keep_boxes(boxes, scores, settings)
     columns = (column[kept].cpu().numpy() for column in (boxes, classes, scores))
     masks = _draw_masks(queries["pred_vectors"][kept], whole[kept], size_hw) if settings.masks else None
-    return ImageLabels.build(image_id, size_hw, *columns, masks=masks)
+    return ImageLabels.build(image_id, size_hw, *columns, masks=masks, points=points)
 
 
 def _draw_masks(vectors: Tensor, boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> mask_codes.Masks:
@@ -214,3 +229,21 @@ def keep_boxes(boxes_xyxy: Tensor, scores: Tensor, settings: InferenceSettings) 
     usable = torch.nonzero(box_ops.has_area(boxes_xyxy) & (scores >= settings.score_threshold)).flatten()
     kept = box_ops.suppress_overlaps(boxes_xyxy[usable], scores[usable], settings.iou_threshold)
     return usable[kept[: settings.max_boxes]]
+
+
+def keep_points(
+    points: Tensor, classes: Tensor, scores: Tensor, size_hw: tuple[int, int], settings: InferenceSettings
+) -> tuple[Tensor, Tensor]:
+    """Indices of the landmarks to keep, best first, and their points [M, 2]; close ones of a class become one.
+
+    Args:
+        points: [N, 2] in pixels.
+        classes: [N].
+        scores: [N]; 0 is none.
+        size_hw: Height and width of the image in pixels.
+        settings: Threshold, radius and largest number.
+    """
+    usable = torch.nonzero((scores >= settings.score_threshold) & (scores > 0)).flatten()
+    radius = settings.point_radius * math.hypot(*size_hw)
+    kept, merged = merge_points(points[usable], classes[usable], scores[usable], radius)
+    return usable[kept[: settings.max_boxes]], merged[: settings.max_boxes]

@@ -129,6 +129,26 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
 
+def detector_folder(path: str | Path) -> Path:
+    """The detector a path means: itself, or the last one of a run folder.
+
+    Raises:
+        FileNotFoundError: The path does not exist or holds no detector.
+    """
+    path = Path(path)
+    if path.is_file() or is_saved(path):
+        return path
+    run = RunFolder(path)
+    trained = [path / "detector", *(run.detector(stage) for stage in reversed(run.stages()))]
+    for folder in trained:
+        if is_saved(folder):
+            return folder
+    raise FileNotFoundError(
+        f"checkpoint: expected a run folder, a detector folder or a checkpoint file, got {path}, which "
+        f"{'holds none' if path.exists() else 'does not exist'}."
+    )
+
+
 def leads() -> bool:
     """Whether this process is the one of its run that writes files; True where there is only one."""
     return int(getattr(rank_zero_only, "rank", 0)) == 0

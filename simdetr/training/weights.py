@@ -66,21 +66,36 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class LoadedDetector:
-    """A detector ready for inference, with the categories it names and the image sizes it was trained for."""
+    """A detector ready for inference, with what it was trained for.
+
+    Attributes:
+        detector: In evaluation mode.
+        categories: The classes it names.
+        image_settings: How images are prepared for it.
+        reference_points: Which point of a box its landmarks are, as `simdetr.data.reference_points` reads it.
+    """
 
     detector: Detector
     categories: tuple[Category, ...]
     image_settings: dict[str, Any]
+    reference_points: dict[str, str] | None = None
 
 
 def checkpoint_config(detector: Detector, data: Any) -> dict[str, Any]:  # noqa: ANN401
     """What rebuilds ``detector``, as plain JSON types; ``data`` gives categories and image settings, or None."""
+    rules = getattr(data, "reference_points", None)
     return {
-        "class_path": f"{type(detector).__module__}.{type(detector).__qualname__}",
+        "class_path": class_path_of(detector),
         "init_args": detector.init_args,
         "categories": [asdict(category) for category in data.categories] if data is not None else [],
         "image_settings": dict(data.image_settings) if data is not None else {},
+        **({"reference_points": dict(rules.table)} if rules is not None else {}),
     }
+
+
+def class_path_of(detector: nn.Module) -> str:
+    """The dotted name of its class."""
+    return f"{type(detector).__module__}.{type(detector).__qualname__}"
 
 
 def save_detector(detector: nn.Module, config: dict[str, Any], folder: Path) -> None:
@@ -112,6 +127,8 @@ def load_weights(detector: Detector, path: Path) -> LoadReport:
 
 def copy_weights(detector: Detector, checkpoint: Checkpoint) -> LoadReport:
     """``load_weights`` for a file that was read already."""
+    if checkpoint.stored is None or checkpoint.stored.get("class_path") != class_path_of(detector):
+        detector = detector.core
     own = detector.state_dict()
     given = checkpoint.state(own)
     state = restore_copies(given, own)
@@ -127,7 +144,7 @@ def copy_weights(detector: Detector, checkpoint: Checkpoint) -> LoadReport:
         missing=[name for name in own if name not in state and own[name].data_ptr() not in stored_at],
         unexpected=[*(name for name in given if name not in own), *unused],
     )
-    _check_fit(detector, report, is_partial=checkpoint.format.is_partial)
+    _check_fit(detector, report, is_partial=checkpoint.format.is_partial or detector.takes_backbones)
     detector.load_state_dict({name: state[name] for name in report.kept}, strict=False)
     return report
 
@@ -186,7 +203,7 @@ def rebuild(checkpoint: Checkpoint, known: Mapping[str, Any] | None = None) -> L
             f"{report.replaced[:5]}. The file is damaged or was edited."
         )
     categories = tuple(Category(**category) for category in config["categories"])
-    return LoadedDetector(detector.eval(), categories, config["image_settings"])
+    return LoadedDetector(detector.eval(), categories, config["image_settings"], config.get("reference_points"))
 
 
 def build_detector(config: Mapping[str, Any]) -> Detector:
@@ -197,7 +214,7 @@ def build_detector(config: Mapping[str, Any]) -> Detector:
     """
     found = detector_class(config["class_path"])
     try:
-        return found(**without_downloads(config["init_args"]))
+        return found.from_init_args(without_downloads(config["init_args"]))
     except TypeError as error:
         raise ValueError(f"init_args: {found.__name__} does not take the arguments of the file ({error}).") from error
 
@@ -209,14 +226,15 @@ def detector_class(class_path: str) -> type[Detector]:
         ValueError: The class is not one of simdetr's detectors: a config must not name arbitrary code.
     """
     module_name, _, class_name = class_path.rpartition(".")
-    allowed = module_name == "simdetr.detectors" or module_name.startswith("simdetr.detectors.")
+    allowed = f"{module_name}.".startswith(("simdetr.detectors.", "simdetr.heads."))
     found = getattr(importlib.import_module(module_name), class_name, None) if allowed else None
     if not (isinstance(found, type) and issubclass(found, Detector)):
-        raise ValueError(f"class_path: expected a class of simdetr.detectors, got {class_path!r}.")
+        raise ValueError(f"class_path: expected a detector of simdetr.detectors or simdetr.heads, got {class_path!r}.")
     return found
 
 
 def without_downloads(init_args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a detector whose weights come from a file: nothing has to be fetched only to be overwritten."""
     nothing = {"pretrained_backbone": False, "pretrained": None}
-    return {name: nothing.get(name, value) for name, value in init_args.items()}
+    parts = {name: without_downloads(value) for name, value in init_args.items() if isinstance(value, Mapping)}
+    return {name: parts.get(name, nothing.get(name, value)) for name, value in init_args.items()}

@@ -239,3 +239,56 @@ def test_masks_survive_writing(coco_file, tmp_path):
     assert again.masks.tolist() == labels.masks.tolist() and problems.total == 0
     truth = COCO(tmp_path / "out.json")
     assert all(truth.annToRLE(annotation)["size"] in ([40, 60], [30, 20]) for annotation in truth.anns.values())
+
+
+def test_one_keypoint_is_the_point(coco_file):
+    annotations = [box(1, keypoints=[4.5, 6, 2], num_keypoints=1), box(2, keypoints=[0, 0, 0]), box(3, "x7")]
+    labels, problems = read_coco(coco_file(IMAGES, annotations, CATEGORIES), strict=True)
+    np.testing.assert_array_equal(labels.points, [[4.5, 6], [np.nan] * 2, [np.nan] * 2])
+    assert labels.boxes_xyxy.tolist() == [[1, 2, 11, 22]] * 3 and problems.total == 0
+    assert read_coco(coco_file(IMAGES, [box(1)], CATEGORIES))[0].points is None
+    people = [box(1, keypoints=[4, 6, 2]), box(2, keypoints=[1, 2, 2] * 17)]
+    labels, problems = read_coco(coco_file(IMAGES, people, CATEGORIES))
+    assert labels.points is None and problems.total == 0 and len(labels.classes) == 2
+
+
+@pytest.mark.parametrize("bbox", [{}, {"bbox": None}, {"bbox": []}, {"bbox": [0, 0, 0, 0]}, {"bbox": [4, 5, 0, 9]}])
+@pytest.mark.parametrize("masks_too", [False, True])
+def test_a_keypoint_without_a_box_is_a_landmark(coco_file, bbox, masks_too):
+    entry = {"id": 1, "image_id": 10, "category_id": 3, "keypoints": [12.5, 7, 1], **bbox}
+    others = [box(2, segmentation=[[1, 2, 11, 2, 11, 22]])] if masks_too else []
+    labels, problems = read_coco(coco_file(IMAGES, [entry, *others], CATEGORIES), masks=masks_too)
+    assert labels.boxes_xyxy[0].tolist() == [12.5, 7, 12.5, 7] and labels.areas[0] == 0
+    assert labels.points[0].tolist() == [12.5, 7] and problems.total == (1 if masks_too else 0)
+    if masks_too:
+        assert masks.decode(labels.of("a.png").masks, (40, 60))[0].sum() == 0
+    entry["keypoints"][2] = 0  # not labelled: nothing is left
+    labels, problems = read_coco(coco_file(IMAGES, [entry], CATEGORIES))
+    assert len(labels.classes) == 0 and problems.total == 1 and labels.points is None
+
+
+def test_broken_keypoints_are_counted_and_a_broken_box_is_no_missing_one(coco_file):
+    labels, problems = read_coco(coco_file(IMAGES, [box(1, keypoints=[1, "a", 2])], CATEGORIES))
+    assert labels.points is None and dict(problems.counts) == {"keypoint cannot be read, left out": 1}
+    negative = box(1, bbox=(10, 10, -3, 5), keypoints=[4, 5, 2])
+    labels, problems = read_coco(coco_file(IMAGES, [negative], CATEGORIES))
+    assert dict(problems.counts) == {"box without area in the image, dropped": 1} and len(labels.classes) == 0
+
+
+def test_points_survive_writing_and_pycocotools_reads_them(coco_file, tmp_path):
+    annotations = [
+        box(1, keypoints=[4.5, 6, 2]),
+        box(2),
+        {"id": 3, "image_id": 10, "category_id": 90, "keypoints": [70.25, -3, 2]},  # outside the image
+    ]
+    labels, _ = read_coco(coco_file(IMAGES, annotations, CATEGORIES))
+    write_coco(labels, tmp_path / "out.json")
+    again, problems = read_coco(tmp_path / "out.json", strict=True)
+    np.testing.assert_array_equal(again.points, labels.points)
+    assert (again.boxes_xyxy == labels.boxes_xyxy).all() and problems.total == 0
+    coco = COCO(str(tmp_path / "out.json"))
+    assert [coco.anns[n]["keypoints"] for n in (1, 2, 3)] == [[4.5, 6, 2], [0, 0, 0], [70.25, -3, 2]]
+    assert [coco.anns[n]["num_keypoints"] for n in (1, 2, 3)] == [1, 0, 1]
+    assert coco.cats[3]["keypoints"] == ["reference point"]
+    write_coco(read_coco(coco_file(IMAGES, [box(1)], CATEGORIES))[0], tmp_path / "plain.json")
+    assert "keypoint" not in (tmp_path / "plain.json").read_text()

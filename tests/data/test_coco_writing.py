@@ -105,3 +105,12 @@ def test_scores_are_the_shortest_decimals_that_read_back_equal(tmp_path, coco_fi
         )
     )
     assert (read.scores == labels.scores).all()
+
+
+def test_results_carry_points(tmp_path, coco_file):
+    labels = replace(detections(), points=[[1.5, 2], [float("nan")] * 2, [30, 20]])
+    write_detections(labels, tmp_path / "out.json", truth_file(coco_file))
+    entries = json.loads((tmp_path / "out.json").read_text())
+    assert [entry["keypoints"] for entry in entries] == [[1.5, 2, 2], [0, 0, 0], [30, 20, 2]]
+    write_detections(detections(), tmp_path / "plain.json")
+    assert "keypoints" not in (tmp_path / "plain.json").read_text()

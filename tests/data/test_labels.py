@@ -217,3 +217,52 @@ def test_labels_without_masks_stay_without(tmp_path):
 def test_broken_masks_are_refused(codes, message):
     with pytest.raises(LabelError, match=message):
         replace(example(), masks=codes)
+
+
+def with_points():
+    """The example, with a point for two of its three boxes."""
+    images = [example().image(row) for row in range(3)]
+    columns = [[[1.5, 2.25], [np.nan, np.nan]], [], [[-3, 30.5]]]
+    return Labels.from_images(
+        [
+            replace(image, points=np.array(c, np.float32).reshape(-1, 2))
+            for image, c in zip(images, columns, strict=True)
+        ],
+        CATEGORIES,
+        stage=2,
+    )
+
+
+def test_points_follow_their_boxes_everywhere(tmp_path):
+    labels = with_points()
+    expected = np.array([[1.5, 2.25], [np.nan, np.nan], [-3, 30.5]], np.float32)
+    assert labels.points.dtype == np.float32
+    np.testing.assert_array_equal(labels.points, expected)
+    np.testing.assert_array_equal(labels.image(0).points, expected[:2])
+    assert labels.of("empty.png").points.shape == (0, 2)
+    np.testing.assert_array_equal(labels.select(["sub/b.png", "a.png"]).points, expected[[2, 0, 1]])
+    np.testing.assert_array_equal(labels.class_agnostic().points, expected)
+    np.testing.assert_array_equal(labels.with_categories([*reversed(CATEGORIES)]).points, expected)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(labels)).points, expected)
+    write_labels(labels, tmp_path / "labels.parquet")
+    read = read_labels(tmp_path / "labels.parquet")
+    assert_same(read, labels)
+    assert read.points.dtype == np.float32
+    np.testing.assert_array_equal(read.points, expected)
+    rows = pq.read_table(tmp_path / "labels.parquet").to_pylist()
+    assert rows[0]["points"][0] == [1.5, 2.25] and rows[2]["points"] == [[-3, 30.5]]  # that others can read
+
+
+def test_labels_without_points_stay_without(tmp_path):
+    assert example().points is None and example().select(["a.png"]).points is None and example().image(0).points is None
+    write_labels(example(), tmp_path / "labels.parquet")
+    assert "points" not in pq.read_schema(tmp_path / "labels.parquet").names
+    assert read_labels(tmp_path / "labels.parquet").points is None
+    write_labels(with_points().select([]), tmp_path / "none.parquet")
+    assert read_labels(tmp_path / "none.parquet").points.shape == (0, 2)
+
+
+def test_points_are_built_from_anything_array_like():
+    image = ImageLabels.build("a", (40, 60), [[0, 0, 9, 9]], [0], points=[[3, 4]])
+    assert image.points.dtype == np.float32 and image.points.tolist() == [[3, 4]]
+    assert ImageLabels.build("a", (40, 60), [], [], points=[]).points.shape == (0, 2)

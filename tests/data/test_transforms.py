@@ -10,6 +10,8 @@ from simdetr.data.dataset import pixel_boxes
 from simdetr.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    DropSmallBoxes,
+    RandomMirror,
     RandomSizeCrop,
     ResizeShortSide,
     eval_transforms,
@@ -116,7 +118,7 @@ def masked_scene():
     [
         (ResizeShortSide([33, 50, 97], 140), lambda mask, size, _: F.resize_mask(mask, list(size))),
         (RandomSizeCrop(20, 70), lambda mask, size, corner: F.crop_mask(mask, *corner, *size)),
-        (v2.RandomHorizontalFlip(0.5), lambda mask, _, corner: mask.flip(-1) if corner is None else mask),
+        (RandomMirror(0.5), lambda mask, _, corner: mask.flip(-1) if corner is None else mask),
     ],
 )
 def test_every_step_changes_masks_as_torchvision_does(seed, step, alone):
@@ -126,7 +128,7 @@ def test_every_step_changes_masks_as_torchvision_does(seed, step, alone):
     torch.manual_seed(seed)
     moved, changed = step(where, {**target})
     corner = [int(value) for value in moved[:2, 0, 0]] if isinstance(step, RandomSizeCrop) else (0, 0)
-    if isinstance(step, v2.RandomHorizontalFlip) and moved[1, 0, 0] > 0:
+    if isinstance(step, RandomMirror) and moved[1, 0, 0] > 0:
         corner = None
     expected = alone(target["masks"].as_subclass(torch.Tensor), moved.shape[-2:], corner)
     assert type(changed["masks"]) is tv_tensors.Mask and changed["masks"].dtype == torch.uint8
@@ -226,3 +228,55 @@ def test_bad_arguments_are_named(arguments, message):
         train_transforms(max_side=64, **arguments)
     with pytest.raises(ValueError, match="min_side <= max_side, got 5 and 4"):
         RandomSizeCrop(5, 4)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_without_points_all_is_as_torchvision_has_it(seed):
+    own = train_transforms([64, 80, 96], 160, colour="strong")
+    steps = [
+        v2.RandomHorizontalFlip(0.5) if isinstance(step, RandomMirror) else step
+        for step in own.transforms
+        if not isinstance(step, DropSmallBoxes)
+    ]
+    steps.insert(-3, v2.SanitizeBoundingBoxes(min_size=1.0))
+    found = []
+    for transform in (own, v2.Compose(steps)):
+        image, target = masked_scene()
+        target["boxes"][1, 2:] = target["boxes"][1, :2] + 0.5  # one that is dropped
+        torch.manual_seed(seed)
+        found.append((*transform(image, target), torch.rand(1)))  # as many draws too
+    (image, target, draw), (same_image, same, same_draw) = found
+    assert torch.equal(image, same_image) and draw == same_draw and target.keys() == same.keys()
+    assert all(torch.equal(target[name], same[name]) for name in target)
+
+
+def pointed(height, width, points):
+    image, target = scene(height, width, BOXES[: len(points)])
+    flags = torch.zeros(len(points), dtype=torch.bool)
+    return image, {**target, "points": torch.tensor(points), "only_point": flags, "one_sided": flags.clone()}
+
+
+def test_points_move_exactly():
+    points = [[10.0, 20.0], [float("nan")] * 2, [-4.0, 90.0]]  # also outside the image
+    image, target = pointed(80, 120, points)
+    _, resized = ResizeShortSide([40], 200)(image, target)
+    assert torch.allclose(resized["points"], torch.tensor(points) / 2, equal_nan=True)
+    _, mirrored = RandomMirror(1.0)(image, target)
+    assert torch.allclose(mirrored["points"][[0, 2]], torch.tensor([[110.0, 20.0], [124.0, 90.0]]))
+    rows, columns = torch.meshgrid(torch.arange(80.0), torch.arange(120.0), indexing="ij")
+    where = tv_tensors.Image(torch.stack([columns, rows, rows]))
+    torch.manual_seed(3)
+    cut, moved = RandomSizeCrop(30, 40)(where, target)
+    assert cut[:2, 0, 0].min() > 0  # the window's corner is another one than the image's
+    assert torch.equal(moved["points"][0], torch.tensor([10.0, 20.0]) - cut[:2, 0, 0])
+    assert moved["points"][1].isnan().all() and moved["points"].dtype == torch.float32
+
+
+def test_small_boxes_go_with_their_points_and_landmarks_without_box_stay():
+    image, target = pointed(80, 120, [[10.0, 20.0], [30.0, 40.0], [50.0, 60.0]])
+    target["boxes"][1, 2:] = target["boxes"][1, :2] + 0.5
+    _, found = DropSmallBoxes()(image, target)
+    assert found["points"].tolist() == [[10, 20], [50, 60]] and found["labels"].tolist() == [0, 2]
+    assert len(found["only_point"]) == 2 and isinstance(found["boxes"], tv_tensors.BoundingBoxes)
+    target["only_point"][1] = True
+    assert DropSmallBoxes()(image, target)[1]["labels"].tolist() == [0, 1, 2]

@@ -62,7 +62,7 @@ def test_memory_of_maps():
 def test_first_prediction_is_the_bodys_and_starts_the_decoder(refine):
     (neck, heads), (target, query) = make_neck(refine), make_queries()
     memory = flatten_maps(*make_maps())
-    states, boxes = neck(target, query, memory, heads, 3)
+    states, boxes, _ = neck(target, query, memory, heads, 3)
     assert len(states) == len(boxes) == 4 and torch.equal(states[0], target)
     points = neck.reference_points(query).sigmoid()
     logits = heads[0](target)
@@ -78,9 +78,9 @@ def test_first_prediction_is_the_bodys_and_starts_the_decoder(refine):
 def test_fewer_layers_are_the_first_ones():
     (neck, heads), (target, query) = make_neck(), make_queries()
     memory = flatten_maps(*make_maps())
-    states, boxes = neck(target, query, memory, heads, 3)
+    states, boxes, _ = neck(target, query, memory, heads, 3)
     for layers in range(4):
-        fewer_states, fewer_boxes = neck(target, query, memory, heads, layers)
+        fewer_states, fewer_boxes, _ = neck(target, query, memory, heads, layers)
         assert len(fewer_boxes) == layers + 1
         assert all(torch.equal(a, b) for a, b in zip(fewer_states, states[: layers + 1], strict=True))
         assert all(torch.equal(a, b) for a, b in zip(fewer_boxes, boxes[: layers + 1], strict=True))
@@ -88,7 +88,7 @@ def test_fewer_layers_are_the_first_ones():
 
 def test_gradient_stops_between_layers_but_reaches_the_reference():
     (neck, heads), (target, query) = make_neck(), make_queries()
-    _, boxes = neck(target, query, flatten_maps(*make_maps()), heads, 3)
+    _, boxes, _ = neck(target, query, flatten_maps(*make_maps()), heads, 3)
     boxes[1].sum().backward(retain_graph=True)
     assert heads[0].layers[-1].weight.grad is None and heads[1].layers[-1].weight.grad is not None
     assert neck.reference_points.weight.grad is None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,3 +90,97 @@ def test_masks_when_asked_for_and_where_there_are_some(own_scenes, caplog):
                 assert target["masks"].dtype == torch.bool
                 assert target["masks"].shape == (len(target["boxes"]), *target["size"].tolist())
     assert data(folder).labels.masks is None
+
+
+def names_of(folder):
+    return [row["name"] for row in json.loads((folder / "instances.json").read_text())["categories"]]
+
+
+def test_names_of_the_classes(scenes):
+    assert data(scenes).category_names == names_of(scenes)
+
+
+def test_reference_points_of_training_and_validation(scenes):
+    first, *_ = names_of(scenes)
+    val = {"val_images": str(scenes), "val_labels": str(scenes / "instances.json")}
+    made = data(scenes, reference_points={"default": "center", first: "bottom_right"}, crop=True, **val)
+    assert made.reference_points.rules[0] == "bottom_right" and set(made.reference_points.rules[1:]) == {"center"}
+    plain = data(scenes, crop=True)
+    for batch, same in zip(made.train_dataloader(), plain.train_dataloader(), strict=True):
+        assert torch.equal(batch.images, same.images)  # points draw nothing
+        for target, other in zip(batch.targets, same.targets, strict=True):
+            assert torch.equal(target["boxes"], other["boxes"]) and "points" not in other
+            boxes, classes = target["boxes"], target["labels"]
+            corner = (classes == 0)[:, None] * boxes[:, 2:] / 2
+            assert torch.allclose(target["points"], boxes[:, :2] + corner, atol=1e-5)
+    truth = made.val_labels
+    low, high = truth.boxes_xyxy[:, :2], truth.boxes_xyxy[:, 2:]
+    expected = np.where((truth.classes == 0)[:, None], high, (low + high) / 2)
+    np.testing.assert_allclose(truth.points, expected, atol=1e-3)
+    assert plain.reference_points is None and plain.labels.points is None
+
+
+def test_reference_points_of_validation_go_by_name(own_scenes):
+    content = json.loads((own_scenes / "instances.json").read_text())
+    first, last = content["categories"][0], content["categories"][-1]
+    content["categories"] = [last]
+    content["annotations"] = [row for row in content["annotations"] if row["category_id"] == last["id"]]
+    (own_scenes / "val.json").write_text(json.dumps(content))
+    table = {"default": "center", first["name"]: "top_left", last["name"]: "top_right"}
+    made = data(own_scenes, reference_points=table, val_images=str(own_scenes), val_labels=str(own_scenes / "val.json"))
+    np.testing.assert_array_equal(made.val_labels.points, made.val_labels.boxes_xyxy[:, [2, 1]])
+
+
+def test_reference_points_that_do_not_fit_are_errors(scenes):
+    with pytest.raises(ValueError, match="reference_points: no rule for the class"):
+        data(scenes, reference_points={names_of(scenes)[0]: "center"})
+    with pytest.raises(LabelError, match=r"'given' for .* needs points, and the labels have none"):
+        data(scenes, reference_points={"default": "given"})
+    with pytest.raises(ValueError, match="point_margin: expected a fraction"):
+        data(scenes, reference_points={"default": "center"}, point_margin=-1)
+
+
+def test_image_level_labels_train_on_classes_alone(scenes):
+    val = {"val_images": str(scenes), "val_labels": str(scenes / "instances.json")}
+    made = data(scenes, image_level=True, mosaic=0.0, crop=True, **val)
+    boxed = data(scenes)
+    assert made.labels.image_ids == boxed.labels.image_ids
+    assert made.val_labels.boxes_xyxy.tolist() == boxed.labels.boxes_xyxy.tolist()  # they score
+    for batch in made.train_dataloader():
+        for target in batch.targets:
+            whole = torch.tensor([0.5, 0.5, 1, 1]).expand_as(target["boxes"])
+            assert torch.allclose(target["boxes"], whole, atol=1e-6)
+            present = boxed.labels.image(int(target["image_index"])).classes
+            assert target["labels"].tolist() == sorted(set(present.tolist()))
+
+
+def test_image_level_labels_of_other_kinds(scenes, tmp_path):
+    content = json.loads((scenes / "instances.json").read_text())
+    name = {row["id"]: row["name"] for row in content["categories"]}
+    file = {row["id"]: row["file_name"].removeprefix("images/") for row in content["images"]}
+    lines = [f"{file[row['image_id']]},{name[row['category_id']]}" for row in content["annotations"]]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,label", *lines]))
+    options = {"short_sides": (48,), "max_side": 80, "batch_size": 4, "image_level": True}
+    made = DetectionData(str(scenes / "images"), str(tmp_path / "labels.csv"), **options)
+    assert made.category_names == sorted({name[row["category_id"]] for row in content["annotations"]})
+    val = {"val_images": str(scenes), "val_labels": str(scenes / "instances.json")}
+    scored = DetectionData(str(scenes / "images"), str(tmp_path / "labels.csv"), **options, **val)
+    assert scored.categories == data(scenes).categories  # of the same ids, so that detections match the truth
+    for class_name in ("left", "right"):
+        (tmp_path / "classes" / class_name).mkdir(parents=True)
+    for number, image in enumerate(sorted((scenes / "images").iterdir())):
+        target = tmp_path / "classes" / ("left" if number < 5 else "right") / image.name
+        target.write_bytes(image.read_bytes())
+    folders = DetectionData(str(tmp_path / "classes"), **options)
+    assert folders.category_names == ["left", "right"] and folders.labels.classes.tolist() == [0] * 5 + [1] * 7
+    assert sum(len(batch.targets) for batch in folders.train_dataloader()) == 12
+
+
+def test_settings_that_image_level_labels_rule_out(scenes, tmp_path):
+    with pytest.raises(ValueError, match=r"mosaic: expected 0 with image_level, got 0.5"):
+        data(scenes, image_level=True)
+    with pytest.raises(ValueError, match="reference_points: expected none with image_level"):
+        data(scenes, image_level=True, mosaic=0.0, reference_points={"default": "center"})
+    (tmp_path / "labels.csv").write_text("image,label\n")
+    with pytest.raises(LabelError, match=r"labels.csv has no boxes; a CSV gives classes of whole images"):
+        DetectionData(str(scenes), str(tmp_path / "labels.csv"))

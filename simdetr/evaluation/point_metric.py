@@ -1,0 +1,180 @@
+"""How well are reference points found and named? Human and predicted points in, accuracy, errors and point-AP out.
+
+Both sides are `Labels` with points. Two ways to pair them:
+
+- by distance, whatever the class, for class accuracy, errors and PCK: in every image the two points nearest to each
+  other become a pair, then the next two, until one side is used up. Only predictions with a score of at least
+  ``min_score`` take part. There is no farthest distance, so that gross errors show.
+- by score within a class, for point-AP, see `simdetr.evaluation.point_precision`.
+
+Objects without a point (NaN) and crowds are not looked for. Errors in percent are of the image's diagonal.
+Letters: n points, P pairs.
+Source: seed 004, class and reference point; heads, section 1.7. The seed reports no numbers to compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simdetr.data import points as point_columns
+from simdetr.data.labels import Labels
+from simdetr.evaluation.coco_metric import categories_in_truth, mean_of_present, rows_of_images
+from simdetr.evaluation.point_precision import diagonals_px, distances, images_of_rows, point_precisions, points_of
+
+TOLERANCES = (0.01, 0.02, 0.05)  # shares of the image's diagonal
+
+
+@dataclass(frozen=True)
+class PointPairs:
+    """Predicted points paired with human ones, by column.
+
+    Attributes:
+        truth_classes: int64 [n], class of every human point, paired or not.
+        classes: int64 [P], class of the pairs' human points.
+        same_class: bool [P], whether the prediction has this class too.
+        errors_px: float64 [P], distance between both.
+        diagonals_px: float64 [P], of their images.
+    """
+
+    truth_classes: NDArray[np.int64]
+    classes: NDArray[np.int64]
+    same_class: NDArray[np.bool_]
+    errors_px: NDArray[np.float64]
+    diagonals_px: NDArray[np.float64]
+
+    def of_class(self, index: int) -> PointPairs:
+        """The human points of one class and their pairs."""
+        rows = self.classes == index
+        return PointPairs(
+            self.truth_classes[self.truth_classes == index],
+            self.classes[rows],
+            self.same_class[rows],
+            self.errors_px[rows],
+            self.diagonals_px[rows],
+        )
+
+
+def point_metrics(
+    truth: Labels, predictions: Labels, *, tolerances: Sequence[float] = TOLERANCES, min_score: float = 0.5
+) -> dict[str, float]:
+    """Numbers of all classes together.
+
+    Args:
+        truth: human labels with points; images without predictions count as missed.
+        predictions: scored points on these images; boxes may be without area.
+        tolerances: shares of the image's diagonal at which a point counts as found, such as 0.02.
+        min_score: predictions below it take part in point-AP only.
+
+    Returns:
+        ``class_accuracy``: share of the pairs with the right class; ``point_error_px`` and ``point_error_percent``,
+        means over the pairs, and with ``_median``; ``PCK@2`` and so on: share of the human points whose partner is as
+        near as that, whatever its class; ``point_recall``: share of the human points with a partner;
+        ``point_AP@2`` and so on, and their mean ``point_AP``; ``points``: number of human points. Without
+        human points all but the last are ``nan``; without predictions accuracy and errors are ``nan``, the rest 0.
+
+    Raises:
+        ValueError: labels without points, predictions for images that the truth does not hold, no category in common,
+            or tolerances or a score outside their range.
+    """
+    pairs = pair_points(truth, predictions, min_score)
+    return _numbers(pairs, point_precisions(truth, predictions, tolerances), tolerances)
+
+
+def per_class_point_metrics(
+    truth: Labels, predictions: Labels, *, tolerances: Sequence[float] = TOLERANCES, min_score: float = 0.5
+) -> dict[int | str, dict[str, float]]:
+    """The numbers of `point_metrics` for each category of the truth by its id; a pair belongs to the truth's class."""
+    pairs = pair_points(truth, predictions, min_score)
+    precisions = point_precisions(truth, predictions, tolerances)
+    return {
+        category.id: _numbers(pairs.of_class(index), precisions[:, :, index], tolerances)
+        for index, category in enumerate(truth.categories)
+    }
+
+
+def pair_points(truth: Labels, predictions: Labels, min_score: float = 0.5) -> PointPairs:
+    """Pair the points of both sides by distance, whatever their class, see the head of this file.
+
+    Raises:
+        ValueError: as `point_metrics`.
+    """
+    if not 0 <= min_score <= 1:
+        raise ValueError(f"min_score: expected 0 to 1, got {min_score}")
+    sought, found = points_of("truth", truth), points_of("predictions", predictions)
+    counted = point_columns.known(sought) & ~truth.crowd
+    shown = point_columns.known(found) & (predictions.scores >= min_score)
+    rows_of_images(truth, predictions)  # refuses predictions for other images
+    pairs = [np.zeros((0, 2), np.int64)]
+    for image, image_id in enumerate(truth.image_ids):
+        if image_id in predictions:
+            first = _rows(truth, image, counted)
+            second = _rows(predictions, predictions.row_of(image_id), shown)
+            rows, columns = nearest_pairs(sought[first], found[second])
+            pairs.append(np.stack([first[rows], second[columns]], axis=1))
+    sought_rows, found_rows = np.concatenate(pairs).T
+    classes = truth.classes[sought_rows]
+    return PointPairs(
+        truth_classes=truth.classes[counted],
+        classes=classes,
+        same_class=(categories_in_truth(truth, predictions) - 1)[found_rows] == classes,
+        errors_px=distances(sought[sought_rows], found[found_rows]),
+        diagonals_px=diagonals_px(truth)[images_of_rows(truth)[sought_rows]],
+    )
+
+
+def nearest_pairs(
+    first_xy: NDArray[np.floating[Any]], second_xy: NDArray[np.floating[Any]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of points [n, 2] and [m, 2] that belong together: the nearest two first, each point once."""
+    table = distances(first_xy[:, None], second_xy[None])
+    rows: list[int] = []
+    columns: list[int] = []
+    for nearest in np.argsort(table, axis=None, kind="stable").tolist():
+        row, column = divmod(nearest, table.shape[1])
+        if row not in rows and column not in columns:
+            rows.append(row)
+            columns.append(column)
+    return np.array(rows, np.int64), np.array(columns, np.int64)
+
+
+def _rows(labels: Labels, image: int, wanted: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Rows of an image that are wanted."""
+    start, stop = labels.offsets[image : image + 2].tolist()
+    rows: NDArray[np.int64] = start + np.flatnonzero(wanted[start:stop])
+    return rows
+
+
+def _numbers(pairs: PointPairs, precisions: NDArray[np.float64], tolerances: Sequence[float]) -> dict[str, float]:
+    """The row of a table from pairs and a point-AP's precisions, whose first axis are the tolerances."""
+    shares = pairs.errors_px / pairs.diagonals_px
+    points = len(pairs.truth_classes)
+    within = {f"{100 * tolerance:g}": tolerance for tolerance in tolerances}
+
+    def found(number: int) -> float:
+        return number / points if points else float("nan")
+
+    return {
+        "class_accuracy": _mean(pairs.same_class),
+        "point_error_px": _mean(pairs.errors_px),
+        "point_error_px_median": _median(pairs.errors_px),
+        "point_error_percent": 100 * _mean(shares),
+        "point_error_percent_median": 100 * _median(shares),
+        **{f"PCK@{percent}": found(int((shares <= tolerance).sum())) for percent, tolerance in within.items()},
+        "point_recall": found(len(pairs.classes)),
+        **{f"point_AP@{percent}": mean_of_present(precisions[row]) for row, percent in enumerate(within)},
+        "point_AP": mean_of_present(precisions),
+        "points": float(points),
+    }
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _median(values: NDArray[np.float64]) -> float:
+    return float(np.median(values)) if len(values) else float("nan")

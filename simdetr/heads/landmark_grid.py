@@ -1,0 +1,165 @@
+"""Landmarks by subregion: one feature map in; class scores and points of the anchor nodes of every subregion out.
+
+Literal to seed 004, Figures 7 and 8: the image is divided into subregions that do not overlap, and those that a
+landmark reaches into all learn its class and the same reference point. Source: specs/heads.md 1.1, 1.4.
+Letters: B images, C channels, G subregions, A anchor nodes of each, T landmarks of one image, M classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from simdetr.detectors.features import Features, FeatureSizes, Level
+from simdetr.detectors.matcher import at_least_float32
+from simdetr.detectors.vidt_heads import map_projection
+from simdetr.heads.head import check_finite
+from simdetr.heads.landmark_cells import (
+    Selection,
+    anchor_positions,
+    cell_owners,
+    pool_valid,
+    select_anchors,
+    select_cells,
+)
+from simdetr.heads.landmark_losses import LandmarkRule, landmark_losses, point_error, record_logits
+from simdetr.heads.landmark_targets import LandmarkTargets, Samples, point_units
+
+PointOutput = Literal["offset", "absolute"]
+
+
+class GridOutputs(NamedTuple):
+    """Of every anchor node of every subregion."""
+
+    logits: Tensor
+    """Class scores, background last [B, G, A, M + 1]."""
+    points: Tensor
+    """(x, y), fractions of the valid image, perhaps outside it [B, G, A, 2]."""
+
+
+class GridLandmarks(nn.Module):
+    """Scores and points per anchor node, and what they learn.
+
+    A subregion is read as its four quarters, pooled each for itself: a mean over all of it would not tell where in it
+    something is. What its place in the image says is learned too.
+
+    Args:
+        sizes: of the feature maps.
+        rule: losses of a sample.
+        grid: rows and columns of subregions.
+        anchors: A; 1, the centre, or 5, with four nodes a quarter of the subregion away from it.
+        level: which feature map, fine to coarse; None for the coarsest that is at least as large as the grid.
+        point_output: points as offsets from the anchor node, or as places in the image.
+        selection: which subregions are trained, see ``select_cells``.
+        top_anchors: how many anchor nodes of a subregion are trained, the most confident ones; None for all.
+        anchor_threshold: confidence below which an anchor node is not trained.
+        dim: width of the hidden features.
+    """
+
+    def __init__(
+        self,
+        sizes: FeatureSizes,
+        rule: LandmarkRule,
+        grid: tuple[int, int],
+        anchors: int,
+        level: int | None,
+        point_output: PointOutput,
+        selection: Selection,
+        top_anchors: int | None,
+        anchor_threshold: float,
+        dim: int = 256,
+    ) -> None:
+        super().__init__()
+        self.rule, self.grid, self.anchors, self.level = rule, grid, anchors, level
+        self.offsets, self.selection = point_output == "offset", selection
+        self.top_anchors, self.anchor_threshold = top_anchors, anchor_threshold
+        self.num_classes, self.channels = sizes.num_classes, sizes.level_channels
+        readable = range(len(self.channels)) if level is None else [level % len(self.channels)]
+        # the map is chosen by its size, which depends on the images
+        self.projections = nn.ModuleDict({str(index): map_projection(self.channels[index], dim) for index in readable})
+        self.quarters = nn.Conv2d(dim, dim, 2, stride=2)
+        self.place = nn.Parameter(torch.zeros(dim, *grid))
+        self.class_embed = nn.Conv2d(dim, anchors * (self.num_classes + 1), 1)
+        self.point_embed = nn.Conv2d(dim, anchors * 2, 1)
+        nn.init.zeros_(self.point_embed.weight)
+        assert self.point_embed.bias is not None
+        # at the start every point is its anchor node, or the middle of the image
+        nn.init.constant_(self.point_embed.bias, 0.0 if self.offsets else 0.5)
+
+    def forward(self, features: Features) -> GridOutputs:
+        """Scores and points.
+
+        Raises:
+            ValueError: no map is as large as the grid, another number of channels, or features that are not finite.
+        """
+        index = self._chosen(features.levels)
+        level = features.levels[index]
+        check_finite(f"levels[{index}]", level.features.masked_fill(level.mask[:, None], 0.0))
+        pooled = pool_valid(level.features, level.mask, (2 * self.grid[0], 2 * self.grid[1]))
+        hidden = self.quarters(self.projections[str(index)](pooled).relu()) + self.place + self._unread(index)
+        hidden = hidden.relu()
+        split = "b (a out) r k -> b (r k) a out"
+        logits = at_least_float32(rearrange(self.class_embed(hidden), split, a=self.anchors))
+        points = at_least_float32(rearrange(self.point_embed(hidden), split, a=self.anchors))
+        if self.offsets:
+            points = points + anchor_positions(self.grid, self.anchors, points.device)
+        return GridOutputs(logits, points)
+
+    def _chosen(self, levels: Sequence[Level]) -> int:
+        """Index of the map that is read."""
+        sizes = [(level.features.shape[2], level.features.shape[3]) for level in levels]
+        rows, columns = self.grid
+        tried = range(len(levels)) if self.level is None else [self.level % len(levels)]
+        fitting = [index for index in tried if sizes[index][0] >= rows and sizes[index][1] >= columns]
+        if not fitting:
+            raise ValueError(
+                f"grid: {rows} x {columns} subregions, but the feature maps have {[sizes[i] for i in tried]} rows and "
+                "columns; take fewer subregions, a finer level, or larger images"
+            )
+        found = levels[fitting[-1]].features
+        if found.shape[1] != self.channels[fitting[-1]]:
+            raise ValueError(
+                f"levels[{fitting[-1]}]: expected [B, {self.channels[fitting[-1]]}, h, w], got {list(found.shape)}"
+            )
+        return fitting[-1]
+
+    def _unread(self, read: int) -> Tensor | float:
+        """0, of the projections of the maps that were not read: in training all parameters take part."""
+        others = [part for name, part in self.projections.items() if name != str(read)]
+        if not (self.training and others):
+            return 0.0
+        return 0.0 * torch.stack([parameter.sum() for part in others for parameter in part.parameters()]).sum()
+
+    def samples(self, outputs: GridOutputs, features: Features, targets: LandmarkTargets) -> Samples:
+        """Losses of all anchor nodes, and which of them count; one sample per node."""
+        owner = cell_owners(targets.boxes, targets.points, targets.present, self.grid)
+        positive = owner >= 0
+        chosen = owner.clamp(min=0)
+        classes = torch.where(positive, targets.labels.gather(1, chosen), self.num_classes)
+        points = targets.points.gather(1, chosen[..., None].expand(-1, -1, 2))
+
+        confidence = 1 - outputs.logits.detach().softmax(dim=-1)[..., -1]
+        used = select_anchors(confidence, self.top_anchors, self.anchor_threshold)
+        used = used & select_cells(positive, self.selection)[..., None]
+
+        units = point_units(features.levels, self.rule.unit, self.grid).to(outputs.points.dtype)[:, None, None]
+        errors = point_error(outputs.points * units, points[:, :, None] * units, self.rule.beta)
+        classes = classes[..., None].expand(errors.shape).flatten()
+        losses = landmark_losses(outputs.logits.flatten(0, 2), classes, errors.flatten(), self.rule)
+        return Samples(losses, used.flatten().to(errors.dtype), classes < self.num_classes, 0.0)
+
+    def predictions(self, outputs: GridOutputs, features: Features) -> dict[str, Tensor]:
+        """One record per anchor node, see ``record_logits``: standalone as a detector's boxes without size.
+
+        On a detector, whose boxes stay its own, they stand beside them as ``landmark_logits`` and
+        ``landmark_points``, which files of predictions do not hold.
+        """
+        logits, points = record_logits(outputs.logits).flatten(1, 2), outputs.points.flatten(1, 2)
+        if features.queries is not None:
+            return {"landmark_logits": logits, "landmark_points": points}
+        boxes = torch.cat((points, torch.zeros_like(points)), dim=-1)
+        return {"pred_logits": logits, "pred_boxes": boxes, "pred_points": points}

@@ -1,0 +1,188 @@
+"""Class loss and class-weighted point loss of landmarks: class scores and point errors in, losses per sample out.
+
+Source: seed 004, Equations 1-7; specs/heads.md 1.2. Letters: N samples, M classes. Classes are numbered 0..M-1, and the
+class M, the last column of softmax scores, is the background that the document calls class 0. p are scores, P^C is the
+probability of the true class C, u the class loss, S the point error, λ the weight of points:
+
+    eq4   u + λ · P^C · S              Equations 1 to 4
+    eq5   u + λ · S                    no coupling, to compare with
+    eq6   u + λ · exp(-u) · S          equal to eq4 where u = -log P^C
+    eq7   u + λ · exp(-u) · S²
+
+The document writes 5 to 7 without λ; here it weighs all of them alike, so that they can be compared. Background has no
+point: there the loss is u alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simdetr.heads.head import check_choice
+
+Mode = Literal["eq4", "eq5", "eq6", "eq7"]
+WeightGradient = Literal["auto", "coupled", "detached"]
+ClassWeight = Literal["softmax", "sigmoid"]
+Unit = Literal["fraction", "pixel", "cell"]
+
+LOG = logging.getLogger(__name__)
+
+
+class SampleLosses(NamedTuple):
+    """Losses of N samples, each [N]."""
+
+    total: Tensor
+    """What is minimised, Equation 1."""
+    class_loss: Tensor
+    """u, Equation 2."""
+    point_loss: Tensor
+    """The coupled point error without λ, Equation 4; 0 for background."""
+    probability: Tensor
+    """P^C, Equation 3; without gradient."""
+    reversed: Tensor
+    """bool; whether, coupled, the point error would outweigh the class loss and the class be un-learned."""
+
+
+@dataclass(frozen=True)
+class LandmarkRule:
+    """How class and point are weighed against each other.
+
+    Attributes:
+        mode: which equation; see the module.
+        point_weight: λ.
+        beta: error from which smooth L1 grows linearly, in the unit of errors.
+        weight_gradient: whether the weight of the point error, P^C or exp(-u), passes a gradient on to the class
+            scores. ``coupled`` as in the document: where λ · P^C · S > 1 the gradient un-learns the class.
+            ``detached`` never; ``auto`` is coupled except in those samples.
+        class_weight: what P^C is of: ``softmax`` scores with a column for background, u = -log P^C; or ``sigmoid``
+            scores, each class on its own, u = binary cross-entropy of all classes.
+        unit: of point errors: fractions of the valid image, pixels of the resized one, or cells of the grid.
+
+    Raises:
+        ValueError: an unknown option, a negative λ, a β that is not positive.
+    """
+
+    mode: Mode = "eq4"
+    point_weight: float = 0.5
+    beta: float = 0.1
+    weight_gradient: WeightGradient = "auto"
+    class_weight: ClassWeight = "softmax"
+    unit: Unit = "fraction"
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, Mode)
+        check_choice("weight_gradient", self.weight_gradient, WeightGradient)
+        check_choice("class_weight", self.class_weight, ClassWeight)
+        check_choice("unit", self.unit, Unit)
+        if not self.point_weight >= 0:
+            raise ValueError(f"point_weight (lambda) must be at least 0, got {self.point_weight}")
+        if not self.beta > 0:
+            raise ValueError(f"beta must be above 0, got {self.beta}; 0.1 is the default for fractions of the image")
+        if self.weight_gradient == "coupled" and self.mode != "eq5" and self._may_reverse():
+            LOG.warning(
+                "weight_gradient 'coupled' with point_weight %g and errors in the unit %r: a point error can outweigh "
+                "the class loss, and training then un-learns the class. Keep point_weight * (2 - beta) at 1 or less "
+                "in fractions of the image, or take 'auto'; reversal_rate counts such samples.",
+                self.point_weight,
+                self.unit,
+            )
+
+    def _may_reverse(self) -> bool:
+        """Whether λ · S or λ · S² can exceed 1 for points within the image."""
+        worst = 2 - self.beta if self.beta < 1 else 1 / self.beta
+        return self.unit != "fraction" or self.point_weight * (worst**2 if self.mode == "eq7" else worst) > 1
+
+
+def point_error(points: Tensor, targets: Tensor, beta: float) -> Tensor:
+    """S, the smooth L1 distance summed over x and y; 0, and without gradient, where the target is unknown (NaN).
+
+    Args:
+        points: [..., 2].
+        targets: [..., 2].
+        beta: in the unit of the points.
+
+    Returns:
+        [...].
+    """
+    targets = torch.where(targets.isnan(), points.detach(), targets)
+    return F.smooth_l1_loss(points, targets, beta=beta, reduction="none").sum(dim=-1)
+
+
+def landmark_losses(logits: Tensor, classes: Tensor, errors: Tensor, rule: LandmarkRule) -> SampleLosses:
+    """Equations 1 to 7 for each sample.
+
+    Args:
+        logits: scores p: [N, M + 1] with background last for softmax, [N, M] for sigmoid.
+        classes: true classes C, int64 [N]; M for background.
+        errors: S [N], see ``point_error``; without meaning for background.
+        rule: which equation, and its weights.
+    """
+    loss, probability = _class_terms(logits, classes, rule.class_weight)
+    is_landmark = classes < num_classes_of(logits, rule)
+    # chosen, not multiplied by 0: the error of background may be anything
+    errors = torch.where(is_landmark, errors, 0.0)
+    effective = errors.square() if rule.mode == "eq7" else errors
+    if rule.mode == "eq4":
+        weight = probability
+    elif rule.mode == "eq5":
+        weight = torch.ones_like(loss)
+    else:
+        weight = torch.exp(-loss)
+    outweighed = rule.point_weight * weight * effective > 1
+    if rule.mode == "eq5":
+        outweighed = torch.zeros_like(outweighed)  # nothing is coupled that could be reversed
+    if rule.weight_gradient == "detached":
+        weight = weight.detach()
+    elif rule.weight_gradient == "auto":
+        weight = torch.where(outweighed, weight.detach(), weight)
+    point_loss = weight * effective
+    return SampleLosses(loss + rule.point_weight * point_loss, loss, point_loss, probability.detach(), outweighed)
+
+
+def num_classes_of(logits: Tensor, rule: LandmarkRule) -> int:
+    """M of scores [..., M + 1] (softmax) or [..., M] (sigmoid)."""
+    return logits.shape[-1] - (rule.class_weight == "softmax")
+
+
+def background_loss(logits: Tensor, rule: LandmarkRule) -> Tensor:
+    """Class loss u of scores [..., M + 1] or [..., M] whose true class is the background; [...]."""
+    if rule.class_weight == "softmax":
+        return -logits.log_softmax(dim=-1)[..., -1]
+    return F.softplus(logits).sum(dim=-1)
+
+
+def record_logits(logits: Tensor) -> Tensor:
+    """Scores as a detector's logits: of each row one class at most, as the document reports one class per landmark.
+
+    The sigmoid of the most probable class's logit is the confidence that there is a landmark at all, 1 - P^background;
+    all other classes, and all of a row whose most probable class is the background, are -inf, which is no detection.
+
+    Args:
+        logits: softmax scores [..., M + 1], background last.
+
+    Returns:
+        float32 or wider [..., M].
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    foreground, background = logits[..., :-1], logits[..., -1:]
+    confidence = foreground.logsumexp(dim=-1, keepdim=True) - background
+    best, place = foreground.max(dim=-1, keepdim=True)
+    records = torch.full_like(foreground, -torch.inf)
+    return records.scatter(-1, place, torch.where(best > background, confidence, -torch.inf))
+
+
+def _class_terms(logits: Tensor, classes: Tensor, class_weight: ClassWeight) -> tuple[Tensor, Tensor]:
+    """Class loss u and P^C, both [N]."""
+    if class_weight == "softmax":
+        log_probability = logits.log_softmax(dim=-1).gather(-1, classes[:, None])[:, 0]
+        return -log_probability, log_probability.exp()
+    count = logits.shape[-1]
+    wanted = F.one_hot(classes, count + 1)[:, :count].to(logits.dtype)
+    loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(dim=-1)
+    true = logits.gather(-1, classes.clamp(max=count - 1)[:, None])[:, 0].sigmoid()
+    return loss, torch.where(classes < count, true, torch.exp(-loss))

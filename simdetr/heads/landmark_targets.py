@@ -1,0 +1,89 @@
+"""Landmarks of a batch as tensors of one shape, and the unit in which distances to their points are measured.
+
+In: targets per image, or feature maps. Out: what both variants of the landmark head learn from. Source: specs/heads.md
+1.1, 1.3. Letters: B images, T landmarks of one image (padded to the most of any image), N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from simdetr.detectors.features import Level
+from simdetr.detectors.matcher import Target, pad_targets, to_device
+from simdetr.heads.landmark_cells import valid_cells
+from simdetr.heads.landmark_losses import SampleLosses, Unit
+
+
+class LandmarkTargets(NamedTuple):
+    """Landmarks of a batch."""
+
+    labels: Tensor
+    """Class int64 [B, T]."""
+    boxes: Tensor
+    """Extent, cxcywh, fractions of the valid image [B, T, 4]; without area where only the point is known."""
+    points: Tensor
+    """Reference point (x, y), fractions of the valid image [B, T, 2]; NaN where unknown."""
+    present: Tensor
+    """bool [B, T]; the others fill up."""
+    counts: list[int]
+    """Landmarks of each image."""
+
+    @classmethod
+    def of(cls, targets: Sequence[Target], device: torch.device) -> LandmarkTargets:
+        """Targets ``labels``, ``boxes`` and ``points`` of each image, on a device.
+
+        Raises:
+            ValueError: no points, or not one for each label.
+        """
+        for index, target in enumerate(targets):
+            count = len(target["labels"])
+            if "points" not in target:
+                raise ValueError(
+                    f"targets: image {index} of the batch has no 'points'; say which point of each class's boxes to "
+                    "learn, data.reference_points: {default: center}"
+                )
+            if target["points"].shape != (count, 2):
+                raise ValueError(
+                    f"points of image {index} of the batch: expected [{count}, 2], got {list(target['points'].shape)}"
+                )
+        labels, boxes = pad_targets(targets)
+        points = pad_sequence([target["points"].float() for target in targets], batch_first=True)
+        counts = [len(target["labels"]) for target in targets]
+        present = torch.arange(labels.shape[1]) < torch.tensor(counts)[:, None]
+        labels, boxes, points, present = (to_device(side, device) for side in (labels, boxes, points, present))
+        return cls(labels, boxes, points, present, counts)
+
+
+class Samples(NamedTuple):
+    """N samples that a variant trains."""
+
+    losses: SampleLosses
+    weight: Tensor
+    """How much each counts [N]."""
+    is_landmark: Tensor
+    """bool [N]; the others are background."""
+    class_loss_of_others: Tensor | float
+    """Sum of the class losses of what is not among the samples."""
+
+
+def point_units(levels: Sequence[Level], unit: Unit, grid: tuple[int, int]) -> Tensor:
+    """How many units the valid image is wide and high, float32 [B, 2].
+
+    Args:
+        levels: feature maps of the batch. Pixels are read off the finest one, so they are rounded up to its stride.
+        unit: of distances.
+        grid: rows and columns of subregions, for the unit ``cell``.
+    """
+    finest = levels[0]
+    rows, columns = valid_cells(finest.mask)
+    if unit == "pixel":
+        return finest.stride * torch.stack((columns, rows), dim=1).float()
+    size = torch.ones_like(rows, dtype=torch.float32)
+    if unit == "fraction":
+        return torch.stack((size, size), dim=1)
+    return torch.stack((grid[1] * size, grid[0] * size), dim=1)

@@ -1,0 +1,53 @@
+"""The contract of heads: what may be built on what, and what is said of bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simdetr.detectors.features import FeatureSizes, Level
+from simdetr.heads.head import HeadLosses, check_finite, check_needs, check_targets, prefixed
+
+SIZES = FeatureSizes(3, (8, 16), (8, 16))
+
+
+def test_a_head_of_queries_needs_a_decoder(parts):
+    with pytest.raises(ValueError, match=r"MeanHead reads the queries of a decoder, but a backbone alone has none"):
+        check_needs(parts.MeanHead(SIZES, reads="queries"), SIZES)
+    check_needs(parts.MeanHead(SIZES), SIZES)
+    check_needs(parts.MeanHead(FeatureSizes(3, (8,), (8,), 4, 2), reads="queries"), FeatureSizes(3, (8,), (8,), 4, 2))
+
+
+def test_not_finite_input_is_named_with_its_place():
+    values = torch.zeros(2, 3)
+    check_finite("features", values)
+    values[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"features: expected finite values, got nan at index \(1, 2\)"):
+        check_finite("features", values)
+    values[0, 1] = torch.inf
+    with pytest.raises(ValueError, match=r"got inf at index \(0, 1\)"):
+        check_finite("features", values)
+
+
+@pytest.mark.parametrize(("label", "said"), [(3, "got 3"), (-1, "got -1")])
+def test_labels_outside_the_classes_are_named(label, said):
+    targets = [{"labels": torch.tensor([0])}, {"labels": torch.tensor([1, label])}]
+    with pytest.raises(ValueError, match=f"labels of image 1 of the batch: expected 0 to 2, {said}"):
+        check_targets(targets, 2, 3)
+    check_targets(targets, 2, 4) if label == 3 else None
+    with pytest.raises(ValueError, match=r"expected one per image \(3\), got 2"):
+        check_targets(targets, 3, 9)
+
+
+def test_terms_and_diagnostics_get_the_heads_name():
+    losses = HeadLosses(torch.tensor(1.0), {"loss_class": torch.tensor(2.0)}, {"rate": torch.tensor(0.5)})
+    assert {name: float(value) for name, value in prefixed("landmarks", losses).items()} == {
+        "landmarks_loss_class": 2.0,
+        "landmarks_rate": 0.5,
+    }
+
+
+def test_a_head_that_is_no_neck_passes_features_on(parts):
+    level = Level(torch.ones(1, 2, 3, 3), 8, torch.zeros(1, 3, 3, dtype=torch.bool))
+    features, noted = super(parts.MeanHead, parts.MeanHead(SIZES)).pass_level(0, level)
+    assert features is level.features and noted is None

@@ -1,0 +1,108 @@
+"""A detector with a head: the detector's predictions stay, losses add up, both learn, both come back from a file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from simdetr.detectors import DeformableDETR
+from simdetr.heads import HeadedDetector
+from simdetr.training.weights import checkpoint_config, load_weights, save_detector
+
+KINDS = ["detr", "refined", "two-stage", "vidt"]
+
+
+@pytest.fixture
+def make(parts):
+    """Build a headed detector with a fixed seed."""
+
+    def build(kind="refined", reads="queries", doubles=False, **settings):
+        torch.manual_seed(0)
+        return HeadedDetector(3, lambda sizes: parts.MeanHead(sizes, reads, doubles), parts.DETECTORS[kind], **settings)
+
+    return build
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reads", ["levels", "queries"])
+@torch.no_grad()
+def test_the_detectors_own_predictions_stay(make, kind, reads, batch):
+    headed = make(kind, reads).eval()
+    images, mask, _ = batch
+    own, both = headed.detector(images, mask), headed(images, mask)
+    if reads == "queries":
+        assert torch.equal(own["pred_logits"], both["pred_logits"]) and torch.equal(
+            own["pred_boxes"], both["pred_boxes"]
+        )
+        assert both["mean"].shape == (2, 3)
+    else:
+        assert both["pred_logits"].shape == (2, 1, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_add_up_and_every_parameter_learns(make, kind, batch):
+    headed = make(kind, detector_weight=0.5).train()
+    losses = headed.losses(*batch)
+    own = headed.detector.losses(*batch)
+    torch.testing.assert_close(losses["loss"], 0.5 * own["loss"] + losses["mean_loss"])
+    assert losses["mean_highest"].requires_grad is False
+    losses["loss"].backward()
+    without = [name for name, p in headed.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_the_detectors_loss_it_has_gradients_all_the_same(make, kind, batch):
+    headed = make(kind, detector_weight=0.0).train()
+    losses = headed.losses(*batch)
+    torch.testing.assert_close(losses["loss"], losses["mean_loss"])
+    losses["loss"].backward()
+    gradients = {name: p.grad for name, p in headed.named_parameters() if p.requires_grad}
+    missing = [name for name, gradient in gradients.items() if gradient is None]
+    # the IoU, vector and cell heads of ViDT+ have no part in detections, and none in this loss
+    assert all(name.startswith(("detector.iou", "detector.vector", "detector.transformer.")) for name in missing)
+    boxes = [gradient for name, gradient in gradients.items() if "bbox_embed" in name and gradient is not None]
+    assert boxes and any(float(gradient.abs().sum()) > 0 for name, gradient in gradients.items() if "body" in name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_neck_sees_every_level_and_changes_training_alone(make, kind, batch):
+    images, mask, _ = batch
+    necked, plain = make(kind, doubles=True), make(kind)
+    assert torch.equal(necked.eval()(images, mask)["pred_boxes"], plain.eval()(images, mask)["pred_boxes"])
+    _, features = necked.detector.decoded(images, mask, necked.head.pass_level)
+    assert (
+        features.taps
+        == [level.stride for level in features.levels]
+        == list(necked.detector.feature_sizes.level_strides)
+    )
+    changed, unchanged = necked.train()._decoded(images, mask)[1], plain.train()._decoded(images, mask)[1]
+    for one, other in zip(changed.levels, unchanged.levels, strict=True):
+        torch.testing.assert_close(one.features, 2 * other.features)
+    assert not torch.allclose(changed.queries.states[-1], unchanged.queries.states[-1])
+
+
+def test_groups_find_the_backbone(make, batch):
+    headed = make()
+    assert isinstance(headed.get_submodule(headed.body_name), nn.Module)
+    assert any(name.startswith(f"{headed.backbone_name}.") for name, _ in headed.named_parameters())
+    assert headed.core is headed.detector
+
+
+def test_starts_from_a_plain_detectors_folder(make, parts, tmp_path, batch):
+    torch.manual_seed(1)
+    plain = DeformableDETR(7, **parts.SMALL_DETR, with_box_refine=True)
+    save_detector(plain, checkpoint_config(plain, None), tmp_path)
+    headed = make()
+    report = load_weights(headed, tmp_path)
+    assert {name.split(".")[0] for name in report.replaced} == {"class_embed"}
+    assert not report.missing and not report.unexpected
+    state = plain.state_dict()
+    assert all(torch.equal(headed.detector.state_dict()[name], state[name]) for name in report.kept)
+
+
+def test_refuses_what_does_not_fit(make):
+    with pytest.raises(ValueError, match=r"detector_weight must be at least 0, got -1"):
+        make(detector_weight=-1)
