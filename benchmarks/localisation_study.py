@@ -115,9 +115,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--methods", nargs="+", default=["CAM", "in-sample"], choices=METHODS)
     parser.add_argument("--initialisations", nargs="+", default=["pretrained", "untrained"])
-    parser.add_argument(
-        "--options", nargs="*", default=[], help="over the config: trainer.precision=…"
-    )
+    parser.add_argument("--options", nargs="*", default=[], help="over the config: trainer.precision=…")
     parser.add_argument("--name", default="localisation_study")
     arguments = parser.parse_args()
     data, out = arguments.data, arguments.out

@@ -33,8 +33,10 @@ TINY = {
     "ViDT": ("vidt_tiny.yaml", {"backbone": "swin_pico", "num_queries": 10}),
     "TorchvisionDetector": ("faster_rcnn_tiny.yaml", {}),
     "TransformersDetector": ("rt_detr_v2_tiny.yaml", {}),
+    "HeadedDetector": (None, {"detector.init_args.backbone": "test_resnet", "detector.init_args.num_queries": 10}),
+    "HeadedBackbone": (None, {"backbone": "test_resnet"}),
 }
-"""Config that shrinks those of a detector, and arguments that shrink it further."""
+"""Config that shrinks those of a detector, where there is one, and arguments that shrink it further."""
 
 
 def test_there_are_configs():
@@ -49,17 +51,25 @@ def test_there_are_configs():
         "rt_detr_v2_tiny.yaml",
         "pretrain/rt_detr_v2.yaml",
         "faster_rcnn_tiny.yaml",
+        "heads/landmarks_traffic_lights.yaml",
+        "heads/landmarks_grid.yaml",
+        "heads/localisation_fod.yaml",
     }
     assert [path.name for path in BUILT_IN] == ["quickstart_finetune.yaml", "quickstart_pretrain.yaml"]
+
+
+SMALLER = {"landmarks_grid.yaml": {"head.init_args.grid": "[2, 2]"}}
+"""What else single configs need for images of 64 pixels."""
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *BUILT_IN], ids=lambda path: path.relative_to(REPOSITORY).as_posix())
 def test_trains_one_step(path, scenes, tmp_path):
     detector = yaml.safe_load(path.read_text())["model"].get("detector")
     name, changes = TINY[detector["class_path"].rpartition(".")[2] if detector else "DeformableDETR"]
-    tiny = REPOSITORY / "configs" / name
-    configs = [path, tiny] if detector else [tiny, path]  # a config without detector is put after one that has it
+    tiny = [REPOSITORY / "configs" / name] if name else []
+    configs = [path, *tiny] if detector else [*tiny, path]  # a config without detector is put after one that has it
     data = (f"--data.images={scenes}", f"--data.labels={scenes / 'instances.json'}")
+    changes = changes | SMALLER.get(path.name, {})
     smallest = (*SMALLEST, *(f"--model.detector.init_args.{key}={value}" for key, value in changes.items()))
     recipe = Recipe(tuple(str(config) for config in configs), (*data, *smallest))
     cli = recipe.training(tmp_path)

@@ -151,7 +151,7 @@ def _draw_ring(draw: ImageDraw.ImageDraw, centre: tuple[int, int], colour: Colou
     """A ring between dark edges, which show it on any ground, and a cross through its centre; its outer radius."""
     x, y = centre
     line = max(2, round(max(draw.im.size) / 320))  # as thick as a box
-    radius: int = 4 * line
+    radius: int = 5 * line
 
     def ring(distance: int, colour: Colour, width: int, fill: Colour | None = None) -> None:
         draw.ellipse((x - distance, y - distance, x + distance, y + distance), fill, colour, width)

@@ -36,7 +36,7 @@ def draw_heat_map(
         image: uint8 [3, H, W]; a small one is enlarged as `draw_boxes` does.
         score_map: [h, w] in [0, 1] over the whole image, of any size.
         boxes: found boxes [n, 4] in pixels of the image, drawn green.
-        truth: human boxes [m, 4], drawn red under the found ones.
+        truth: human boxes [m, 4], drawn red.
         opacity: share of the map in the picture; 0 leaves the image.
         colour_map: one of matplotlib's.
 
@@ -48,6 +48,8 @@ def draw_heat_map(
         raise ValueError(f"image: expected uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity: expected 0 to 1, got {opacity}")
+    if colour_map not in matplotlib.colormaps:
+        raise ValueError(f"colour_map: matplotlib has no {colour_map!r}; try jet, turbo or viridis")
     values = torch.from_numpy(check_score_map(score_map))[None, None]
     smooth = functional.interpolate(values, tuple(image.shape[1:]), mode="bilinear")[0, 0].numpy()
     colours = torch.from_numpy(matplotlib.colormaps[colour_map](smooth)[..., :3]).permute(2, 0, 1)

@@ -6,9 +6,10 @@ Source: specs/heads.md section 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from simdetr.detectors.detector import Detector, DetectorOutput
@@ -85,14 +86,31 @@ class HeadedDetector(Detector):
         outputs, features = self._decoded(images, mask)
         found = self.head.losses(self.head(features), features, targets)
         if self.detector_weight == 0:
-            # without its loss the box heads would have no gradient, which several processes do not forgive
-            watched = 0.0 * (outputs["pred_boxes"].sum() + outputs["pred_logits"].sum())
-            for layer in outputs.get("aux_outputs", []):
-                watched = watched + 0.0 * (layer["pred_boxes"].sum() + layer["pred_logits"].sum())
+            # without its loss what it predicts would have no gradient, which several processes do not forgive
+            watched = 0.0 * torch.stack([values.sum() for values in _tensors_in(outputs)]).sum()
             return {"loss": found.total + watched, **prefixed(self.head.name, found)}
-        losses = self.detector.losses_of(outputs, images, targets)
+        losses = self.detector.losses_of(outputs, images, [boxed(target) for target in targets])
         losses["loss"] = self.detector_weight * losses["loss"] + found.total
         return losses | prefixed(self.head.name, found)
 
     def _decoded(self, images: Tensor, mask: Tensor | None) -> tuple[DetectorOutput, Features]:
         return self.detector.decoded(images, mask, self.head.pass_level if self.head.is_neck else None)
+
+
+def _tensors_in(part: Any) -> Iterator[Tensor]:  # noqa: ANN401
+    """All tensors of a detector's output, which has dictionaries and lists in it."""
+    if isinstance(part, Tensor):
+        yield part
+    else:
+        for inner in part.values() if isinstance(part, Mapping) else part:
+            yield from _tensors_in(inner)
+
+
+def boxed(target: Target) -> Target:
+    """Labels and boxes of the objects that have a box: landmarks of which only the point is known have none."""
+    kept = (target["boxes"][:, 2:] > 0).all(dim=1)
+    return (
+        target
+        if kept.device.type == "cpu" and bool(kept.all())
+        else {name: target[name][kept] for name in ("labels", "boxes", "masks") if name in target}
+    )

@@ -44,6 +44,8 @@ class SampleLosses(NamedTuple):
     """The coupled point error without λ, Equation 4; 0 for background."""
     probability: Tensor
     """P^C, Equation 3; without gradient."""
+    error: Tensor
+    """S, whatever the equation; 0 for background, without gradient."""
     reversed: Tensor
     """bool; whether, coupled, the point error would outweigh the class loss and the class be un-learned."""
 
@@ -141,7 +143,8 @@ def landmark_losses(logits: Tensor, classes: Tensor, errors: Tensor, rule: Landm
     elif rule.weight_gradient == "auto":
         weight = torch.where(outweighed, weight.detach(), weight)
     point_loss = weight * effective
-    return SampleLosses(loss + rule.point_weight * point_loss, loss, point_loss, probability.detach(), outweighed)
+    total = loss + rule.point_weight * point_loss
+    return SampleLosses(total, loss, point_loss, probability.detach(), errors.detach(), outweighed)
 
 
 def num_classes_of(logits: Tensor, rule: LandmarkRule) -> int:

@@ -128,8 +128,8 @@ class LandmarkHead(Head):
 
         Returns:
             ``loss_class`` and ``loss_point``, summed over the decoder's predictions; the total is the first plus λ
-            times the second. ``reversal_rate``, the part of the landmarks' samples where λ · P^C · S > 1, and
-            ``true_probability``, their mean P^C.
+            times the second. ``reversal_rate``, the part of the landmarks' samples where λ · P^C · S > 1,
+            ``true_probability``, their mean P^C, and ``point_error``, their mean S.
 
         Raises:
             ValueError: targets that do not fit the batch or the classes, or lack points.
@@ -142,7 +142,8 @@ class LandmarkHead(Head):
         if not sum(wanted.counts):
             nothing = torch.zeros_like(attached)
             terms = {"loss_class": nothing, "loss_point": nothing}
-            return HeadLosses(attached, terms, {"reversal_rate": nothing, "true_probability": nothing})
+            watched = dict.fromkeys(("reversal_rate", "true_probability", "point_error"), nothing)
+            return HeadLosses(attached, terms, watched)
         losses, weight, is_landmark, others = self.variant.samples(outputs, features, wanted)
         class_loss = ((weight * losses.class_loss).sum() + others) / divisor
         point_loss = (weight * losses.point_loss).sum() / divisor
@@ -151,6 +152,7 @@ class LandmarkHead(Head):
         watched = {
             "reversal_rate": (positive * losses.reversed).sum() / count,
             "true_probability": (positive * losses.probability).sum() / count,
+            "point_error": (positive * losses.error).sum() / count,
         }
         total = class_loss + self.point_weight * point_loss + attached
         return HeadLosses(total, {"loss_class": class_loss.detach(), "loss_point": point_loss.detach()}, watched)

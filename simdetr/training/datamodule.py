@@ -71,6 +71,7 @@ class DetectionData(pl.LightningDataModule):
             validation.
         max_side: Longest side in pixels.
         crop: Random crop in half of the training images.
+        flip: Mirror half of the training images; False where left and right make classes.
         colour: Strength of the colour augmentation.
         mosaic: Probability that a training sample is a mosaic of four images.
         label_fraction: Part of the labelled images to train on (semi-supervised protocols).
@@ -100,6 +101,7 @@ class DetectionData(pl.LightningDataModule):
         short_sides: Sequence[int] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
         max_side: int = 1333,
         crop: bool = True,
+        flip: bool = True,
         colour: Literal["none", "light", "strong"] = "light",
         mosaic: float = 0.0,
         label_fraction: float = 1.0,
@@ -113,7 +115,7 @@ class DetectionData(pl.LightningDataModule):
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.short_sides, self.max_side = list(short_sides), max_side
-        self.crop, self.colour, self.mosaic = crop, colour, mosaic
+        self.crop, self.flip, self.colour, self.mosaic = crop, flip, colour, mosaic
         self._loader: ResumableLoader | None = None
         self._position: dict[str, int] | None = None
         self.source = open_images(images)
@@ -175,7 +177,7 @@ class DetectionData(pl.LightningDataModule):
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         rank = self.trainer.global_rank if self.trainer is not None else 0
         world_size = self.trainer.world_size if self.trainer is not None else 1
-        transform = train_transforms(self.short_sides, self.max_side, crop=self.crop, colour=self.colour)
+        transform = train_transforms(self.short_sides, self.max_side, crop=self.crop, flip=self.flip, colour=self.colour)
         dataset = DetectionDataset(
             self.source,
             self.labels,

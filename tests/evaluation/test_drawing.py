@@ -96,6 +96,68 @@ def test_wrong_arguments_are_named(arguments, message):
         draw_boxes(**{**right, **arguments})
 
 
+def test_points_are_rings_around_their_pixel_on_any_size():
+    for height, width, wanted in ((40, 80, (320, 160)), (400, 400, (400, 400))):
+        x, y = 0.25 * width, 0.5 * height
+        picture = draw_points(grey_image(height, width), np.array([[x, y]], np.float32), colours=[RED])
+        assert picture.size == wanted
+        left, top, right, bottom = extent(painted(picture, RED))
+        assert (left + right) / 2 == 0.25 * wanted[0] + 0.5 and (top + bottom) / 2 == 0.5 * wanted[1] + 0.5
+        assert right - left == bottom - top == 21  # as large on both
+        assert picture.getpixel((round(0.25 * wanted[0]), round(0.5 * wanted[1]))) == INK  # the cross
+
+
+def test_rings_stay_visible_on_a_ground_of_their_colour():
+    ground = torch.tensor(RED, dtype=torch.uint8)[:, None, None].expand(3, 400, 400)
+    picture = draw_points(ground, torch.tensor([[200.0, 100.0]]), colours=[RED])
+    assert extent(painted(picture, INK)) == (189, 89, 212, 112)
+
+
+def test_hollow_rings_show_what_is_under_them():
+    points = np.array([[200.0, 200.0]])
+    filled = draw_points(grey_image(400, 400), points, colours=[RED])
+    hollow = draw_points(grey_image(400, 400), points, colours=[RED], filled=False)
+    assert filled.getpixel((204, 196)) == RED and hollow.getpixel((204, 196)) == (90, 90, 90)
+    assert hollow.getpixel((200, 200)) == RED
+    assert painted(filled, RED).sum() > 1.5 * painted(hollow, RED).sum()
+
+
+def test_points_are_drawn_on_a_copy_of_a_picture_in_the_pixels_of_its_image():
+    boxes = draw_boxes(grey_image(40, 80), torch.tensor([[20.0, 10.0, 60.0, 30.0]]), colours=[BLUE])
+    before = np.asarray(boxes).copy()
+    picture = draw_points(boxes, np.array([[20.0, 10.0]]), colours=[RED], size_hw=(40, 80))
+    left, top, right, bottom = extent(painted(picture, RED))
+    assert ((left + right) / 2, (top + bottom) / 2) == (80.5, 40.5)
+    assert painted(picture, BLUE).any() and (np.asarray(boxes) == before).all()
+
+
+def test_unknown_points_are_passed_over_and_far_ones_cut_off():
+    points = np.array([[np.nan, np.nan], [200.0, 200.0], [-900.0, 5000.0]])
+    picture = draw_points(grey_image(400, 400), points, ["x", "", "z"])
+    assert not painted(picture, class_colour(0)).any() and painted(picture, class_colour(1)).any()
+    plain = draw_points(grey_image(400, 400), points[1:2], colours=[class_colour(1)])
+    assert (np.asarray(plain)[:380] == np.asarray(picture)[:380]).all()
+    assert (np.asarray(draw_points(grey_image(400, 400), np.zeros((0, 2)))) == 90).all()
+
+
+def test_captions_stand_beside_their_points():
+    points = np.array([[100.0, 300.0]])
+    plain = np.asarray(draw_points(grey_image(400, 400), points, colours=[RED]))
+    written = np.asarray(draw_points(grey_image(400, 400), points, ["light 0.7"], [RED]))
+    left, top, _, bottom = extent((plain != written).any(axis=2))
+    assert left >= 100 and 260 < top < bottom <= 300
+
+
+def test_wrong_arguments_of_points_are_named():
+    image, points = grey_image(9, 9), np.zeros((2, 2))
+    with pytest.raises(ValueError, match=r"captions: expected one per point \(2\), got 1"):
+        draw_points(image, points, ["a"])
+    with pytest.raises(ValueError, match=r"colours: expected one per point \(2\), got 0"):
+        draw_points(image, points, colours=[])
+    with pytest.raises(ValueError, match=r"image: expected uint8 \[3, H, W\]"):
+        draw_points(image.float(), points)
+
+
 def test_class_colours_are_stable_and_differ():
     colours = [class_colour(index) for index in range(64)]
     assert colours == [class_colour(index) for index in range(64)]
@@ -136,3 +198,26 @@ def test_pictures_are_written_beside_nothing_of_the_user(painted_source, tmp_pat
     with pytest.raises(ValueError, match="holds the images themselves"):
         write_pictures(source, labels, tmp_path)
     assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_pictures_show_points_of_predictions_and_truth(tmp_path, make_points):
+    Image.new("RGB", (640, 640), (90, 90, 90)).save(tmp_path / "a.png")
+    source = ImageSource(tmp_path, ("a.png",))
+    boxes = [(300, 300, 400, 400), (100, 100, 100, 100)]
+    found = make_points({"a.png": [(350, 350, 0, 0.9), (100, 100, 1, 0.8)]}, 2, boxes=boxes)
+    write_pictures(source, found, tmp_path / "out")
+    picture = Image.open(tmp_path / "out/a.png")
+    with_area, without = class_colour(0), class_colour(1)
+    assert extent(painted(picture, with_area)[310:, 300:])[2:] == (100, 90)  # box and point
+    assert picture.getpixel((346, 346)) == with_area and picture.getpixel((96, 96)) == without
+    plain = draw_points(grey_image(640, 640), found.points[1:], ["kind 1 0.80"], [without])
+    assert (np.asarray(plain)[:200, :290] == np.asarray(picture)[:200, :290]).all()  # no box of one pixel
+
+    truth = make_points({"a.png": [(500, 100, 1), (np.nan, np.nan, 0)]}, 2)
+    write_pictures(source, found, tmp_path / "both", truth=truth)
+    both = Image.open(tmp_path / "both/a.png")
+    assert painted(both, without)[80:120, 480:520].any() and both.getpixel((496, 96)) == (90, 90, 90)
+    changed = (np.asarray(both) != np.asarray(picture)).any(axis=2)
+    assert extent(changed) == (489, 89, 512, 112)
+    write_pictures(source, found, tmp_path / "other", truth=make_points({"b.png": [(500, 100, 1)]}, 2))
+    assert (tmp_path / "other/a.png").read_bytes() == (tmp_path / "out/a.png").read_bytes()

@@ -1,0 +1,281 @@
+"""Landmarks by subregion: losses against numbers worked out by hand, every option has an effect, padding has none.
+
+With all weights of the last layers at 0 every anchor node has uniform scores, so that each class loss is log(M + 1),
+and its point is its own position (or the image's middle, for absolute points).
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from simdetr.detectors.features import Features, FeatureSizes, Level, Queries
+from simdetr.heads import LandmarkHead
+from simdetr.heads.landmark_cells import anchor_positions
+from simdetr.heads.landmark_grid import GridLandmarks, GridOutputs
+from simdetr.heads.landmark_losses import point_error
+
+SIZES = FeatureSizes(2, (6, 8, 10), (8, 16, 32))
+LOG3 = math.log(3)
+
+
+def features_of(height=64, width=80, seed=0, dtype=torch.float32, mask=None):
+    """Three maps of two images, as a backbone gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = []
+    for channels, stride in zip(SIZES.level_channels, SIZES.level_strides, strict=True):
+        size = (height // stride, width // stride)
+        padding = torch.zeros(2, *size, dtype=torch.bool) if mask is None else mask[:, ::stride, ::stride]
+        levels.append(Level(torch.randn(2, channels, *size, generator=generator, dtype=dtype), stride, padding))
+    return Features(levels, None, [])
+
+
+def targets_of(boxes=((0.2, 0.25, 0.3, 0.4),), points=((0.9, 0.8),), labels=(1,)):
+    """Landmarks of the first image; the second has none."""
+    first = {
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "boxes": torch.tensor(boxes).view(-1, 4),
+        "points": torch.tensor(points).view(-1, 2),
+    }
+    return [first, {name: values[:0] for name, values in first.items()}]
+
+
+def head_of(flat=True, sizes=SIZES, **options):
+    torch.manual_seed(0)
+    head = LandmarkHead(sizes, variant="grid", **({"grid": (2, 2)} | options))
+    if flat:
+        for layer in (head.variant.class_embed, head.variant.point_embed):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(head.variant.class_embed.bias)
+    return head
+
+
+def terms_of(features=None, targets=None, **options):
+    """Terms of a head with flat outputs, as numbers."""
+    features, targets = features or features_of(), targets or targets_of()
+    head = head_of(**options)
+    losses = head.losses(head(features), features, targets)
+    return {name: float(value) for name, value in (losses.terms | losses.diagnostics).items()}
+
+
+def test_shapes_and_start():
+    head, features = head_of(flat=False, grid=(2, 3)), features_of()
+    outputs = head(features)
+    assert outputs.logits.shape == (2, 6, 5, 3) and outputs.points.shape == (2, 6, 5, 2)
+    expected = anchor_positions((2, 3), 5, torch.device("cpu")).expand(2, -1, -1, -1)
+    torch.testing.assert_close(outputs.points, expected)
+    absolute = head_of(flat=False, grid=(2, 3), point_output="absolute")(features)
+    torch.testing.assert_close(absolute.points, torch.full((2, 6, 5, 2), 0.5))
+
+
+def test_the_coarsest_map_that_is_large_enough_is_read():
+    """Maps are 8 × 10, 4 × 5 and 2 × 2."""
+    features = features_of()
+    for grid, read in (((2, 2), 2), ((2, 3), 1), ((4, 5), 1), ((5, 5), 0), ((8, 10), 0)):
+        head = head_of(grid=grid)
+        assert head.variant._chosen(features.levels) == read
+        head(features)
+    assert head_of(grid=(2, 2), level=0).variant._chosen(features.levels) == 0
+    assert head_of(grid=(2, 2), level=-2).variant._chosen(features.levels) == 1
+    assert list(head_of(level=-2).variant.projections) == ["1"]
+    for options in ({"grid": (9, 2)}, {"grid": (4, 5), "level": 2}):
+        with pytest.raises(ValueError, match=r"grid: . x . subregions, but the feature maps have"):
+            head_of(**options)(features)
+    wrong = Features([*features.levels[:2], features.levels[2]._replace(features=torch.zeros(2, 9, 2, 2))], None, [])
+    with pytest.raises(ValueError, match=r"levels\[2\]: expected \[B, 10, h, w\], got \[2, 9, 2, 2\]"):
+        head_of()(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "samples"),
+    [
+        # one positive cell of the first image's four and one of background, four of background of the second
+        ({}, 5 * (2 + 4)),
+        ({"anchors": 1}, 2 + 4),
+        ({"selection": "all"}, 5 * 8),
+        ({"selection": "positive"}, 5 * 1),
+        ({"top_anchors": 1}, 2 + 4),
+        ({"top_anchors": 3}, 3 * (2 + 4)),
+        ({"anchor_threshold": 0.6}, 5 * (2 + 4)),  # 1 - P of background is 2/3
+        ({"anchor_threshold": 0.7}, 0),
+        ({"top_anchors": 2, "anchor_threshold": 0.6}, 2 * (2 + 4)),
+        ({"top_anchors": 2, "anchor_threshold": 0.7}, 0),
+    ],
+)
+def test_what_is_selected_is_what_counts(options, samples):
+    assert terms_of(**options)["loss_class"] == pytest.approx(samples * LOG3)
+
+
+def test_losses_are_divided_by_the_number_of_landmarks_unless_summed():
+    three = targets_of([[0.2, 0.25, 0.3, 0.4]] * 3, [[0.9, 0.8]] * 3, [1, 1, 1])
+    divided, summed = terms_of(targets=three), terms_of(targets=three, reduction="sum")
+    for name in ("loss_class", "loss_point"):
+        assert summed[name] == pytest.approx(3 * divided[name])
+
+
+@pytest.mark.parametrize("mode", ["eq4", "eq5", "eq7"])
+@pytest.mark.parametrize("unit", ["fraction", "cell", "pixel"])
+def test_all_positive_subregions_learn_the_same_point(unit, mode):
+    """A box over the upper two of 2 × 3 subregions' left columns, its point far away in the last one."""
+    targets = targets_of([[1 / 3, 0.2, 0.5, 0.2]], [[0.9, 0.8]])
+    terms = terms_of(targets=targets, grid=(2, 3), unit=unit, mode=mode, beta=0.2)
+    size = {"fraction": (1, 1), "cell": (3, 2), "pixel": (80, 64)}[unit]
+    units, positions = torch.tensor(size), anchor_positions((2, 3), 5, torch.device("cpu"))[:2]
+    errors = point_error(positions * units, torch.tensor([0.9, 0.8]) * units, 0.2)
+    expected = {"eq4": errors.sum() / 3, "eq5": errors.sum(), "eq7": errors.square().sum() / 3}[mode]
+    assert terms["loss_point"] == pytest.approx(expected.item(), rel=1e-5)
+    assert terms["true_probability"] == pytest.approx(1 / 3)
+    if mode == "eq4":
+        assert terms["reversal_rate"] == pytest.approx((0.5 * errors / 3 > 1).float().mean().item())
+
+
+def test_anchors_of_one_prediction_count_alike():
+    """Five identical predictions: five times the loss of one; the best alone: once."""
+    options = {"point_output": "absolute", "selection": "positive"}
+    one, five, best = (terms_of(**options, **more) for more in ({"anchors": 1}, {}, {"top_anchors": 1}))
+    for name in ("loss_class", "loss_point"):
+        assert five[name] == pytest.approx(5 * one[name])
+        assert best[name] == pytest.approx(one[name])
+
+
+def test_the_best_anchor_is_the_most_confident_one():
+    head, features = head_of(top_anchors=1, selection="positive"), features_of()
+    outputs = head(features)
+    logits = outputs.logits.detach().clone().requires_grad_()
+    with torch.no_grad():
+        logits[:, :, 3, 2] = -1.0  # less background there
+    head.losses(GridOutputs(logits, outputs.points), features, targets_of()).total.backward()
+    assert (logits.grad[0, 0].abs().sum(dim=1) > 0).tolist() == [False, False, False, True, False]
+
+
+def test_a_threshold_above_every_confidence_leaves_the_graph_whole():
+    head, features = head_of(flat=False, anchor_threshold=1.0), features_of()
+    losses = head.losses(head(features), features, targets_of())
+    assert losses.total.item() == 0.0
+    losses.total.backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in head.parameters())
+
+
+def test_landmarks_without_point_or_extent():
+    blind = terms_of(targets=targets_of(points=((math.nan, math.nan),)), selection="positive")
+    assert blind["loss_point"] == 0.0 and blind["loss_class"] == pytest.approx(5 * LOG3)
+    bare = terms_of(targets=targets_of(boxes=((0.9, 0.8, 0.0, 0.0),)), selection="positive")
+    assert bare["loss_class"] == pytest.approx(5 * LOG3) and bare["loss_point"] > 0
+    neither = targets_of(boxes=((0.9, 0.8, 0.0, 0.0),), points=((math.nan, math.nan),))
+    assert terms_of(targets=neither, selection="positive")["loss_class"] == 0.0
+
+
+def test_a_batch_without_landmarks_learns_nothing():
+    head, features = head_of(flat=False).train(), features_of()
+    losses = head.losses(head(features), features, targets_of([], [], []))
+    assert losses.total.item() == 0.0 and losses.total.requires_grad
+    losses.total.backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in head.parameters())
+
+
+def test_every_parameter_takes_part():
+    head, features = head_of(flat=False).train(), features_of()
+    head.losses(head(features), features, targets_of()).total.backward()
+    assert all(p.grad is not None for p in head.parameters())
+    learning = {name for name, p in head.named_parameters() if p.grad.abs().max() > 0}
+    unread = {name for name, _ in head.named_parameters() if ".projections.0." in name or ".projections.1." in name}
+    assert learning == {name for name, _ in head.named_parameters()} - unread and unread
+
+
+@pytest.mark.parametrize("options", [{}, {"selection": "all", "grid": (3, 3), "unit": "pixel"}, {"level": 0}])
+def test_padding_does_not_matter(options):
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[0, :, 64:] = True
+    mask[1, 48:] = True
+    features = features_of(64, 96, mask=mask)
+    filled = [
+        level._replace(features=level.features.masked_fill(level.mask[:, None], 1e4)) for level in features.levels
+    ]
+    head = head_of(flat=False, **options)
+    found = []
+    for levels in (features.levels, filled):
+        torch.manual_seed(1)
+        bundle = features._replace(levels=levels)
+        outputs = head(bundle)
+        found.append((*outputs, head.losses(outputs, bundle, targets_of()).total))
+    for clean, other in zip(*found, strict=True):
+        assert torch.equal(clean, other)
+
+
+def test_padded_images_are_read_as_they_would_be_alone():
+    """The subregions are those of the valid image."""
+    mask = torch.zeros(2, 64, 128, dtype=torch.bool)
+    mask[0, :, 64:] = True
+    features = features_of(64, 128, mask=mask)
+    cut = []
+    for level in features.levels:
+        half = level.mask.shape[2] // 2
+        cut.append(Level(level.features[..., :half], level.stride, level.mask[..., :half]))
+    head = head_of(flat=False, level=0)
+    together, alone = head(features), head(features._replace(levels=cut))
+    torch.testing.assert_close(together.logits[0], alone.logits[0])
+
+
+def test_what_is_not_finite_is_named():
+    features = features_of()
+    features.levels[2].features[1, 4, 0, 1] = math.nan
+    with pytest.raises(ValueError, match=r"levels\[2\]: expected finite values, got nan at index \(1, 4, 0, 1\)"):
+        head_of()(features)
+    features.levels[2].mask[1, :, 1] = True  # in the padding it may be anything
+    assert head_of(flat=False)(features).logits.isfinite().all()
+
+
+def test_the_same_seed_gives_the_same_loss():
+    head, features = head_of(flat=False), features_of()
+
+    def loss(seed):
+        torch.manual_seed(seed)
+        return head.losses(head(features), features, targets_of()).total
+
+    assert torch.equal(loss(1), loss(1))
+    assert len({loss(seed).item() for seed in range(4)}) > 1
+
+
+def test_the_whole_head_by_finite_differences():
+    sizes = FeatureSizes(2, (3,), (16,))
+    torch.manual_seed(0)
+    variant = GridLandmarks(sizes, head_of().variant.rule, (2, 2), 5, None, "offset", "all", None, 0.0, dim=4).double()
+    head = head_of(sizes=sizes, selection="all").double()
+    head.variant = variant
+    nn.init.normal_(variant.point_embed.weight)
+    mask = torch.zeros(2, 4, 5, dtype=torch.bool)
+    mask[1, :, 3:] = True
+
+    def total(maps):
+        features = Features([Level(maps, 16, mask)], None, [])
+        return head.losses(head(features), features, targets_of()).total
+
+    maps = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(total, (maps,))
+
+
+def test_predictions():
+    head, features = head_of(flat=False).eval(), features_of()
+    outputs = head(features)
+    found = head.predictions(outputs, features)
+    assert {name: tuple(values.shape) for name, values in found.items()} == {
+        "pred_logits": (2, 20, 2),
+        "pred_boxes": (2, 20, 4),
+        "pred_points": (2, 20, 2),
+    }
+    assert torch.equal(found["pred_boxes"][..., :2], found["pred_points"])
+    assert not found["pred_boxes"][..., 2:].any()
+    probability = outputs.logits.softmax(dim=-1).flatten(1, 2)
+    real = found["pred_logits"].amax(dim=-1) > -torch.inf
+    assert torch.equal(real, probability.argmax(dim=-1) < 2) and 0 < real.sum() < 40
+    torch.testing.assert_close(found["pred_logits"].amax(dim=-1)[real].sigmoid(), 1 - probability[real][:, 2])
+    assert torch.equal(found["pred_logits"].argmax(dim=-1)[real], probability[real].argmax(dim=-1))
+
+
+def test_on_a_detector_its_own_predictions_stay():
+    head = head_of(flat=False)
+    features = features_of()._replace(queries=Queries([], [], [], []))
+    assert set(head.predictions(head(features), features)) == {"landmark_logits", "landmark_points"}
