@@ -11,6 +11,7 @@ trainings are not repeated.
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def numbers(chosen_on: LocalisationMetric, scored: LocalisationMetric) -> dict[s
         "BoxAccV2": float(np.mean(list(every.values()))),
         "BoxAccV2 per IoU": {f"{delta:g}": value for delta, value in every.items()},
         "BoxAcc": largest[0.5],
-        "Top-1 Loc": best["Top-1 Loc"],
+        "Top-1 Loc": None if math.isnan(best["Top-1 Loc"]) else best["Top-1 Loc"],
         "threshold": chosen_on.compute()["threshold"],
         "constant_maps": best["constant_maps"],
     }
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--pretrained", type=Path, required=True, help="run folder of simdetr pretrain on fod/train")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--methods", nargs="+", default=["CAM", "in-sample"], choices=METHODS)
     parser.add_argument("--initialisations", nargs="+", default=["pretrained", "untrained"])

@@ -107,10 +107,8 @@ def _tensors_in(part: Any) -> Iterator[Tensor]:  # noqa: ANN401
 
 
 def boxed(target: Target) -> Target:
-    """Labels and boxes of the objects that have a box: landmarks of which only the point is known have none."""
+    """The objects of a target that have a box: landmarks of which only the point is known have none."""
+    if "points" not in target:
+        return target
     kept = (target["boxes"][:, 2:] > 0).all(dim=1)
-    return (
-        target
-        if kept.device.type == "cpu" and bool(kept.all())
-        else {name: target[name][kept] for name in ("labels", "boxes", "masks") if name in target}
-    )
+    return {name: target[name][kept] for name in ("labels", "boxes", "masks") if name in target}

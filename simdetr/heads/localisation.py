@@ -158,7 +158,8 @@ class LocalisationHead(Head):
         Raises:
             ValueError: features of another shape, not finite, or a map smaller than 2 × 2.
         """
-        if index not in self.taps or not (self.training or index in self._shown_taps()):
+        wanted = set(self.taps) if self.training else self._shown_taps()
+        if not self.is_neck or index not in wanted:
             return level.features, None
         check_level(index, level, self.sizes.level_channels[index])
         tap: Tap = self.attention[self.taps.index(index)](level, embed=self.training)

@@ -52,6 +52,7 @@ def test_every_parameter_learns(make, kind, options, batch):
         "landmark_loss_point",
         "landmark_reversal_rate",
         "landmark_true_probability",
+        "landmark_point_error",
     }
     losses["loss"].backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
