@@ -115,3 +115,26 @@ def test_bare_weights_are_for_the_detector_of_the_config(recipe, make_detector, 
     data = made.options[:2]
     with pytest.raises(RecipeError, match=r"model\.detector"):
         Recipe((), data).starting_from(tmp_path, tmp_path / "other").resolved()
+
+
+@pytest.mark.parametrize("class_path", ["HeadedDetector", "HeadedBackbone"])
+def test_a_file_goes_under_the_recipes_own_head(class_path, recipe, make_detector, tmp_path):
+    detector = make_detector(3, num_queries=5)
+    save_detector(detector, checkpoint_config(detector, None), tmp_path / "detector")
+    head = {"class_path": "simdetr.heads.LandmarkHead", "init_args": {"variant": "query", "mode": "eq5"}}
+    arguments = {"head": head, "detector": {"class_path": "simdetr.detectors.DeformableDETR", "init_args": {}}}
+    if class_path == "HeadedBackbone":
+        head["init_args"]["variant"] = "grid"
+        arguments = {"head": head, "backbone": "test_resnet"}
+    config = tmp_path / "head.yaml"
+    model = {"detector": {"class_path": f"simdetr.heads.{class_path}", "init_args": arguments}}
+    config.write_text(yaml.safe_dump({"model": model}))
+    made = Recipe((str(config),), recipe().options[:2]).starting_from(tmp_path / "detector", tmp_path / "out")
+    resolved = made.resolved()[0].model
+    assert resolved.detector.class_path.endswith(class_path)
+    assert resolved.detector.init_args.head.init_args.mode == "eq5"
+    assert resolved.init_weights == str(tmp_path / "detector")
+    if class_path == "HeadedDetector":
+        assert resolved.detector.init_args.detector.init_args.num_queries == 5
+    else:
+        assert resolved.detector.init_args.backbone == "test_resnet"

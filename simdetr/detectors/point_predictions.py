@@ -31,14 +31,12 @@ def merge_points(points: Tensor, classes: Tensor, scores: Tensor, radius: float)
     places, kinds, weights = columns[:, :2], columns[:, 2], columns[:, 3]
     apart = np.hypot(*(places[:, None] - places[None]).transpose(2, 0, 1))
     near = (apart <= radius) & (kinds[:, None] == kinds[None])
-    free = np.ones(len(places), dtype=bool)
-    best, merged = [], []
+    group = np.full(len(places), -1)
+    best: list[int] = []
     for index in range(len(places)):
-        if not free[index]:
-            continue
-        group = near[index] & free
-        free &= ~group
-        best.append(index)
-        merged.append(np.average(places[group], axis=0, weights=weights[group]))
+        if group[index] < 0:
+            group[near[index] & (group < 0)] = len(best)
+            best.append(index)
+    totals = [np.bincount(group, share) for share in (weights, *(weights[:, None] * places).T)]
     kept = order[torch.tensor(best, dtype=torch.int64, device=order.device)]
-    return kept, torch.from_numpy(np.reshape(merged, (-1, 2))).to(points)
+    return kept, torch.from_numpy(np.stack(totals[1:], axis=1) / totals[0][:, None]).to(points)

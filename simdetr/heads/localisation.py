@@ -48,9 +48,9 @@ class LocalisationHead(Head):
     """Classifies images and finds the object of the class, on the maps of a backbone or of a detector.
 
     The last tapped map is pooled for the class. In training every earlier one is multiplied by the dropped foreground
-    mask or the importance map before the next stage reads it, one draw per batch and map; an image whose dropped
-    foreground is empty gets its importance map. On a detector the head's class and box stand in the place of the
-    detector's. The document leaves thresholds, margin, widths and the draw open: the defaults are this library's.
+    mask or the importance map before the next stage reads it, one draw per batch and map; an image with an empty mask
+    always gets its importance map. On a detector the head's class and box stand in the place of the detector's. The
+    document leaves thresholds, margin, widths and the draw open: the defaults are this library's.
 
     Args:
         sizes: what it is built for.

@@ -121,7 +121,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"weights: {path} cannot be read as a detector ({reason}); the file is damaged, or is no .safetensors file "
             "and no checkpoint of tensors."
         ) from error
-    tensors = averaged_state(content)
+    own_folder = config is not None and "class_path" in config
+    tensors = content["model"] if own_folder else averaged_state(content)  # names are the detector's own already
     stored = config if config is not None else content.get("simdetr")
     if stored is not None and "class_path" in stored:
         # of what we wrote, only an original's .pth has other names than ours

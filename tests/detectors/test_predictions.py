@@ -50,3 +50,14 @@ def test_wrong_arguments():
         postprocess(outputs, [(1, 1), (2, 2)])
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         postprocess(outputs, [(1, 1)], top_k=0)
+
+
+def test_points_come_with_their_query_and_with_the_heads_classes():
+    outputs, _ = crafted()
+    points, own = torch.tensor([[[0.1, 0.2], [0.9, 0.5]]]), outputs["pred_logits"].flip(1)
+    found = postprocess({**outputs, "pred_points": points, "point_logits": own}, [(100, 200)], top_k=3)[0]
+    # the logits of both queries have changed places, so the best is now query 0 with class 2
+    torch.testing.assert_close(found["scores"], torch.tensor([2.0, 1.0, 0.5]).sigmoid())
+    assert found["labels"].tolist() == [2, 1, 0]
+    torch.testing.assert_close(found["points"], torch.tensor([[20.0, 20.0], [180.0, 50.0], [20.0, 20.0]]))
+    assert "points" not in postprocess(outputs, [(100, 200)])[0]

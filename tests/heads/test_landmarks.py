@@ -116,6 +116,35 @@ def test_training_moves_points_to_the_landmarks(make, kind, batch):
     assert last["landmark_true_probability"] > 2 * first["landmark_true_probability"]
 
 
+@pytest.mark.parametrize("kind", ["refined", "backbone"])
+def test_a_process_without_landmarks_counts_with_the_others(make, kind, batch, monkeypatch):
+    """They wait for its number."""
+    counts = []
+    monkeypatch.setattr(
+        "simdetr.heads.landmarks.global_mean_count", lambda count, device: counts.append(count) or max(count, 1)
+    )
+    images, mask, targets = batch
+    model = make(kind).train()
+    model.losses(images, mask, [{name: values[:0] for name, values in target.items()} for target in targets])
+    model.losses(images, mask, targets)
+    assert counts == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("refined", {}), ("backbone", {}), ("detr", {"class_weight": "sigmoid"})]
+)
+def test_half_precision(make, kind, options, batch):
+    model = make(kind, **options).train()
+    whole = model.losses(*batch)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.losses(*batch)
+    assert half["loss"].dtype == torch.float32
+    half["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    torch.testing.assert_close(half["landmark_loss_class"], whole["landmark_loss_class"], rtol=0.1, atol=0.0)
+
+
 def test_bad_targets_are_named(make, batch):
     images, mask, targets = batch
     model = make(detector_weight=0.0)  # so that the head is the first to look

@@ -148,3 +148,41 @@ def test_no_masks_from_a_detector_that_draws_none(scenes, tmp_path):
             tmp_path / "l.parquet",
             stage=0,
         )
+
+
+class Landmarks(nn.Module):
+    """Four landmarks: two of class 0 close together, one of class 1 near them, one that is none."""
+
+    def forward(self, images, mask):
+        points = torch.tensor([[0.50, 0.50], [0.51, 0.50], [0.50, 0.51], [0.9, 0.9]]).expand(len(images), -1, -1)
+        logits = torch.full((len(images), 4, 2), -torch.inf)
+        for query, (label, logit) in enumerate([(0, 2.0), (0, 1.0), (1, 0.0)]):
+            logits[:, query, label] = logit
+        boxes = torch.cat([points, torch.zeros_like(points)], dim=2)
+        return {"pred_logits": logits, "pred_boxes": boxes, "pred_points": points}
+
+
+def test_landmarks_are_merged_by_class_and_need_no_box():
+    settings = InferenceSettings(short_side=50, max_side=100)
+    pixels = torch.zeros(3, 50, 100, dtype=torch.uint8)
+    found = detect_array(Landmarks(), pixels, CATEGORIES, settings)
+    high, low = torch.sigmoid(torch.tensor([2.0, 1.0])).tolist()
+    assert found.classes.tolist() == [0, 1]
+    np.testing.assert_allclose(found.points[0], [(50 * high + 51 * low) / (high + low), 25], atol=1e-4)
+    np.testing.assert_allclose(found.points[1], [50, 25.5], atol=1e-4)
+    np.testing.assert_allclose(found.scores, [high, 0.5], atol=1e-6)
+    np.testing.assert_allclose(found.boxes_xyxy[0], [50, 25, 50, 25], atol=1e-4)
+    apart = detect_array(Landmarks(), pixels, CATEGORIES, replace(settings, point_radius=0.0))
+    assert apart.classes.tolist() == [0, 0, 1]
+    best = detect_array(Landmarks(), pixels, CATEGORIES, replace(settings, max_boxes=1, score_threshold=0.6))
+    assert best.classes.tolist() == [0] and best.points.shape == (1, 2)
+
+
+def test_a_heads_own_classes_take_the_place_of_the_detectors():
+    class Own(Landmarks):
+        def forward(self, images, mask):
+            outputs = super().forward(images, mask)
+            return outputs | {"point_logits": outputs["pred_logits"].flip(2)}
+
+    found = detect_array(Own(), torch.zeros(3, 50, 100, dtype=torch.uint8), CATEGORIES, InferenceSettings(50, 100))
+    assert found.classes.tolist() == [1, 0]
