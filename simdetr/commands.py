@@ -177,7 +177,8 @@ def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = No
         out: JSON file to write the numbers to.
     """
     from simdetr import inference
-    from simdetr.results import check_writable, shown_score, write_scores
+    from simdetr.evaluation.score_text import shown_score
+    from simdetr.results import check_writable, write_scores
 
     if out is not None:
         check_writable(out)

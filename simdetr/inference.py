@@ -21,7 +21,7 @@ from simdetr.heads.localisation_results import localisation_head, localisation_s
 from simdetr.training.progress import image_progress
 from simdetr.training.relabel import InferenceSettings, detect, detect_array
 from simdetr.training.run_folder import detector_folder
-from simdetr.training.weights import load_detector
+from simdetr.training.weights import LoadedDetector, load_detector
 
 LOG = logging.getLogger(__name__)
 
@@ -106,10 +106,19 @@ def evaluate(
         )
     if len(shared) < len(truth):
         LOG.warning("%d of %d labelled images are not in %s", len(truth) - len(shared), len(truth), images)
-    source, settings = (
-        source.subset(shared),
-        InferenceSettings.of(loaded.image_settings, device=device or default_device()),
-    )
+    return score(loaded, source.subset(shared), truth, device or default_device())[1]
+
+
+def score(loaded: LoadedDetector, source: ImageSource, truth: Labels, device: str) -> tuple[Labels, dict[str, float]]:
+    """Detections on images, and all scores of them that ``evaluate`` knows.
+
+    Args:
+        loaded: The detector.
+        source: Images, all of them labelled.
+        truth: Their boxes, and those of images that are not there, which count as missed.
+        device: Torch device.
+    """
+    settings = InferenceSettings.of(loaded.image_settings, device=device)
     with image_progress("predicting", len(source)) as progress:
         found = detect(loaded.detector, source, loaded.categories, settings, progress=progress)
     if loaded.reference_points is not None and truth.points is None:
@@ -121,7 +130,7 @@ def evaluate(
     if localisation_head(loaded.detector) is not None:
         numbered = truth.with_categories(loaded.categories)
         scores |= localisation_scores(loaded.detector, source, numbered, settings)  # type: ignore[arg-type]
-    return scores
+    return found, scores
 
 
 def heat_maps(

@@ -27,6 +27,7 @@ from torch import nn
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.evaluation.validation import CocoValidation
+from simdetr.fit_results import write_fit_results
 from simdetr.proposals.batch_mining import MiningConfig
 from simdetr.proposals.features import Encoder
 from simdetr.proposals.kmeans import Backend
@@ -160,7 +161,9 @@ class RecipeCLI(LightningCLI):
         """Under ``simdetr fit``: leave the detector where the pipeline would, in ``detector/`` below the root."""
         if self.trainer.is_global_zero and self.trainer.state.finished:
             config = checkpoint_config(self.model.detector, self.datamodule)
-            save_detector(self.model.detector, config, Path(self.trainer.default_root_dir) / "detector")
+            root = Path(self.trainer.default_root_dir)
+            save_detector(self.model.detector, config, root / "detector")
+            write_fit_results(root, self.model.detector, self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # noqa: ANN401
         """A Trainer that logs and checkpoints below its root and scores validations, unless told otherwise."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from simdetr import cli
 from simdetr.data.labels import read_labels
+from simdetr.evaluation.score_text import shown_score
 from simdetr.training.weights import checkpoint_config, load_detector, save_detector
 
 SMALLEST = {
@@ -64,6 +65,26 @@ def fit(config: Path, scenes: Path, out: Path, *options: str) -> None:
     cli.main(["fit", f"--config={config}", *inputs, f"--trainer.default_root_dir={out}", *options])
 
 
+def report_of(run: Path, scenes: Path) -> str:
+    cli.main(["report", f"--run={run}", f"--images={scenes}", f"--truth={scenes / 'instances.json'}"])
+    return (run / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("AP", 0.1234, " 12.3 %"),
+        ("point_error_px", 4.26, "  4.3 px"),
+        ("point_error_percent_median", 1.5, "  1.5 % of the diagonal"),
+        ("points", 38.0, "   38"),
+        ("threshold", 0.255, "0.255"),
+        ("MaxBoxAccV2", float("nan"), "    –"),
+    ],
+)
+def test_scores_are_shown_with_their_units(name, value, text):
+    assert shown_score(name, value) == text
+
+
 def test_landmarks_from_config_to_pictures(landmarks, scenes, tmp_path, capsys):
     run, labels = tmp_path / "run", scenes / "instances.json"
     validation = (f"--data.val_images={scenes}", f"--data.val_labels={labels}")
@@ -84,6 +105,9 @@ def test_landmarks_from_config_to_pictures(landmarks, scenes, tmp_path, capsys):
     cli.main(["evaluate", f"--images={scenes}", f"--labels={labels}", f"--checkpoint={run}"])
     shown = capsys.readouterr().out
     assert "point_AP" in shown and "point_error_px" in shown and "AR@100" in shown
+    page = report_of(run, scenes)
+    assert "point_AP@2" in page and "predicted: best" in page and "labelled by people" in page
+    assert len(read_labels(run / "predictions" / "labels.parquet")) == len(found)
     stored = load_detector(run / "detector")
     assert stored.reference_points == {"default": "bottom_right"}
     assert stored.detector.init_args["head"]["init_args"]["mode"] == "eq4"
@@ -110,7 +134,10 @@ def test_localisation_from_classes_of_images_to_heat_maps(localisation, scenes, 
     rows = [(i, truth.categories[c].name) for i in truth.image_ids for c in sorted(set(truth.of(i).classes.tolist()))]
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("image", "label"), *rows])
-    fit(localisation, scenes, run, f"--data.labels={table}")
+    validation = (f"--data.val_images={scenes}", f"--data.val_labels={scenes / 'instances.json'}")
+    fit(localisation, scenes, run, f"--data.labels={table}", *validation)
+    page = report_of(run, scenes)
+    assert "what the head looks at" in page and "CAM MaxBoxAccV2" in page
     out, maps = tmp_path / "found.parquet", tmp_path / "maps"
     command = ["predict", f"--images={scenes}", f"--checkpoint={run}", f"--out={out}", "--min_score=0"]
     cli.main([*command, f"--heat_maps={maps}"])

@@ -112,7 +112,7 @@ def levels_of(
     """
     levels, taps = [], []
     for index, (features, mask, stride) in enumerate(zip(maps, masks, strides, strict=True)):
-        level = Level(features, stride, mask.expand(len(features), -1, -1))
+        level = Level(features, stride, mask.expand(features.shape[0], -1, -1))
         if neck is not None:
             changed, tap = neck(index, level)
             level = level._replace(features=changed)

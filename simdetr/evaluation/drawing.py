@@ -213,7 +213,7 @@ def write_pictures(
             image = read_image(source.record(image_id))
         except UnreadableImageError:
             continue
-        picture = _draw_labels(image, labels.image(index), labels.categories, max_boxes)
+        picture = draw_labels(image, labels.image(index), labels.categories, max_boxes)
         own = truth.of(image_id) if truth is not None and image_id in truth else None
         if own is not None and own.points is not None:
             colours = [truth_colours[label] for label in own.classes]
@@ -232,7 +232,7 @@ def picture_path(folder: Path, image_id: str) -> Path:
     return target if is_writable else target.with_name(f"{target.name}.png")
 
 
-def _draw_labels(image: Tensor, found: ImageLabels, categories: Sequence[Category], max_boxes: int) -> Image.Image:
+def draw_labels(image: Tensor, found: ImageLabels, categories: Sequence[Category], max_boxes: int) -> Image.Image:
     """The best-scored boxes and their points; a landmark that is a point alone has its caption there."""
     best = np.argsort(-found.scores, kind="stable")[:max_boxes]
     captions = [f"{categories[found.classes[row]].name} {found.scores[row]:.2f}" for row in best]

@@ -96,6 +96,8 @@ class ReportData:
         recall: one dict per stage: ``stage``, ``images``, ``boxes_per_image`` and what `proposal_recall` gives.
         rivals: one dict per method, ours first, as ``recall``; the page has this part only if there are any.
         rival_samples: images with the boxes of every method.
+        scores: name and text of the scores of a trained head; the page has this part only if there are any.
+        predictions: images with what the head found on them.
         curves: learning curves.
         comparison: one row per fine-tuning run as `simdetr.evaluation.compare` describes, or None.
         config: the resolved configuration as text.
@@ -114,6 +116,8 @@ class ReportData:
     recall: list[dict[str, Any]] = field(default_factory=list)
     rivals: list[dict[str, Any]] = field(default_factory=list)
     rival_samples: list[Sample] = field(default_factory=list)
+    scores: Mapping[str, str] = field(default_factory=dict)
+    predictions: list[Sample] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     comparison: list[dict[str, Any]] | None = None
     config: str = ""

@@ -24,6 +24,7 @@ from simdetr.evaluation.box_origins import birth_colours, births, origin_rows, s
 from simdetr.evaluation.drawing import class_colour, draw_boxes
 from simdetr.evaluation.learning_curves import Curve, panels, read_curve
 from simdetr.evaluation.montages import class_montage
+from simdetr.evaluation.prediction_samples import prediction_samples, prediction_scores
 from simdetr.evaluation.proposal_recall import proposal_recall
 from simdetr.evaluation.report import ReportData, Sample, StepRow
 from simdetr.evaluation.rival_recall import rival_labels, rival_rows, rival_samples
@@ -85,6 +86,8 @@ def collect_run(
         recall=_recall(stages, truth, rng, missing) if stages else [],
         rivals=rival_rows(rivals, truth),
         rival_samples=rival_samples(rivals, source, min(num_samples, MAX_RIVAL_SAMPLES), np.random.default_rng(seed)),
+        scores=prediction_scores(run_dir),
+        predictions=prediction_samples(run_dir, source, truth, num_samples),
         curves=_curves(run_dir, missing),
         comparison=_comparison(run_dir / "comparison.json", missing),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",

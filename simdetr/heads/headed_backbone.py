@@ -90,7 +90,7 @@ class HeadedBackbone(Detector):
     def features(self, images: Tensor, mask: Tensor | None = None) -> Features:
         """The backbone's maps, seen by the head on their way if it is a neck; arguments as in ``forward``."""
         images, mask = pad_to_multiple(images, mask, self.backbone.pad_multiple)
-        mask = mask.expand(len(images), -1, -1)
+        mask = mask.expand(images.shape[0], -1, -1)
         taps: list[Any] = []
 
         def between(index: int, features: Tensor) -> Tensor:

@@ -177,7 +177,8 @@ class DetectionData(pl.LightningDataModule):
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         rank = self.trainer.global_rank if self.trainer is not None else 0
         world_size = self.trainer.world_size if self.trainer is not None else 1
-        transform = train_transforms(self.short_sides, self.max_side, crop=self.crop, flip=self.flip, colour=self.colour)
+        sizes = (self.short_sides, self.max_side)
+        transform = train_transforms(*sizes, crop=self.crop, colour=self.colour, flip=self.flip)
         dataset = DetectionDataset(
             self.source,
             self.labels,
