@@ -201,3 +201,30 @@ def test_all_options_are_kept():
     assert found["class_path"] == "simdetr.heads.landmarks.LandmarkHead"
     assert found["init_args"].items() >= {**options, "grid": [3, 3]}.items()
     assert LandmarkHead(SIZES, **found["init_args"]).init_args == head.init_args
+
+
+class Predictions(torch.nn.Module):
+    """A detector whose outputs are a tuple."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, mask):
+        outputs = self.model(images, mask)
+        names = ("pred_logits", "pred_boxes", "pred_points", "point_logits")
+        return tuple(outputs[name] for name in names if name in outputs)
+
+
+@pytest.mark.parametrize("kind", ["refined", "backbone"])
+@torch.no_grad()
+def test_the_exported_graph_takes_other_batches(make, kind, batch):
+    model = Predictions(make(kind)).eval()
+    images, mask, _ = batch
+    free = torch.export.Dim.DYNAMIC
+    shapes = {"images": {0: free, 2: free, 3: free}, "mask": dict.fromkeys(range(3), free)}
+    graph = torch.export.export(model, (images, mask), dynamic_shapes=shapes, strict=False).module()
+    images, mask = torch.randn(3, 3, 96, 128), torch.zeros(3, 96, 128, dtype=torch.bool)
+    mask[1, :, 90:] = True
+    for exported, eager in zip(graph(images, mask), model(images, mask), strict=True):
+        torch.testing.assert_close(exported, eager)
