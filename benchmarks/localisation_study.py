@@ -40,9 +40,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     "in-sample": (f"{HEAD}.method=in_sample",),
     "in-sample, without dropping": (f"{HEAD}.method=in_sample", f"{HEAD}.mask_probability=null"),
     "in-sample, importance only": (f"{HEAD}.method=in_sample", f"{HEAD}.mask_probability=0.0"),
-    "in-sample, last two maps": (f"{HEAD}.method=in_sample", f"{HEAD}.taps=[1, 2]"),
+    "in-sample after CAM": (f"{HEAD}.method=in_sample",),
+    "CAM after CAM": (f"{HEAD}.method=cam",),
 }
-"""What is trained; those after the second are remedies."""
+"""What is trained; those after the second are remedies, the last one the control of the one before."""
+AFTER = " after CAM"  # starts from the network that CAM trained, for half as many steps more
 SOURCES = {"cam": ("cam",), "in_sample": ("last_attention", "product", "cam")}
 
 
@@ -146,11 +148,15 @@ def main() -> None:
                 if any(key.items() <= row.items() for row in rows):
                     continue
                 folder = out / f"{method}-{initialisation}-{seed}".replace(" ", "_").replace(",", "")
-                weights = [f"--model.init_weights={arguments.pretrained}"] if initialisation == "pretrained" else []
+                start = arguments.pretrained if initialisation == "pretrained" else None
+                steps = arguments.steps
+                if method.endswith(AFTER):
+                    start, steps = out / f"CAM-{initialisation}-{seed}", arguments.steps // 2
+                weights = [f"--model.init_weights={start}"] if start is not None else []
                 options = [
                     f"--data.images={data / 'train'}",
                     f"--data.labels={out / 'train.parquet'}",
-                    f"--trainer.max_steps={arguments.steps}",
+                    f"--trainer.max_steps={steps}",
                     *(f"--{name}={seed}" for name in ("seed_everything", "data.seed", "model.seed")),
                     f"{HEAD}.class_loss=softmax",
                     *METHODS[method],

@@ -106,6 +106,27 @@ def check_finite(name: str, values: Tensor) -> None:
     raise ValueError(f"{name}: expected finite values, got {float(values[first])} at index {first}")
 
 
+def check_images(images: Tensor, mask: Tensor | None, module: nn.Module) -> None:
+    """Raise a ValueError for images that are none, or whose device or type is not that of the module.
+
+    Args:
+        images: expected [B, 3, H, W], no side 0.
+        mask: expected on their device.
+        module: has the weights that are to read them.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(f"images: expected [B, 3, H, W] with no side 0, got {list(images.shape)}")
+    weights = next(module.parameters())
+    others = {"images": images.device} | ({} if mask is None else {"mask": mask.device})
+    for name, device in others.items():
+        if device.type != weights.device.type:
+            raise ValueError(f"{name}: expected on the detector's device {weights.device}, got {device}; move it there")
+    if images.dtype != weights.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise ValueError(
+            f"images: expected the detector's type {weights.dtype}, got {images.dtype}; convert one of them"
+        )
+
+
 def check_targets(targets: Sequence[Target], batch: int, num_classes: int) -> None:
     """Raise a ValueError for targets that do not fit the batch or the classes; labels on the CPU only."""
     if len(targets) != batch:

@@ -17,7 +17,7 @@ from simdetr.detectors.features import Features, FeatureSizes, Level
 from simdetr.detectors.matcher import Target
 from simdetr.detectors.padding_mask import pad_to_multiple, resize_mask
 from simdetr.heads.building import described, factory
-from simdetr.heads.head import Head, check_needs, prefixed
+from simdetr.heads.head import Head, check_images, check_needs, prefixed
 
 
 class HeadedBackbone(Detector):
@@ -89,6 +89,7 @@ class HeadedBackbone(Detector):
 
     def features(self, images: Tensor, mask: Tensor | None = None) -> Features:
         """The backbone's maps, seen by the head on their way if it is a neck; arguments as in ``forward``."""
+        check_images(images, mask, self)
         images, mask = pad_to_multiple(images, mask, self.backbone.pad_multiple)
         mask = mask.expand(images.shape[0], -1, -1)
         taps: list[Any] = []

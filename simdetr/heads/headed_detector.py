@@ -16,7 +16,7 @@ from simdetr.detectors.detector import Detector, DetectorOutput
 from simdetr.detectors.features import Features, FeatureSizes, QueryDetector
 from simdetr.detectors.matcher import Target
 from simdetr.heads.building import described, factory
-from simdetr.heads.head import Head, check_needs, prefixed
+from simdetr.heads.head import Head, check_images, check_needs, prefixed
 
 
 class HeadedDetector(Detector):
@@ -94,6 +94,7 @@ class HeadedDetector(Detector):
         return losses | prefixed(self.head.name, found)
 
     def _decoded(self, images: Tensor, mask: Tensor | None) -> tuple[DetectorOutput, Features]:
+        check_images(images, mask, self)
         return self.detector.decoded(images, mask, self.head.pass_level if self.head.is_neck else None)
 
 

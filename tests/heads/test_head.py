@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
 from simdetr.detectors.features import FeatureSizes, Level
-from simdetr.heads.head import HeadLosses, check_finite, check_needs, check_targets, prefixed
+from simdetr.heads import HeadedBackbone, HeadedDetector
+from simdetr.heads.head import (
+    HeadLosses,
+    check_choice,
+    check_finite,
+    check_images,
+    check_needs,
+    check_targets,
+    prefixed,
+)
 
 SIZES = FeatureSizes(3, (8, 16), (8, 16))
 
@@ -51,3 +62,41 @@ def test_a_head_that_is_no_neck_passes_features_on(parts):
     level = Level(torch.ones(1, 2, 3, 3), 8, torch.zeros(1, 3, 3, dtype=torch.bool))
     features, noted = super(parts.MeanHead, parts.MeanHead(SIZES)).pass_level(0, level)
     assert features is level.features and noted is None
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 4, 8, 8), (2, 3, 0, 8), (0, 3, 8, 8)])
+def test_what_are_no_images_is_said_with_its_shape(shape):
+    with pytest.raises(ValueError, match=r"images: expected \[B, 3, H, W\] with no side 0, got \[") as error:
+        check_images(torch.zeros(shape), None, torch.nn.Linear(1, 1))
+    assert str(list(shape)) in str(error.value)
+
+
+def test_images_are_of_the_detectors_device_and_type():
+    weights, images = torch.nn.Linear(1, 1), torch.zeros(1, 3, 8, 8)
+    check_images(images, torch.zeros(1, 8, 8, dtype=torch.bool), weights)
+    with pytest.raises(ValueError, match=r"images: expected on the detector's device cpu, got meta; move it there"):
+        check_images(images.to("meta"), None, weights)
+    with pytest.raises(ValueError, match=r"mask: expected on the detector's device cpu, got meta"):
+        check_images(images, torch.zeros(1, 8, 8, dtype=torch.bool, device="meta"), weights)
+    with pytest.raises(ValueError, match=r"images: expected the detector's type torch.float32, got torch.float64"):
+        check_images(images.double(), None, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_images(images.bfloat16(), None, weights)
+
+
+@pytest.mark.parametrize("kind", ["detector", "backbone"])
+def test_headed_networks_look_at_their_input(kind, parts):
+    if kind == "detector":
+        model = HeadedDetector(3, lambda sizes: parts.MeanHead(sizes, "queries"), parts.DETECTORS["detr"])
+    else:
+        model = HeadedBackbone(3, parts.MeanHead, "test_resnet")
+    with pytest.raises(ValueError, match=r"images: expected \[B, 3, H, W\]"):
+        model.eval()(torch.zeros(1, 1, 64, 64))
+    with pytest.raises(ValueError, match=r"images: expected the detector's type"):
+        model.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+
+
+def test_unknown_options_list_the_legal_ones():
+    with pytest.raises(ValueError, match="mode: expected one of 'a', 'b', got 'c'"):
+        check_choice("mode", "c", Literal["a", "b"])
+    check_choice("mode", "a", Literal["a", "b"])
