@@ -45,7 +45,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """What is trained; those after the second are remedies, the last one the control of the one before."""
 AFTER = " after CAM"  # starts from the network that CAM trained, for half as many steps more
-SOURCES = {"cam": ("cam",), "in_sample": ("last_attention", "product", "cam")}
+SOURCES = {"cam": ("cam",), "in_sample": ("last_attention", "first_attention", "product", "cam")}
 
 
 def split(labels: Labels) -> tuple[list[str], list[str]]:

@@ -1,6 +1,7 @@
 """A detector with a head: both read the same features, train in the same step, and predict together.
 
-In and out as any ``Detector``; the detector's own predictions stay what they are, the head's stand beside them.
+In and out as any ``Detector``. A landmark head leaves the detector's predictions as they are and puts its own beside
+them; what a localisation head finds in the whole image takes their place.
 Source: specs/heads.md section 0.
 """
 

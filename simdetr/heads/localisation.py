@@ -70,7 +70,8 @@ class LocalisationHead(Head):
         value_channels: of the block's g; None for C.
         consistency_weight: of L_fc (equation 3), between first and last tap.
         consistency: L_fc over the positions, ``mean`` or the literal ``sum``.
-        map_source: what the score map shows, see ``MapSource``; None for ``last_attention``, or ``cam`` with CAM.
+        map_source: what the score map shows, see ``MapSource``; None for ``first_attention``, or ``cam``
+            with CAM. The first map is that of claim 1; the last one, which nothing multiplies, learned little here.
         box_threshold: share of the score map's maximum that a box goes around.
         map_size: S, pixels of the square score map that stands for the valid image.
 
@@ -132,7 +133,7 @@ class LocalisationHead(Head):
         self.sizes, self.class_loss, self.distance, self.consistency = sizes, class_loss, distance, consistency
         self.contrastive_weight, self.margin, self.consistency_weight = contrastive_weight, margin, consistency_weight
         self.mask_probability, self.box_threshold, self.map_size = mask_probability, box_threshold, map_size
-        self.map_source: MapSource = map_source or ("last_attention" if self.is_neck else "cam")
+        self.map_source: MapSource = map_source or ("first_attention" if self.is_neck else "cam")
         check_choice("map_source", self.map_source, MapSource)
         if not self.is_neck and self.map_source != "cam":
             raise ValueError(f"map_source: method='cam' has no attention to show as {map_source!r}; leave it out")

@@ -343,7 +343,7 @@ def test_box_threshold_shrinks_boxes():
 
 def test_a_constant_map_has_no_box():
     head, levels = make_head(), make_levels()
-    levels[-1].features[0] = 0.5
+    levels[0].features[0] = 0.5
     features = passed(head.eval(), levels)
     found = head.predictions(head(features), features)
     assert found["pred_boxes"][0].tolist() == [[0, 0, 0, 0]] and not found["score_maps"][0].any()

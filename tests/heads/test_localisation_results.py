@@ -74,7 +74,7 @@ def test_the_wanted_class_decides_the_class_activation_map(detector, folder):
     mixed = maps(lambda name: 0 if name == "a.png" else 1)
     np.testing.assert_array_equal(mixed[0], first[0])
     np.testing.assert_array_equal(mixed[1], second[1])
-    assert detector.head.map_source == "last_attention", "the choice holds for the call alone"
+    assert detector.head.map_source == "first_attention", "the choice holds for the call alone"
 
 
 def test_scores_are_those_of_the_metric(detector, folder, truth):
