@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +195,16 @@ def test_wrong_options_of_a_head_are_named(key, value, said, landmarks, scenes, 
         fit(landmarks, scenes, tmp_path / "run", f"--model.detector.init_args.{key}={value}")
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["landmarks", "localisation"])
+def test_two_processes_train_a_head(kind, request, scenes, tmp_path):
+    config = request.getfixturevalue(kind)
+    command = [sys.executable, "-W", "ignore", "-m", "simdetr", "fit", f"--config={config}"]
+    inputs = [f"--data.images={scenes}", f"--data.labels={scenes / 'instances.json'}", "--data.batch_size=2"]
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    result = subprocess.run([*command, *inputs, *ranks], capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    trained = load_detector(tmp_path / "run" / "detector").detector
+    assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())
