@@ -71,9 +71,9 @@ def landmark_study(result: dict[str, Any]) -> str:
     lines += [
         "",
         (
-            "*Point error left*: of its first value, when the class loss has fallen to a quarter of its own. With Eq. 4 it "
-            "is higher than with Eq. 5 for every seed and start: the class is learned first. At 200 steps no equation is "
-            "better beyond the spread of the seeds."
+            "*Point error left*: of its first value, when the class loss has fallen to a quarter of its own. With Eq. 4 "
+            "it is higher than with Eq. 5 for every seed and start: the class is learned first. At 200 steps no equation "
+            "is better beyond the spread of the seeds."
         ),
     ]
     return "\n".join(lines) + "\n"
