@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.detector_tables import deformable_attention, detector_families, inference_speed, matcher, training_step
 from benchmarks.environment import RESULTS
-from benchmarks.head_tables import head_overhead, landmark_study, localisation_study
+from benchmarks.head_tables import head_overhead, landmark_query, landmark_study, localisation_study
 from benchmarks.proposal_tables import end_to_end, rivals, scale, sweep
 from simdetr.evaluation.compare import comparison_table
 
@@ -161,6 +161,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "training_step": lambda result: f"{training_step(result)}\n{source(result['environment'])}",
     "matcher": lambda result: f"{matcher(result)}\n{source(result['environment'])}",
     "landmark_study": lambda result: f"{landmark_study(result)}\n{source(result['environment'])}",
+    "landmark_query": lambda result: f"{landmark_query(result)}\n{source(result['environment'])}",
     "localisation_study": lambda result: f"{localisation_study(result)}\n{source(result['environment'])}",
     "head_overhead": lambda result: f"{head_overhead(result)}\n{source(result['environment'])}",
     "inference_speed": lambda result: f"{inference_speed(result)}\n{source(result['environment'])}",

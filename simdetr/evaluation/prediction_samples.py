@@ -19,15 +19,18 @@ from simdetr.evaluation.report import Sample
 from simdetr.evaluation.score_text import shown_score
 
 FOLDER, MIN_SCORE, MAX_BOXES = "predictions", 0.3, 15
+LEFT_OUT = ("AR", "recall50", "AP7", "APs", "APm", "APl")
+"""Beginnings of scores that the page leaves to the file; AR@100 is shown."""
 
 
 def prediction_scores(run_dir: Path) -> dict[str, str]:
-    """Name and text of each score of a run; empty if it has none."""
+    """Name and text of the scores of a run that its page shows; empty if it has none."""
     path = run_dir / FOLDER / "scores.json"
     if not path.is_file():
         return {}
     scores = json.loads(path.read_text(encoding="utf-8"))
-    return {name: shown_score(name, math.nan if value is None else value).strip() for name, value in scores.items()}
+    shown = {name: value for name, value in scores.items() if name == "AR@100" or not name.startswith(LEFT_OUT)}
+    return {name: shown_score(name, math.nan if value is None else value).strip() for name, value in shown.items()}
 
 
 def prediction_samples(run_dir: Path, source: ImageSource, truth: Labels | None, count: int) -> list[Sample]:
