@@ -15,6 +15,7 @@ from nbformat import NotebookNode
 from simdetr.data.scenes import render_scenes
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+EXPLORE, HEADS = NOTEBOOKS
 EXECUTE = "from nbclient.cli import main; main()"
 
 
@@ -48,8 +49,8 @@ def execute(path: Path, folder: Path, **environment: str) -> NotebookNode:
     return nbformat.read(executed, as_version=4)
 
 
-def test_there_is_a_notebook():
-    assert NOTEBOOKS
+def test_these_are_the_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == ["01_explore_proposals", "02_heads"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -59,11 +60,10 @@ def test_file_holds_no_outputs(path):
     assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(notebook))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("with_labels", [True, False], ids=["labels", "no-labels"])
-def test_notebook_runs_on_given_images(path, with_labels, scenes, tmp_path):
+def test_proposals_of_given_images(with_labels, scenes, tmp_path):
     labels = {"SIMDETR_LABELS": str(scenes / "instances.json")} if with_labels else {}
-    executed = execute(path, tmp_path, SIMDETR_IMAGES=str(scenes), **labels)
+    executed = execute(EXPLORE, tmp_path, SIMDETR_IMAGES=str(scenes), **labels)
     outputs = [output for cell in code_cells(executed) for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
@@ -71,3 +71,13 @@ def test_notebook_runs_on_given_images(path, with_labels, scenes, tmp_path):
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     assert f"6 images in {scenes}" in text
     assert ("No labels given" in text) != with_labels
+
+
+def test_heads_on_given_images(scenes, tmp_path):
+    own = {"SIMDETR_IMAGES": str(scenes), "SIMDETR_LABELS": str(scenes / "instances.json"), "SIMDETR_STEPS": "2"}
+    executed = execute(HEADS, tmp_path, **own)  # localisation on scenes of its own, with one class each
+    outputs = [output for cell in code_cells(executed) for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) >= 7
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "point_AP" in text and "MaxBoxAccV2" in text and f"6 images in {scenes}" in text
