@@ -79,7 +79,7 @@ def test_the_wanted_class_decides_the_class_activation_map(detector, folder):
 
 def test_scores_are_those_of_the_metric(detector, folder, truth):
     scores = localisation_scores(detector, open_images(folder).subset(["a.png", "b.jpg", "d.png"]), truth, SETTINGS)
-    own, centre = LocalisationMetric(), LocalisationMetric()
+    own, centre = LocalisationMetric(step=0.01), LocalisationMetric(step=0.01)
     for one in localise(detector, open_images(folder).subset(["a.png", "b.jpg"]), SETTINGS):
         image = truth.of(one.image_id)
         boxes = image.boxes_xyxy[:1]  # those of the first box's class
