@@ -7,34 +7,39 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat import NotebookNode
 
+from simdetr.data.labels import read_labels
 from simdetr.data.scenes import render_scenes
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-EXPLORE, HEADS = NOTEBOOKS
+FOLDER = Path(__file__).parents[1] / "notebooks"
+EXPLORE, HEADS = FOLDER / "01_explore_proposals.ipynb", FOLDER / "02_heads.ipynb"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 EXECUTE = "from nbclient.cli import main; main()"
+
+
+class Shown(NamedTuple):
+    """What the cells of a notebook have put out."""
+
+    text: str
+    pictures: int
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scenes")
-    render_scenes(folder, num_images=6, size=(128, 160), seed=3)
-    return folder
-
-
-def execute(path: Path, folder: Path, **environment: str) -> NotebookNode:
+def execute(path: Path, folder: Path, **environment: str | Path) -> Shown:
     """Run a notebook with this very interpreter in ``folder``, where its temporary files go as well."""
     executed = folder / "executed.ipynb"
     own = {"OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1", "TMPDIR": str(folder)}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SIMDETR_")}
+    given = {name: str(value) for name, value in environment.items()}
     command = [
         sys.executable,
         "-c",
@@ -44,13 +49,18 @@ def execute(path: Path, folder: Path, **environment: str) -> NotebookNode:
         "--timeout=300",
         "--startup_timeout=300",
     ]
-    finished = subprocess.run(command, cwd=folder, env=kept | own | environment, capture_output=True, text=True)
+    finished = subprocess.run(command, cwd=folder, env=kept | own | given, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-4000:]
-    return nbformat.read(executed, as_version=4)
+    outputs = [output for cell in code_cells(nbformat.read(executed, as_version=4)) for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    return Shown(
+        "".join(output.text for output in outputs if output.output_type == "stream"),
+        sum("image/png" in output.get("data", {}) for output in outputs),
+    )
 
 
-def test_these_are_the_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["01_explore_proposals", "02_heads"]
+def test_each_notebook_is_run_here():
+    assert [EXPLORE, HEADS] == NOTEBOOKS
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -60,24 +70,59 @@ def test_file_holds_no_outputs(path):
     assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(notebook))
 
 
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    render_scenes(folder, num_images=6, size=(128, 160), seed=3)
+    return folder
+
+
 @pytest.mark.parametrize("with_labels", [True, False], ids=["labels", "no-labels"])
 def test_proposals_of_given_images(with_labels, scenes, tmp_path):
-    labels = {"SIMDETR_LABELS": str(scenes / "instances.json")} if with_labels else {}
-    executed = execute(EXPLORE, tmp_path, SIMDETR_IMAGES=str(scenes), **labels)
-    outputs = [output for cell in code_cells(executed) for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error"]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) >= (11 if with_labels else 10)
-    text = "".join(output.text for output in outputs if output.output_type == "stream")
-    assert f"6 images in {scenes}" in text
-    assert ("No labels given" in text) != with_labels
+    labels = {"SIMDETR_LABELS": scenes / "instances.json"} if with_labels else {}
+    shown = execute(EXPLORE, tmp_path, SIMDETR_IMAGES=scenes, **labels)
+    assert shown.pictures >= (11 if with_labels else 10)
+    assert f"6 images in {scenes}" in shown.text
+    assert ("No labels given" in shown.text) != with_labels
 
 
-def test_heads_on_given_images(scenes, tmp_path):
-    own = {"SIMDETR_IMAGES": str(scenes), "SIMDETR_LABELS": str(scenes / "instances.json"), "SIMDETR_STEPS": "2"}
-    executed = execute(HEADS, tmp_path, **own)  # localisation on scenes of its own, with one class each
-    outputs = [output for cell in code_cells(executed) for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error"]
-    assert len([output for output in outputs if "image/png" in output.get("data", {})]) >= 7
-    text = "".join(output.text for output in outputs if output.output_type == "stream")
-    assert "point_AP" in text and "MaxBoxAccV2" in text and f"6 images in {scenes}" in text
+@pytest.fixture(scope="module")
+def two_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two_classes")
+    render_scenes(folder, num_images=12, size=(64, 96), seed=3, classes=("striped_disc", "speckled_box"))
+    return folder
+
+
+def test_heads_trained_and_finished_on_given_images(two_classes, tmp_path):
+    path = two_classes / "instances.json"
+    inputs = {"SIMDETR_IMAGES": two_classes, "SIMDETR_LABELS": path, "SIMDETR_STEPS": "2"}
+    inputs |= {"SIMDETR_LOCALISATION_IMAGES": two_classes, "SIMDETR_LOCALISATION_LABELS": path}
+    labels = read_labels(path)
+    seen = [name for name in labels.image_ids if len(labels.of(name))]
+    one_class = [name for name in seen if len(set(labels.of(name).classes.tolist())) == 1]
+    assert 5 <= len(one_class) < len(seen)
+
+    shown = execute(HEADS, tmp_path, **inputs)
+    assert shown.pictures == 7
+    held_out = labels.select(seen[4::5])
+    assert f"landmarks: 2 steps on {len(seen) - len(held_out)} images" in shown.text
+    assert f"{len(held_out.boxes_xyxy)} points on {len(held_out)} images" in shown.text
+    classes_alone = np.array([[0, 0, 96, 64]], np.float32).tolist()
+    assert f"boxes that training sees: {classes_alone}\n" in shown.text
+    assert f"localisation: 2 steps on {len(one_class) - len(one_class[4::5])} images" in shown.text
+    assert table(shown, f"{len(one_class[4::5])} images") == ["attention", "CAM", "centre"]
+
+    runs = {name: next(tmp_path.glob(f"simdetr-*/{name}")) for name in ("landmarks", "cam")}
+    shown = execute(
+        HEADS, tmp_path, **inputs, SIMDETR_LANDMARK_RUN=runs["landmarks"], SIMDETR_LOCALISATION_RUN=runs["cam"]
+    )
+    assert shown.pictures == 6 and "steps on" not in shown.text
+    assert f"{len(labels.boxes_xyxy)} points on {len(seen)} images" in shown.text
+    assert "has no attention" in shown.text
+    assert table(shown, f"{len(one_class)} images") == ["CAM", "centre"]
+
+
+def table(shown: Shown, title: str) -> list[str]:
+    """First words of the rows of the table of MaxBoxAcc below its title."""
+    rows = shown.text.split(f"\n{title}\n\n", 1)[1].splitlines()
+    return [row.split()[0] for row in rows[1 : rows.index("")]]
