@@ -150,7 +150,8 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The pipeline's sections, and the link from data to detector."""
         add_pipeline_sections(parser)
-        parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
+        for name in ("num_classes", "num_queries"):
+            parser.link_arguments(f"data.{name}", f"model.detector.init_args.{name}", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
         """Build trainer, task and data, unless only parsing was asked for; images are prepared as the detector wants."""
