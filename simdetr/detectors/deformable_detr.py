@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from simdetr.detectors.backbone import Backbone
-from simdetr.detectors.cpu_linear import Linear
 from simdetr.detectors.deformable_transformer import DeformableTransformer, TransformerOutput
 from simdetr.detectors.detector import DetectorOutput, Prediction
 from simdetr.detectors.features import Features, FeatureSizes, Level, Neck, QueryDetector, levels_of, queries_of
@@ -36,11 +35,11 @@ class BoxHead(nn.Module):
 
     def __init__(self, dim: int, size_bias: float = 0.0) -> None:
         super().__init__()
-        last = Linear(dim, 4)
+        last = nn.Linear(dim, 4)
         nn.init.zeros_(last.weight)
         with torch.no_grad():
             last.bias.copy_(torch.tensor([0.0, 0.0, size_bias, size_bias]))
-        self.layers = nn.ModuleList([Linear(dim, dim), Linear(dim, dim), last])
+        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), last])
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., C] to [..., 4]."""
@@ -159,7 +158,7 @@ class DeformableDETR(QueryDetector):
         count = num_layers + 1 if two_stage else num_layers
         distinct = count if refine else 1
         widths = [1 if two_stage and layer == num_layers else self.num_classes for layer in range(distinct)]
-        class_heads = [Linear(dim, width) for width in widths]
+        class_heads = [nn.Linear(dim, width) for width in widths]
         # boxes start at sigmoid(-2) = 0.12 of the image; proposals of the encoder bring their own size
         box_heads = [BoxHead(dim, -2.0 if layer == 0 and not two_stage else 0.0) for layer in range(distinct)]
         absent = -math.log((1 - class_prior) / class_prior)
@@ -169,7 +168,7 @@ class DeformableDETR(QueryDetector):
             nn.init.constant_(head.bias, -math.log(self.num_classes) if spread else absent)
         self.object_embed: nn.ModuleList | None = None
         if objectness:
-            object_heads = [Linear(dim, 1) for _ in range(num_layers if refine else 1)]
+            object_heads = [nn.Linear(dim, 1) for _ in range(num_layers if refine else 1)]
             for head in object_heads:
                 nn.init.constant_(head.bias, absent)
             self.object_embed = nn.ModuleList(object_heads[min(i, len(object_heads) - 1)] for i in range(num_layers))

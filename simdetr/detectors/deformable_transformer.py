@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from simdetr.detectors.cpu_linear import Linear
 from simdetr.detectors.deformable_attention import MSDeformAttn
 from simdetr.detectors.deformable_layers import DeformableDecoderLayer, DeformableEncoderLayer, Memory
 from simdetr.detectors.encoder_proposals import Proposals, cell_boxes
@@ -178,9 +177,9 @@ class DeformableTransformer(nn.Module):
         self.decoder = DeformableDecoder((DeformableDecoderLayer(*sizes) for _ in range(num_decoder_layers)), refine)
         self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
         if num_proposals is not None:
-            self.enc_output = Linear(dim, dim)
+            self.enc_output = nn.Linear(dim, dim)
             self.enc_output_norm = nn.LayerNorm(dim)
-            self.pos_trans = Linear(dim * 2, dim * 2)
+            self.pos_trans = nn.Linear(dim * 2, dim * 2)
             self.pos_trans_norm = nn.LayerNorm(dim * 2)
         else:
             self.reference_points = nn.Linear(dim, 2)
