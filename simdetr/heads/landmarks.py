@@ -161,9 +161,9 @@ class LandmarkHead(Head):
         """Points and classes beside a detector's predictions, or a detector's predictions standalone.
 
         Query variant: ``pred_points`` [B, Q, 2] and, with own classes, ``point_logits`` [B, Q, M]. Grid variant, on a
-        backbone: ``pred_logits`` [B, G · A, M], ``pred_boxes`` [B, G · A, 4], cxcywh without size at the point, and
-        ``pred_points`` [B, G · A, 2]. Logits are those of ``record_logits``: one class per row, with confidence 1 less
-        the background's probability.
+        backbone: ``pred_logits`` [B, G · A, M], ``pred_boxes`` [B, G · A, 4], cxcywh without size at the point,
+        ``pred_points`` [B, G · A, 2] and ``point_cells`` [B, 2], the size of a subregion. Logits are those of
+        ``record_logits``: one class per row, with confidence 1 less the background's probability.
         """
         return self.variant.predictions(outputs, features)
 

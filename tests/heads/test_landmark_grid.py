@@ -265,7 +265,11 @@ def test_predictions():
         "pred_logits": (2, 20, 2),
         "pred_boxes": (2, 20, 4),
         "pred_points": (2, 20, 2),
+        "point_cells": (2, 2),
     }
+    torch.testing.assert_close(
+        1 / found["point_cells"].flip(1), torch.tensor([[4.0, 5.0]] * 2, dtype=torch.float64), check_dtype=False
+    )
     assert torch.equal(found["pred_boxes"][..., :2], found["pred_points"])
     assert not found["pred_boxes"][..., 2:].any()
     probability = outputs.logits.softmax(dim=-1).flatten(1, 2)
