@@ -170,7 +170,9 @@ def finetune(
     OUT.print(f"detector: {detector}", soft_wrap=True)
 
 
-def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = None) -> None:
+def evaluate(
+    images: Path, labels: Path, checkpoint: Path, out: Path | None = None, point_radius: float | None = None
+) -> None:
     """Print COCO's AP family and class-agnostic recall of a detector.
 
     Args:
@@ -178,6 +180,8 @@ def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = No
         labels: COCO JSON with their boxes.
         checkpoint: Run folder, detector folder or checkpoint.
         out: JSON file to write the numbers to.
+        point_radius: Of landmarks of a class closer than this part of the image's diagonal, the less confident go; 0
+            keeps all. When left out, only a grid's duplicates go: those within half a subregion.
     """
     from simdetr import inference
     from simdetr.evaluation.score_text import shown_score
@@ -185,7 +189,7 @@ def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = No
 
     if out is not None:
         check_writable(out)
-    scores = inference.evaluate(images, labels, checkpoint)
+    scores = inference.evaluate(images, labels, checkpoint, point_radius=point_radius)
     for name, value in scores.items():
         OUT.print(f"{name:>22}  {shown_score(name, value)}", highlight=False)
     if out is not None:

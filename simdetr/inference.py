@@ -101,9 +101,17 @@ def _listed(quarantine: Path | None) -> str:
 
 
 def evaluate(
-    images: str | Path, labels: str | Path, checkpoint: str | Path, *, device: str | None = None
+    images: str | Path,
+    labels: str | Path,
+    checkpoint: str | Path,
+    *,
+    device: str | None = None,
+    point_radius: float | None = None,
 ) -> dict[str, float]:
     """COCO's AP family and class-agnostic recall of a detector, fractions in 0..1; of heads their own scores too.
+
+    AP is of the 100 best pairs of query and class of each image, recall whatever the class (``AR@k``) of its 100 best
+    queries; validation during training scores alike.
 
     Landmark heads add those of `simdetr.evaluation.point_metric`, localisation heads MaxBoxAcc and its like.
 
@@ -112,6 +120,7 @@ def evaluate(
         labels: COCO JSON with their boxes; labelled images that are not there count as missed.
         checkpoint: Run folder, detector folder or checkpoint.
         device: Torch device; the GPU if there is one.
+        point_radius: As for ``predict``.
 
     Raises:
         ValueError: No image has labels.
@@ -125,19 +134,21 @@ def evaluate(
         )
     if len(shared) < len(truth):
         LOG.warning("%d of %d labelled images are not in %s", len(truth) - len(shared), len(truth), images)
-    return score(loaded, source.subset(shared), truth, device or default_device())[1]
+    settings = InferenceSettings.of(loaded.image_settings, device=device or default_device(), point_radius=point_radius)
+    return score(loaded, source.subset(shared), truth, settings)[1]
 
 
-def score(loaded: LoadedDetector, source: ImageSource, truth: Labels, device: str) -> tuple[Labels, dict[str, float]]:
+def score(
+    loaded: LoadedDetector, source: ImageSource, truth: Labels, settings: InferenceSettings
+) -> tuple[Labels, dict[str, float]]:
     """Detections on images, and all scores of them that ``evaluate`` knows.
 
     Args:
         loaded: The detector.
         source: Images, all of them labelled.
         truth: Their boxes, and those of images that are not there, which count as missed.
-        device: Torch device.
+        settings: How images are prepared and detections are kept.
     """
-    settings = InferenceSettings.of(loaded.image_settings, device=device)
     with image_progress("predicting", len(source)) as progress:
         found, objects = detect_for_scoring(loaded.detector, source, loaded.categories, settings, progress=progress)
     if loaded.reference_points is not None and truth.points is None:
