@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from simdetr.data.images import ImageSource
+from simdetr.data.labels import Category, ImageLabels
 from simdetr.evaluation.drawing import INK, class_colour, draw_boxes, draw_labels, draw_points, write_pictures
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
