@@ -237,7 +237,9 @@ class DeformableDETR(QueryDetector):
 
     def predictions(self, out: TransformerOutput) -> DetectorOutput:
         """What ``forward`` returns, of states and boxes."""
-        layers = [self._prediction(index, *layer) for index, layer in enumerate(zip(out.states, out.boxes, strict=True))]
+        layers = [
+            self._prediction(index, *layer) for index, layer in enumerate(zip(out.states, out.boxes, strict=True))
+        ]
         last = layers.pop()
         result: DetectorOutput = {**last, "aux_outputs": layers}
         if out.encoder_logits is not None and out.encoder_boxes is not None:

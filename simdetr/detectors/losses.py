@@ -121,10 +121,14 @@ class DetectionLoss(nn.Module):
         if "enc_outputs" in outputs:
             costs.append(self.matcher.costs(*_stack([outputs["enc_outputs"]]), self._encoder_targets(targets)))
         matches = self.matcher.assign(costs, counts)
-        certainty = sum(float(target["scores"].sum()) if "scores" in target else len(target["labels"]) for target in targets)
+        certainty = sum(
+            float(target["scores"].sum()) if "scores" in target else len(target["labels"]) for target in targets
+        )
         num_boxes = global_mean_count(certainty, outputs["pred_boxes"].device)
         unmatched = 1.0 - matches[0].query.shape[1] / max(1, sum(counts))
-        return MatchedLayers(matches[0], matches[1] if len(matches) > 1 else None, num_boxes, unmatched * (sum(counts) > 0))
+        return MatchedLayers(
+            matches[0], matches[1] if len(matches) > 1 else None, num_boxes, unmatched * (sum(counts) > 0)
+        )
 
     def of_matched(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], matched: MatchedLayers

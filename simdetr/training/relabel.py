@@ -29,6 +29,7 @@ from simdetr.data.quarantine import Quarantine
 from simdetr.data.transforms import eval_transforms
 from simdetr.detectors.mask_vectors import decode_masks, portions
 from simdetr.detectors.predictions import Detections, best_per_query, postprocess
+from simdetr.training.fusion import Fusion, fuse
 from simdetr.training.inheritance import inherit
 
 LOG = logging.getLogger(__name__)
@@ -88,9 +89,13 @@ def relabel(
     *,
     stage: int,
     before: Labels | None = None,
+    mined: Labels | None = None,
+    fusion: Fusion | None = None,
     progress: Progress = lambda count: None,
 ) -> Labels:
     """Label every readable image with the detector and write ``out`` (Parquet); resumes part by part.
+
+    With ``mined`` boxes, the labels T0, and a ``fusion`` both speak for the labels, see ``simdetr.training.fusion``.
 
     Unreadable images go to ``quarantine.csv`` beside ``out``. Boxes get the lineage of those of ``before``, the labels
     that the detector was trained on. ``progress`` hears of every batch of images done.
@@ -119,6 +124,9 @@ def relabel(
     done = [read_labels(name) for name in names]
     rows = (part.image(i) for part in done for i in range(len(part)))
     labels = Labels.from_images(rows, categories, stage)
+    if mined is not None and fusion is not None:
+        limits = {"iou_threshold": settings.iou_threshold, "max_boxes": settings.max_boxes}
+        labels = fuse(labels, mined, fusion, **limits)  # type: ignore[arg-type]
     if before is not None:
         labels = inherit(labels, before)
     write_labels(labels, out)
