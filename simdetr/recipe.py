@@ -26,6 +26,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 
 from simdetr.data.atomic_files import atomic_path
+from simdetr.detectors.detector import Detector
 from simdetr.evaluation.validation import CocoValidation
 from simdetr.fit_results import write_fit_results
 from simdetr.proposals.batch_mining import MiningConfig
@@ -268,8 +269,12 @@ class Recipe:
         cli = RecipeCLI(self.arguments(*options), run=False, parse_only=True)
         return cli.config, cli.parser.dump(cli.config, skip_link_targets=True)
 
-    def check_detector(self, num_classes: int) -> None:
+    def check_detector(self, num_classes: int, num_queries: int | None = None) -> Detector:
         """Build the detector once, for its errors to come before the work of hours that precedes its training.
+
+        Args:
+            num_classes: Of the labels that are to come.
+            num_queries: Where the detector has any; its own default when left out.
 
         Raises:
             ValueError: The detector cannot be built from its section; and whatever else its class raises.
@@ -277,8 +282,11 @@ class Recipe:
         described = self.resolved()[0].model.detector
         module_name, _, class_name = described.class_path.rpartition(".")
         arguments = without_downloads(described.init_args.as_dict() | {"num_classes": num_classes})
+        if num_queries is not None and "num_queries" in arguments:
+            arguments["num_queries"] = num_queries
         with torch.random.fork_rng(devices=[]):
-            getattr(importlib.import_module(module_name), class_name).from_init_args(arguments)
+            built: Detector = getattr(importlib.import_module(module_name), class_name).from_init_args(arguments)
+        return built
 
     def sections(self, *options: str) -> PipelineSections:
         """The pipeline's sections, built."""
