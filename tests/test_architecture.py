@@ -37,7 +37,6 @@ TESTED_ELSEWHERE = {
     "mining_steps.py": "test_mining_commands.py, test_pipeline.py",
     "results.py": "test_cli.py reads what it writes",
     "rival_commands.py": "test_rival_comparison.py runs the command",
-    "quickstart.py": "steps: test_pipeline.py, configs: test_configs.py; `make quickstart` runs it",
     "data/image_labels.py": "test_labels.py",
     "evaluation/prediction_samples.py": "test_heads_at_work.py reads the page",
     "evaluation/score_text.py": "test_heads_at_work.py",

@@ -1,0 +1,86 @@
+"""The quickstart in miniature, and its claim at the smallest size that shows it: self-training and pretraining pay."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from simdetr import quickstart as module
+from simdetr.data.labels import read_labels
+from simdetr.evaluation.proposal_recall import proposal_recall
+from simdetr.quickstart import LabelledSet, quickstart
+from simdetr.training.run_folder import RunFolder
+
+QUIET = "--trainer.enable_progress_bar=false"
+MINIATURE = (
+    "--mining.image_size=64",
+    "--clustering.num_classes=3",
+    "--model.detector.init_args.backbone=test_resnet",
+    "--data.short_sides=[64]",
+    "--data.batch_size=2",
+    "--data.num_queries=20",
+    "--trainer.max_steps=1",
+    "--trainer.accelerator=cpu",
+    QUIET,
+)
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    """Scenes to train and validate on: how many and how large."""
+
+    def choose(num_train, num_val, side):
+        monkeypatch.setattr(module, "NUM_TRAIN", num_train)
+        monkeypatch.setattr(module, "NUM_VAL", num_val)
+        monkeypatch.setattr(module, "SCENE_SIZE_HW", (side, side))
+
+    return choose
+
+
+def test_from_nothing_to_a_table_and_a_page(few_scenes, tmp_path):
+    few_scenes(20, 4, 64)
+    table, page = quickstart(tmp_path, options=MINIATURE)
+    assert "| pretrained |" in table and "| scratch |" in table and "10 %" in table
+    assert "pretrained" in page.read_text(encoding="utf-8")
+    rows = json.loads((tmp_path / "comparison.json").read_text())
+    assert [row["initialisation"] for row in rows] == ["pretrained", "scratch"]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert quickstart(tmp_path, options=MINIATURE)[0] == table  # all that is finished is kept
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+def test_own_images_get_the_recipe_of_the_machine(scenes, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(images, out, config, **more):
+        raise Stop(config)
+
+    monkeypatch.setattr(module.pipeline, "pretrain", stop)
+    monkeypatch.setattr(module, "draw_scenes", lambda folder: LabelledSet(scenes, scenes, scenes, scenes))
+    for own, expected in ((LabelledSet(scenes, scenes, scenes, scenes), ()), (None, (module.PRETRAIN_CONFIG,))):
+        with pytest.raises(Stop) as stopped:
+            quickstart(tmp_path, own)
+        assert stopped.value.args == (expected,)
+
+
+@pytest.mark.slow
+def test_self_training_and_pretraining_pay(few_scenes, tmp_path):
+    """Fixed seed, one stage: labels beat those that were mined, and fine-tuning starts higher from them."""
+    few_scenes(200, 60, 96)
+    options = (
+        "--mining.image_size=192",
+        "--clustering.num_classes=16",
+        "--self_training.stages=1",
+        "--data.short_sides=[80, 96]",
+        "--trainer.max_steps=150",  # of every training
+        QUIET,
+    )
+    quickstart(tmp_path, options=options)
+    run, truth = RunFolder(tmp_path), read_labels(tmp_path / "scenes" / "train" / "instances.json")
+    mined, found = (proposal_recall(truth, read_labels(run.labels(stage)), (1, 3, 10)) for stage in (0, 1))
+    assert found["AR@3"] > mined["AR@3"] + 0.02
+    pretrained, scratch = json.loads((tmp_path / "comparison.json").read_text())
+    assert (pretrained["initialisation"], scratch["initialisation"]) == ("pretrained", "scratch")
+    assert pretrained["AP50"] > scratch["AP50"] + 0.02
