@@ -22,6 +22,8 @@ TINY_DETECTOR = {
     "num_feature_levels": 1,
     "num_points": 2,
     "dropout": 0.1,
+    "frozen_batch_norm": False,
+    "freeze_stem": False,
 }
 """A detector that takes a training step in a fraction of a second."""
 
