@@ -192,7 +192,7 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
-        """Build trainer, task and data, which prepares images as the detector wants; unless only parsing is asked for."""
+        """Build trainer, task and data, unless only parsing is asked for; images are as the detector wants them."""
         if not self._parse_only:
             super().instantiate_classes()
             self.datamodule.follow(self.model.image_settings)

@@ -53,6 +53,14 @@ def test_a_timm_name_means_its_own_weights(monkeypatch, other_config):
     assert encoder.fingerprint == TimmEncoder("resnet18.a1_in1k", random_weights=True).fingerprint
 
 
+def test_words_for_packaged_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(encoder_choice.PACKAGED["augnet-resnet50"].__class__, "path", lambda self: tmp_path)
+    (option,) = encoder_options("augnet-resnet50")
+    assert json.loads(option.partition("=")[2])["init_args"] == {"model": "augnet-resnet50", "pretrained": True}
+    with pytest.raises(ValueError, match="did you mean efficientnet-lite0"):
+        encoder_options("efficientnet-lite")
+
+
 def test_nothing_given_changes_nothing():
     assert encoder_options(None) == ()
 

@@ -67,7 +67,7 @@ def check_start(detector: Detector, fixed: list[str]) -> None:
 
 
 def thawing(detector: Detector) -> list[str]:
-    """The arguments that would leave nothing of its backbone fixed, as ``name: value``, where they differ from its own."""
+    """The arguments that would leave nothing of its backbone fixed, as ``name: value``, if it has others."""
     thawed = detector.thawed(detector.init_args)
     return [f"{name}: {str(value).lower()}" for name, value in _changed(detector.init_args, thawed).items()]
 
