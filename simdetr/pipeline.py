@@ -263,8 +263,9 @@ def compare(
         One row per training: ``initialisation``, ``label_budget``, ``seed`` and the metrics.
     """
     out, detector = Path(out), detector_folder(init)
+    common_configs = tuple(str(path) for path in config)
     data = (f"--data.images={images}", f"--data.labels={labels}")
-    common = Recipe(tuple(str(path) for path in config), (*data, *options)).starting_from(detector, out, weights=False)
+    common = Recipe(common_configs, (*data, *options)).starting_from(detector, out, weights=False)
     inputs = {"init": str(detector), "val_images": str(val_images), "val_labels": str(val_labels)}
     RunFolder(out).claim(common.resolved()[1] + yaml.safe_dump({"compare": inputs}))
     rows_file = out / "comparison.json"
@@ -275,7 +276,7 @@ def compare(
         if key in done:
             continue
         folder = out / f"{fraction:g}-seed{seed}-{key[2]}"
-        recipe = Recipe(tuple(str(path) for path in config)).starting_from(detector, folder, weights=pretrained)
+        recipe = Recipe(common_configs, tuple(options)).starting_from(detector, folder, weights=pretrained)
         seeded = [f"--data.label_fraction={fraction}", f"--data.seed={seed}", f"--model.seed={seed}"]
         trained = finetune(
             images, labels, folder, recipe.configs, options=(*options, *seeded, f"--seed_everything={seed}")

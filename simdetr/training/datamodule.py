@@ -230,9 +230,9 @@ class DetectionData(pl.LightningDataModule):
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         rank = self.trainer.global_rank if self.trainer is not None else 0
         world_size = self.trainer.world_size if self.trainer is not None else 1
-        sizes = (self.short_sides, self.max_side)
-        normalisation = {"mean": self.mean, "std": self.std}
-        transform = train_transforms(*sizes, crop=self.crop, colour=self.colour, flip=self.flip, **normalisation)
+        transform = train_transforms(
+            self.short_sides, self.max_side, self.crop, self.colour, self.flip, mean=self.mean, std=self.std
+        )
         dataset = DetectionDataset(
             self.source,
             self.labels,

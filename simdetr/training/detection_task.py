@@ -22,6 +22,7 @@ from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.predictions import Findings, findings
 from simdetr.training.loss_watch import PendingLosses
 from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_groups
+from simdetr.training.random_start import check_start, fixed_parts
 from simdetr.training.run_folder import detector_folder
 from simdetr.training.weights import LoadReport, checkpoint_config, load_weights
 
@@ -83,6 +84,7 @@ class DetectionTask(pl.LightningModule):
         self.load_report: LoadReport | None = None
         if init_weights is not None:
             self.load_report = load_weights(detector, detector_folder(init_weights))
+        self._fixed = fixed_parts(detector)
         if backbone_lr == 0:
             for name, parameter in detector.named_parameters():
                 if name.startswith(f"{detector.backbone_name}."):
@@ -102,7 +104,8 @@ class DetectionTask(pl.LightningModule):
         return outputs
 
     def on_fit_start(self) -> None:
-        """Compile, and say what was loaded, once."""
+        """Compile, and say what was loaded, once; random weights that would stay are refused."""
+        check_start(self.detector, self._fixed)
         if self.compile_backend:
             self.detector.compile(dynamic=True, backend=self.compile_backend)
         if self.load_report is not None and self.global_rank == 0:
