@@ -1,4 +1,4 @@
-"""A small fine-tuning alone and beside busy processes: by the command as it is, with threads that spin, with one thread.
+"""A small fine-tuning alone and beside busy processes: the command as it is, with threads that spin, with one thread.
 
 The quickstart's detector on drawn scenes, the whole `simdetr finetune` command, start included. The busy processes do
 nothing but count; there are twice as many as cores. Alone and beside them take turns, and the bar is on the medians.

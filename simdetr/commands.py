@@ -113,7 +113,17 @@ def pretrain(
     OUT.print(f"report: {run.report}", soft_wrap=True)
 
 
-def relabel(images: Path, checkpoint: Path, out: Path, iou_threshold: float = 0.55, max_boxes: int = 100) -> None:
+def relabel(
+    images: Path,
+    checkpoint: Path,
+    out: Path,
+    iou_threshold: float = 0.55,
+    max_boxes: int = 100,
+    device: str | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> None:
     """Label images with a detector as self-training does: every confidence, no overlaps.
 
     Args:
@@ -122,8 +132,23 @@ def relabel(images: Path, checkpoint: Path, out: Path, iou_threshold: float = 0.
         out: Labels file to write, .parquet or .json.
         iou_threshold: Overlap above which the less confident of two boxes goes.
         max_boxes: Most confident boxes kept per image.
+        device: Torch device; the GPU if there is one.
+        batch_size: Images per forward pass; 16 on a GPU, else 8.
+        num_workers: Processes that decode images; on a GPU the cores of this process but one, on a CPU none.
+        precision: Of the forward pass: fp32, or bf16, which halves the time on GPUs that have it.
     """
-    predict(images, checkpoint, out, min_score=0.0, iou_threshold=iou_threshold, max_boxes=max_boxes)
+    predict(
+        images,
+        checkpoint,
+        out,
+        min_score=0.0,
+        iou_threshold=iou_threshold,
+        max_boxes=max_boxes,
+        device=device,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        precision=precision,
+    )
 
 
 def finetune(
@@ -167,7 +192,16 @@ def finetune(
     OUT.print(f"detector: {detector}", soft_wrap=True)
 
 
-def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = None) -> None:
+def evaluate(
+    images: Path,
+    labels: Path,
+    checkpoint: Path,
+    out: Path | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> None:
     """Print COCO's AP family and class-agnostic recall of a detector.
 
     Args:
@@ -175,14 +209,20 @@ def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = No
         labels: COCO JSON with their boxes.
         checkpoint: Run folder, detector folder or checkpoint.
         out: JSON file to write the numbers to.
+        device: Torch device; the GPU if there is one.
+        batch_size: Images per forward pass; 16 on a GPU, else 8.
+        num_workers: Processes that decode images; on a GPU the cores of this process but one, on a CPU none.
+        precision: Of the forward pass: fp32, or bf16, which halves the time on GPUs that have it.
     """
     from simdetr import inference
     from simdetr.evaluation.score_text import shown_score
     from simdetr.results import check_writable, write_scores
+    from simdetr.training.relabel import Throughput
 
     if out is not None:
         check_writable(out)
-    scores = inference.evaluate(images, labels, checkpoint)
+    throughput = Throughput(batch_size, num_workers, precision)
+    scores = inference.evaluate(images, labels, checkpoint, device=device, throughput=throughput)
     for name, value in scores.items():
         OUT.print(f"{name:>22}  {shown_score(name, value)}", highlight=False)
     if out is not None:
@@ -235,6 +275,9 @@ def predict(
     device: str | None = None,
     masks: bool = False,
     heat_maps: Path | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> None:
     """Detect objects in an image, a folder or a list, and write COCO JSON.
 
@@ -251,15 +294,20 @@ def predict(
         device: Torch device; the GPU if there is one.
         masks: Write each object's mask too, as run lengths; for detectors that draw masks (ViDT+).
         heat_maps: Folder for copies of the images with what a localisation head looks at laid over them.
+        batch_size: Images per forward pass; 16 on a GPU, else 8.
+        num_workers: Processes that decode images; on a GPU the cores of this process but one, on a CPU none.
+        precision: Of the forward pass: fp32, or bf16, which halves the time on GPUs that have it.
     """
     from simdetr import inference
     from simdetr.data.images import open_images
     from simdetr.evaluation.drawing import write_pictures
     from simdetr.results import check_writable, write_result
+    from simdetr.training.relabel import Throughput
 
     check_writable(out)
     quarantine = out.with_name(f"{out.stem}_quarantine.csv")
     quarantine.unlink(missing_ok=True)  # it may be of other images
+    throughput = Throughput(batch_size, num_workers, precision)
     found = inference.predict(
         images,
         checkpoint,
@@ -269,12 +317,14 @@ def predict(
         device=device,
         quarantine=quarantine,
         masks=masks,
+        throughput=throughput,
     )
     OUT.print(write_result(found, out), soft_wrap=True)
     if pictures is not None:
         write_pictures(open_images(images), found, pictures)
     if heat_maps is not None:
-        OUT.print(f"{inference.heat_maps(images, checkpoint, heat_maps):,} heat maps in {heat_maps}", soft_wrap=True)
+        drawn = inference.heat_maps(images, checkpoint, heat_maps, device=device, throughput=throughput)
+        OUT.print(f"{drawn:,} heat maps in {heat_maps}", soft_wrap=True)
 
 
 def report(run: Path, images: Path, truth: Path | None = None) -> None:

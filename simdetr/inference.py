@@ -19,7 +19,7 @@ from simdetr.evaluation.point_metric import point_metrics
 from simdetr.evaluation.proposal_recall import proposal_recall
 from simdetr.heads.localisation_results import localisation_head, localisation_scores, write_heat_maps
 from simdetr.training.progress import image_progress
-from simdetr.training.relabel import InferenceSettings, detect, detect_array
+from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, Throughput, detect, detect_array
 from simdetr.training.run_folder import detector_folder
 from simdetr.training.weights import LoadedDetector, load_detector
 
@@ -36,6 +36,7 @@ def predict(
     device: str | None = None,
     quarantine: Path | None = None,
     masks: bool = False,
+    throughput: Throughput = OF_THE_MACHINE,
 ) -> Labels:
     """Detections on a path, a folder, a list or one image array.
 
@@ -48,6 +49,7 @@ def predict(
         device: Torch device; the GPU if there is one.
         quarantine: File that lists unreadable images; without it they are only logged.
         masks: Draw each object's mask too, with detectors that predict masks (ViDT+).
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
 
     Returns:
         Labels with scores, boxes in pixels, best first; categories as the training labels named them.
@@ -63,8 +65,8 @@ def predict(
         score_threshold=min_score,
         iou_threshold=iou_threshold,
         max_boxes=max_boxes,
-        device=device or default_device(),
         masks=masks,
+        **throughput.on(device or default_device(), len(source) if isinstance(source, ImageSource) else 1),
     )
     if not isinstance(source, ImageSource):
         pixels = torch.from_numpy(source).permute(2, 0, 1) if isinstance(source, np.ndarray) else source
@@ -82,7 +84,12 @@ def _listed(quarantine: Path | None) -> str:
 
 
 def evaluate(
-    images: str | Path, labels: str | Path, checkpoint: str | Path, *, device: str | None = None
+    images: str | Path,
+    labels: str | Path,
+    checkpoint: str | Path,
+    *,
+    device: str | None = None,
+    throughput: Throughput = OF_THE_MACHINE,
 ) -> dict[str, float]:
     """COCO's AP family and class-agnostic recall of a detector, fractions in 0..1; of heads their own scores too.
 
@@ -93,6 +100,7 @@ def evaluate(
         labels: COCO JSON with their boxes; labelled images that are not there count as missed.
         checkpoint: Run folder, detector folder or checkpoint.
         device: Torch device; the GPU if there is one.
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
 
     Raises:
         ValueError: No image has labels.
@@ -106,10 +114,12 @@ def evaluate(
         )
     if len(shared) < len(truth):
         LOG.warning("%d of %d labelled images are not in %s", len(truth) - len(shared), len(truth), images)
-    return score(loaded, source.subset(shared), truth, device or default_device())[1]
+    return score(loaded, source.subset(shared), truth, device or default_device(), throughput)[1]
 
 
-def score(loaded: LoadedDetector, source: ImageSource, truth: Labels, device: str) -> tuple[Labels, dict[str, float]]:
+def score(
+    loaded: LoadedDetector, source: ImageSource, truth: Labels, device: str, throughput: Throughput = OF_THE_MACHINE
+) -> tuple[Labels, dict[str, float]]:
     """Detections on images, and all scores of them that ``evaluate`` knows.
 
     Args:
@@ -117,8 +127,9 @@ def score(loaded: LoadedDetector, source: ImageSource, truth: Labels, device: st
         source: Images, all of them labelled.
         truth: Their boxes, and those of images that are not there, which count as missed.
         device: Torch device.
+        throughput: Batch size, decoding processes and precision.
     """
-    settings = InferenceSettings.of(loaded.image_settings, device=device)
+    settings = InferenceSettings.of(loaded.image_settings, **throughput.on(device, len(source)))
     with image_progress("predicting", len(source)) as progress:
         found = detect(loaded.detector, source, loaded.categories, settings, progress=progress)
     if loaded.reference_points is not None and truth.points is None:
@@ -134,7 +145,13 @@ def score(loaded: LoadedDetector, source: ImageSource, truth: Labels, device: st
 
 
 def heat_maps(
-    images: str | Path, checkpoint: str | Path, folder: Path, *, labels: Path | None = None, device: str | None = None
+    images: str | Path,
+    checkpoint: str | Path,
+    folder: Path,
+    *,
+    labels: Path | None = None,
+    device: str | None = None,
+    throughput: Throughput = OF_THE_MACHINE,
 ) -> int:
     """Write copies of images with what a localisation head looks at laid over them; returns how many.
 
@@ -144,6 +161,7 @@ def heat_maps(
         folder: Where the copies go.
         labels: COCO JSON with human boxes to draw beside the found ones.
         device: Torch device; the GPU if there is one.
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
 
     Raises:
         ValueError: The detector has no localisation head.
@@ -153,9 +171,10 @@ def heat_maps(
         raise ValueError(
             f"checkpoint: {checkpoint} has no simdetr.heads.LocalisationHead, so there are no score maps to draw"
         )
-    settings = InferenceSettings.of(loaded.image_settings, device=device or default_device())
+    source = open_images(images)
+    settings = InferenceSettings.of(loaded.image_settings, **throughput.on(device or default_device(), len(source)))
     truth = read_labels(labels) if labels is not None else None
-    return write_heat_maps(loaded.detector, open_images(images), settings, folder, truth)  # type: ignore[arg-type]
+    return write_heat_maps(loaded.detector, source, settings, folder, truth)  # type: ignore[arg-type]
 
 
 def default_device() -> str:
