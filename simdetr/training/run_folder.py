@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,8 @@ class RunFolder:
             yield
         finally:
             lock.release()
+            with suppress(OSError):  # another process looks at it
+                (self.path / LEADER_LOCK).unlink(missing_ok=True)
 
     def has_leader(self) -> bool:
         """Whether a process holds the leader's lock; True where locks do not work, since that cannot be known."""
