@@ -13,7 +13,7 @@ import logging
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +34,9 @@ from simdetr.proposals.features import Encoder
 from simdetr.proposals.kmeans import Backend
 from simdetr.training.checkpoint_files import read_checkpoint
 from simdetr.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
-from simdetr.training.datamodule import DetectionData
+from simdetr.training.datamodule import DetectionData, sizes_up_to
 from simdetr.training.detection_task import DetectionTask
+from simdetr.training.fusion import Fusion
 from simdetr.training.progress import TrainingProgress
 from simdetr.training.relabel import Throughput
 from simdetr.training.weights import checkpoint_config, detector_class, save_detector, without_downloads
@@ -71,6 +72,7 @@ class SelfTrainingConfig:
         stages: Rounds; the document found a third to change nothing.
         iou_threshold: Overlap above which the less confident of two boxes goes.
         max_boxes: Most confident boxes kept per image after the overlap filter.
+        fusion: How mined boxes take part in the labels of every stage; null takes the detector's alone.
         from_scratch: Start each round from new weights instead of the last round's.
         checkpoint_every_steps: Training steps between two points a killed run can resume from.
     """
@@ -78,6 +80,7 @@ class SelfTrainingConfig:
     stages: int = 2
     iou_threshold: float = 0.55
     max_boxes: int = 100
+    fusion: Fusion | None = field(default_factory=Fusion)
     from_scratch: bool = False
     checkpoint_every_steps: int = 500
 
@@ -155,12 +158,14 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The pipeline's sections, and the link from data to detector."""
         add_pipeline_sections(parser)
-        parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
+        for name in ("num_classes", "num_queries"):
+            parser.link_arguments(f"data.{name}", f"model.detector.init_args.{name}", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
-        """Build trainer, task and data, unless only parsing was asked for."""
+        """Build trainer, task and data, unless only parsing was asked for; images are prepared as the detector wants."""
         if not self._parse_only:
             super().instantiate_classes()
+            self.datamodule.follow(self.model.image_settings)
 
     def after_fit(self) -> None:
         """Under ``simdetr fit``: leave the detector where the pipeline would, in ``detector/`` below the root."""
@@ -199,6 +204,12 @@ def default_loggers(root: Path) -> list[Logger]:
     return [csv, TensorBoardLogger(root, name="logs", version=f"version_{csv.version}")]
 
 
+def _write_yaml(path: Path, content: dict[str, Any]) -> str:
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(path)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Config files and options of one run, parsed again for every stage with that stage's inputs.
@@ -219,7 +230,9 @@ class Recipe:
         """This recipe with the detector of a file instead of its own, with its weights or only its architecture.
 
         The detector's class and arguments are written to ``out``/detector.yaml, a config over the others. A file that
-        does not tell them, such as UP-DETR's, gives its weights to the recipe's own detector.
+        does not tell them, such as UP-DETR's, gives its weights to the recipe's own detector. Images are prepared as for
+        that detector where the recipe leaves it open: a training from its weights sees to that, one from its
+        architecture alone gets its sizes by ``out``/sizes.yaml, a config under the others.
         """
         checkpoint = read_checkpoint(detector)
         stored = checkpoint.config()
@@ -234,10 +247,12 @@ class Recipe:
         else:
             title = checkpoint.format.title
             LOG.info("init: %s (%s) does not tell its detector; that of the config is used", detector, title)
-        overlay = out / "detector.yaml"
-        with atomic_path(overlay) as temporary:
-            temporary.write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
-        return Recipe((*self.configs, str(overlay)), self.options)
+        configs = (*self.configs, _write_yaml(out / "detector.yaml", {"model": model}))
+        trained_on = (stored or {}).get("image_settings") or {}
+        if not weights and {"short_side", "max_side"} <= set(trained_on):
+            sizes = {"short_sides": sizes_up_to(trained_on["short_side"]), "max_side": trained_on["max_side"]}
+            configs = (_write_yaml(out / "sizes.yaml", {"data": sizes}), *configs)
+        return Recipe(configs, self.options)
 
     def _placed(self, detector: dict[str, Any]) -> dict[str, Any]:
         """Where the detector of a file goes in ``model``: in place of the recipe's own, or under the recipe's head."""

@@ -7,10 +7,12 @@ Out: resumable loaders of ``Batch``; ``num_classes`` and ``categories`` come fro
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
@@ -29,6 +31,8 @@ from simdetr.training.epoch_sampler import EpochBatchSampler, ResumableLoader, S
 from simdetr.training.label_subset import sample_images
 
 LOG = logging.getLogger(__name__)
+SHORT_SIDES, MAX_SIDE = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), 1333
+"""Sizes in pixels of Deformable DETR's training."""
 
 
 def read_training_labels(path: Path, *, strict: bool = False, masks: bool = False) -> Labels:
@@ -45,6 +49,26 @@ def read_training_labels(path: Path, *, strict: bool = False, masks: bool = Fals
     if problems.total:
         LOG.warning("%s: %s", path, "; ".join(problems.lines()))
     return labels
+
+
+def sizes_up_to(largest: int) -> list[int]:
+    """The default short sides, scaled for the largest to be this one, in pixels."""
+    return [round(side * largest / SHORT_SIDES[-1]) for side in SHORT_SIDES]
+
+
+def queries_for(labels: Labels, mosaic: float = 0.0) -> int:
+    """Number of queries that suits labels: twice the most objects of a sample, for most queries to learn background.
+
+    Args:
+        labels: Of the training images.
+        mosaic: Probability of samples that are made of four images.
+
+    Returns:
+        A multiple of 50 from 100 to 900; where that is too few, samples lose their least certain objects.
+    """
+    owners = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
+    most = int(np.bincount(owners[~labels.crowd]).max(initial=0))
+    return min(900, max(100, 50 * math.ceil(most * (4 if mosaic > 0 else 1) * 2 / 50)))
 
 
 def _check_image_level(mosaic: float, reference_points: dict[str, str] | None) -> None:
@@ -70,8 +94,8 @@ class DetectionData(pl.LightningDataModule):
         num_workers: Decoding processes; 0 decodes in the training process. By default, on a GPU the cores of this
             process but one, at most 8, and none on a CPU.
         short_sides: Sizes in pixels of the shorter side, one drawn per image in training; the largest is used in
-            validation.
-        max_side: Longest side in pixels.
+            validation. Left out, those of the detector that training starts from, or 480 to 800.
+        max_side: Longest side in pixels; left out, as for ``short_sides``, or 1333.
         crop: Random crop in half of the training images.
         flip: Mirror half of the training images; False where left and right make classes.
         colour: Strength of the colour augmentation.
@@ -86,6 +110,10 @@ class DetectionData(pl.LightningDataModule):
         point_margin: How far outside the image a point may lie, as a fraction of the image's side.
         image_level: Train on the classes that each image has, and not on where; ``labels`` may then be a CSV (columns
             image, label) or a folder with one folder per class too. Validation keeps its boxes.
+        num_queries: Queries of the detector, which finds at most so many objects in an image; left out, enough for the
+            labels, see ``queries_for``. A training sample has at most half as many objects, the most certain ones.
+        mean: Of the colours 0..1, for their normalisation; left out, that of the detector's weights.
+        std: Their deviation, likewise.
 
     Raises:
         ValueError: ``image_level`` with a mosaic or with reference points; a table that does not fit the classes.
@@ -100,8 +128,8 @@ class DetectionData(pl.LightningDataModule):
         val_labels: str | None = None,
         batch_size: int = 8,
         num_workers: int | None = None,
-        short_sides: Sequence[int] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
-        max_side: int = 1333,
+        short_sides: Sequence[int] | None = None,
+        max_side: int | None = None,
         crop: bool = True,
         flip: bool = True,
         colour: Literal["none", "light", "strong"] = "light",
@@ -113,10 +141,14 @@ class DetectionData(pl.LightningDataModule):
         reference_points: dict[str, str] | None = None,
         point_margin: float = 0.0,
         image_level: bool = False,
+        num_queries: int | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
     ) -> None:
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.short_sides, self.max_side = list(short_sides), max_side
+        self._images = (short_sides, max_side, mean, std)
+        self.follow({})
         self.crop, self.flip, self.colour, self.mosaic = crop, flip, colour, mosaic
         self._samples: DetectionDataset | Mosaic
         self._loader: ResumableLoader | None = None
@@ -138,6 +170,7 @@ class DetectionData(pl.LightningDataModule):
             LOG.warning("%s has no masks: training goes on with boxes alone", path)
         if label_fraction < 1:
             self.labels = self.labels.select(sample_images(self.labels, label_fraction, seed))
+        self.num_queries = queries_for(self.labels, mosaic) if num_queries is None else num_queries
         self.reference_points: ReferencePoints | None = None
         if reference_points is not None:
             self.reference_points = ReferencePoints(reference_points, self.labels.categories, point_margin)
@@ -146,6 +179,27 @@ class DetectionData(pl.LightningDataModule):
                 self.val_labels = with_reference_points(
                     self.val_labels, self.reference_points.of(self.val_labels.categories)
                 )
+
+    def follow(self, image_settings: Mapping[str, Any]) -> None:
+        """Prepare images as a detector wants them, wherever the arguments left that open.
+
+        Args:
+            image_settings: ``short_side`` and ``max_side`` in pixels, ``mean`` and ``std``; any may be absent.
+        """
+        short_sides, max_side, mean, std = self._images
+        largest = image_settings.get("short_side", SHORT_SIDES[-1])
+        self.short_sides = list(short_sides) if short_sides is not None else sizes_up_to(largest)
+        # sizes belong together: that of another detector does not limit the user's own
+        longest = image_settings.get("max_side", MAX_SIDE) if short_sides is None else MAX_SIDE
+        self.max_side = max_side if max_side is not None else longest
+        self.mean: Sequence[float] = mean if mean is not None else image_settings.get("mean", IMAGENET_MEAN)
+        self.std: Sequence[float] = std if std is not None else image_settings.get("std", IMAGENET_STD)
+
+    def setup(self, stage: str) -> None:
+        """Follow the task that is about to run, and forget the loaders of another."""
+        self._loader = self._val_loader = None
+        task: Any = self.trainer.lightning_module if self.trainer is not None else None
+        self.follow(getattr(task, "image_settings", {}))
 
     @property
     def num_classes(self) -> int:
@@ -168,8 +222,8 @@ class DetectionData(pl.LightningDataModule):
         return {
             "short_side": max(self.short_sides),
             "max_side": self.max_side,
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
+            "mean": list(self.mean),
+            "std": list(self.std),
         }
 
     def image_id(self, index: int) -> str:
@@ -191,7 +245,8 @@ class DetectionData(pl.LightningDataModule):
         rank = self.trainer.global_rank if self.trainer is not None else 0
         world_size = self.trainer.world_size if self.trainer is not None else 1
         sizes = (self.short_sides, self.max_side)
-        transform = train_transforms(*sizes, crop=self.crop, colour=self.colour, flip=self.flip)
+        normalisation = {"mean": self.mean, "std": self.std}
+        transform = train_transforms(*sizes, crop=self.crop, colour=self.colour, flip=self.flip, **normalisation)
         dataset = DetectionDataset(
             self.source,
             self.labels,
@@ -200,6 +255,7 @@ class DetectionData(pl.LightningDataModule):
             replace_unreadable=True,
             seed=self.seed,
             masks=self.masks,
+            max_objects=max(1, self.num_queries // 2),
             reference_points=self.reference_points,
         )
         self._samples = Mosaic(dataset, probability=self.mosaic, seed=self.seed) if self.mosaic > 0 else dataset
@@ -280,10 +336,6 @@ class DetectionData(pl.LightningDataModule):
         in_epoch = min(self.steps_per_epoch, position["seen"] // self.images_per_step)
         return position["epoch"] * self.steps_per_epoch + in_epoch - position["step"]
 
-    def setup(self, stage: str) -> None:
-        """Forget the loaders of another trainer."""
-        self._loader = self._val_loader = None
-
     def teardown(self, stage: str) -> None:
         """Forget position and loaders: the next training starts at its beginning, with its own processes."""
         self._position = self._loader = self._val_loader = None
@@ -301,7 +353,7 @@ class DetectionData(pl.LightningDataModule):
             return self._val_loader
         rank = self.trainer.global_rank if self.trainer is not None else 0
         world_size = self.trainer.world_size if self.trainer is not None else 1
-        transform = eval_transforms(max(self.short_sides), self.max_side)
+        transform = eval_transforms(max(self.short_sides), self.max_side, self.mean, self.std)
         dataset = DetectionDataset(self.val_source, self.val_labels, transform)
         batches = ShareBatchSampler(len(dataset), self.batch_size, rank, world_size)
         self._val_loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **self._workers())
