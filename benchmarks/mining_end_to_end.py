@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def measure(source: ImageSource, encoder: Encoder, config: MiningConfig, repeats
         for repeat in range(repeats):
             out = Path(folder) / str(repeat)
             alone.append(seconds(lambda: decode_and_encode(source, encoder, config)))
-            whole.append(seconds(lambda out=out: mine(source, encoder, config, out, num_workers=WORKERS)))
+            whole.append(seconds(lambda out=out: mine(source, encoder, replace(config, num_workers=WORKERS), out)))
     ratios = [b / a for a, b in zip(alone, whole, strict=True)]
     per_image = {"decode_and_encode": alone, "mine": whole}
     return {

@@ -2,7 +2,8 @@
 
 In: config files and command-line options. Out: the pipeline's sections, or a Trainer, a DetectionTask and a
 DetectionData that fit together; ``num_classes`` flows from the labels to the detector and is never typed. The sections
-``encoder``, ``mining``, ``clustering`` and ``self_training`` belong to the pipeline; ``fit`` reads and ignores them.
+``encoder``, ``mining``, ``clustering``, ``self_training`` and ``inference`` belong to the pipeline; ``fit`` reads and
+ignores them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
@@ -40,7 +41,9 @@ from simdetr.training.checkpoints import AtomicCheckpointIO, checkpoint_callback
 from simdetr.training.datamodule import DetectionData, sizes_up_to
 from simdetr.training.detection_task import DetectionTask
 from simdetr.training.fusion import Fusion
+from simdetr.training.progress import TrainingProgress
 from simdetr.training.random_start import check_start, fixed_parts
+from simdetr.training.relabel import Throughput
 from simdetr.training.run_folder import detector_folder
 from simdetr.training.weights import (
     checkpoint_config,
@@ -105,6 +108,7 @@ class PipelineSections(NamedTuple):
     mining: MiningConfig
     clustering: ClusteringConfig
     self_training: SelfTrainingConfig
+    inference: Throughput
 
 
 def add_pipeline_sections(parser: ArgumentParser) -> None:
@@ -114,6 +118,7 @@ def add_pipeline_sections(parser: ArgumentParser) -> None:
     parser.add_class_arguments(MiningConfig, "mining")
     parser.add_class_arguments(ClusteringConfig, "clustering")
     parser.add_class_arguments(SelfTrainingConfig, "self_training")
+    parser.add_class_arguments(Throughput, "inference")
 
 
 @contextmanager
@@ -223,6 +228,9 @@ class RecipeCLI(LightningCLI):
         validated = self.datamodule.val_labels is not None
         if validated:
             callbacks.append(CocoValidation())
+        shown = trainer.get("enable_progress_bar") is not False and not trainer.get("barebones")
+        if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks.append(TrainingProgress())
         if trainer.get("enable_checkpointing") is not False:
             folder = root / "checkpoints"
             callbacks += checkpoint_callbacks(folder, self._checkpoint_every_steps, validated=validated)
@@ -353,6 +361,7 @@ class Recipe:
             MiningConfig(**vars(built.mining)),
             ClusteringConfig(**vars(built.clustering)),
             SelfTrainingConfig(**vars(built.self_training)),
+            Throughput(**vars(built.inference)),
         )
 
     def training(self, out: Path, *options: str, checkpoint_every_steps: int = 500) -> RecipeCLI:

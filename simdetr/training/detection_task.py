@@ -20,6 +20,7 @@ from simdetr.data.pretrained_weights import load_backbone_weights, load_into
 from simdetr.detectors.detector import Detector
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.predictions import Findings, findings
+from simdetr.training.datamodule import DetectionData
 from simdetr.training.loss_watch import PendingLosses
 from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_groups
 from simdetr.training.random_start import check_start, fixed_parts
@@ -197,9 +198,12 @@ class DetectionTask(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with the recipe's groups, and the schedule per step."""
         optimiser = self.new_optimiser()
-        total = int(self.trainer.estimated_stepping_batches)
+        total, ahead = int(self.trainer.estimated_stepping_batches), 0
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, DetectionData) and (ahead := data.steps_ahead()):
+            total = data.steps_per_epoch * int(self.trainer.max_epochs or 1)
         factor = lr_factor(self.schedule, total, warmup_steps=self.warmup_steps, drop_at=self.drop_at)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: factor(step + ahead))
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def new_optimiser(self) -> Optimizer:
