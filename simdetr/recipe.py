@@ -33,7 +33,7 @@ from simdetr.proposals.features import Encoder
 from simdetr.proposals.kmeans import Backend
 from simdetr.training.checkpoint_files import read_checkpoint
 from simdetr.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
-from simdetr.training.datamodule import DetectionData
+from simdetr.training.datamodule import DetectionData, sizes_up_to
 from simdetr.training.detection_task import DetectionTask
 from simdetr.training.weights import checkpoint_config, detector_class, save_detector, without_downloads
 
@@ -153,9 +153,10 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
-        """Build trainer, task and data, unless only parsing was asked for."""
+        """Build trainer, task and data, unless only parsing was asked for; images are prepared as the detector wants."""
         if not self._parse_only:
             super().instantiate_classes()
+            self.datamodule.follow(self.model.image_settings)
 
     def after_fit(self) -> None:
         """Under ``simdetr fit``: leave the detector where the pipeline would, in ``detector/`` below the root."""
@@ -191,6 +192,12 @@ def default_loggers(root: Path) -> list[Logger]:
     return [csv, TensorBoardLogger(root, name="logs", version=f"version_{csv.version}")]
 
 
+def _write_yaml(path: Path, content: dict[str, Any]) -> str:
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(path)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Config files and options of one run, parsed again for every stage with that stage's inputs.
@@ -211,7 +218,9 @@ class Recipe:
         """This recipe with the detector of a file instead of its own, with its weights or only its architecture.
 
         The detector's class and arguments are written to ``out``/detector.yaml, a config over the others. A file that
-        does not tell them, such as UP-DETR's, gives its weights to the recipe's own detector.
+        does not tell them, such as UP-DETR's, gives its weights to the recipe's own detector. Images are prepared as for
+        that detector where the recipe leaves it open: a training from its weights sees to that, one from its
+        architecture alone gets its sizes by ``out``/sizes.yaml, a config under the others.
         """
         checkpoint = read_checkpoint(detector)
         stored = checkpoint.config()
@@ -226,10 +235,12 @@ class Recipe:
         else:
             title = checkpoint.format.title
             LOG.info("init: %s (%s) does not tell its detector; that of the config is used", detector, title)
-        overlay = out / "detector.yaml"
-        with atomic_path(overlay) as temporary:
-            temporary.write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
-        return Recipe((*self.configs, str(overlay)), self.options)
+        configs = (*self.configs, _write_yaml(out / "detector.yaml", {"model": model}))
+        trained_on = (stored or {}).get("image_settings") or {}
+        if not weights and {"short_side", "max_side"} <= set(trained_on):
+            sizes = {"short_sides": sizes_up_to(trained_on["short_side"]), "max_side": trained_on["max_side"]}
+            configs = (_write_yaml(out / "sizes.yaml", {"data": sizes}), *configs)
+        return Recipe(configs, self.options)
 
     def _placed(self, detector: dict[str, Any]) -> dict[str, Any]:
         """Where the detector of a file goes in ``model``: in place of the recipe's own, or under the recipe's head."""

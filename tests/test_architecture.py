@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "boxes": set(),
     "data": {"boxes"},
     "proposals": {"boxes", "data"},
-    "detectors": {"boxes"},
+    "detectors": {"boxes", "data"},
     "training": {"boxes", "data", "proposals", "detectors"},
     "evaluation": {"boxes", "data", "proposals", "detectors", "training"},
     "heads": {"boxes", "data", "proposals", "detectors", "training", "evaluation"},

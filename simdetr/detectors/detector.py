@@ -13,6 +13,7 @@ from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor, nn
 
+from simdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from simdetr.detectors.matcher import Target
 
 
@@ -97,6 +98,15 @@ class Detector(nn.Module, ABC):
             init_args: as the attribute of this name, or as a config file has them.
         """
         return cls(**init_args)
+
+    @property
+    def normalisation(self) -> dict[str, tuple[float, ...]]:
+        """``mean`` and ``std`` of the colours 0..1 of its images: its backbone's, or ImageNet's if that has none."""
+        backbone: Any = self.get_submodule(self.backbone_name)
+        return {
+            "mean": getattr(backbone, "colour_mean", IMAGENET_MEAN),
+            "std": getattr(backbone, "colour_std", IMAGENET_STD),
+        }
 
     @property
     def core(self) -> Detector:

@@ -7,7 +7,7 @@ Out: resumable loaders of ``Batch``; ``num_classes`` and ``categories`` come fro
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ from simdetr.training.epoch_sampler import EpochBatchSampler, ResumableLoader, S
 from simdetr.training.label_subset import sample_images
 
 LOG = logging.getLogger(__name__)
+SHORT_SIDES, MAX_SIDE = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), 1333
+"""Sizes in pixels of Deformable DETR's training."""
 
 
 def read_training_labels(path: Path, *, strict: bool = False, masks: bool = False) -> Labels:
@@ -44,6 +46,11 @@ def read_training_labels(path: Path, *, strict: bool = False, masks: bool = Fals
     if problems.total:
         LOG.warning("%s: %s", path, "; ".join(problems.lines()))
     return labels
+
+
+def sizes_up_to(largest: int) -> list[int]:
+    """The default short sides, scaled for the largest to be this one, in pixels."""
+    return [round(side * largest / SHORT_SIDES[-1]) for side in SHORT_SIDES]
 
 
 def _check_image_level(mosaic: float, reference_points: dict[str, str] | None) -> None:
@@ -68,8 +75,8 @@ class DetectionData(pl.LightningDataModule):
         batch_size: Images per step and rank.
         num_workers: Decoding processes; 0 decodes in the training process.
         short_sides: Sizes in pixels of the shorter side, one drawn per image in training; the largest is used in
-            validation.
-        max_side: Longest side in pixels.
+            validation. Left out, those of the detector that training starts from, or 480 to 800.
+        max_side: Longest side in pixels; left out, as for ``short_sides``, or 1333.
         crop: Random crop in half of the training images.
         flip: Mirror half of the training images; False where left and right make classes.
         colour: Strength of the colour augmentation.
@@ -84,6 +91,8 @@ class DetectionData(pl.LightningDataModule):
         point_margin: How far outside the image a point may lie, as a fraction of the image's side.
         image_level: Train on the classes that each image has, and not on where; ``labels`` may then be a CSV (columns
             image, label) or a folder with one folder per class too. Validation keeps its boxes.
+        mean: Of the colours 0..1, for their normalisation; left out, that of the detector's weights.
+        std: Their deviation, likewise.
 
     Raises:
         ValueError: ``image_level`` with a mosaic or with reference points; a table that does not fit the classes.
@@ -98,8 +107,8 @@ class DetectionData(pl.LightningDataModule):
         val_labels: str | None = None,
         batch_size: int = 8,
         num_workers: int = 0,
-        short_sides: Sequence[int] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
-        max_side: int = 1333,
+        short_sides: Sequence[int] | None = None,
+        max_side: int | None = None,
         crop: bool = True,
         flip: bool = True,
         colour: Literal["none", "light", "strong"] = "light",
@@ -111,10 +120,13 @@ class DetectionData(pl.LightningDataModule):
         reference_points: dict[str, str] | None = None,
         point_margin: float = 0.0,
         image_level: bool = False,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
     ) -> None:
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.short_sides, self.max_side = list(short_sides), max_side
+        self._images = (short_sides, max_side, mean, std)
+        self.follow({})
         self.crop, self.flip, self.colour, self.mosaic = crop, flip, colour, mosaic
         self._loader: ResumableLoader | None = None
         self._position: dict[str, int] | None = None
@@ -143,6 +155,26 @@ class DetectionData(pl.LightningDataModule):
                     self.val_labels, self.reference_points.of(self.val_labels.categories)
                 )
 
+    def follow(self, image_settings: Mapping[str, Any]) -> None:
+        """Prepare images as a detector wants them, wherever the arguments left that open.
+
+        Args:
+            image_settings: ``short_side`` and ``max_side`` in pixels, ``mean`` and ``std``; any may be absent.
+        """
+        short_sides, max_side, mean, std = self._images
+        largest = image_settings.get("short_side", SHORT_SIDES[-1])
+        self.short_sides = list(short_sides) if short_sides is not None else sizes_up_to(largest)
+        # sizes belong together: that of another detector does not limit the user's own
+        longest = image_settings.get("max_side", MAX_SIDE) if short_sides is None else MAX_SIDE
+        self.max_side = max_side if max_side is not None else longest
+        self.mean: Sequence[float] = mean if mean is not None else image_settings.get("mean", IMAGENET_MEAN)
+        self.std: Sequence[float] = std if std is not None else image_settings.get("std", IMAGENET_STD)
+
+    def setup(self, stage: str) -> None:
+        """Follow the task that is about to run."""
+        task: Any = self.trainer.lightning_module if self.trainer is not None else None
+        self.follow(getattr(task, "image_settings", {}))
+
     @property
     def num_classes(self) -> int:
         """Number of classes in the training labels; linked to the detector."""
@@ -164,8 +196,8 @@ class DetectionData(pl.LightningDataModule):
         return {
             "short_side": max(self.short_sides),
             "max_side": self.max_side,
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
+            "mean": list(self.mean),
+            "std": list(self.std),
         }
 
     def image_id(self, index: int) -> str:
@@ -178,7 +210,8 @@ class DetectionData(pl.LightningDataModule):
         rank = self.trainer.global_rank if self.trainer is not None else 0
         world_size = self.trainer.world_size if self.trainer is not None else 1
         sizes = (self.short_sides, self.max_side)
-        transform = train_transforms(*sizes, crop=self.crop, colour=self.colour, flip=self.flip)
+        normalisation = {"mean": self.mean, "std": self.std}
+        transform = train_transforms(*sizes, crop=self.crop, colour=self.colour, flip=self.flip, **normalisation)
         dataset = DetectionDataset(
             self.source,
             self.labels,
@@ -235,7 +268,7 @@ class DetectionData(pl.LightningDataModule):
             return []
         rank = self.trainer.global_rank if self.trainer is not None else 0
         world_size = self.trainer.world_size if self.trainer is not None else 1
-        transform = eval_transforms(max(self.short_sides), self.max_side)
+        transform = eval_transforms(max(self.short_sides), self.max_side, self.mean, self.std)
         dataset = DetectionDataset(self.val_source, self.val_labels, transform)
         batches = ShareBatchSampler(len(dataset), self.batch_size, rank, world_size)
         return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=self.num_workers)

@@ -90,6 +90,12 @@ class DetectionTask(pl.LightningModule):
         if channels_last:
             detector.get_submodule(detector.backbone_name).to(memory_format=torch.channels_last)
 
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """How images are to be prepared: as for the weights it started from, else as the detector's backbone wants."""
+        started = self.load_report.image_settings if self.load_report is not None else {}
+        return {**self.detector.normalisation, **started}
+
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Any]:
         """Raw outputs of the detector; images [B, 3, H, W] normalised, mask [B, H, W] True = padding."""
         outputs: dict[str, Any] = self.detector(images.contiguous(memory_format=self._memory_format), mask)

@@ -41,6 +41,7 @@ class LoadReport:
         replaced: Names whose shape in the file differs; they stay as initialised.
         missing: Names that the file does not have; they stay as initialised.
         unexpected: Names of the file that the detector has no place for.
+        image_settings: How images were prepared for the file's detector, as far as it says.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class LoadReport:
     replaced: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    image_settings: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line: the counts, and the first names of what was not kept."""
@@ -143,6 +145,7 @@ def copy_weights(detector: Detector, checkpoint: Checkpoint) -> LoadReport:
         replaced=[name for name in own if name in state and name not in fitting],
         missing=[name for name in own if name not in state and own[name].data_ptr() not in stored_at],
         unexpected=[*(name for name in given if name not in own), *unused],
+        image_settings=dict((checkpoint.stored or {}).get("image_settings") or {}),
     )
     _check_fit(detector, report, is_partial=checkpoint.format.is_partial or detector.takes_backbones)
     detector.load_state_dict({name: state[name] for name in report.kept}, strict=False)
