@@ -6,7 +6,7 @@ For each set: two stages of pretraining on the training images without labels; c
 every stage on validation images that no stage saw; then fine-tunings from equal labels with equal steps, on the first
 budget and on 10 %, that start from
 
-    random     nothing: the same detector from random weights, batch norm and stem trained
+    random     nothing: the same detector from random weights, batch norm and stem trained, one rate for all
     backbone   the ImageNet backbone and a new transformer: what a user has today
     stage1     the detector of the first stage
     stage2     the detector of the second stage
@@ -255,6 +255,9 @@ def finetuned(own: ImageSet, arm: str, budget: str, seed: int, folder: Path) -> 
         recipe = Recipe((*recipe.configs, str(described(own, folder))))
     seeds = (f"--{name}={seed}" for name in ("seed_everything", "data.seed", "model.seed"))
     options = (*(f"--{option}" for option in own.arguments.finetune_options), *ARMS[arm], *seeds)
+    if arm == "random":  # nothing in its backbone is worth a lower rate
+        resolved = Recipe(recipe.configs, (f"--data.images={own.images / 'train'}", *options)).resolved()[0]
+        options = (*options, f"--model.backbone_lr={resolved.model.lr}")
     trained = finetune(own.images / "train", labels, folder, recipe.configs, options=options)
     seconds = time.perf_counter() - started
     scores = json_ready(evaluate(own.images / "val", own.val_labels(), trained))
