@@ -31,6 +31,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from benchmarks.environment import DATA, environment, write_result
+from benchmarks.real_set_tables import paired_differences
 from simdetr import evaluate, finetune, open_images, pretrain, read_labels, split
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.coco import write_coco
@@ -318,7 +319,7 @@ def collect(out: Path, name: str, record: dict[str, Any]) -> None:
     """Write all rows that there are as one result."""
     with FileLock(out / "result.lock"):
         rows = [row for path in sorted(out.glob("*/rows/*.json")) for row in json.loads(path.read_text())]
-        write_result(name, record | {"rows": rows})
+        write_result(name, record | {"paired": paired_differences(rows), "rows": rows})
 
 
 def main() -> None:

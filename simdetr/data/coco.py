@@ -148,11 +148,7 @@ class _Annotation:
 
 
 def load_coco(path: Path) -> dict[str, Any]:
-    """The content of a COCO annotation file as it stands; the three lists are there.
-
-    Raises:
-        LabelError: the file cannot be read, or lacks one of the lists.
-    """
+    """The content of a COCO annotation file as it stands, with its three lists, or a `LabelError`."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

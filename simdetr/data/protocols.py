@@ -109,21 +109,30 @@ def _draws(
 
 def hash_order(names: Iterable[str], seed: int) -> list[str]:
     """Names in an order that looks random and depends on them and the seed alone."""
-    return sorted(names, key=lambda name: (hashlib.sha256(f"{seed}\0{name}".encode()).digest(), name))
+    return sorted(set(names), key=lambda name: (hashlib.sha256(f"{seed}\0{name}".encode()).digest(), name))
 
 
-def label_fraction(content: Content, fraction: float, seed: int) -> Content:
-    """The first part of the images in the seed's order, at least one, with all of their boxes.
+def first_images(names: Iterable[str], fraction: float, seed: int) -> list[str]:
+    """The first part of the images in the seed's order, at least one.
 
     Raises:
         ValueError: ``fraction`` is not in (0, 1], or there are no images.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"amounts: expected a fraction in (0, 1], got {fraction}; 0.01 is 1 %")
-    names = {image["file_name"] for image in content["images"]}
-    if not names:
+        raise ValueError(f"fraction: expected a number in (0, 1], got {fraction}; 0.01 is 1 %.")
+    order = hash_order(names, seed)
+    if not order:
         raise ValueError("labels: expected at least one image, got none")
-    chosen = set(hash_order(names, seed)[: max(1, round(fraction * len(names)))])
+    return order[: max(1, round(fraction * len(order)))]
+
+
+def label_fraction(content: Content, fraction: float, seed: int) -> Content:
+    """Some of the images as ``first_images`` draws them, with all of their boxes.
+
+    Raises:
+        ValueError: as ``first_images``.
+    """
+    chosen = set(first_images({image["file_name"] for image in content["images"]}, fraction, seed))
     kept = {image["id"] for image in content["images"] if image["file_name"] in chosen}
     annotations = [entry for entry in content["annotations"] if entry.get("image_id") in kept]
     rule = {"protocol": "fractions", "fraction": fraction, "rule": "first images in the order of SHA-256(seed, name)"}
@@ -143,7 +152,7 @@ def k_shot(content: Content, shots: float, seed: int, *, protocol: str = "shots"
         raise ValueError(f"amounts: expected whole numbers of boxes per class, at least 1, got {shots}")
     shots = int(shots)
     names = {image["id"]: image["file_name"] for image in content["images"]}
-    order = {name: place for place, name in enumerate(hash_order(set(names.values()), seed))}
+    order = {name: place for place, name in enumerate(hash_order(names.values(), seed))}
     boxes: dict[Any, list[Content]] = {category["id"]: [] for category in content["categories"]}
     for entry in content["annotations"]:
         if entry.get("image_id") in names and entry.get("category_id") in boxes and not entry.get("iscrowd"):
