@@ -97,8 +97,8 @@ def real_sets(result: dict[str, Any]) -> str:
     rows, parts = result["rows"], []
     if part(rows, "finetune"):
         parts.append(
-            "**Is pretraining worth it?** COCO's AP in percent on validation images after fine-tuning on few labels, with "
-            "equal labels, steps and architecture; mean ± deviation over seeds. *Backbone only* is the ImageNet "
+            "**Is pretraining worth it?** COCO's AP in percent on validation images after fine-tuning on few labels, "
+            "with equal labels, steps and architecture; mean ± deviation over seeds. *Backbone only* is the ImageNet "
             "EfficientNet-Lite0 with a new transformer, what a user has without simdetr; *stage 1* and *stage 2* were "
             "pretrained from it on the training images without labels. The difference is paired by seed, with its 95 % "
             "interval.\n\n" + finetuning_table(rows)
