@@ -108,6 +108,13 @@ class ImageSet:
         own = ROOT / f"benchmarks/real_sets_{self.name}.yaml"
         return tuple(map(str, (*files, *([own] if own.is_file() else []))))
 
+    def claim(self) -> None:
+        """Keep the settings that the rows of this set depend on, or refuse others: their rows would be mixed."""
+        settings = {name: getattr(self.arguments, name) for name in ("images", "subset", "options", "finetune_options")}
+        files = map(Path, (*self.configs(CONFIGS), *self.configs(FINETUNE_CONFIGS)))
+        texts = {path.relative_to(ROOT).as_posix(): yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
+        RunFolder(self.folder).claim(yaml.safe_dump(settings | texts))
+
     def unlabelled(self) -> Path:
         """The training images, or ``--images`` copies spread evenly over them."""
         folder, count = self.images / "train", self.arguments.images
@@ -241,7 +248,6 @@ def detected_on_val(own: ImageSet, truth: Labels, stage: int) -> Labels:
 
 def stage_labels(mined: Labels, detected: Labels) -> Labels:
     """Labels of a stage from what was mined and what its detector found: the detections, as relabelling makes them."""
-    del mined
     return detected
 
 
@@ -339,6 +345,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.parts = arguments.parts or ["pretrain", "labels", "finetune"]
     sets = [ImageSet(name, arguments.data.resolve(), arguments.out, arguments) for name in arguments.sets]
+    for own in sets:
+        own.claim()
     record = {"environment": environment(("torch", "torchvision", "timm", "pytorch-lightning"))}
     work_off(list(tasks(sets, arguments)), lambda: collect(arguments.out, arguments.name, record))
     collect(arguments.out, arguments.name, record)
