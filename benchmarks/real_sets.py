@@ -35,13 +35,16 @@ from benchmarks.real_set_tables import paired_differences
 from simdetr import evaluate, finetune, open_images, pretrain, read_labels, split
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.coco import write_coco
+from simdetr.data.images import ImageSource
 from simdetr.data.labels import Labels
+from simdetr.detectors.predictions import best_per_query
 from simdetr.evaluation.coco_metric import match_boxes
 from simdetr.inference import default_device
 from simdetr.proposals.miner import mine
 from simdetr.proposals.pseudo_labels import make_pseudo_labels
-from simdetr.recipe import Recipe
+from simdetr.recipe import PipelineSections, Recipe, SelfTrainingConfig
 from simdetr.results import json_ready
+from simdetr.training.fusion import fuse
 from simdetr.training.relabel import InferenceSettings, detect
 from simdetr.training.run_folder import RunFolder
 from simdetr.training.weights import load_detector
@@ -208,11 +211,13 @@ def pretraining(own: ImageSet) -> list[dict[str, Any]]:
 def label_quality(own: ImageSet, stage: int) -> list[dict[str, Any]]:
     """Class-agnostic AP and recall on validation images: of the labels of a stage, and of its detector alone."""
     truth = read_labels(own.val_labels()).class_agnostic()
-    mined = mined_on_val(own, truth)
+    recipe = Recipe(own.configs(CONFIGS), (f"--data.images={own.images / 'val'}", *own.options))
+    sections, source = recipe.sections(), open_images(own.images / "val").subset(truth.image_ids)
+    mined = mined_on_val(own, sections, source)
     found = {"labels": mined}
     if stage:
-        detected = detected_on_val(own, truth, stage)
-        found = {"detector alone": detected, "labels": stage_labels(mined, detected)}
+        detected = detected_on_val(own, sections.self_training, source, stage)
+        found = {"detector alone": detected, "labels": stage_labels(mined, detected, sections.self_training)}
     rows = []
     for what, labels in found.items():
         scores = match_boxes(truth, labels, class_agnostic=True, max_boxes=(1, 10, 100))
@@ -223,32 +228,27 @@ def label_quality(own: ImageSet, stage: int) -> list[dict[str, Any]]:
     return rows
 
 
-def mined_on_val(own: ImageSet, truth: Labels) -> Labels:
+def mined_on_val(own: ImageSet, sections: PipelineSections, source: ImageSource) -> Labels:
     """Boxes mined on the validation images as on the training images; their scores are the confidence."""
-    recipe = Recipe(own.configs(CONFIGS), (f"--data.images={own.images / 'val'}", *own.options))
-    sections, source = recipe.sections(), open_images(own.images / "val").subset(truth.image_ids)
     with FileLock(own.folder / "val.lock"):
         store = mine(source, sections.encoder, sections.mining, own.folder / "val", default_device())
         return make_pseudo_labels(store, num_classes=1)
 
 
-def detected_on_val(own: ImageSet, truth: Labels, stage: int) -> Labels:
+def detected_on_val(own: ImageSet, kept: SelfTrainingConfig, source: ImageSource, stage: int) -> Labels:
     """What the detector of a stage finds on the validation images, kept as relabelling keeps it."""
-    recipe = Recipe(own.configs(CONFIGS), (f"--data.images={own.images / 'val'}", *own.options))
-    kept, loaded = recipe.sections().self_training, load_detector(own.run.detector(stage))
-    settings = InferenceSettings.of(
-        loaded.image_settings,
-        iou_threshold=kept.iou_threshold,
-        max_boxes=kept.max_boxes,
-        device=default_device(),
-    )
-    source = open_images(own.images / "val").subset(truth.image_ids)
-    return detect(loaded.detector, source, loaded.categories, settings, stage=stage).class_agnostic()
+    loaded = load_detector(own.run.detector(stage))
+    limits = {"iou_threshold": kept.iou_threshold, "max_boxes": kept.max_boxes, "device": default_device()}
+    settings = InferenceSettings.of(loaded.image_settings, **limits)
+    found = detect(loaded.detector, source, loaded.categories, settings, reading=best_per_query, stage=stage)
+    return found.class_agnostic()
 
 
-def stage_labels(mined: Labels, detected: Labels) -> Labels:
-    """Labels of a stage from what was mined and what its detector found: the detections, as relabelling makes them."""
-    return detected
+def stage_labels(mined: Labels, detected: Labels, kept: SelfTrainingConfig) -> Labels:
+    """Labels of a stage as relabelling makes them, from what was mined and what its detector found."""
+    if kept.fusion is None:
+        return detected
+    return fuse(detected, mined, kept.fusion, iou_threshold=kept.iou_threshold, max_boxes=kept.max_boxes)
 
 
 def finetuned(own: ImageSet, arm: str, budget: str, seed: int, folder: Path) -> dict[str, Any]:

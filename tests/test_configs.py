@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import simdetr
-from simdetr.proposals import FittedEncoder
+from simdetr.proposals import FittedEncoder, MiningConfig
 from simdetr.recipe import Recipe
 from simdetr.training.encoder_fit import fit_encoder
 from simdetr.training.encoder_settings import read_settings
@@ -60,6 +60,20 @@ def test_there_are_configs():
 
 SMALLER = {"landmarks_grid.yaml": {"head.init_args.grid": "[2, 2]"}}
 """What else single configs need for images of 64 pixels."""
+
+
+def test_recipes_of_the_document_mine_with_its_filters():
+    """A config that says that it is the document's pretraining departs from it in no silent default."""
+    claiming = [
+        path
+        for path in (REPOSITORY / "configs" / "pretrain").glob("*.yaml")
+        if path.read_text().startswith("# The document's")
+    ]
+    assert len(claiming) == 3
+    for path in claiming:
+        mining = Recipe((str(path),), ("--data.images=none", "--data.labels=none")).sections().mining
+        assert mining.level_sets is None and list(mining.filters) == list(MiningConfig().filters), path.name
+        assert len(mining.filters) == 5
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *BUILT_IN], ids=lambda path: path.relative_to(REPOSITORY).as_posix())

@@ -7,10 +7,12 @@ Out: resumable loaders of ``Batch``; ``num_classes`` and ``categories`` come fro
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
@@ -53,6 +55,21 @@ def sizes_up_to(largest: int) -> list[int]:
     return [round(side * largest / SHORT_SIDES[-1]) for side in SHORT_SIDES]
 
 
+def queries_for(labels: Labels, mosaic: float = 0.0) -> int:
+    """Number of queries that suits labels: twice the most objects of a sample, for most queries to learn background.
+
+    Args:
+        labels: Of the training images.
+        mosaic: Probability of samples that are made of four images.
+
+    Returns:
+        A multiple of 50 from 100 to 900; where that is too few, samples lose their least certain objects.
+    """
+    owners = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
+    most = int(np.bincount(owners[~labels.crowd]).max(initial=0))
+    return min(900, max(100, 50 * math.ceil(most * (4 if mosaic > 0 else 1) * 2 / 50)))
+
+
 def _check_image_level(mosaic: float, reference_points: dict[str, str] | None) -> None:
     if mosaic > 0:
         raise ValueError(
@@ -91,6 +108,8 @@ class DetectionData(pl.LightningDataModule):
         point_margin: How far outside the image a point may lie, as a fraction of the image's side.
         image_level: Train on the classes that each image has, and not on where; ``labels`` may then be a CSV (columns
             image, label) or a folder with one folder per class too. Validation keeps its boxes.
+        num_queries: Queries of the detector, which finds at most so many objects in an image; left out, enough for the
+            labels, see ``queries_for``. A training sample has at most half as many objects, the most certain ones.
         mean: Of the colours 0..1, for their normalisation; left out, that of the detector's weights.
         std: Their deviation, likewise.
 
@@ -120,6 +139,7 @@ class DetectionData(pl.LightningDataModule):
         reference_points: dict[str, str] | None = None,
         point_margin: float = 0.0,
         image_level: bool = False,
+        num_queries: int | None = None,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
     ) -> None:
@@ -147,6 +167,7 @@ class DetectionData(pl.LightningDataModule):
         if label_fraction < 1:
             drawn = set(first_images(self.labels.image_ids, label_fraction, seed))
             self.labels = self.labels.select(name for name in self.labels.image_ids if name in drawn)
+        self.num_queries = queries_for(self.labels, mosaic) if num_queries is None else num_queries
         self.reference_points: ReferencePoints | None = None
         if reference_points is not None:
             self.reference_points = ReferencePoints(reference_points, self.labels.categories, point_margin)
@@ -221,6 +242,7 @@ class DetectionData(pl.LightningDataModule):
             replace_unreadable=True,
             seed=self.seed,
             masks=self.masks,
+            max_objects=max(1, self.num_queries // 2),
             reference_points=self.reference_points,
         )
         samples = Mosaic(dataset, probability=self.mosaic, seed=self.seed) if self.mosaic > 0 else dataset
