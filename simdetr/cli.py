@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from simdetr import commands, encoder_commands, export_commands, mining_commands, rival_commands
+from simdetr import commands, encoder_commands, export_commands, mining_commands, protocol_commands, rival_commands
 from simdetr.machine import prepare_openmp
 
 Command = Callable[..., None]
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "cluster": mining_commands.cluster,
     "pretrain": commands.pretrain,
     "relabel": commands.relabel,
+    "split": protocol_commands.split,
     "finetune": commands.finetune,
     "evaluate": commands.evaluate,
     "compare": commands.compare,

@@ -23,12 +23,12 @@ from simdetr.data.image_level import read_image_level
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Category, LabelError, Labels, read_labels
 from simdetr.data.mosaic import Mosaic
+from simdetr.data.protocols import first_images
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.reference_points import ReferencePoints, with_reference_points
 from simdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transforms, train_transforms
 from simdetr.machine import default_workers
 from simdetr.training.epoch_sampler import EpochBatchSampler, ResumableLoader, ShareBatchSampler
-from simdetr.training.label_subset import sample_images
 
 LOG = logging.getLogger(__name__)
 SHORT_SIDES, MAX_SIDE = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), 1333
@@ -100,7 +100,7 @@ class DetectionData(pl.LightningDataModule):
         flip: Mirror half of the training images; False where left and right make classes.
         colour: Strength of the colour augmentation.
         mosaic: Probability that a training sample is a mosaic of four images.
-        label_fraction: Part of the labelled images to train on (semi-supervised protocols).
+        label_fraction: Part of the labelled images to train on, drawn as `simdetr split` draws it.
         seed: Seed of order, subset and augmentation.
         strict: Turn problems in label files into errors.
         masks: Read the objects' masks for training, for detectors that learn from them; labels without any train
@@ -169,7 +169,8 @@ class DetectionData(pl.LightningDataModule):
         if masks and not self.masks:
             LOG.warning("%s has no masks: training goes on with boxes alone", path)
         if label_fraction < 1:
-            self.labels = self.labels.select(sample_images(self.labels, label_fraction, seed))
+            drawn = set(first_images(self.labels.image_ids, label_fraction, seed))
+            self.labels = self.labels.select(name for name in self.labels.image_ids if name in drawn)
         self.num_queries = queries_for(self.labels, mosaic) if num_queries is None else num_queries
         self.reference_points: ReferencePoints | None = None
         if reference_points is not None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from simdetr.data.labels import LabelError
+from simdetr.data.labels import LabelError, read_labels
+from simdetr.data.protocols import split
 from simdetr.training.datamodule import DetectionData
 
 
@@ -46,6 +47,15 @@ def test_position_survives_in_its_state(scenes):
 
 def test_a_fraction_of_the_labels(scenes):
     assert len(data(scenes, label_fraction=0.25).labels) == 3
+
+
+def test_fractions_are_those_of_split(scenes, tmp_path):
+    drawn, larger = (
+        read_labels(path)
+        for path in split(scenes / "instances.json", tmp_path, "fractions", amounts=[0.25, 0.5], seeds=[3])
+    )
+    assert set(data(scenes, label_fraction=0.25, seed=3).labels.image_ids) == set(drawn.image_ids)
+    assert set(drawn.image_ids) < set(larger.image_ids)
 
 
 def test_no_validation_without_its_images(scenes):
