@@ -152,9 +152,10 @@ class RecipeCLI(LightningCLI):
         add_pipeline_sections(parser)
         for name in ("num_classes", "num_queries"):
             parser.link_arguments(f"data.{name}", f"model.detector.init_args.{name}", apply_on="instantiate")
+        parser.link_arguments("data.category_names", "model.class_names", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
-        """Build trainer, task and data, unless only parsing was asked for; images are prepared as the detector wants."""
+        """Build trainer, task and data, unless only parsing was asked for; images are as the detector wants them."""
         if not self._parse_only:
             super().instantiate_classes()
             self.datamodule.follow(self.model.image_settings)
