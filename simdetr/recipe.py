@@ -199,6 +199,7 @@ class RecipeCLI(LightningCLI):
         add_pipeline_sections(parser)
         for name in ("num_classes", "num_queries"):
             parser.link_arguments(f"data.{name}", f"model.detector.init_args.{name}", apply_on="instantiate")
+        parser.link_arguments("data.category_names", "model.class_names", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
         """Build trainer, task and data, unless only parsing is asked for; images are as the detector wants them."""

@@ -214,7 +214,7 @@ class DetectionData(pl.LightningDataModule):
 
     @property
     def category_names(self) -> list[str]:
-        """Names of the classes, in the order of their indices; linked to heads that speak of classes by name."""
+        """Names of the classes, in the order of their indices; linked to the task and to heads that speak of them."""
         return [category.name for category in self.labels.categories]
 
     @property

@@ -6,6 +6,7 @@ carry what is needed to rebuild the detector. Source: seed 003 Eq. 1-2, specs/de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class DetectionTask(pl.LightningModule):
         backbone_weights: Checkpoint (path or URL; SwAV, DINO, MoCo, MoBY, timm) the backbone starts from.
         init_weights: Run folder, detector folder or file to start from; the class head is replaced if the classes
             differ, and a head on the detector is new.
+        class_names: Names of the classes that it trains on, by which ``init_weights`` sees whether they differ; linked
+            to the data. None goes by their number alone.
         top_k: Detections per image kept in validation.
         seed: Seed of dropout; with it a resumed training equals an uninterrupted one.
         channels_last: Keep the backbone's weights and images channel by channel within each pixel, which convolutions
@@ -66,6 +69,7 @@ class DetectionTask(pl.LightningModule):
         warmup_steps: int = 0,
         backbone_weights: str | None = None,
         init_weights: str | None = None,
+        class_names: Sequence[str] | None = None,
         top_k: int = 100,
         seed: int = 0,
         channels_last: bool = False,
@@ -84,7 +88,7 @@ class DetectionTask(pl.LightningModule):
             load_into(detector.get_submodule(detector.body_name), load_backbone_weights(backbone_weights))
         self.load_report: LoadReport | None = None
         if init_weights is not None:
-            self.load_report = load_weights(detector, detector_folder(init_weights))
+            self.load_report = load_weights(detector, detector_folder(init_weights), class_names)
         self._fixed = fixed_parts(detector)
         if backbone_lr == 0:
             for name, parameter in detector.named_parameters():
