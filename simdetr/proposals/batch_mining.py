@@ -191,7 +191,8 @@ def mine_level_sets(
     def regions_of(own: slice) -> list[Regions]:
         part = {key: label[own] for key, label in labels.items()}
         shapes = find_shapes(pixels[own].float() / 255, part, settings, connectivity=config.connectivity)
-        kept, scores = rank_shapes(shapes, len(sizes_hw[own]), settings)
+        seen = {stride: level[own] for stride, level in maps.items()}
+        kept, scores = rank_shapes(shapes, len(sizes_hw[own]), settings, seen)
         return shapes_to_regions(shapes, kept, scores, part, coarsest[own], sizes_hw[own])
 
     if not pixels.is_cpu:
