@@ -50,8 +50,8 @@ from simdetr.training.run_folder import RunFolder
 from simdetr.training.weights import load_detector
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = (ROOT / "configs/tiny.yaml", ROOT / "benchmarks/real_sets.yaml")
-FINETUNE_CONFIGS = (ROOT / "configs/finetune/tiny.yaml", ROOT / "benchmarks/real_sets_finetune.yaml")
+CONFIGS = (ROOT / "benchmarks/real_sets.yaml",)
+FINETUNE_CONFIGS = (ROOT / "benchmarks/real_sets_finetune.yaml",)
 BUDGETS = {"fod": ("1 %", "10 %"), "aquarium": ("10-shot", "10 %"), "neu_det": ("10-shot", "10 %")}
 STAGES = (1, 2)
 DETECTOR = "--model.detector.init_args."
