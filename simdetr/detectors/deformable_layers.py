@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from simdetr.detectors.cpu_linear import Linear, linear
 from simdetr.detectors.deformable_attention import MSDeformAttn
 
 
@@ -48,8 +47,8 @@ class DeformableEncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = MSDeformAttn(dim, num_levels, num_heads, num_points)
         self.norm1 = nn.LayerNorm(dim)
-        self.linear1 = Linear(dim, ffn_dim)
-        self.linear2 = Linear(ffn_dim, dim)
+        self.linear1 = nn.Linear(dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
@@ -83,8 +82,8 @@ class DeformableDecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
         self.norm2 = nn.LayerNorm(dim)
-        self.linear1 = Linear(dim, ffn_dim)
-        self.linear2 = Linear(ffn_dim, dim)
+        self.linear1 = nn.Linear(dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, dim)
         self.norm3 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
@@ -111,8 +110,8 @@ def attend(attention: nn.MultiheadAttention, placed: Tensor, values: Tensor) -> 
     dim, heads = values.shape[-1], attention.num_heads
     both, value = attention.in_proj_weight.split_with_sizes((2 * dim, dim))
     both_bias, value_bias = attention.in_proj_bias.split_with_sizes((2 * dim, dim))
-    asked, found = rearrange(linear(placed, both, both_bias), "b q (two m d) -> two b m q d", two=2, m=heads)
-    read = rearrange(linear(values, value, value_bias), "b q (m d) -> b m q d", m=heads)
+    asked, found = rearrange(F.linear(placed, both, both_bias), "b q (two m d) -> two b m q d", two=2, m=heads)
+    read = rearrange(F.linear(values, value, value_bias), "b q (m d) -> b m q d", m=heads)
     dropout = attention.dropout if attention.training else 0.0
     attended = F.scaled_dot_product_attention(asked, found, read, dropout_p=dropout)
-    return linear(rearrange(attended, "b m q d -> b q (m d)"), attention.out_proj.weight, attention.out_proj.bias)
+    return F.linear(rearrange(attended, "b m q d -> b q (m d)"), attention.out_proj.weight, attention.out_proj.bias)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor, nn
 
+from simdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from simdetr.detectors.matcher import Target
 
 
@@ -23,6 +25,8 @@ class Prediction(TypedDict):
     """[B, Q, K]; each class on its own (sigmoid), there is no class for background. A row of -inf is no detection."""
     pred_boxes: Tensor
     """[B, Q, 4] cxcywh, fractions of the valid (unpadded) image."""
+    pred_objectness: NotRequired[Tensor]
+    """Logit of there being any object [B, Q, 1], of detectors that learn it apart from the classes."""
     pred_ious: NotRequired[Tensor]
     """Logit of the box's IoU with its object [B, Q, 1], of detectors that estimate it."""
     pred_vectors: NotRequired[Tensor]
@@ -35,7 +39,7 @@ class DetectorOutput(Prediction):
     aux_outputs: NotRequired[list[Prediction]]
     """Predictions of the decoder's earlier layers, first to last."""
     enc_outputs: NotRequired[Prediction]
-    """Two-stage only: one prediction per cell of the encoder's output, Q = S."""
+    """Two-stage only: one prediction per cell of the encoder's output, Q = S; of K classes, or of objectness, K = 1."""
     pred_points: NotRequired[Tensor]
     """Reference points (x, y), fractions of the valid image [B, Q, 2], of landmark heads."""
     point_logits: NotRequired[Tensor]
@@ -85,7 +89,8 @@ class Detector(nn.Module, ABC):
         Args:
             images: as in ``forward``.
             mask: as in ``forward``.
-            targets: ``labels`` and ``boxes`` of each image; images, or all of them, may be empty.
+            targets: ``labels`` and ``boxes`` of each image, and ``scores``, how sure each is (1 where there are none);
+                images, or all of them, may be empty.
 
         Returns:
             ``loss``, the total to minimise, which every trainable parameter takes part in, and its terms.
@@ -101,9 +106,29 @@ class Detector(nn.Module, ABC):
         return cls(**init_args)
 
     @property
+    def normalisation(self) -> dict[str, tuple[float, ...]]:
+        """``mean`` and ``std`` of the colours 0..1 of its images: its backbone's, or ImageNet's if that has none."""
+        backbone: Any = self.get_submodule(self.backbone_name)
+        return {
+            "mean": getattr(backbone, "colour_mean", IMAGENET_MEAN),
+            "std": getattr(backbone, "colour_std", IMAGENET_STD),
+        }
+
+    @property
     def core(self) -> Detector:
         """The detector that checkpoints of plain detectors fit: this one, unless it wraps another."""
         return self
+
+    @classmethod
+    def thawed(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments with which the whole backbone learns, as random weights need it.
+
+        Args:
+            init_args: this detector's arguments.
+        """
+        frozen = ("frozen_batch_norm", "freeze_stem", "freeze_backbone")
+        own = signature(cls.__init__).parameters
+        return {**init_args, **{name: False for name in frozen if name in own}}
 
     @classmethod
     def finetuned_as(cls, init_args: Mapping[str, Any]) -> tuple[type[Detector], dict[str, Any]]:

@@ -108,11 +108,15 @@ def best_per_query(
 ) -> list[Detections]:
     """Every query once, with its best class; boxes suppress each other whatever their class.
 
-    Arguments, result and errors are those of ``postprocess``.
+    How sure a detection is, is its objectness, of detectors that learn it (``pred_objectness``), else its class's score:
+    an object whose looks are spread over many classes is no less an object. Arguments, result and errors are those of ``postprocess``.
     """
     logits = class_logits(outputs)
     best = logits.argmax(dim=2, keepdim=True)
-    alone = torch.full_like(logits, -torch.inf).scatter(2, best, logits.gather(2, best))
+    certain = logits.gather(2, best)
+    if "pred_objectness" in outputs and "point_logits" not in outputs:
+        certain = torch.where(certain > -torch.inf, outputs["pred_objectness"].detach().float(), certain)
+    alone = torch.full_like(logits, -torch.inf).scatter(2, best, certain)
     rule = _Rule(top_k, min_score, iou_threshold, point_radius, by_class=False)
     return _detections(outputs, alone, orig_sizes, rule)
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from simdetr.boxes import batched_giou, cxcywh_to_xyxy
-from simdetr.detectors.cpu_linear import Linear
 from simdetr.detectors.deformable_transformer import inverse_sigmoid
 from simdetr.detectors.features import Features, FeatureSizes, Queries
 from simdetr.detectors.matcher import HungarianMatcher, at_least_float32, focal_class_cost
@@ -51,10 +50,10 @@ class PointHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        last = Linear(width, 2)
+        last = nn.Linear(width, 2)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.layers = nn.ModuleList([Linear(width, width), Linear(width, width), last])
+        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), last])
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., D] to [..., 2]."""
@@ -166,9 +165,9 @@ class QueryLandmarks(nn.Module):
         return found
 
 
-def _class_head(width: int, num_classes: int) -> Linear:
+def _class_head(width: int, num_classes: int) -> nn.Linear:
     """From a state to scores, the background's last and at the start as likely as it is among queries."""
-    head = Linear(width, num_classes + 1)
+    head = nn.Linear(width, num_classes + 1)
     with torch.no_grad():
         head.bias.zero_()
         head.bias[-1] = math.log((1 - _PRIOR) / _PRIOR * num_classes)

@@ -14,8 +14,6 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from simdetr.proposals.large_product import large_product
-
 WHOLE_UP_TO = 128  # nodes; up to here a whole decomposition is as fast as the iteration
 BLOCK = 4  # vectors per product: one pass over the matrix serves all, and up to 3 equal eigenvalues are told apart
 FIRST_BASIS, MORE_BASIS, LARGEST_BASIS = 4, 2, 12  # basis vectors per wanted one: at first, per round, at most
@@ -109,7 +107,7 @@ class _BlockLanczos:
             block = basis[:, own] = self._next
             if end > BLOCK:
                 projected[:, own, before], projected[:, before, own] = self._link, self._link.mT
-            product = large_product(block, self._matrices)  # symmetric; from this side several times faster
+            product = torch.bmm(block, self._matrices)  # symmetric; rows times matrix is the faster side
             projected[:, own, own] = torch.bmm(product, block.mT)
             # In exact arithmetic the last two blocks would do; rounding errors grow from block to block, so all follow.
             for known in (basis[:, max(0, end - 2 * BLOCK) : end], basis[:, :end]):

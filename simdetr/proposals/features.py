@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from simdetr.data.packaged_weights import PACKAGED, normalisation, timm_name
 from simdetr.data.pretrained_weights import load_backbone_weights, load_into
 
 STRIDES = (16, 32)
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Tried in this order; families that do not know an option refuse it. A Swin must take any size and keep its windows and
 # shifts at every stage; a ViT must take any size.
 _FAMILY_OPTIONS: tuple[dict[str, Any], ...] = (
@@ -57,15 +57,18 @@ class TimmEncoder(nn.Module):
     """A frozen timm backbone: CNN or Swin (its own two levels), or ViT (one map, average-pooled to the second level).
 
     Args:
-        model: timm's name, with or without a tag, for example ``resnet50`` or ``vit_small_patch16_224.dino``.
+        model: timm's name, with or without a tag, for example ``resnet50`` or ``vit_small_patch16_224.dino``; or a word
+            for weights that a package carries, ``augnet-resnet50`` or ``efficientnet-lite0``.
         weights: a local file or URL, read by :func:`simdetr.data.pretrained_weights.load_backbone_weights`.
-        pretrained: fetch timm's own weights for the name; not together with ``weights``.
-        seed: of the random initialisation when there are neither.
+        pretrained: fetch timm's own weights for the name, or read the package's; not together with ``weights``.
+        random_weights: build it untrained, where there are neither; a control, which finds little.
+        seed: of the random weights.
         mean: of the colours 0..1 that the weights were learnt with; timm's for the model when left out.
         std: their deviation, likewise.
 
     Raises:
-        ValueError: for both kinds of weights, or a backbone without maps at strides 16 and 32.
+        ValueError: for both kinds of weights, or none and no ``random_weights``; or for a backbone without maps at
+            strides 16 and 32.
         PretrainedWeightsError: when the weights are unreadable or for another architecture.
     """
 
@@ -74,6 +77,7 @@ class TimmEncoder(nn.Module):
         model: str = "resnet50",
         weights: str | Path | None = None,
         pretrained: bool = False,
+        random_weights: bool = False,
         seed: int = 0,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
@@ -81,9 +85,17 @@ class TimmEncoder(nn.Module):
         super().__init__()
         if weights is not None and pretrained:
             raise ValueError("weights, pretrained: expected one of them, got both; drop pretrained to use your file")
+        if weights is None and not pretrained and not random_weights:
+            raise ValueError(
+                f"weights: {model} would look at images with random weights; give weights (a file or URL) or "
+                "pretrained=True, or random_weights=True if an untrained network is what you want"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.net, reductions, channels = _build(model, pretrained)
+            packaged = PACKAGED.get(model) if pretrained else None
+            self.net, reductions, channels = _build(timm_name(model), pretrained and packaged is None)
+        if packaged is not None:
+            load_into(self.net, packaged.load())
         if weights is not None:
             report = load_into(self.net, load_backbone_weights(weights))
             _log.info("weights of %s into %s: %s", weights, model, report.summary())
@@ -98,15 +110,14 @@ class TimmEncoder(nn.Module):
             stride: channels[-1] if self.single_map else channels[reductions.index(stride)] for stride in STRIDES
         }
         self.region_dim: int = self.channels[STRIDES[-1]]
-        cfg = timm.models.get_pretrained_cfg(model)
-        own_mean, own_std = (cfg.mean, cfg.std) if cfg is not None else (_IMAGENET_MEAN, _IMAGENET_STD)
+        own_mean, own_std = normalisation(model)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean or own_mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1))
         self.requires_grad_(False)
         self.eval()
-        self.fingerprint: str = f"timm:{model}:{_digest(self)}"
+        self.fingerprint: str = f"timm:{timm_name(model)}:{_digest(self)}"
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode whatever is asked: a frozen encoder keeps its statistics."""

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from simdetr.proposals.batched_kmeans import batched_kmeans, number_by_first_member, take_lowest
 from simdetr.proposals.eigenvectors import leading_eigenvectors
-from simdetr.proposals.large_product import large_product
 
 Affinity = Literal["clamp", "exp"]
 NO_GROUP = 1e-4  # eigenvalues up to here are zero or negative but for rounding
@@ -86,7 +85,7 @@ def cell_affinity(features: Tensor, kind: Affinity = "exp", temperature: float =
     cells = rearrange(features, "b d h w -> b d (h w)").float()
     mean = cells.mean(dim=2, keepdim=True) * float(centre)
     cells = cells - mean if centre else cells
-    products = large_product(cells.mT, cells)
+    products = torch.bmm(cells.mT, cells)
     own = products.diagonal(dim1=1, dim2=2).clone()
     before = own + 2 * torch.bmm(mean.mT, cells)[:, 0] + mean.square().sum(dim=1)
     scale = torch.where(own > FLAT**2 * before, own, torch.inf).rsqrt()

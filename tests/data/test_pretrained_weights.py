@@ -2,6 +2,7 @@ import argparse
 import pickle
 import sys
 import types
+from functools import partial
 
 import pytest
 import timm
@@ -81,19 +82,30 @@ def transformers_in_memory(state):
     return {**prefixed("model.backbone.model.", without_heads(state)), "model.level_embed": torch.zeros(2)}
 
 
+def augnet(state):
+    return {**prefixed("module.pre.", without_heads(state)), "module.pre.fc.weight": torch.zeros(768, 4)}
+
+
+def unheard_of(state):
+    """A network under a name that a list would take for something else, beside larger parts."""
+    rest = {f"encoder.layers.{i}.weight": torch.zeros(2, 2) for i in range(200)}
+    return {**rest, **prefixed("classifier.net.1.", without_heads(state))}
+
+
 DETECTORS = [own_detector, detr, transformers_on_disk, transformers_in_memory]
 
 
 @pytest.mark.parametrize(
     "wrap",
-    [dict, swav, swav_training, dino_training, moco_v2, moco_v3, lightning, *DETECTORS],
+    [dict, swav, swav_training, dino_training, moco_v2, moco_v3, lightning, augnet, unheard_of, *DETECTORS],
     ids=lambda wrap: wrap.__name__,
 )
 def test_every_known_checkpoint_gives_the_encoder(tmp_path, resnet, wrap):
     torch.save(wrap(resnet), tmp_path / "checkpoint.pth")
-    weights = load_backbone_weights(tmp_path / "checkpoint.pth")
-    assert set(weights) == set(without_heads(resnet))
-    assert all(torch.equal(weights[name], resnet[name]) for name in weights)
+    module = timm.create_model("resnet18", num_classes=0)
+    report = load_into(module, load_backbone_weights(tmp_path / "checkpoint.pth"), min_matched=1.0)
+    assert set(report.loaded) == set(without_heads(resnet)) and report.missing == report.mismatched == ()
+    assert all(torch.equal(module.state_dict()[name], resnet[name]) for name in report.loaded)
 
 
 def original_swin(state):
@@ -108,7 +120,8 @@ def original_swin(state):
 
 
 def test_moby_swin_with_its_configuration_object(tmp_path):
-    state = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **SWIN).state_dict()
+    make = partial(timm.create_model, "swin_tiny_patch4_window7_224", num_classes=0, **SWIN)
+    state = make().state_dict()
     encoder = original_swin(state)
     yacs, config = types.ModuleType("yacs"), types.ModuleType("yacs.config")
     node = type("CfgNode", (dict,), {"__module__": "yacs.config"})
@@ -121,10 +134,10 @@ def test_moby_swin_with_its_configuration_object(tmp_path):
         torch.save({"model": model, "config": options, "epoch": 1}, tmp_path / "moby.pth")
     finally:
         del sys.modules["yacs"], sys.modules["yacs.config"]
-    weights = load_backbone_weights(tmp_path / "moby.pth")
-    expected = without_heads(state)
-    assert set(weights) == {name for name in expected if "relative_position_index" not in name}
-    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    module = make()
+    report = load_into(module, load_backbone_weights(tmp_path / "moby.pth"), min_matched=1.0)
+    assert report.missing == report.unexpected == report.mismatched == ()
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
 def test_safetensors_and_file_urls(tmp_path, resnet, monkeypatch):
@@ -133,7 +146,7 @@ def test_safetensors_and_file_urls(tmp_path, resnet, monkeypatch):
     torch.save(swav(resnet), tmp_path / "weights.pth")
     from_url = load_backbone_weights((tmp_path / "weights.pth").as_uri())
     from_file = load_backbone_weights(tmp_path / "weights.safetensors")
-    assert set(from_url) == set(from_file) == set(without_heads(resnet))
+    assert set(from_url) == set(swav(resnet)) and set(from_file) == set(prefixed("module.", resnet))
     (tmp_path / "weights.pth").unlink()
     assert set(load_backbone_weights((tmp_path / "weights.pth").as_uri())) == set(from_url)  # out of the cache
 
@@ -165,9 +178,9 @@ def test_checkpoints_without_an_encoder_are_refused(tmp_path):
     torch.save({"epoch": 3, "metrics": {"loss": 1.0}}, tmp_path / "empty.pth")
     with pytest.raises(PretrainedWeightsError, match=r"holds no state dict.*epoch"):
         load_backbone_weights(tmp_path / "empty.pth")
-    torch.save({"fc.weight": torch.zeros(2, 2), "prototypes.weight": torch.zeros(2)}, tmp_path / "heads.pth")
-    with pytest.raises(PretrainedWeightsError, match="heads only"):
-        load_backbone_weights(tmp_path / "heads.pth")
+    heads = {"fc.weight": torch.zeros(2, 2), "prototypes.weight": torch.zeros(2)}
+    with pytest.raises(PretrainedWeightsError, match="only 0 of the model's 62 parameter tensors"):
+        load_into(timm.create_model("resnet18"), heads)
 
 
 @pytest.mark.parametrize(

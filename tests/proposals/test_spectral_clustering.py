@@ -30,6 +30,22 @@ def sklearn_labels(weights, k):
     return torch.from_numpy(model.fit_predict(weights.double().numpy())).long()
 
 
+@pytest.mark.parametrize("centre", [True, False])
+def test_affinity_is_that_of_double_precision_and_no_setting_is_touched(centre, monkeypatch):
+    def refuse(precision):
+        raise AssertionError(f"the precision of every product of the process was set to {precision}")
+
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", refuse)
+    before = torch.get_float32_matmul_precision()
+    features = torch.randn(2, 300, 9, 8, generator=torch.Generator().manual_seed(0)) + 1
+    cells = features.double().flatten(2)
+    cells = torch.nn.functional.normalize(cells - cells.mean(dim=2, keepdim=True) * centre, dim=1)
+    cosine = (cells.mT @ cells).clamp(min=0)
+    torch.testing.assert_close(cell_affinity(features, "clamp", centre=centre).double(), cosine, atol=1e-5, rtol=0)
+    spectral_clustering(features, [3])
+    assert torch.get_float32_matmul_precision() == before
+
+
 @pytest.mark.parametrize(("groups", "size"), [(2, 20), (4, 25), (8, 40), (3, 120)])
 def test_planted_partition_equals_scikit_learn(groups, size):
     graphs = [planted(groups, size, seed) for seed in range(3)]
@@ -73,7 +89,7 @@ def test_normalised_cut_of_scikit_learn_on_drawn_features(side, ks, affinity):
 
 @pytest.mark.parametrize("affinity", ["exp", "clamp"])
 def test_normalised_cut_of_scikit_learn_on_photographs(photographs, affinity):
-    maps = TimmEncoder("resnet18")(photographs / 255)
+    maps = TimmEncoder("resnet18", random_weights=True)(photographs / 255)
     assert_cut_no_worse(maps[32], [2, 4, 8], kind=affinity)
 
 
