@@ -26,7 +26,8 @@ def test_two_images_by_hand():
 def test_equal_scores_say_nothing():
     found = certainty(np.ones(4, np.float32), boxes_of([10, 20, 30, 40]), np.array([[256, 256]]), np.array([0, 4]))
     np.testing.assert_array_equal(found, 1)
-    assert certainty(np.zeros(0, np.float32), np.zeros((0, 4), np.float32), np.array([[8, 8]]), np.array([0, 0])).size == 0
+    nothing = certainty(np.zeros(0, np.float32), np.zeros((0, 4), np.float32), np.array([[8, 8]]), np.array([0, 0]))
+    assert nothing.size == 0
 
 
 def test_scale_of_scores_does_not_matter_and_images_without_boxes_are_allowed():
