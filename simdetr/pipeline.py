@@ -146,7 +146,12 @@ def fit_stage(run: RunFolder, recipe: Recipe, sections: PipelineSections, stage:
     """Train the detector of a stage on the labels of the stage before."""
     if run.has_detector(stage):
         return
-    options = [f"--data.labels={run.labels(stage - 1)}"]
+    trust = sections.self_training
+    options = [
+        f"--data.labels={run.labels(stage - 1)}",
+        f"--data.min_score={trust.min_certainty}",
+        f"--data.score_power={trust.sharpening}",
+    ]
     if stage > 1 and not sections.self_training.from_scratch:
         options.append(f"--model.init_weights={run.detector(stage - 1)}")
     with run.step(f"fit-stage{stage}", "images trained on") as step:

@@ -85,6 +85,9 @@ class SelfTrainingConfig:
         iou_threshold: Overlap above which the less confident of two boxes goes.
         max_boxes: Most confident boxes kept per image after the overlap filter.
         fusion: How mined boxes take part in the labels of every stage; null takes the detector's alone.
+        min_certainty: Boxes of a stage's labels that are less certain are background when the next stage is trained.
+        sharpening: Exponent on the certainty of the others, which is how much a box counts in training: above 1, a
+            detector learns more from what is certain, and is surer itself.
         from_scratch: Start each round from new weights instead of the last round's.
         checkpoint_every_steps: Training steps between two points a killed run can resume from.
     """
@@ -93,6 +96,8 @@ class SelfTrainingConfig:
     iou_threshold: float = 0.55
     max_boxes: int = 100
     fusion: Fusion | None = field(default_factory=Fusion)
+    min_certainty: float = 0.15
+    sharpening: float = 1.5
     from_scratch: bool = False
     checkpoint_every_steps: int = 500
 

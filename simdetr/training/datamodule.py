@@ -112,6 +112,8 @@ class DetectionData(pl.LightningDataModule):
             image, label) or a folder with one folder per class too. Validation keeps its boxes.
         num_queries: Queries of the detector, which finds at most so many objects in an image; left out, enough for the
             labels, see ``queries_for``. A training sample has at most half as many objects, the most certain ones.
+        min_score: Boxes of the training labels whose score is lower are background; for pseudo-labels.
+        score_power: Exponent on their scores, which are how much a box counts; above 1, the certain ones count more.
         mean: Of the colours 0..1, for their normalisation; left out, that of the detector's weights.
         std: Their deviation, likewise.
 
@@ -142,6 +144,8 @@ class DetectionData(pl.LightningDataModule):
         point_margin: float = 0.0,
         image_level: bool = False,
         num_queries: int | None = None,
+        min_score: float = 0.0,
+        score_power: float = 1.0,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
     ) -> None:
@@ -171,6 +175,8 @@ class DetectionData(pl.LightningDataModule):
         if label_fraction < 1:
             drawn = set(first_images(self.labels.image_ids, label_fraction, seed))
             self.labels = self.labels.select(name for name in self.labels.image_ids if name in drawn)
+        if min_score > 0 or score_power != 1:
+            self.labels = self.labels.sharpened(min_score, score_power)
         self.num_queries = queries_for(self.labels, mosaic) if num_queries is None else num_queries
         self.reference_points: ReferencePoints | None = None
         if reference_points is not None:

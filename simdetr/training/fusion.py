@@ -33,8 +33,8 @@ class Fusion:
     """
 
     iou: float = 0.5
-    mined_box: float = 0.5
-    mined_score: float = 0.25
+    mined_box: float = 0.75
+    mined_score: float = 0.35
     unmatched: float = 0.05
 
     def __post_init__(self) -> None:
