@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional
 
 RING = 0.5  # width of the ring in sides of the box, and at least
 LEAST_RING = 1.0  # in cells of the map: thinner rings see the object itself
@@ -19,8 +20,8 @@ LEAST_SHARE = 0.05  # of the box's own area; a smaller ring, around a box that i
 FLAT = 1e-6  # squared spread of a map below which nothing differs, in units of its mean square
 
 
-def feature_contrast(boxes: Tensor, image: Tensor, level: Tensor, grid_hw: tuple[int, int]) -> Tensor:
-    """Distance between the mean features inside a box and in the ring around it, in spreads of the image's features.
+def feature_contrast(boxes: Tensor, image: Tensor, level: Tensor, grid_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """How far the mean features inside a box and in the ring around it are apart.
 
     Args:
         boxes: float32 [S, 4], x0, y0, x1, y1 in cells of a grid over the whole image.
@@ -29,30 +30,35 @@ def feature_contrast(boxes: Tensor, image: Tensor, level: Tensor, grid_hw: tuple
         grid_hw: (height, width) of the boxes' grid.
 
     Returns:
-        float32 [S], 0 or more; 0 for a box without surroundings and in an image without differences.
+        Their distance in spreads of the image's features, and 1 minus their cosine after the image's mean is
+        subtracted, 0..2; float32 [S] each, 0 for a box without surroundings and in an image without differences.
     """
     rows, columns = level.shape[-2:]
     cells = rearrange(level, "b d h w -> b (h w) d").float()
     centred = cells - cells.mean(dim=1, keepdim=True)
     variance, power = centred.square().sum(dim=2).mean(dim=1), cells.square().sum(dim=2).mean(dim=1)
-    scale = torch.where(variance > FLAT * power, variance, torch.inf).rsqrt()
+    centred *= torch.where(variance > FLAT * power, variance, torch.inf).rsqrt()[:, None, None]
     step = boxes.new_tensor([columns / grid_hw[1], rows / grid_hw[0]]).repeat(2)
-    weights = _inside_minus_around(boxes * step, (rows, columns))
-    contrast = boxes.new_zeros(len(boxes))
+    inside, around = _inside_and_around(boxes * step, (rows, columns))
+    distance, angle = boxes.new_zeros(len(boxes)), boxes.new_zeros(len(boxes))
     for index in range(len(level)):  # of a batch, or of the one image that the host works on
         own = image == index
-        contrast[own] = (weights[own] @ centred[index]).norm(dim=1) * scale[index]
-    return contrast
+        within, outside = inside[own] @ centred[index], around[own] @ centred[index]
+        seen = around[own].any(dim=1)
+        distance[own] = (within - outside).norm(dim=1) * seen
+        cosine = functional.cosine_similarity(within, outside, dim=1)
+        angle[own] = (1 - cosine).clamp(min=0) * (seen & bool(centred[index].any()))
+    return distance, angle
 
 
-def _inside_minus_around(boxes: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Weights [S, h w] of the cells that give the mean inside each box minus the mean of its ring."""
+def _inside_and_around(boxes: Tensor, size_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Weights of the cells for the mean inside each box and in its ring, [S, h w] each; none for a ring too small."""
     sides = boxes[:, 2:] - boxes[:, :2]
     margin = (RING * sides).clamp(min=LEAST_RING)
     inside = _coverage(boxes, size_hw)
     around = _coverage(torch.cat((boxes[:, :2] - margin, boxes[:, 2:] + margin), dim=1), size_hw) - inside
     area, ring = inside.sum(dim=1, keepdim=True), around.sum(dim=1, keepdim=True)
-    return (inside / area.clamp(min=FLAT) - around / ring.clamp(min=FLAT)) * (ring >= LEAST_SHARE * area)
+    return inside / area.clamp(min=FLAT), around / ring.clamp(min=FLAT) * (ring >= LEAST_SHARE * area)
 
 
 def _coverage(boxes: Tensor, size_hw: tuple[int, int]) -> Tensor:

@@ -21,7 +21,10 @@ def by_pixels(box, level):
     around[max(y0 - down, 0) : y1 + down, max(x0 - right, 0) : x1 + right] = True
     around &= ~inside
     spread = (level - level.mean(dim=(1, 2), keepdim=True)).square().sum(dim=0).mean().sqrt()
-    return float((fine[:, inside].mean(dim=1) - fine[:, around].mean(dim=1)).norm() / spread)
+    within, outside = fine[:, inside].mean(dim=1), fine[:, around].mean(dim=1)
+    mean = level.mean(dim=(1, 2))
+    cosine = functional.cosine_similarity(within - mean, outside - mean, dim=0)
+    return float((within - outside).norm() / spread), float(1 - cosine)
 
 
 def test_contrast_equals_sums_over_pixels():
@@ -30,7 +33,8 @@ def test_contrast_equals_sums_over_pixels():
     image = torch.tensor([0, 1, 1, 0, 1, 0])
     found = feature_contrast(torch.tensor(boxes).float(), image, level, GRID)
     expected = [by_pixels(box, level[index]) for box, index in zip(boxes, image.tolist(), strict=True)]
-    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+    for values, own in zip(found, zip(*expected, strict=True), strict=True):
+        assert values.tolist() == pytest.approx(own, rel=1e-4)
 
 
 def test_an_object_stands_out_and_its_part_does_not():
@@ -38,8 +42,9 @@ def test_an_object_stands_out_and_its_part_does_not():
     level[:, 0] = 1.0
     level[:, :, 2:4, 4:6] = torch.tensor([0.0, 1.0, 0.0])[None, :, None, None]
     whole, part, ground = [16, 8, 24, 16], [18, 10, 20, 12], [32, 20, 40, 28]
-    found = feature_contrast(torch.tensor([whole, part, ground]).float(), torch.zeros(3).long(), level, GRID)
+    found, angle = feature_contrast(torch.tensor([whole, part, ground]).float(), torch.zeros(3).long(), level, GRID)
     assert found[0] > 2 and found[1] < found[0] / 2 and found[2] < 1e-6
+    assert angle[0] > 1.9 and angle[1] < angle[0] and angle[2] < 1e-6
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
@@ -57,8 +62,8 @@ def test_no_unit_and_no_place(scale):
 def test_neither_surroundings_nor_differences_give_nothing():
     level = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(1))
     whole, image = torch.tensor([[0.0, 0.0, 48.0, 32.0]]), torch.zeros(1).long()
-    assert feature_contrast(whole, image, level, GRID).tolist() == [0]
+    assert torch.stack(feature_contrast(whole, image, level, GRID)).tolist() == [[0], [0]]
     box = torch.tensor([[8.0, 8.0, 24.0, 24.0]])
     flat = torch.full((1, 4, 4, 6), 0.3)
-    assert feature_contrast(box, image, flat, GRID).tolist() == [0]
-    assert feature_contrast(box[:0], image[:0], level, GRID).shape == (0,)
+    assert torch.stack(feature_contrast(box, image, flat, GRID)).tolist() == [[0], [0]]
+    assert feature_contrast(box[:0], image[:0], level, GRID)[0].shape == (0,)
