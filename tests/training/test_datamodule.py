@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,6 +45,70 @@ def test_position_survives_in_its_state(scenes):
     assert rest == [[int(t["image_index"]) for t in batch.targets] for batch in batches]
     second.teardown("fit")
     assert len(list(second.train_dataloader())) == 3
+
+
+def on_devices(made, world_size, *, epoch=0, step=0, **changes):
+    """As under a trainer with so many processes."""
+    made.trainer = SimpleNamespace(
+        world_size=world_size,
+        global_rank=0,
+        current_epoch=epoch,
+        global_step=step,
+        max_steps=-1,
+        accumulate_grad_batches=1,
+        default_root_dir=".",
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    vars(made.trainer).update(changes)
+    return made
+
+
+def test_a_resume_on_fewer_devices_goes_on_with_images_and_schedule(scenes, caplog):
+    caplog.set_level(logging.WARNING)
+    first = on_devices(data(scenes, batch_size=2, mosaic=0), 2, epoch=1, step=4)  # 3 steps an epoch; 1 of the second
+    batches = iter(first.train_dataloader())
+    next(batches)
+    state = first.state_dict()
+    assert state == {"epoch": 1, "served": 1, "seen": 4, "step": 4, "per_step": 4, "ahead": 0}
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1)).tolist()
+
+    second = on_devices(data(scenes, batch_size=2, mosaic=0), 1, epoch=1, step=4)
+    second.load_state_dict(state)
+    assert "with 2 images per step" in caplog.text and "instead of 4" in caplog.text
+    rest = [int(t["image_index"]) for batch in second.train_dataloader() for t in batch.targets]
+    assert rest == order[4:]
+    # 12 images of the first epoch and 4 of the second are 8 steps of 2, of which 4 were counted
+    assert second.steps_ahead() == 4
+    assert second.state_dict()["ahead"] == 4
+
+    third = on_devices(data(scenes, batch_size=2, mosaic=0), 1, epoch=1, step=6)  # killed and resumed again
+    third.load_state_dict(state | {"per_step": 2, "ahead": 4, "step": 6})
+    assert third.steps_ahead() == 4
+    limited = on_devices(data(scenes, batch_size=2, mosaic=0), 1, max_steps=100)  # steps count, whatever their size
+    limited.load_state_dict(state)
+    assert limited.steps_ahead() == 0
+
+    caplog.clear()
+    same = on_devices(data(scenes, batch_size=2, mosaic=0), 1, epoch=1, step=4, accumulate_grad_batches=2)
+    same.load_state_dict(state)
+    assert not caplog.records and same.steps_ahead() == 0
+
+
+def test_loader_processes_live_on_and_follow_the_machine(scenes, monkeypatch):
+    made = on_devices(data(scenes), 1)
+    assert made.train_dataloader().num_workers == 0  # on a CPU
+    made = on_devices(data(scenes, num_workers=1), 1)
+    first, fresh = made.train_dataloader(), on_devices(data(scenes), 1, epoch=1)
+    list(first)
+    processes = [worker.pid for worker in first._iterator._workers]
+    made.trainer.current_epoch = 1
+    again = made.train_dataloader()
+    assert again is first
+    for batch, expected in zip(again, fresh.train_dataloader(), strict=True):
+        assert torch.equal(batch.images, expected.images)  # the living processes know the new epoch
+    assert [worker.pid for worker in first._iterator._workers] == processes
+    made.setup("fit")
+    assert made.train_dataloader() is not first
 
 
 def test_a_fraction_of_the_labels(scenes):
