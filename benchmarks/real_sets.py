@@ -286,7 +286,8 @@ def described(own: ImageSet, folder: Path) -> Path:
     """A config with the detector of the pretraining alone: arms without a stage need none to be trained."""
     recipe = Recipe(own.configs(CONFIGS), (f"--data.images={own.images / 'train'}", *own.options))
     detector = recipe.resolved()[0].model.detector.as_dict()
-    detector["init_args"].pop("num_classes", None)
+    for linked in ("num_classes", "num_queries"):  # follow from the labels
+        detector["init_args"].pop(linked, None)
     path = folder / "detector.yaml"
     with atomic_path(path) as temporary:
         temporary.write_text(yaml.safe_dump({"model": {"detector": detector}}), encoding="utf-8")
