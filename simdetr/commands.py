@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markdown import Markdown
+
+if TYPE_CHECKING:
+    from simdetr.data.labels import Labels
 
 OUT = Console()
 
@@ -114,7 +117,7 @@ def pretrain(
 
 
 def relabel(images: Path, checkpoint: Path, out: Path, iou_threshold: float = 0.55, max_boxes: int = 100) -> None:
-    """Label images with a detector as self-training does: every confidence, no overlaps.
+    """Label images with a detector as self-training does: every confidence, one class per box, no overlaps.
 
     Args:
         images: Folder, list file or COCO JSON of images.
@@ -123,7 +126,7 @@ def relabel(images: Path, checkpoint: Path, out: Path, iou_threshold: float = 0.
         iou_threshold: Overlap above which the less confident of two boxes goes.
         max_boxes: Most confident boxes kept per image.
     """
-    predict(images, checkpoint, out, min_score=0.0, iou_threshold=iou_threshold, max_boxes=max_boxes)
+    _write_found(images, checkpoint, out, iou_threshold=iou_threshold, max_boxes=max_boxes, one_class=True)
 
 
 def finetune(
@@ -167,7 +170,9 @@ def finetune(
     OUT.print(f"detector: {detector}", soft_wrap=True)
 
 
-def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = None) -> None:
+def evaluate(
+    images: Path, labels: Path, checkpoint: Path, out: Path | None = None, point_radius: float | None = None
+) -> None:
     """Print COCO's AP family and class-agnostic recall of a detector.
 
     Args:
@@ -175,6 +180,8 @@ def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = No
         labels: COCO JSON with their boxes.
         checkpoint: Run folder, detector folder or checkpoint.
         out: JSON file to write the numbers to.
+        point_radius: Of landmarks of a class closer than this part of the image's diagonal, the less confident go; 0
+            keeps all. When left out, only a grid's duplicates go: those within half a subregion.
     """
     from simdetr import inference
     from simdetr.evaluation.score_text import shown_score
@@ -182,7 +189,7 @@ def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = No
 
     if out is not None:
         check_writable(out)
-    scores = inference.evaluate(images, labels, checkpoint)
+    scores = inference.evaluate(images, labels, checkpoint, point_radius=point_radius)
     for name, value in scores.items():
         OUT.print(f"{name:>22}  {shown_score(name, value)}", highlight=False)
     if out is not None:
@@ -235,9 +242,11 @@ def predict(
     device: str | None = None,
     masks: bool = False,
     heat_maps: Path | None = None,
+    point_radius: float | None = None,
 ) -> None:
     """Detect objects in an image, a folder or a list, and write COCO JSON.
 
+    A box may come several times, with several classes, as COCO's numbers want it; `--min_score` leaves the best ones.
     Unreadable images are listed beside it, in ``<name>_quarantine.csv``; past 5 % of the images the command fails.
 
     Args:
@@ -246,35 +255,46 @@ def predict(
         out: File to write: .json (COCO, with scores) or .parquet.
         pictures: Folder for copies of the images with the boxes drawn on them.
         min_score: Boxes with a lower score are left out.
-        iou_threshold: Of two boxes that overlap more, the less confident goes; 1 keeps both.
+        iou_threshold: Of two boxes of a class that overlap more, the less confident goes; 1 keeps both.
         max_boxes: Most confident boxes kept per image.
         device: Torch device; the GPU if there is one.
         masks: Write each object's mask too, as run lengths; for detectors that draw masks (ViDT+).
         heat_maps: Folder for copies of the images with what a localisation head looks at laid over them.
+        point_radius: Of landmarks of a class closer than this part of the image's diagonal, the less confident go; 0
+            keeps all. When left out, only a grid's duplicates go: those within half a subregion.
     """
     from simdetr import inference
     from simdetr.data.images import open_images
     from simdetr.evaluation.drawing import write_pictures
+
+    found = _write_found(
+        images,
+        checkpoint,
+        out,
+        min_score=min_score,
+        iou_threshold=iou_threshold,
+        max_boxes=max_boxes,
+        device=device,
+        masks=masks,
+        point_radius=point_radius,
+    )
+    if pictures is not None:
+        write_pictures(open_images(images), found, pictures)
+    if heat_maps is not None:
+        OUT.print(f"{inference.heat_maps(images, checkpoint, heat_maps):,} heat maps in {heat_maps}", soft_wrap=True)
+
+
+def _write_found(images: Path, checkpoint: Path, out: Path, **choices: Any) -> Labels:  # noqa: ANN401
+    """Write what ``inference.predict`` finds, and what cannot be read beside it."""
+    from simdetr import inference
     from simdetr.results import check_writable, write_result
 
     check_writable(out)
     quarantine = out.with_name(f"{out.stem}_quarantine.csv")
     quarantine.unlink(missing_ok=True)  # it may be of other images
-    found = inference.predict(
-        images,
-        checkpoint,
-        min_score=min_score,
-        iou_threshold=iou_threshold,
-        max_boxes=max_boxes,
-        device=device,
-        quarantine=quarantine,
-        masks=masks,
-    )
+    found = inference.predict(images, checkpoint, quarantine=quarantine, **choices)
     OUT.print(write_result(found, out), soft_wrap=True)
-    if pictures is not None:
-        write_pictures(open_images(images), found, pictures)
-    if heat_maps is not None:
-        OUT.print(f"{inference.heat_maps(images, checkpoint, heat_maps):,} heat maps in {heat_maps}", soft_wrap=True)
+    return found
 
 
 def report(run: Path, images: Path, truth: Path | None = None) -> None:

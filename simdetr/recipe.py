@@ -12,7 +12,7 @@ import logging
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from simdetr.training.checkpoint_files import read_checkpoint
 from simdetr.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
 from simdetr.training.datamodule import DetectionData, sizes_up_to
 from simdetr.training.detection_task import DetectionTask
+from simdetr.training.fusion import Fusion
 from simdetr.training.weights import checkpoint_config, detector_class, save_detector, without_downloads
 
 LOG = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class SelfTrainingConfig:
         stages: Rounds; the document found a third to change nothing.
         iou_threshold: Overlap above which the less confident of two boxes goes.
         max_boxes: Most confident boxes kept per image after the overlap filter.
+        fusion: How mined boxes take part in the labels of every stage; null takes the detector's alone.
         from_scratch: Start each round from new weights instead of the last round's.
         checkpoint_every_steps: Training steps between two points a killed run can resume from.
     """
@@ -75,6 +77,7 @@ class SelfTrainingConfig:
     stages: int = 2
     iou_threshold: float = 0.55
     max_boxes: int = 100
+    fusion: Fusion | None = field(default_factory=Fusion)
     from_scratch: bool = False
     checkpoint_every_steps: int = 500
 

@@ -43,6 +43,8 @@ class DetectorOutput(Prediction):
     """Reference points (x, y), fractions of the valid image [B, Q, 2], of landmark heads."""
     point_logits: NotRequired[Tensor]
     """Class logits [B, Q, K] of landmark heads that classify on their own; they then give a detection's class."""
+    point_cells: NotRequired[Tensor]
+    """Width and height of a subregion [B, 2], fractions of the valid image, of landmark heads that read a grid."""
     score_maps: NotRequired[Tensor]
     """What a localisation head reads its boxes off [B, 1, h, w], in [0, 1] over the valid image; evaluation mode."""
     enc_tokens: NotRequired[list[Tensor]]

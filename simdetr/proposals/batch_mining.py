@@ -54,8 +54,12 @@ class MiningConfig:
         kmeans_starts: Seedings of the k-means in the spectral embedding.
         cut_steps: Times that cells are moved between clusters to lower the normalised cut; 0 leaves the plain k-means.
         connectivity: 4 or 8 neighbours join cells to a region.
-        level_sets: Find the regions on a finer grid and rank them, in place of the document's filters; null uses those.
-        filters: The document's box filters by name, each with its limit, in this order; for ``level_sets: null``.
+        level_sets: Not the document's, and on by default for every encoder: regions are found anew on a finer grid from
+            each cluster's colours, ranked by their contour and by recurrence, and the best are kept; none of the
+            document's five filters is applied, and of the encoder only its clusters are used. null is the document's
+            way: boxes of the clusters' cells, and ``filters``.
+        filters: The document's five box filters by name, each with its limit, in this order; without effect unless
+            ``level_sets`` is null.
         batch_size: Images of one shape that are encoded and clustered together; does not change the result.
         shard_size: Images per file of the store; a killed run loses at most one unfinished shard.
         max_unreadable: Fraction of unreadable images past which the run stops.

@@ -20,7 +20,7 @@ from simdetr.data.dataset import Batch, item_seed
 from simdetr.data.pretrained_weights import load_backbone_weights, load_into
 from simdetr.detectors.detector import Detector
 from simdetr.detectors.losses import DetectionLoss
-from simdetr.detectors.predictions import Detections, postprocess
+from simdetr.detectors.predictions import Findings, findings
 from simdetr.training.loss_watch import PendingLosses
 from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_groups
 from simdetr.training.run_folder import detector_folder
@@ -184,14 +184,14 @@ class DetectionTask(pl.LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         return [data.image_id(i) for i in indices] if data is not None else [str(i) for i in indices]
 
-    def validation_step(self, batch: Batch | None, batch_idx: int) -> list[Detections]:  # type: ignore[override]
+    def validation_step(self, batch: Batch | None, batch_idx: int) -> list[Findings]:  # type: ignore[override]
         """Detections of one batch in pixels of the original images; a callback scores them."""
         if batch is None:  # none of its images could be read
             return []
         sizes = torch.stack([target["orig_size"] for target in batch.targets])
-        return postprocess(self(batch.images, batch.mask), sizes, top_k=self.top_k)
+        return findings(self(batch.images, batch.mask), sizes, top_k=self.top_k)
 
-    def test_step(self, batch: Batch | None, batch_idx: int) -> list[Detections]:  # type: ignore[override]
+    def test_step(self, batch: Batch | None, batch_idx: int) -> list[Findings]:  # type: ignore[override]
         """As in validation."""
         return self.validation_step(batch, batch_idx)
 

@@ -14,9 +14,10 @@ from simdetr.training.weights import load_detector, save_detector
 
 TWO_RANKS = ("--trainer.devices=2", "--trainer.strategy=ddp_spawn")
 STEADY = ("--data.mosaic=0", "--data.colour=none", "--trainer.log_every_n_steps=1", "--model.schedule=constant")
-TWO_STAGE = tuple(
-    f"--model.detector.init_args.{name}={value}"
-    for name, value in {"with_box_refine": "true", "two_stage": "true", "num_queries": 2}.items()
+TWO_STAGE = (
+    "--model.detector.init_args.with_box_refine=true",
+    "--model.detector.init_args.two_stage=true",
+    "--data.num_queries=2",
 )
 NO_DROPOUT = "--model.detector.init_args.dropout=0"
 
