@@ -237,3 +237,15 @@ def test_a_class_head_is_kept_for_the_same_classes_alone(recipe, make_detector, 
     assert reports["same"].replaced == [] and reports["same"].reason == ""
     assert {name.split(".")[0] for name in reports["pseudo"].replaced} == {"class_embed"}
     assert "cluster 0000" in reports["pseudo"].summary()
+
+
+def test_objects_past_half_of_the_queries_are_left_out_and_counted(recipe, scenes, tmp_path):
+    """Two queries learn one object per image; none of those that are left is without a query."""
+    content = json.loads((scenes / "instances.json").read_text())
+    objects = len(content["annotations"])
+    options = (*STEADY, "--data.num_queries=2", "--data.batch_size=12", "--trainer.max_steps=1")
+    train(recipe(*options).training(tmp_path / "run"), tmp_path / "run")
+    losses = logged(tmp_path / "run")
+    with_objects = len({row["image_id"] for row in content["annotations"]})
+    assert losses["train/dropped"] == objects - with_objects > 0
+    assert losses["train/unmatched"] == 0
