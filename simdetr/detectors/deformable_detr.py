@@ -242,7 +242,13 @@ class DeformableDETR(QueryDetector):
             self._prediction(index, *layer) for index, layer in enumerate(zip(out.states, out.boxes, strict=True))
         ]
         last = layers.pop()
-        result: DetectorOutput = {**last, "aux_outputs": layers}
+        result: DetectorOutput = {
+            "pred_logits": last["pred_logits"],
+            "pred_boxes": last["pred_boxes"],
+            "aux_outputs": layers,
+        }
+        if "pred_objectness" in last:
+            result["pred_objectness"] = last["pred_objectness"]
         if out.encoder_logits is not None and out.encoder_boxes is not None:
             result["enc_outputs"] = {"pred_logits": out.encoder_logits, "pred_boxes": out.encoder_boxes}
         return result

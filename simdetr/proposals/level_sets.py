@@ -14,7 +14,7 @@ is a row of neighbouring cells of one shape: there are several times fewer of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ class LevelSets:
         max_iou: Of two boxes that overlap more, the lower ranked goes.
         edge_power: How much the strength of the contour counts in the ranking.
         border_factor: Applied for every image border a box touches: background reaches the border, objects rarely do.
+        recurrence_power: How much it counts that other clusterings and levels find a box again.
+        contrast_powers: Per stride of the encoder, how much it counts that the features inside a box differ from those
+            around it; empty ranks by the image alone, whatever the encoder sees.
         max_ranked: Shapes per image that are compared with each other, the best by their own looks.
         min_relative_score: Boxes whose score is below this share of the image's best are dropped; 0 keeps all.
     """
@@ -58,6 +61,8 @@ class LevelSets:
     max_iou: float = 0.65
     edge_power: float = 1.5
     border_factor: float = 0.5
+    recurrence_power: float = 0.5
+    contrast_powers: dict[int, float] = field(default_factory=lambda: {32: 0.5, 16: 0.5})
     max_ranked: int = 512
     min_relative_score: float = 0.0
 

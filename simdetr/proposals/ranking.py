@@ -1,8 +1,9 @@
 """Shapes of a batch in, the few that look most like objects out, as regions with scores.
 
 In place of the document's last rule, which looks at overlap and size alone. A shape ranks high if the image has an
-edge along its contour, if other clusterings and levels find it again, if it fills its box and is not tiny; every image
-border that its box touches halves its rank. What each factor gives: `benchmarks/results/sweep.json`.
+edge along its contour, if the encoder sees other things inside its box than around it, if other clusterings and levels
+find it again, if it fills its box and is not tiny; every image border that its box touches halves its rank. What each
+factor gives: `benchmarks/results/sweep.json` and `proposal_ranking.json`.
 
 Letters: as in :mod:`simdetr.proposals.level_sets`; R ranked shapes per image (padded).
 """
@@ -18,21 +19,26 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from simdetr.boxes import batched_iou
+from simdetr.proposals.feature_contrast import feature_contrast
 from simdetr.proposals.level_sets import LevelSets, Shapes
 from simdetr.proposals.regions import Regions
 
 RECURRENCE_IOU = 0.6  # boxes that overlap more are the same finding
 AREA_POWER = 0.5
 FILL_POWER = 0.5
+LEAST_CONTRAST = 0.02  # in spreads of the features: a box around the whole image keeps its order among its like
 
 
-def rank_shapes(shapes: Shapes, images: int, settings: LevelSets) -> tuple[Tensor, Tensor]:
+def rank_shapes(
+    shapes: Shapes, images: int, settings: LevelSets, maps: Mapping[int, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The shapes to keep, best first within each image, and the score of every shape.
 
     Args:
         shapes: of all images.
         images: B.
         settings: of the ranking.
+        maps: features [B, D, h, w] by stride, of the strides in ``contrast_powers``; None leaves the encoder out.
 
     Returns:
         Indices of the kept shapes, int64, in the order of image and rank; scores float32 [S], 0 where not ranked.
@@ -46,9 +52,12 @@ def rank_shapes(shapes: Shapes, images: int, settings: LevelSets) -> tuple[Tenso
     table = _best_of_images(looks, shapes.image, images, settings.max_ranked)
     valid = table >= 0
     again = ((batched_iou(shapes.boxes[table]) > RECURRENCE_IOU) & valid[:, None, :]).sum(dim=2)
-    scores = torch.zeros_like(looks)
-    scores[table[valid]] = (looks[table] * again)[valid]
     ranked = table[valid]
+    scores = torch.zeros_like(looks)
+    scores[ranked] = looks[ranked] * again[valid].to(looks) ** settings.recurrence_power
+    for stride, power in settings.contrast_powers.items() if maps is not None else ():
+        contrast = feature_contrast(shapes.boxes[ranked], shapes.image[ranked], maps[stride], shapes.grid)
+        scores[ranked] *= (contrast + LEAST_CONTRAST) ** power
     kept = ranked[batched_nms(shapes.boxes[ranked], scores[ranked], shapes.image[ranked], settings.max_iou)]
     kept = kept[shapes.image[kept].argsort(stable=True)]
     place = _place_within_image(shapes.image[kept], images)

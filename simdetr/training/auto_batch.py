@@ -23,7 +23,7 @@ from torch import Tensor
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.dataset import Batch
 from simdetr.training.datamodule import DetectionData
-from simdetr.training.run_folder import made_once
+from simdetr.training.run_folder import RunFolder
 from simdetr.training.train import Training
 
 LOG = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def auto_batch_options(
             temporary.write_text(json.dumps(found, indent=2), encoding="utf-8")
 
     new = not path.is_file()
-    made_once(path, find)
+    RunFolder(path.parent).made_once(path, find)
     found = json.loads(path.read_text(encoding="utf-8"))
     if found["scaling"] != scaling:
         raise ValueError(

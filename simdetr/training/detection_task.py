@@ -21,8 +21,10 @@ from simdetr.data.pretrained_weights import load_backbone_weights, load_into
 from simdetr.detectors.detector import Detector
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.predictions import Findings, findings
+from simdetr.training.datamodule import DetectionData
 from simdetr.training.loss_watch import PendingLosses
 from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_groups
+from simdetr.training.random_start import check_start, fixed_parts
 from simdetr.training.run_folder import detector_folder
 from simdetr.training.weights import LoadReport, checkpoint_config, load_weights
 
@@ -87,6 +89,7 @@ class DetectionTask(pl.LightningModule):
         self.load_report: LoadReport | None = None
         if init_weights is not None:
             self.load_report = load_weights(detector, detector_folder(init_weights), class_names)
+        self._fixed = fixed_parts(detector)
         if backbone_lr == 0:
             for name, parameter in detector.named_parameters():
                 if name.startswith(f"{detector.backbone_name}."):
@@ -106,7 +109,8 @@ class DetectionTask(pl.LightningModule):
         return outputs
 
     def on_fit_start(self) -> None:
-        """Compile, and say what was loaded, once."""
+        """Compile, and say what was loaded, once; random weights that would stay are refused."""
+        check_start(self.detector, self._fixed)
         if self.compile_backend:
             self.detector.compile(dynamic=True, backend=self.compile_backend)
         if self.load_report is not None and self.global_rank == 0:
@@ -201,9 +205,12 @@ class DetectionTask(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with the recipe's groups, and the schedule per step."""
         optimiser = self.new_optimiser()
-        total = int(self.trainer.estimated_stepping_batches)
+        total, ahead = int(self.trainer.estimated_stepping_batches), 0
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, DetectionData) and (ahead := data.steps_ahead()):
+            total = data.steps_per_epoch * int(self.trainer.max_epochs or 1)
         factor = lr_factor(self.schedule, total, warmup_steps=self.warmup_steps, drop_at=self.drop_at)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: factor(step + ahead))
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def new_optimiser(self) -> Optimizer:

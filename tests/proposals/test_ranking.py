@@ -52,7 +52,7 @@ def by_loop(shapes, images, settings):
             looks[s] *= (area / height / width) ** 0.5 * (int(shapes.count[s]) / area) ** 0.5
         ranked = sorted(own, key=lambda s: -looks[s])[: settings.max_ranked]
         iou = {(s, t): float(pairwise_iou(shapes.boxes[[s]], shapes.boxes[[t]])) for s in ranked for t in ranked}
-        score = {s: looks[s] * sum(iou[s, t] > 0.6 for t in ranked) for s in ranked}
+        score = {s: looks[s] * sum(iou[s, t] > 0.6 for t in ranked) ** settings.recurrence_power for s in ranked}
         kept = []
         for s in sorted(ranked, key=lambda s: -score[s]):
             if all(iou[s, t] <= settings.max_iou for t in kept):

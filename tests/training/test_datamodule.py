@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
+from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, read_labels
+from simdetr.data.protocols import split
 from simdetr.training.datamodule import DetectionData, queries_for
 
 
@@ -83,6 +84,15 @@ def test_the_detector_has_the_queries_of_the_data(recipe, tmp_path):
 
 def test_a_fraction_of_the_labels(scenes):
     assert len(data(scenes, label_fraction=0.25).labels) == 3
+
+
+def test_fractions_are_those_of_split(scenes, tmp_path):
+    drawn, larger = (
+        read_labels(path)
+        for path in split(scenes / "instances.json", tmp_path, "fractions", amounts=[0.25, 0.5], seeds=[3])
+    )
+    assert set(data(scenes, label_fraction=0.25, seed=3).labels.image_ids) == set(drawn.image_ids)
+    assert set(drawn.image_ids) < set(larger.image_ids)
 
 
 def test_no_validation_without_its_images(scenes):
@@ -221,3 +231,31 @@ def test_settings_that_image_level_labels_rule_out(scenes, tmp_path):
     (tmp_path / "labels.csv").write_text("image,label\n")
     with pytest.raises(LabelError, match=r"labels.csv has no boxes; a CSV gives classes of whole images"):
         DetectionData(str(scenes), str(tmp_path / "labels.csv"))
+
+
+def test_images_follow_the_detector_wherever_the_user_left_it_open(scenes):
+    of_a_detector = {"short_side": 400, "max_side": 500, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    opened = DetectionData(str(scenes), str(scenes / "instances.json"))
+    assert (max(opened.short_sides), min(opened.short_sides), opened.max_side) == (800, 480, 1333)
+    opened.follow(of_a_detector)
+    assert opened.image_settings == of_a_detector
+    assert min(opened.short_sides) == 240  # as 480 is to 800
+
+    chosen = data(scenes, mean=(0.5, 0.5, 0.5))
+    chosen.follow(of_a_detector)
+    assert (chosen.short_sides, chosen.max_side) == ([48, 64], 80)
+    assert (chosen.image_settings["mean"], chosen.image_settings["std"]) == ([0.5] * 3, [0.4, 0.5, 0.6])
+    half_chosen = DetectionData(str(scenes), str(scenes / "instances.json"), short_sides=(640,))
+    half_chosen.follow(of_a_detector)
+    assert (half_chosen.short_sides, half_chosen.max_side) == ([640], 1333)
+
+
+def test_the_normalisation_reaches_the_pixels(scenes):
+    options = {"crop": False, "colour": "none", "mosaic": 0.0, "flip": False, "short_sides": (64,), "batch_size": 1}
+    val = {"val_images": str(scenes), "val_labels": str(scenes / "instances.json")}
+    made, plain = data(scenes, **options, **val), data(scenes, **options, **val, mean=(0.0,) * 3, std=(1.0,) * 3)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 0.125])
+    made.follow({"mean": mean.tolist(), "std": std.tolist()})
+    for name in ("train_dataloader", "val_dataloader"):
+        found, raw = (next(iter(getattr(each, name)())).images for each in (made, plain))
+        torch.testing.assert_close(found, (raw - mean[:, None, None]) / std[:, None, None], atol=1e-5, rtol=1e-5)

@@ -104,8 +104,9 @@ def test_a_poisoned_batch_stops_the_training_and_is_saved(recipe, make_detector,
     assert not (tmp_path / "detector").exists()
 
 
-def test_backbone_rate_zero_freezes_the_backbone_alone(recipe, tmp_path):
-    cli = recipe("--model.backbone_lr=0").training(tmp_path)
+def test_backbone_rate_zero_freezes_the_backbone_alone(recipe, learned_backbone, tmp_path):
+    frozen = ("--model.detector.init_args.frozen_batch_norm=true", f"--model.backbone_weights={learned_backbone}")
+    cli = recipe("--model.backbone_lr=0", *frozen).training(tmp_path)
     before = {name: value.clone() for name, value in cli.model.detector.state_dict().items()}
     train(cli, tmp_path)
     after = load_detector(tmp_path / "detector").detector.state_dict()
