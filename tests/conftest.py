@@ -33,11 +33,22 @@ TINY_CONFIG = {
     "clustering": {"num_classes": 3},
     "self_training": {"stages": 1, "max_boxes": 5},
     "model": {
-        "detector": {"class_path": "simdetr.detectors.DeformableDETR", "init_args": TINY_DETECTOR},
+        "detector": {
+            "class_path": "simdetr.detectors.DeformableDETR",
+            "init_args": {k: v for k, v in TINY_DETECTOR.items() if k != "num_queries"},
+        },
         "lr": 1e-3,
         "backbone_lr": 1e-3,
     },
-    "data": {"batch_size": 2, "short_sides": [48, 64], "max_side": 80, "crop": False, "colour": "light", "mosaic": 0.3},
+    "data": {
+        "batch_size": 2,
+        "short_sides": [48, 64],
+        "max_side": 80,
+        "crop": False,
+        "colour": "light",
+        "mosaic": 0.3,
+        "num_queries": 8,
+    },
     "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False},
 }
 

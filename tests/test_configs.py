@@ -24,13 +24,14 @@ SMALLEST = (
     "--trainer.enable_progress_bar=false",
     "--data.batch_size=2",
     "--data.num_workers=0",
+    "--data.num_queries=10",
     "--data.short_sides=[64]",
     "--data.max_side=80",
 )
 TINY = {
-    "DeformableDETR": ("tiny.yaml", {"backbone": "test_resnet", "num_queries": 10}),
-    "DETReg": ("tiny.yaml", {"backbone": "test_resnet", "num_queries": 10}),
-    "ViDT": ("vidt_tiny.yaml", {"backbone": "swin_pico", "num_queries": 10}),
+    "DeformableDETR": ("tiny.yaml", {"backbone": "test_resnet"}),
+    "DETReg": ("tiny.yaml", {"backbone": "test_resnet"}),
+    "ViDT": ("vidt_tiny.yaml", {"backbone": "swin_pico"}),
     "TorchvisionDetector": ("faster_rcnn_tiny.yaml", {}),
     "TransformersDetector": ("rt_detr_v2_tiny.yaml", {}),
     "HeadedDetector": (None, {"detector.init_args.backbone": "test_resnet", "detector.init_args.num_queries": 10}),

@@ -200,6 +200,11 @@ def fit_to(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, 
     return fitted
 
 
+def is_of_queries(name: str) -> bool:
+    """Whether a tensor of this name holds learned queries."""
+    return name.endswith(tuple(_QUERIES))
+
+
 def _encoder_heads(names: Collection[str]) -> list[str]:
     """Names of the head that chooses the queries of a two-stage detector: the class head behind the decoder's."""
     heads = [head for name in names if (head := _CLASS_HEAD.fullmatch(name))]

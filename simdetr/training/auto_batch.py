@@ -164,7 +164,8 @@ class TrialStep:
         trainer, data = training.trainer, training.datamodule
         self.device: torch.device = trainer.strategy.root_device
         self.size_hw = largest_size_hw(data)
-        self._num_boxes = int(np.diff(data.labels.offsets).max(initial=1)) * (_TILES if data.mosaic else 1)
+        most = int(np.diff(data.labels.offsets).max(initial=1)) * (_TILES if data.mosaic else 1)
+        self._num_boxes = min(most, max(1, data.num_queries // 2))
         self._masks = data.masks
         self._precision = trainer.precision_plugin
         self._task = training.model

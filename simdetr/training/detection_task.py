@@ -126,6 +126,9 @@ class DetectionTask(pl.LightningModule):
         """Loss of one batch, summed over decoder layers; nothing here waits for the GPU but the matching."""
         self._settle()  # a batch whose gradients this one's are added to
         losses = self.losses(batch)
+        left_out = [target["dropped"] for target in batch.targets if "dropped" in target]
+        if left_out:
+            losses = {**losses, "dropped": torch.stack(left_out).sum().float()}
         self._pending = PendingLosses(batch, losses)
         return losses["loss"]
 

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.labels import Category
 from simdetr.detectors.detector import Detector
-from simdetr.detectors.state_dict_names import add_objectness, fit_to, fold_objectness, restore_copies
+from simdetr.detectors.state_dict_names import add_objectness, fit_to, fold_objectness, is_of_queries, restore_copies
 from simdetr.training.checkpoint_files import CONFIG_NAME, WEIGHTS_NAME, Checkpoint, read_checkpoint
 from simdetr.training.checkpoint_formats import OWN
 
@@ -46,7 +46,7 @@ class LoadReport:
         missing: Names that the file does not have; they stay as initialised.
         unexpected: Names of the file that the detector has no place for.
         image_settings: How images were prepared for the file's detector, as far as it says.
-        reason: Why tensors whose shape agrees were replaced, if some were.
+        reason: Why tensors were replaced whose shape agrees, or in which part learned queries were kept, if so.
     """
 
     path: Path
@@ -144,9 +144,10 @@ def copy_weights(detector: Detector, checkpoint: Checkpoint, class_names: Sequen
     given = checkpoint.state(own)
     if not any("object_embed." in name for name in own):
         given = fold_objectness(given)
-    state = fit_to(restore_copies(given, own), own)
-    reason = _other_classes(checkpoint, class_names)
-    others = class_tensors(detector) & state.keys() if reason else set()
+    restored = restore_copies(given, own)
+    state = fit_to(restored, own)
+    other_classes = _other_classes(checkpoint, class_names)
+    others = class_tensors(detector) & state.keys() if other_classes else set()
     present = add_objectness({name: value for name, value in state.items() if name not in others}, own)
     fitting = {name for name, value in present.items() if name in own and own[name].shape == value.shape}
     # a module that stands under two names (shared heads) is stored once by safetensors: its other name is no loss
@@ -160,7 +161,7 @@ def copy_weights(detector: Detector, checkpoint: Checkpoint, class_names: Sequen
         missing=[name for name in own if name not in state and own[name].data_ptr() not in stored_at],
         unexpected=[*(name for name in given if name not in own), *unused],
         image_settings=dict((checkpoint.stored or {}).get("image_settings") or {}),
-        reason=reason if others else "",
+        reason="; ".join([*([other_classes] if others else []), *_resized(restored, state)]),
     )
     _check_fit(detector, report, is_partial=checkpoint.format.is_partial or detector.takes_backbones)
     detector.load_state_dict({name: present[name] for name in fitting}, strict=False)
@@ -174,6 +175,15 @@ def _other_classes(checkpoint: Checkpoint, class_names: Sequence[str] | None) ->
         return ""
     met, wanted = (f"{len(names)} ({', '.join(names[:_NAMES_SHOWN])}, …)" for names in (stored, list(class_names)))
     return f"what speaks of single classes is new, for the file's are {met} and the data's {wanted}"
+
+
+def _resized(given: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Which learned queries were cut or filled up."""
+    return [
+        f"{name} is {[*value.shape]} here, {[*given[name].shape]} in the file, and their common part is kept"
+        for name, value in state.items()
+        if value.shape != given[name].shape and is_of_queries(name)
+    ]
 
 
 def class_tensors(detector: Detector) -> set[str]:

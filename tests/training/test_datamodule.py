@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from simdetr.data.labels import LabelError, read_labels
+from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, read_labels
 from simdetr.data.protocols import split
-from simdetr.training.datamodule import DetectionData
+from simdetr.training.datamodule import DetectionData, queries_for
 
 
 def data(folder, **options):
@@ -109,6 +109,43 @@ def test_loader_processes_live_on_and_follow_the_machine(scenes, monkeypatch):
     assert [worker.pid for worker in first._iterator._workers] == processes
     made.setup("fit")
     assert made.train_dataloader() is not first
+
+
+def crowded(*counts, crowd=0):
+    """Labels of images with so many objects, and each with some crowds beside them."""
+    images = [
+        ImageLabels.build(
+            f"{number}.png",
+            (40, 60),
+            [[0, 0, 9, 9]] * (count + crowd),
+            [0] * (count + crowd),
+            crowd=[False] * count + [True] * crowd,
+        )
+        for number, count in enumerate(counts)
+    ]
+    return Labels.from_images(images, [Category(1, "thing")])
+
+
+@pytest.mark.parametrize(
+    ("counts", "mosaic", "expected"),
+    [
+        ((0,), 0.0, 100),
+        ((3, 50), 0.0, 100),
+        ((3, 51), 0.0, 150),
+        ((25, 4), 0.3, 200),
+        ((60,), 0.0, 150),
+        ((500,), 0, 900),
+    ],
+)
+def test_queries_follow_the_labels(counts, mosaic, expected):
+    """Twice the most objects of a sample, which has four images where there are mosaics; crowds do not count."""
+    assert queries_for(crowded(*counts, crowd=70), mosaic) == expected
+
+
+def test_the_detector_has_the_queries_of_the_data(recipe, tmp_path):
+    cli = recipe("--data.num_queries=14").training(tmp_path)
+    assert cli.model.detector.init_args["num_queries"] == 14 and len(cli.model.detector.query_embed.weight) == 14
+    assert cli.datamodule.train_dataloader().dataset.dataset.max_objects == 7
 
 
 def test_a_fraction_of_the_labels(scenes):
