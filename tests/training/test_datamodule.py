@@ -57,6 +57,7 @@ def on_devices(made, world_size, *, epoch=0, step=0, **changes):
         max_steps=-1,
         accumulate_grad_batches=1,
         default_root_dir=".",
+        lightning_module=None,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     vars(made.trainer).update(changes)
