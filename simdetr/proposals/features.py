@@ -117,6 +117,7 @@ class TimmEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1))
         self.requires_grad_(False)
         self.eval()
+        self.net.to(memory_format=torch.channels_last)
         self.fingerprint: str = f"timm:{timm_name(model)}:{_digest(self)}"
 
     def train(self, mode: bool = True) -> Self:
@@ -133,7 +134,11 @@ class TimmEncoder(nn.Module):
         Returns:
             ``{16: [B, C16, ceil(H/16), ceil(W/16)], 32: [B, C32, ceil(H/32), ceil(W/32)]}``.
         """
-        return self.maps(images)
+        if not images.is_cpu:
+            return self.maps(images)
+        # a processor takes half the time or less for one image, whose activations stay in its cache
+        each = [self.maps(image[None].contiguous(memory_format=torch.channels_last)) for image in images]
+        return {stride: torch.cat([maps[stride] for maps in each]) for stride in self.strides}
 
     def maps(self, images: Tensor) -> dict[int, Tensor]:
         """As ``forward``, with gradients: for those who train it."""
