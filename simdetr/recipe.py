@@ -12,11 +12,15 @@ import importlib
 import logging
 import warnings
 from argparse import ArgumentError
+<<<<<<< HEAD
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+=======
+from collections.abc import Sequence
+from dataclasses import dataclass
+>>>>>>> weights
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -28,8 +32,8 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 
+from simdetr.constructor_errors import constructors_speak
 from simdetr.data.atomic_files import atomic_path
-from simdetr.data.pretrained_weights import load_backbone_weights, load_into
 from simdetr.detectors.detector import Detector
 from simdetr.evaluation.validation import CocoValidation
 from simdetr.fit_results import write_fit_results
@@ -43,6 +47,7 @@ from simdetr.training.detection_task import DetectionTask
 from simdetr.training.fusion import Fusion
 from simdetr.training.progress import TrainingProgress
 from simdetr.training.random_start import check_start, fixed_parts
+<<<<<<< HEAD
 from simdetr.training.relabel import Throughput
 from simdetr.training.run_folder import detector_folder
 from simdetr.training.weights import (
@@ -52,6 +57,9 @@ from simdetr.training.weights import (
     save_detector,
     without_downloads,
 )
+=======
+from simdetr.training.weights import checkpoint_config, detector_class, save_detector, without_downloads
+>>>>>>> weights
 
 LOG = logging.getLogger(__name__)
 DEFAULT_ENCODER = "simdetr.proposals.colour_texture.ColourTextureEncoder"
@@ -116,40 +124,16 @@ class PipelineSections(NamedTuple):
     inference: Throughput
 
 
-def add_pipeline_sections(parser: ArgumentParser) -> None:
-    """Declare the sections that only the pipeline uses."""
-    parser.add_subclass_arguments(nn.Module, "encoder", required=False, help="Frozen encoder of the mining.")
+def add_pipeline_sections(parser: ArgumentParser, *, build: bool) -> None:
+    """Declare the sections that only the pipeline uses; a training does not ``build`` an encoder."""
+    parser.add_subclass_arguments(
+        nn.Module, "encoder", required=False, instantiate=build, help="Frozen encoder of the mining."
+    )
     parser.set_defaults({"encoder": {"class_path": DEFAULT_ENCODER}})
     parser.add_class_arguments(MiningConfig, "mining")
     parser.add_class_arguments(ClusteringConfig, "clustering")
     parser.add_class_arguments(SelfTrainingConfig, "self_training")
     parser.add_class_arguments(Throughput, "inference")
-
-
-@contextmanager
-def constructors_speak() -> Iterator[None]:
-    """Let an error of a class that a config names through as it was raised.
-
-    The parser tries every type that an option may have, and wraps what the class said in what it thinks of the others.
-    """
-    try:
-        yield
-    except Exception as error:
-        cause = error.__cause__
-        while cause is not None and not _raised_by_constructor(cause):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from cause.__cause__
-
-
-def _raised_by_constructor(error: BaseException) -> bool:
-    """Whether the way from the parser to this error leads through the constructor of another package's class."""
-    called = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)]
-    return any(
-        function in ("__init__", "__post_init__") and not module.startswith("jsonargparse")
-        for module, function in called
-    )
 
 
 class RecipeCLI(LightningCLI):
@@ -201,10 +185,15 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The pipeline's sections, and the link from data to detector."""
+<<<<<<< HEAD
         add_pipeline_sections(parser)
         for name in ("num_classes", "num_queries"):
             parser.link_arguments(f"data.{name}", f"model.detector.init_args.{name}", apply_on="instantiate")
         parser.link_arguments("data.category_names", "model.class_names", apply_on="instantiate")
+=======
+        add_pipeline_sections(parser, build=False)
+        parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
+>>>>>>> weights
 
     def instantiate_classes(self) -> None:
         """Build trainer, task and data, unless only parsing is asked for; images are as the detector wants them."""
@@ -289,10 +278,9 @@ class Recipe:
             if weights:
                 arguments = without_downloads(arguments)
             elif arguments == without_downloads(arguments) and not self._gives_weights():
-                thawed = trained.thawed(arguments)
-                if thawed != arguments:
+                given, arguments = arguments, trained.thawed(arguments)
+                if arguments != given:
                     LOG.info("no weights: the new %s learns its whole backbone, batch norm too", trained.__name__)
-                arguments = thawed
             class_path = f"{trained.__module__}.{trained.__qualname__}"
             model |= self._placed({"class_path": class_path, "init_args": arguments})
         else:
@@ -317,17 +305,20 @@ class Recipe:
     def _gives_weights(self) -> bool:
         """Whether the config files or options name weights to start from."""
         names = ("backbone_weights", "init_weights")
-        models = [(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("model") for path in self.configs]
         options = tuple(f"--model.{name}" for name in names)
-        return any((model or {}).get(name) for model in models for name in names) or any(
-            option.startswith(options) for option in self.options
+        return any(option.startswith(options) for option in self.options) or any(
+            model.get(name) for model in self._models() for name in names
         )
+
+    def _models(self) -> list[dict[str, Any]]:
+        """The section ``model`` of every config file."""
+        files = [yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {} for path in self.configs]
+        return [content.get("model") or {} for content in files]
 
     def _own_detector(self) -> str:
         """Class of the detector that the config files name last; empty if none does."""
         found = ""
-        for path in self.configs:
-            model = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("model") or {}
+        for model in self._models():
             found = (model.get("detector") or {}).get("class_path", found)
         return found
 
@@ -348,17 +339,14 @@ class Recipe:
         arguments = model.detector.init_args.as_dict() | {"num_classes": num_classes}
         with torch.random.fork_rng(devices=[]):
             detector: Detector = getattr(importlib.import_module(module_name), class_name).from_init_args(arguments)
-        if model.init_weights is not None:
-            load_weights(detector, detector_folder(model.init_weights))
-        elif model.backbone_weights is not None:
-            load_into(detector.get_submodule(detector.body_name), load_backbone_weights(model.backbone_weights))
+        DetectionTask(detector, backbone_weights=model.backbone_weights, init_weights=model.init_weights)
         check_start(detector, fixed_parts(detector))
 
     def sections(self, *options: str) -> PipelineSections:
         """The pipeline's sections, built."""
         config, _ = self.resolved(*options)
         parser = ArgumentParser()
-        add_pipeline_sections(parser)
+        add_pipeline_sections(parser, build=True)
         own = {name: config[name] for name in PipelineSections._fields}
         with constructors_speak():
             built = parser.instantiate_classes(parser.parse_object(own))

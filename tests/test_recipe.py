@@ -7,7 +7,6 @@ import torch
 import yaml
 from pytorch_lightning.callbacks import EMAWeightAveraging
 
-from simdetr.data.pretrained_weights import PretrainedWeightsError
 from simdetr.proposals import ColourTextureEncoder
 from simdetr.recipe import Recipe, RecipeCLI, RecipeError
 from simdetr.training.checkpoints import AtomicCheckpointIO, ResumePoint
@@ -158,20 +157,6 @@ def test_images_are_normalised_as_the_detectors_weights_want(recipe, make_detect
     opened = Recipe(recipe().configs, (*recipe().options, *left_open))
     opened = opened.starting_from(tmp_path / "detector", tmp_path / "d", weights=True)
     assert opened.training(tmp_path / "d").datamodule.image_settings == trained
-
-
-def test_constructors_are_heard_alone(recipe, tmp_path):
-    """Without what the parser thinks of the other types that an option might have had."""
-    torch.save({"net.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    encoder = "--encoder.class_path=simdetr.proposals.TimmEncoder"
-    weights = (encoder, "--encoder.init_args.model=resnet18", f"--encoder.init_args.weights={tmp_path / 'other.pth'}")
-    with pytest.raises(PretrainedWeightsError, match=r"^weights: only 0 of the model's 60"):
-        recipe(*weights).sections()
-    with pytest.raises(ValueError, match=r"^cell_px: expected 1, 2, 4, 8 or 16, got -1$"):
-        recipe("--mining.level_sets.cell_px=-1").sections()
-    with pytest.raises(ValueError, match=r"^weights: resnet50 would look at images with random weights"):
-        recipe(encoder).sections()
-    assert recipe(encoder, "--encoder.init_args.random_weights=true").sections().encoder.region_dim == 2048
 
 
 FROZEN = ("--model.detector.init_args.frozen_batch_norm=true", "--model.detector.init_args.freeze_stem=true")
