@@ -60,7 +60,9 @@ def one_family(config: str, arguments: argparse.Namespace) -> dict[str, Any]:
     truth = read_labels(data / "instances_val.json").class_agnostic()
     recall = {
         f"stage{stage}": proposal_recall(
-            truth, predict(data / "val", run.detector(stage), iou_threshold=0.55).class_agnostic(), max_boxes=MAX_BOXES
+            truth,
+            predict(data / "val", run.detector(stage), iou_threshold=0.55, one_class=True).class_agnostic(),
+            max_boxes=MAX_BOXES,
         )
         for stage in run.stages()
         if stage > 0

@@ -41,7 +41,7 @@ def main() -> None:
     truth = read_labels(data / "coco256/instances_val.json").class_agnostic()
     stages = {0: mined_on(data / "coco256/val", out / "val")}
     for stage in (1, 2):
-        found = predict(data / "coco256/val", run.detector(stage), iou_threshold=0.55)
+        found = predict(data / "coco256/val", run.detector(stage), iou_threshold=0.55, one_class=True)
         stages[stage] = found.class_agnostic()
     rows = [
         {"stage": stage, "boxes_per_image": len(found.boxes_xyxy) / len(found)}

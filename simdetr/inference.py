@@ -14,12 +14,20 @@ from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Labels, read_labels
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.reference_points import ReferencePoints, with_reference_points
+from simdetr.detectors.predictions import best_per_query, postprocess
 from simdetr.evaluation.coco_metric import coco_metrics
 from simdetr.evaluation.point_metric import point_metrics
 from simdetr.evaluation.proposal_recall import proposal_recall
 from simdetr.heads.localisation_results import localisation_head, localisation_scores, write_heat_maps
 from simdetr.training.progress import image_progress
-from simdetr.training.relabel import InferenceSettings, detect, detect_array
+from simdetr.training.relabel import (
+    OF_THE_MACHINE,
+    InferenceSettings,
+    Throughput,
+    detect,
+    detect_array,
+    detect_for_scoring,
+)
 from simdetr.training.run_folder import detector_folder
 from simdetr.training.weights import LoadedDetector, load_detector
 
@@ -36,18 +44,28 @@ def predict(
     device: str | None = None,
     quarantine: Path | None = None,
     masks: bool = False,
+    point_radius: float | None = None,
+    one_class: bool = False,
+    throughput: Throughput = OF_THE_MACHINE,
 ) -> Labels:
     """Detections on a path, a folder, a list or one image array.
+
+    They are the best pairs of query and class, which COCO's numbers are made of: a box may come several times, with
+    several classes.
 
     Args:
         images: What ``open_images`` takes, or one RGB image: a uint8 tensor [3, H, W] or array [H, W, 3].
         checkpoint: Run folder, detector folder or checkpoint.
         min_score: Boxes with a lower score are left out.
-        iou_threshold: Of two boxes that overlap more, the less confident goes; 1 keeps both.
+        iou_threshold: Of two boxes of a class that overlap more, the less confident goes; 1 keeps both.
         max_boxes: Most confident boxes kept per image.
         device: Torch device; the GPU if there is one.
         quarantine: File that lists unreadable images; without it they are only logged.
         masks: Draw each object's mask too, with detectors that predict masks (ViDT+).
+        point_radius: Of landmarks of a class closer than this part of the image's diagonal, the less confident go; 0
+            keeps all, None those that are no duplicates of a grid's.
+        one_class: Every box once, with its best class, and overlaps whatever the class: the labels of self-training.
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
 
     Returns:
         Labels with scores, boxes in pixels, best first; categories as the training labels named them.
@@ -63,15 +81,25 @@ def predict(
         score_threshold=min_score,
         iou_threshold=iou_threshold,
         max_boxes=max_boxes,
-        device=device or default_device(),
         masks=masks,
+        **throughput.on(device or default_device(), len(source) if isinstance(source, ImageSource) else 1),
+        point_radius=point_radius,
     )
+    reading = best_per_query if one_class else postprocess
     if not isinstance(source, ImageSource):
         pixels = torch.from_numpy(source).permute(2, 0, 1) if isinstance(source, np.ndarray) else source
-        return detect_array(loaded.detector, pixels, loaded.categories, settings)
+        return detect_array(loaded.detector, pixels, loaded.categories, settings, reading=reading)
     aside = Quarantine(quarantine, total=len(source)) if quarantine is not None else None
     with image_progress("predicting", len(source)) as progress:
-        found = detect(loaded.detector, source, loaded.categories, settings, quarantine=aside, progress=progress)
+        found = detect(
+            loaded.detector,
+            source,
+            loaded.categories,
+            settings,
+            reading=reading,
+            quarantine=aside,
+            progress=progress,
+        )
     if len(found) < len(source):
         LOG.warning("%d of %d images could not be read%s", len(source) - len(found), len(source), _listed(quarantine))
     return found
@@ -82,9 +110,18 @@ def _listed(quarantine: Path | None) -> str:
 
 
 def evaluate(
-    images: str | Path, labels: str | Path, checkpoint: str | Path, *, device: str | None = None
+    images: str | Path,
+    labels: str | Path,
+    checkpoint: str | Path,
+    *,
+    device: str | None = None,
+    point_radius: float | None = None,
+    throughput: Throughput = OF_THE_MACHINE,
 ) -> dict[str, float]:
     """COCO's AP family and class-agnostic recall of a detector, fractions in 0..1; of heads their own scores too.
+
+    AP is of the 100 best pairs of query and class of each image, recall whatever the class (``AR@k``) of its 100 best
+    queries; validation during training scores alike.
 
     Landmark heads add those of `simdetr.evaluation.point_metric`, localisation heads MaxBoxAcc and its like.
 
@@ -93,6 +130,8 @@ def evaluate(
         labels: COCO JSON with their boxes; labelled images that are not there count as missed.
         checkpoint: Run folder, detector folder or checkpoint.
         device: Torch device; the GPU if there is one.
+        point_radius: As for ``predict``.
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
 
     Raises:
         ValueError: No image has labels.
@@ -106,27 +145,31 @@ def evaluate(
         )
     if len(shared) < len(truth):
         LOG.warning("%d of %d labelled images are not in %s", len(truth) - len(shared), len(truth), images)
-    return score(loaded, source.subset(shared), truth, device or default_device())[1]
+    settings = InferenceSettings.of(
+        loaded.image_settings, point_radius=point_radius, **throughput.on(device or default_device(), len(shared))
+    )
+    return score(loaded, source.subset(shared), truth, settings)[1]
 
 
-def score(loaded: LoadedDetector, source: ImageSource, truth: Labels, device: str) -> tuple[Labels, dict[str, float]]:
+def score(
+    loaded: LoadedDetector, source: ImageSource, truth: Labels, settings: InferenceSettings
+) -> tuple[Labels, dict[str, float]]:
     """Detections on images, and all scores of them that ``evaluate`` knows.
 
     Args:
         loaded: The detector.
         source: Images, all of them labelled.
         truth: Their boxes, and those of images that are not there, which count as missed.
-        device: Torch device.
+        settings: How images are prepared and detections are kept.
     """
-    settings = InferenceSettings.of(loaded.image_settings, device=device)
     with image_progress("predicting", len(source)) as progress:
-        found = detect(loaded.detector, source, loaded.categories, settings, progress=progress)
+        found, objects = detect_for_scoring(loaded.detector, source, loaded.categories, settings, progress=progress)
     if loaded.reference_points is not None and truth.points is None:
         rules = ReferencePoints(loaded.reference_points, loaded.categories)
         truth = with_reference_points(truth, rules.of(truth.categories))
-    scores = coco_metrics(truth, found) | proposal_recall(truth, found)
+    scores = coco_metrics(truth, found) | proposal_recall(truth, objects)
     if truth.points is not None and found.points is not None:
-        scores |= point_metrics(truth, found)
+        scores |= point_metrics(truth, found, objects)
     if localisation_head(loaded.detector) is not None:
         numbered = truth.with_categories(loaded.categories)
         scores |= localisation_scores(loaded.detector, source, numbered, settings)  # type: ignore[arg-type]
@@ -134,7 +177,13 @@ def score(loaded: LoadedDetector, source: ImageSource, truth: Labels, device: st
 
 
 def heat_maps(
-    images: str | Path, checkpoint: str | Path, folder: Path, *, labels: Path | None = None, device: str | None = None
+    images: str | Path,
+    checkpoint: str | Path,
+    folder: Path,
+    *,
+    labels: Path | None = None,
+    device: str | None = None,
+    throughput: Throughput = OF_THE_MACHINE,
 ) -> int:
     """Write copies of images with what a localisation head looks at laid over them; returns how many.
 
@@ -144,6 +193,7 @@ def heat_maps(
         folder: Where the copies go.
         labels: COCO JSON with human boxes to draw beside the found ones.
         device: Torch device; the GPU if there is one.
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
 
     Raises:
         ValueError: The detector has no localisation head.
@@ -153,9 +203,10 @@ def heat_maps(
         raise ValueError(
             f"checkpoint: {checkpoint} has no simdetr.heads.LocalisationHead, so there are no score maps to draw"
         )
-    settings = InferenceSettings.of(loaded.image_settings, device=device or default_device())
+    source = open_images(images)
+    settings = InferenceSettings.of(loaded.image_settings, **throughput.on(device or default_device(), len(source)))
     truth = read_labels(labels) if labels is not None else None
-    return write_heat_maps(loaded.detector, open_images(images), settings, folder, truth)  # type: ignore[arg-type]
+    return write_heat_maps(loaded.detector, source, settings, folder, truth)  # type: ignore[arg-type]
 
 
 def default_device() -> str:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import simdetr
-from simdetr.proposals import FittedEncoder
+from simdetr.proposals import FittedEncoder, MiningConfig
 from simdetr.recipe import Recipe
 from simdetr.training.encoder_fit import fit_encoder
 from simdetr.training.encoder_settings import read_settings
@@ -24,13 +24,14 @@ SMALLEST = (
     "--trainer.enable_progress_bar=false",
     "--data.batch_size=2",
     "--data.num_workers=0",
+    "--data.num_queries=10",
     "--data.short_sides=[64]",
     "--data.max_side=80",
 )
 TINY = {
-    "DeformableDETR": ("tiny.yaml", {"backbone": "test_resnet", "num_queries": 10}),
-    "DETReg": ("tiny.yaml", {"backbone": "test_resnet", "num_queries": 10}),
-    "ViDT": ("vidt_tiny.yaml", {"backbone": "swin_pico", "num_queries": 10}),
+    "DeformableDETR": ("tiny.yaml", {"backbone": "test_resnet"}),
+    "DETReg": ("tiny.yaml", {"backbone": "test_resnet"}),
+    "ViDT": ("vidt_tiny.yaml", {"backbone": "swin_pico"}),
     "TorchvisionDetector": ("faster_rcnn_tiny.yaml", {}),
     "TransformersDetector": ("rt_detr_v2_tiny.yaml", {}),
     "HeadedDetector": (None, {"detector.init_args.backbone": "test_resnet", "detector.init_args.num_queries": 10}),
@@ -62,8 +63,22 @@ SMALLER = {"landmarks_grid.yaml": {"head.init_args.grid": "[2, 2]"}}
 """What else single configs need for images of 64 pixels."""
 
 
+def test_recipes_of_the_document_mine_with_its_filters():
+    """A config that says that it is the document's pretraining departs from it in no silent default."""
+    claiming = [
+        path
+        for path in (REPOSITORY / "configs" / "pretrain").glob("*.yaml")
+        if path.read_text().startswith("# The document's")
+    ]
+    assert len(claiming) == 3
+    for path in claiming:
+        mining = Recipe((str(path),), ("--data.images=none", "--data.labels=none")).sections().mining
+        assert mining.level_sets is None and list(mining.filters) == list(MiningConfig().filters), path.name
+        assert len(mining.filters) == 5
+
+
 @pytest.mark.parametrize("path", [*CONFIGS, *BUILT_IN], ids=lambda path: path.relative_to(REPOSITORY).as_posix())
-def test_trains_one_step(path, scenes, tmp_path):
+def test_trains_one_step(path, scenes, learned_backbone, tmp_path):
     detector = yaml.safe_load(path.read_text())["model"].get("detector")
     name, changes = TINY[detector["class_path"].rpartition(".")[2] if detector else "DeformableDETR"]
     tiny = [REPOSITORY / "configs" / name] if name else []
@@ -71,6 +86,8 @@ def test_trains_one_step(path, scenes, tmp_path):
     data = (f"--data.images={scenes}", f"--data.labels={scenes / 'instances.json'}")
     changes = changes | SMALLER.get(path.name, {})
     smallest = (*SMALLEST, *(f"--model.detector.init_args.{key}={value}" for key, value in changes.items()))
+    if "DETReg" in str(detector):  # its backbone is frozen whole
+        smallest = (*smallest, f"--model.backbone_weights={learned_backbone}")
     recipe = Recipe(tuple(str(config) for config in configs), (*data, *smallest))
     cli = recipe.training(tmp_path)
     train(cli, tmp_path)

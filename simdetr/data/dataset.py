@@ -40,10 +40,12 @@ class Batch(NamedTuple):
         images: float [B, 3, H, W], zero below and to the right of each image.
         mask: bool [B, H, W], True on the padding.
         targets: one per image: ``labels`` int64 [T]; ``boxes`` float32 [T, 4], cxcywh as fractions of the image without
-            its padding; ``orig_size`` and ``size`` int64 [2], (height, width) of the file and of the transformed image;
+            its padding; ``scores`` float32 [T], how sure each is, 1 for human labels; ``orig_size`` and ``size`` int64
+            [2], (height, width) of the file and of the transformed image;
             ``image_index`` int64 scalar, the row in the labels, or in the source where there are no labels; where masks
             are asked for, ``masks`` bool [T, h, w] at the transformed image's size; where reference points are,
-            ``points`` float32 [T, 2], (x, y) as fractions of the image without its padding, NaN where a box has none.
+            ``points`` float32 [T, 2], (x, y) as fractions of the image without its padding, NaN where a box has none;
+            ``dropped`` int64 scalar, objects past ``max_objects`` that were left out.
     """
 
     images: Tensor
@@ -65,6 +67,7 @@ class DetectionDataset(Dataset[Sample | None]):
             of giving None, which `collate` leaves out.
         seed: seed of the augmentation.
         masks: give the objects' masks too; then ``target["masks"]`` is a tv_tensors.Mask uint8 [T, H, W] in transforms.
+        max_objects: most objects of a sample; the least certain of more are left out. None keeps all.
         reference_points: give the objects' reference points by these rules, read from the transformed boxes or, where
             they are given ones, carried through the transforms of `simdetr.data.transforms`.
 
@@ -83,6 +86,7 @@ class DetectionDataset(Dataset[Sample | None]):
         replace_unreadable: bool = False,
         seed: int = 0,
         masks: bool = False,
+        max_objects: int | None = None,
         reference_points: ReferencePoints | None = None,
     ) -> None:
         self.source = source
@@ -100,6 +104,7 @@ class DetectionDataset(Dataset[Sample | None]):
         if reference_points is not None and labels is not None:
             reference_points.check(labels)
         self.masks = masks
+        self.max_objects = max_objects
         self.reference_points = reference_points if labels is not None else None
         self.transform = transform
         self.quarantine = quarantine
@@ -164,15 +169,20 @@ class DetectionDataset(Dataset[Sample | None]):
             finished["masks"] = target["masks"].as_subclass(Tensor).bool()
         if self.reference_points is not None:
             finished["points"] = target["points"] / target["points"].new_tensor([width, height])
+        finished |= {"scores": target["scores"], "dropped": torch.tensor(0)}
+        if self.max_objects is not None and len(finished["labels"]) > self.max_objects:
+            _keep_most_certain(finished, self.max_objects)
         return image.as_subclass(Tensor), finished
 
     def _raw_sample(self, row: int, pixels: Tensor) -> Sample:
         size_hw = (pixels.shape[-2], pixels.shape[-1])
         boxes, classes = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+        scores = np.zeros(0, np.float32)
         extra: dict[str, Tensor] = {}
         if self.labels is not None:
             truth = self.labels.image(row)
             boxes, classes = truth.boxes_xyxy[~truth.crowd], truth.classes[~truth.crowd]
+            scores = truth.scores[~truth.crowd]
             if self.masks and truth.masks is not None:
                 extra["masks"] = pixel_masks(truth.masks[~truth.crowd], truth.size_hw, size_hw)
             if self.reference_points is not None:
@@ -181,10 +191,21 @@ class DetectionDataset(Dataset[Sample | None]):
         return tv_tensors.Image(pixels), {
             "boxes": pixel_boxes(clip(torch.from_numpy(boxes), size_hw), size_hw),
             "labels": torch.from_numpy(classes),
+            "scores": torch.from_numpy(scores),
             "orig_size": torch.tensor(size_hw),
             "image_index": torch.tensor(row),
             **extra,
         }
+
+
+def _keep_most_certain(target: Target, limit: int) -> None:
+    """Leave out all but so many objects of a finished target, the least certain first, and count them."""
+    count = len(target["labels"])
+    kept = target["scores"].argsort(descending=True, stable=True)[:limit].sort().values
+    for name in ("labels", "boxes", "scores", "masks", "points"):
+        if name in target:
+            target[name] = target[name][kept]
+    target["dropped"] = torch.tensor(count - limit)
 
 
 def pixel_boxes(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> tv_tensors.BoundingBoxes:

@@ -146,6 +146,7 @@ def compose_tiles(samples: list[Sample], placements: list[Placement], canvas_hw:
     return tv_tensors.Image(canvas), {
         "boxes": pixel_boxes(torch.cat(boxes), canvas_hw),
         "labels": torch.cat([target["labels"] for _, target in samples]),
+        "scores": torch.cat([target["scores"] for _, target in samples]),
         "orig_size": torch.tensor(canvas_hw),
         "image_index": samples[0][1]["image_index"],
         **extra,

@@ -125,7 +125,7 @@ class DropSmallBoxes(nn.Module):
         kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
         if "only_point" in target:
             kept |= target["only_point"]
-        names = [name for name in ("boxes", "labels", "masks", "points", "only_point") if name in target]
+        names = [name for name in ("boxes", "labels", "scores", "masks", "points", "only_point") if name in target]
         return image, target | {name: tv_tensors.wrap(target[name][kept], like=target[name]) for name in names}
 
 

@@ -7,7 +7,7 @@ from simdetr.detectors.detector import Detector, DetectorOutput, Prediction
 from simdetr.detectors.detreg import DETReg
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.matcher import HungarianMatcher
-from simdetr.detectors.predictions import Detections, postprocess
+from simdetr.detectors.predictions import Detections, best_per_query, postprocess
 from simdetr.detectors.torchvision_adapter import TorchvisionDetector
 from simdetr.detectors.transformers_adapter import TransformersDetector
 from simdetr.detectors.vidt import ViDT
@@ -25,6 +25,7 @@ __all__ = [
     "TorchvisionDetector",
     "TransformersDetector",
     "ViDT",
+    "best_per_query",
     "multi_scale_deformable_attention",
     "postprocess",
 ]

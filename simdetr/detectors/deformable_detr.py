@@ -66,7 +66,12 @@ class DeformableDETR(QueryDetector):
         num_feature_levels: L; 1 uses the coarsest map only, 3 those of strides 8, 16 and 32; more add halved ones.
         num_points: points that a head reads per level.
         with_box_refine: each decoder layer corrects the boxes of the one before.
-        two_stage: queries are the encoder's best proposals instead of learned ones; needs ``with_box_refine``.
+        two_stage: queries are the encoder's best proposals instead of learned ones; needs ``with_box_refine``. Which
+            are best is one class-free logit per cell, so that it stays what it is when the classes change.
+        objectness: give every query one class-free logit o, *whether* something is there, beside those that say
+            *what*: the logit of class k is o + c_k. It is learned from the scores of boxes (``pred_objectness``), ranks
+            boxes in relabelling and stays when the classes change. Adding it to a class head's weights gives a plain
+            detector.
         exclude_invalid_proposals: two-stage: no padding or border cell becomes a query. The original lets them.
         dilation: keep the backbone's last stage at stride 16 (DC5).
         position_encoding: fixed sine waves or learned rows and columns.
@@ -97,6 +102,7 @@ class DeformableDETR(QueryDetector):
         num_points: int = 4,
         with_box_refine: bool = False,
         two_stage: bool = False,
+        objectness: bool = False,
         exclude_invalid_proposals: bool = False,
         dilation: bool = False,
         position_encoding: Literal["sine", "learned"] = "sine",
@@ -111,7 +117,7 @@ class DeformableDETR(QueryDetector):
         super().__init__()
         _check_sizes(num_classes, hidden_dim, num_heads, num_feature_levels, num_decoder_layers, num_queries)
         if two_stage and not with_box_refine:
-            raise ValueError("two_stage=True needs with_box_refine=True (specs/detectors.md A6); set both or neither")
+            raise ValueError("two_stage=True needs with_box_refine=True; set both or neither")
         self.num_classes = num_classes
         self.criterion = DetectionLoss()
         self.backbone = Backbone(
@@ -140,21 +146,33 @@ class DeformableDETR(QueryDetector):
             exclude_invalid=exclude_invalid_proposals,
         )
         self.query_embed = None if two_stage else nn.Embedding(num_queries, hidden_dim * 2)
-        self._add_heads(hidden_dim, num_decoder_layers, with_box_refine, two_stage, class_prior)
+        self._add_heads(hidden_dim, num_decoder_layers, with_box_refine, two_stage, objectness, class_prior)
         if activation_checkpointing:
             self.backbone.checkpoint_activations()
             self.transformer.encoder.activation_checkpointing = True
             self.transformer.decoder.activation_checkpointing = True
 
-    def _add_heads(self, dim: int, num_layers: int, refine: bool, two_stage: bool, class_prior: float) -> None:
-        """Class and box heads with the original's initialisation and names (A5 to A7)."""
+    def _add_heads(
+        self, dim: int, num_layers: int, refine: bool, two_stage: bool, objectness: bool, class_prior: float
+    ) -> None:
+        """Class and box heads with the original's initialisation and names; the encoder's, if any, are the last."""
         count = num_layers + 1 if two_stage else num_layers
         distinct = count if refine else 1
-        class_heads = [nn.Linear(dim, self.num_classes) for _ in range(distinct)]
+        widths = [1 if two_stage and layer == num_layers else self.num_classes for layer in range(distinct)]
+        class_heads = [nn.Linear(dim, width) for width in widths]
         # boxes start at sigmoid(-2) = 0.12 of the image; proposals of the encoder bring their own size
         box_heads = [BoxHead(dim, -2.0 if layer == 0 and not two_stage else 0.0) for layer in range(distinct)]
-        for head in class_heads:
-            nn.init.constant_(head.bias, -math.log((1 - class_prior) / class_prior))
+        absent = -math.log((1 - class_prior) / class_prior)
+        for layer, head in enumerate(class_heads):
+            # with objectness, which brings the prior, each class is one of many
+            spread = objectness and layer < num_layers
+            nn.init.constant_(head.bias, -math.log(self.num_classes) if spread else absent)
+        self.object_embed: nn.ModuleList | None = None
+        if objectness:
+            object_heads = [nn.Linear(dim, 1) for _ in range(num_layers if refine else 1)]
+            for head in object_heads:
+                nn.init.constant_(head.bias, absent)
+            self.object_embed = nn.ModuleList(object_heads[min(i, len(object_heads) - 1)] for i in range(num_layers))
         self.class_embed = nn.ModuleList(class_heads[min(layer, distinct - 1)] for layer in range(count))
         self.bbox_embed = nn.ModuleList(box_heads[min(layer, distinct - 1)] for layer in range(count))
         # the original registers the heads again where the decoder uses them, and its checkpoints have both names
@@ -214,15 +232,14 @@ class DeformableDETR(QueryDetector):
             [self.position_encoding(level) for level in masks],
             None if self.query_embed is None else self.query_embed.weight,
             self.bbox_embed,
-            self.class_embed,
+            self.class_embed[-1] if self.query_embed is None else None,
         )
         return out, levels, taps
 
     def predictions(self, out: TransformerOutput) -> DetectorOutput:
         """What ``forward`` returns, of states and boxes."""
-        layers: list[Prediction] = [
-            {"pred_logits": head(states), "pred_boxes": boxes}
-            for head, states, boxes in zip(self.class_embed, out.states, out.boxes, strict=False)
+        layers = [
+            self._prediction(index, *layer) for index, layer in enumerate(zip(out.states, out.boxes, strict=True))
         ]
         last = layers.pop()
         result: DetectorOutput = {
@@ -230,9 +247,18 @@ class DeformableDETR(QueryDetector):
             "pred_boxes": last["pred_boxes"],
             "aux_outputs": layers,
         }
+        if "pred_objectness" in last:
+            result["pred_objectness"] = last["pred_objectness"]
         if out.encoder_logits is not None and out.encoder_boxes is not None:
             result["enc_outputs"] = {"pred_logits": out.encoder_logits, "pred_boxes": out.encoder_boxes}
         return result
+
+    def _prediction(self, layer: int, states: Tensor, boxes: Tensor) -> Prediction:
+        logits = self.class_embed[layer](states)
+        if self.object_embed is None:
+            return {"pred_logits": logits, "pred_boxes": boxes}
+        present = self.object_embed[layer](states)
+        return {"pred_logits": logits + present, "pred_boxes": boxes, "pred_objectness": present}
 
     def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses of all layers, see ``DetectionLoss``."""

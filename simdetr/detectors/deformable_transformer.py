@@ -29,7 +29,7 @@ class TransformerOutput(NamedTuple):
     boxes: list[Tensor]
     """Boxes cxcywh [B, Q, 4] of each decoder layer, fractions of the valid image."""
     encoder_logits: Tensor | None
-    """Class logits [B, S, K] of the encoder's proposals (two-stage)."""
+    """Objectness logits [B, S, 1] of the encoder's proposals (two-stage)."""
     encoder_boxes: Tensor | None
     """Boxes [B, S, 4] of the encoder's proposals (two-stage)."""
     start: Tensor
@@ -204,7 +204,7 @@ class DeformableTransformer(nn.Module):
         positions: Sequence[Tensor],
         query_embed: Tensor | None,
         box_heads: nn.ModuleList,
-        class_heads: nn.ModuleList,
+        object_head: nn.Module | None,
     ) -> TransformerOutput:
         """Encode the maps and decode the queries.
 
@@ -214,14 +214,13 @@ class DeformableTransformer(nn.Module):
             positions: position encodings per level, [B, C, H_l, W_l] or [1, C, H_l, W_l].
             query_embed: positions and contents of the queries [Q, 2C]; None in the two-stage variant.
             box_heads: box heads of the decoder's layers, then of the encoder in the two-stage variant.
-            class_heads: class heads, likewise.
+            object_head: objectness of the encoder's cells (C to 1), which the choice of queries looks at (two-stage).
         """
         memory = self.encoder(*self._flatten(maps, masks, positions))
         batch = memory.tokens.shape[0]
         if self.num_proposals is not None:
-            chosen = self._propose(
-                memory, [mask.expand(batch, -1, -1) for mask in masks], class_heads[-1], box_heads[-1]
-            )
+            assert object_head is not None, "the two-stage variant chooses by objectness"
+            chosen = self._propose(memory, [mask.expand(batch, -1, -1) for mask in masks], object_head, box_heads[-1])
             states, boxes = self.decoder(chosen.target, chosen.query, chosen.reference, memory, box_heads)
             return TransformerOutput(states, boxes, chosen.logits, chosen.boxes, chosen.reference)
         assert query_embed is not None, "learned queries need an embedding"
@@ -246,9 +245,9 @@ class DeformableTransformer(nn.Module):
         return Memory(tokens, shapes, torch.stack(ratios, dim=1), padding), torch.cat(placed, dim=1)
 
     def _propose(
-        self, memory: Memory, masks: Sequence[Tensor], class_head: nn.Module, box_head: nn.Module
+        self, memory: Memory, masks: Sequence[Tensor], object_head: nn.Module, box_head: nn.Module
     ) -> Proposals:
-        """Score all cells with the encoder's heads and turn the best into queries (A6)."""
+        """Score all cells with the encoder's heads and turn the best into queries (section 4.2)."""
         assert self.num_proposals is not None
         tokens = memory.tokens
         if tokens.shape[1] < self.num_proposals:
@@ -258,9 +257,8 @@ class DeformableTransformer(nn.Module):
             )
         candidates, usable = cell_boxes(masks)
         tokens = self.enc_output_norm(self.enc_output(tokens.masked_fill(~usable[..., None], 0.0)))
-        logits = class_head(tokens)
+        logits = object_head(tokens)
         box_logits = box_head(tokens).float() + candidates
-        # class 0 is the score whatever the classes mean, and the encoder's loss trains it as "object"
         scores = logits[..., 0].detach()
         if self.exclude_invalid:
             scores = scores.masked_fill(~usable, -torch.inf)

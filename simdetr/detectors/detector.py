@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class Prediction(TypedDict):
     """[B, Q, K]; each class on its own (sigmoid), there is no class for background. A row of -inf is no detection."""
     pred_boxes: Tensor
     """[B, Q, 4] cxcywh, fractions of the valid (unpadded) image."""
+    pred_objectness: NotRequired[Tensor]
+    """Logit of there being any object [B, Q, 1], of detectors that learn it apart from the classes."""
     pred_ious: NotRequired[Tensor]
     """Logit of the box's IoU with its object [B, Q, 1], of detectors that estimate it."""
     pred_vectors: NotRequired[Tensor]
@@ -36,11 +39,13 @@ class DetectorOutput(Prediction):
     aux_outputs: NotRequired[list[Prediction]]
     """Predictions of the decoder's earlier layers, first to last."""
     enc_outputs: NotRequired[Prediction]
-    """Two-stage only: one prediction per cell of the encoder's output, Q = S."""
+    """Two-stage only: one prediction per cell of the encoder's output, Q = S; of K classes, or of objectness, K = 1."""
     pred_points: NotRequired[Tensor]
     """Reference points (x, y), fractions of the valid image [B, Q, 2], of landmark heads."""
     point_logits: NotRequired[Tensor]
     """Class logits [B, Q, K] of landmark heads that classify on their own; they then give a detection's class."""
+    point_cells: NotRequired[Tensor]
+    """Width and height of a subregion [B, 2], fractions of the valid image, of landmark heads that read a grid."""
     score_maps: NotRequired[Tensor]
     """What a localisation head reads its boxes off [B, 1, h, w], in [0, 1] over the valid image; evaluation mode."""
     enc_tokens: NotRequired[list[Tensor]]
@@ -84,7 +89,8 @@ class Detector(nn.Module, ABC):
         Args:
             images: as in ``forward``.
             mask: as in ``forward``.
-            targets: ``labels`` and ``boxes`` of each image; images, or all of them, may be empty.
+            targets: ``labels`` and ``boxes`` of each image, and ``scores``, how sure each is (1 where there are none);
+                images, or all of them, may be empty.
 
         Returns:
             ``loss``, the total to minimise, which every trainable parameter takes part in, and its terms.
@@ -112,6 +118,17 @@ class Detector(nn.Module, ABC):
     def core(self) -> Detector:
         """The detector that checkpoints of plain detectors fit: this one, unless it wraps another."""
         return self
+
+    @classmethod
+    def thawed(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments with which the whole backbone learns, as random weights need it.
+
+        Args:
+            init_args: this detector's arguments.
+        """
+        frozen = ("frozen_batch_norm", "freeze_stem", "freeze_backbone")
+        own = signature(cls.__init__).parameters
+        return {**init_args, **{name: False for name in frozen if name in own}}
 
     @classmethod
     def finetuned_as(cls, init_args: Mapping[str, Any]) -> tuple[type[Detector], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 In: padding masks of the levels. Out: one candidate box per cell; the transformer scores them and chooses.
 Source: Deformable DETR section 4.2, numerics of specs/detectors.md A6.
-Letters: B images, S cells of all levels, Q queries, C channels, K classes.
+Letters: B images, S cells of all levels, Q queries, C channels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Proposals(NamedTuple):
     reference: Tensor
     """Boxes of the queries, cxcywh [B, Q, 4], without gradient."""
     logits: Tensor
-    """Class logits of all cells [B, S, K]."""
+    """Objectness logits of all cells [B, S, 1]."""
     boxes: Tensor
     """Boxes of all cells, cxcywh [B, S, 4]; 1 where a cell may not propose."""
 

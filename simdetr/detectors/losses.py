@@ -23,6 +23,7 @@ from simdetr.detectors.matcher import (
     Matches,
     Target,
     at_least_float32,
+    pad_scores,
     pad_targets,
     to_device,
 )
@@ -34,6 +35,7 @@ class LayerLosses(NamedTuple):
     loss_ce: Tensor
     loss_bbox: Tensor
     loss_giou: Tensor
+    loss_object: Tensor | None = None
 
 
 class MatchedLayers(NamedTuple):
@@ -44,11 +46,17 @@ class MatchedLayers(NamedTuple):
     encoder: Matches | None
     """Of the encoder's proposals [1, M] (two-stage)."""
     num_boxes: float | Tensor
-    """Targets per rank, averaged over all ranks, at least 1."""
+    """Sum of the targets' scores per rank, averaged over all ranks, at least 1."""
+    unmatched: float
+    """Share of the targets that no query is left for."""
 
 
 class DetectionLoss(nn.Module):
     """Matching and losses of a detection transformer.
+
+    A target with a score s below 1 is an object with probability s: the class losses are their expectation, s times
+    that of an object plus 1 - s times that of background, and its box counts s. With scores of 1 they are the
+    original's.
 
     Args:
         class_weight: weight of the focal loss in the total.
@@ -59,6 +67,7 @@ class DetectionLoss(nn.Module):
         giou_cost: weight of the generalised IoU term in matching.
         focal_alpha: weight of positives against negatives in the focal loss.
         focal_gamma: how much the focal loss plays down easy examples.
+        object_weight: weight of the focal loss of objectness, of detectors that have it, in the total.
         class_aware_encoder: let the encoder's proposals (two-stage) learn the targets' classes. By default, as in the
             original, they learn class 0 for every object, which is the class that the choice of queries looks at.
     """
@@ -73,11 +82,17 @@ class DetectionLoss(nn.Module):
         giou_cost: float = 2.0,
         focal_alpha: float = FOCAL_ALPHA,
         focal_gamma: float = FOCAL_GAMMA,
+        object_weight: float = 2.0,
         class_aware_encoder: bool = False,
     ) -> None:
         super().__init__()
         self.matcher = HungarianMatcher(class_cost, box_cost, giou_cost)
-        self.weights = {"loss_ce": class_weight, "loss_bbox": box_weight, "loss_giou": giou_weight}
+        self.weights = {
+            "loss_ce": class_weight,
+            "loss_bbox": box_weight,
+            "loss_giou": giou_weight,
+            "loss_object": object_weight,
+        }
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
         self.class_aware_encoder = class_aware_encoder
 
@@ -88,11 +103,13 @@ class DetectionLoss(nn.Module):
 
         Args:
             outputs: ``pred_logits``, ``pred_boxes``, ``aux_outputs`` and, for two-stage detectors, ``enc_outputs``.
-            targets: ``labels`` and ``boxes`` of each image; images may be empty.
+            targets: ``labels``, ``boxes`` and, unless all are 1, ``scores`` of each image; images may be empty.
 
         Returns:
-            ``loss``, the weighted total, and its terms unweighted: ``loss_ce``, ``loss_bbox``, ``loss_giou`` of the
-            last layer, with suffix ``_0``, ``_1``, ... of the earlier layers and ``_enc`` of the encoder.
+            ``loss``, the weighted total, and its terms unweighted: ``loss_ce``, ``loss_bbox``, ``loss_giou`` and, with
+            ``pred_objectness``, ``loss_object`` of the last layer, with suffix ``_0``, ``_1``, ... of the earlier
+            layers and ``_enc`` of the encoder. ``unmatched``, no loss, is the share of targets that no query is left
+            for.
 
         Raises:
             ValueError: targets that do not fit the batch or the number of classes.
@@ -106,8 +123,11 @@ class DetectionLoss(nn.Module):
         if "enc_outputs" in outputs:
             costs.append(self.matcher.costs(*_stack([outputs["enc_outputs"]]), self._encoder_targets(targets)))
         matches = self.matcher.assign(costs, counts)
-        num_boxes = global_mean_count(sum(counts), outputs["pred_boxes"].device)
-        return MatchedLayers(matches[0], matches[1] if len(matches) > 1 else None, num_boxes)
+        scored = any("scores" in target for target in targets)
+        certainty = pad_scores(targets).sum() if scored else sum(counts)
+        num_boxes = global_mean_count(certainty, outputs["pred_boxes"].device)
+        unmatched = 1.0 - matches[0].query.shape[1] / sum(counts) if sum(counts) else 0.0
+        return MatchedLayers(matches[0], matches[1] if len(matches) > 1 else None, num_boxes, unmatched)
 
     def of_matched(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], matched: MatchedLayers
@@ -115,7 +135,8 @@ class DetectionLoss(nn.Module):
         """The losses of layers that are matched already; as ``forward``."""
         layers = _decoder_layers(outputs)
         suffixes = [*(f"_{layer}" for layer in range(len(layers) - 1)), ""]
-        parts = [self._layer_losses(*_stack(layers), matched.decoder, targets)]
+        present = torch.stack([p["pred_objectness"] for p in layers]) if "pred_objectness" in outputs else None
+        parts = [self._layer_losses(*_stack(layers), matched.decoder, targets, present)]
         if matched.encoder is not None:
             suffixes.append("_enc")
             aims = self._encoder_targets(targets)
@@ -123,10 +144,13 @@ class DetectionLoss(nn.Module):
         total = outputs["pred_logits"].new_zeros((), dtype=torch.float32)
         losses: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
-            values = torch.cat([getattr(part, name) for part in parts]) / matched.num_boxes
+            found = [value for value in (getattr(part, name) for part in parts) if value is not None]
+            if not found:
+                continue
+            values = torch.cat(found) / matched.num_boxes
             total = total + weight * values.sum()
-            losses |= {name + suffix: value for suffix, value in zip(suffixes, values.unbind(), strict=True)}
-        return {"loss": total, **losses}
+            losses |= {name + suffix: value for suffix, value in zip(suffixes, values.unbind(), strict=False)}
+        return {"loss": total, **losses, "unmatched": total.new_full((), matched.unmatched)}
 
     def _encoder_targets(self, targets: Sequence[Target]) -> Sequence[Target]:
         """What the encoder's proposals learn: every object as class 0, unless they are to learn classes."""
@@ -134,28 +158,42 @@ class DetectionLoss(nn.Module):
             return targets
         return [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
 
-    def _layer_losses(self, logits: Tensor, boxes: Tensor, matches: Matches, targets: Sequence[Target]) -> LayerLosses:
-        """Sums of the three losses; logits [N, B, Q, K], boxes [N, B, Q, 4]."""
+    def _layer_losses(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        matches: Matches,
+        targets: Sequence[Target],
+        present: Tensor | None = None,
+    ) -> LayerLosses:
+        """Sums of the losses; logits [N, B, Q, K], boxes [N, B, Q, 4], objectness [N, B, Q, 1] if there is one."""
         logits, boxes = at_least_float32(logits), at_least_float32(boxes)
         image, query, target = matches.on(logits.device)
         labels, target_boxes = (to_device(padded, logits.device) for padded in pad_targets(targets))
         layer = torch.arange(logits.shape[0], device=logits.device)[:, None].expand_as(image)
         classes = labels[image, target]
-        ce = self._focal(logits, (layer, image, query, classes))
+        scores = to_device(pad_scores(targets), logits.device)[image, target]
+        ce = self._focal(logits, (layer, image, query, classes), scores)
+        objects = None
+        if present is not None:
+            objects = self._focal(at_least_float32(present), (layer, image, query, torch.zeros_like(classes)), scores)
 
         predicted, wanted = boxes[layer, image, query], target_boxes[image, target].to(boxes.dtype)
         # 0 · Σ keeps the graph where nothing is matched, and spreads NaN and infinity of unmatched queries to the loss
         watch = 0.0 * boxes.flatten(1).sum(dim=1)
-        l1 = (predicted - wanted).abs().sum(dim=(1, 2)) + watch
+        l1 = ((predicted - wanted).abs().sum(dim=2) * scores).sum(dim=1) + watch
         giou = paired_giou(cxcywh_to_xyxy(predicted).flatten(0, 1), cxcywh_to_xyxy(wanted).flatten(0, 1))
-        return LayerLosses(ce, l1, (1.0 - giou).view(image.shape).sum(dim=1) + watch)
+        return LayerLosses(ce, l1, ((1.0 - giou).view(image.shape) * scores).sum(dim=1) + watch, objects)
 
-    def _focal(self, logits: Tensor, positives: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        """Sigmoid focal loss of all logits, summed per layer: all as negatives, then the few positives put right."""
+    def _focal(self, logits: Tensor, positives: tuple[Tensor, Tensor, Tensor, Tensor], scores: Tensor) -> Tensor:
+        """Sigmoid focal loss of all logits, summed per layer: all as negatives, then the few positives put right.
+
+        A positive of scores [N, M] counts by its score, and by the rest as a negative.
+        """
         negative = (1.0 - self.focal_alpha) * logits.sigmoid() ** self.focal_gamma * F.softplus(logits)
         matched = logits[positives]
         correct = self.focal_alpha * (-matched).sigmoid() ** self.focal_gamma * F.softplus(-matched)
-        return negative.flatten(1).sum(dim=1) + (correct - negative[positives]).sum(dim=1)
+        return negative.flatten(1).sum(dim=1) + (scores * (correct - negative[positives])).sum(dim=1)
 
 
 def _check_targets(targets: Sequence[Target], batch: int, num_classes: int) -> list[int]:
@@ -185,10 +223,15 @@ def _stack(layers: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack([p["pred_logits"] for p in layers]), torch.stack([p["pred_boxes"] for p in layers])
 
 
-def global_mean_count(count: int, device: torch.device) -> float | Tensor:
-    """Targets per rank, averaged over all ranks, at least 1 (A8); a tensor without a host transfer when distributed."""
-    if not (dist.is_available() and dist.is_initialized()):
+def global_mean_count(count: float | Tensor, device: torch.device) -> float | Tensor:
+    """Targets per rank, averaged over all ranks, at least 1; without a host transfer where it is a tensor."""
+    distributed = dist.is_available() and dist.is_initialized()
+    if not distributed and not isinstance(count, Tensor):
         return max(float(count), 1.0)
-    total = torch.full((), float(count), device=device)  # unlike a tensor made on the host, it is not waited for
-    dist.all_reduce(total)
-    return (total / dist.get_world_size()).clamp(min=1.0)
+    # unlike a tensor made on the host, neither is waited for
+    total = to_device(count, device) if isinstance(count, Tensor) else torch.full((), float(count), device=device)
+    if distributed:
+        total = total.clone()
+        dist.all_reduce(total)
+        total = total / dist.get_world_size()
+    return total.clamp(min=1.0)

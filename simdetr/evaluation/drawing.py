@@ -233,8 +233,12 @@ def picture_path(folder: Path, image_id: str) -> Path:
 
 
 def draw_labels(image: Tensor, found: ImageLabels, categories: Sequence[Category], max_boxes: int) -> Image.Image:
-    """The best-scored boxes and their points; a landmark that is a point alone has its caption there."""
-    best = np.argsort(-found.scores, kind="stable")[:max_boxes]
+    """The best-scored boxes and their points, each place once; a landmark without box has its caption at its point."""
+    order = np.argsort(-found.scores, kind="stable")
+    # one box may have come with several classes: the best is shown
+    places = found.boxes_xyxy if found.points is None else np.hstack([found.boxes_xyxy, found.points])
+    first = np.unique(places[order], axis=0, return_index=True)[1]
+    best = order[np.sort(first)[:max_boxes]]
     captions = [f"{categories[found.classes[row]].name} {found.scores[row]:.2f}" for row in best]
     colours = [class_colour(int(label)) for label in found.classes[best]]
     points = point_columns.unknown(len(best)) if found.points is None else found.points[best]

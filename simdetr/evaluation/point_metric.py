@@ -60,13 +60,20 @@ class PointPairs:
 
 
 def point_metrics(
-    truth: Labels, predictions: Labels, *, tolerances: Sequence[float] = TOLERANCES, min_score: float = 0.5
+    truth: Labels,
+    predictions: Labels,
+    objects: Labels | None = None,
+    *,
+    tolerances: Sequence[float] = TOLERANCES,
+    min_score: float = 0.5,
 ) -> dict[str, float]:
     """Numbers of all classes together.
 
     Args:
         truth: human labels with points; images without predictions count as missed.
         predictions: scored points on these images; boxes may be without area.
+        objects: the same with one class for each point, to be paired by distance, where one point under two classes
+            would be two; the predictions if left out.
         tolerances: shares of the image's diagonal at which a point counts as found, such as 0.02.
         min_score: predictions below it take part in point-AP only.
 
@@ -81,7 +88,7 @@ def point_metrics(
         ValueError: labels without points, predictions for images that the truth does not hold, no category in common,
             or tolerances or a score outside their range.
     """
-    pairs = pair_points(truth, predictions, min_score)
+    pairs = pair_points(truth, predictions if objects is None else objects, min_score)
     return _numbers(pairs, point_precisions(truth, predictions, tolerances), tolerances)
 
 

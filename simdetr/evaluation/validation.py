@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from simdetr.data.labels import ImageLabels, Labels
+from simdetr.detectors.predictions import Detections
 from simdetr.evaluation.coco_metric import coco_metrics
 from simdetr.evaluation.point_metric import point_metrics
 from simdetr.evaluation.proposal_recall import proposal_recall
@@ -26,7 +27,7 @@ class CocoValidation(Callback):
 
     def __init__(self, class_agnostic: bool = False) -> None:
         self.class_agnostic = class_agnostic
-        self._rows: list[ImageLabels] = []
+        self._rows: list[tuple[ImageLabels, ImageLabels]] = []
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the last epoch."""
@@ -44,11 +45,9 @@ class CocoValidation(Callback):
         """Keep a batch's detections."""
         image_ids = _validation_labels(trainer).image_ids
         for target, found in zip(batch.targets if batch is not None else [], outputs, strict=True):
-            height, width = (int(side) for side in target["orig_size"])
-            columns = (found[name].float().cpu().numpy() for name in ("boxes_xyxy", "labels", "scores"))
-            points = found["points"].float().cpu().numpy() if "points" in found else None
             image_id = image_ids[int(target["image_index"])]
-            self._rows.append(ImageLabels.build(image_id, (height, width), *columns, points=points))
+            size_hw = (int(target["orig_size"][0]), int(target["orig_size"][1]))
+            self._rows.append((_as_labels(image_id, size_hw, found[0]), _as_labels(image_id, size_hw, found[1])))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gather, score and log."""
@@ -56,20 +55,27 @@ class CocoValidation(Callback):
             return
         truth = _validation_labels(trainer)
         rows = self._gathered(trainer)
-        predictions = Labels.from_images(rows, trainer.datamodule.categories)  # type: ignore[attr-defined]
-        scores = proposal_recall(truth, predictions) if self.class_agnostic else coco_metrics(truth, predictions)
-        if truth.points is not None and predictions.points is not None:
-            scores = scores | point_metrics(truth, predictions)
+        categories = trainer.datamodule.categories  # type: ignore[attr-defined]
+        found, objects = (Labels.from_images((row[index] for row in rows), categories) for index in range(2))
+        scores = proposal_recall(truth, objects) if self.class_agnostic else coco_metrics(truth, found)
+        if truth.points is not None and found.points is not None:
+            scores = scores | point_metrics(truth, found, objects)
         for name, value in scores.items():
             # every rank has the same value; without sync_dist Lightning warns
             pl_module.log(f"val/{name}", value, prog_bar=name in ("AP", "AR@100"), sync_dist=True)
 
-    def _gathered(self, trainer: pl.Trainer) -> list[ImageLabels]:
+    def _gathered(self, trainer: pl.Trainer) -> list[tuple[ImageLabels, ImageLabels]]:
         if trainer.world_size == 1:
             return self._rows
-        parts: list[list[ImageLabels]] = [[] for _ in range(trainer.world_size)]
+        parts: list[list[tuple[ImageLabels, ImageLabels]]] = [[] for _ in range(trainer.world_size)]
         torch.distributed.all_gather_object(parts, self._rows)
         return [row for part in parts for row in part]
+
+
+def _as_labels(image_id: str, size_hw: tuple[int, int], found: Detections) -> ImageLabels:
+    columns = (found[name].float().cpu().numpy() for name in ("boxes_xyxy", "labels", "scores"))
+    points = found["points"].float().cpu().numpy() if "points" in found else None
+    return ImageLabels.build(image_id, size_hw, *columns, points=points)
 
 
 def _validation_labels(trainer: pl.Trainer) -> Labels:

@@ -155,6 +155,9 @@ class GridLandmarks(nn.Module):
     def predictions(self, outputs: GridOutputs, features: Features) -> dict[str, Tensor]:
         """One record per anchor node, see ``record_logits``: standalone as a detector's boxes without size.
 
+        Then ``point_cells`` [B, 2] goes with them, a subregion's width and height as fractions of the valid image: the
+        subregions that a landmark reaches into all predict it, and that is how far its duplicates can lie apart.
+
         On a detector, whose boxes stay its own, they stand beside them as ``landmark_logits`` and
         ``landmark_points``, which files of predictions do not hold.
         """
@@ -162,4 +165,6 @@ class GridLandmarks(nn.Module):
         if features.queries is not None:
             return {"landmark_logits": logits, "landmark_points": points}
         boxes = torch.cat((points, torch.zeros_like(points)), dim=-1)
-        return {"pred_logits": logits, "pred_boxes": boxes, "pred_points": points}
+        rows, columns = self.grid
+        cells = points.new_tensor([1 / columns, 1 / rows]).expand(len(points), -1)
+        return {"pred_logits": logits, "pred_boxes": boxes, "pred_points": points, "point_cells": cells}

@@ -63,7 +63,8 @@ class LandmarkRule:
             ``detached`` never; ``auto`` is coupled except in those samples.
         class_weight: what P^C is of: ``softmax`` scores with a column for background, u = -log P^C; or ``sigmoid``
             scores, each class on its own, u = binary cross-entropy of all classes.
-        unit: of point errors: fractions of the valid image, pixels of the resized one, or cells of the grid.
+        unit: of point errors: cells of the grid, fractions of the valid image, or pixels of the resized one. In
+            fractions S is so small that u alone is learned, by whatever equation.
 
     Raises:
         ValueError: an unknown option, a negative λ, a β that is not positive.
@@ -74,7 +75,7 @@ class LandmarkRule:
     beta: float = 0.1
     weight_gradient: WeightGradient = "auto"
     class_weight: ClassWeight = "softmax"
-    unit: Unit = "fraction"
+    unit: Unit = "cell"
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, Mode)
@@ -84,7 +85,7 @@ class LandmarkRule:
         if not self.point_weight >= 0:
             raise ValueError(f"point_weight (lambda) must be at least 0, got {self.point_weight}")
         if not self.beta > 0:
-            raise ValueError(f"beta must be above 0, got {self.beta}; 0.1 is the default for fractions of the image")
+            raise ValueError(f"beta must be above 0, got {self.beta}; 0.1 is the default")
         if self.weight_gradient == "coupled" and self.mode != "eq5" and self._may_reverse():
             LOG.warning(
                 "weight_gradient 'coupled' with point_weight %g and errors in the unit %r: a point error can outweigh "

@@ -41,8 +41,9 @@ class LandmarkHead(Head):
         mode: which equation: ``eq4`` the document's, ``eq5`` without coupling, ``eq6``, ``eq7``.
         point_weight: λ, weight of the point error.
         beta: error from which smooth L1 grows linearly, in ``unit``.
-        unit: of point errors: ``fraction`` of the image, ``pixel`` (rounded up to the finest map's stride), ``cell`` of
-            the grid.
+        unit: of point errors: ``cell`` of the grid, ``fraction`` of the image, ``pixel`` (rounded up to the finest
+            map's stride). Errors are a small part of the image: measured in ``fraction`` they hardly count beside the
+            class loss, and all equations are nearly one.
         weight_gradient: whether the class learns from the point error: ``coupled`` literally, ``auto`` unless that
             would un-learn it, ``detached`` never.
         class_weight: query variant: ``softmax``, own classes with background; ``sigmoid``, the detector's classes,
@@ -52,7 +53,8 @@ class LandmarkHead(Head):
             and hundreds of queries; at weight 1 background would be most of what is learned. 0.1 is DETR's.
         shared: query variant: one set of weights for all predictions of the decoder.
         match_boxes: query variant: match by the detector's boxes too, where landmarks have a box.
-        grid: rows and columns of subregions; of the query variant only what ``cell`` means.
+        grid: rows and columns of subregions; of the query variant only what ``cell`` means, best about the size of a
+            landmark.
         anchors: grid variant: anchor nodes per subregion, 1 or 5.
         level: grid variant: which feature map, fine to coarse; None for the coarsest that is at least as large as the
             grid.
@@ -76,7 +78,7 @@ class LandmarkHead(Head):
         mode: Mode = "eq4",
         point_weight: float = 0.5,
         beta: float = 0.1,
-        unit: Unit = "fraction",
+        unit: Unit = "cell",
         weight_gradient: WeightGradient = "auto",
         class_weight: ClassWeight = "softmax",
         reduction: Reduction = "landmarks",
@@ -161,9 +163,9 @@ class LandmarkHead(Head):
         """Points and classes beside a detector's predictions, or a detector's predictions standalone.
 
         Query variant: ``pred_points`` [B, Q, 2] and, with own classes, ``point_logits`` [B, Q, M]. Grid variant, on a
-        backbone: ``pred_logits`` [B, G · A, M], ``pred_boxes`` [B, G · A, 4], cxcywh without size at the point, and
-        ``pred_points`` [B, G · A, 2]. Logits are those of ``record_logits``: one class per row, with confidence 1 less
-        the background's probability.
+        backbone: ``pred_logits`` [B, G · A, M], ``pred_boxes`` [B, G · A, 4], cxcywh without size at the point,
+        ``pred_points`` [B, G · A, 2] and ``point_cells`` [B, 2], the size of a subregion. Logits are those of
+        ``record_logits``: one class per row, with confidence 1 less the background's probability.
         """
         return self.variant.predictions(outputs, features)
 

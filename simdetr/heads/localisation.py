@@ -278,13 +278,17 @@ class LocalisationHead(Head):
             features: what they were made of.
 
         Returns:
-            ``pred_logits`` [B, 1, K], whose sigmoids are the classes' probabilities, ``pred_boxes`` [B, 1, 4] (all 0
-            where the map is constant) and ``score_maps`` [B, 1, S, S], all of the predicted class.
+            ``pred_logits`` [B, 1, K], of the predicted class, whose sigmoid is its probability, and -inf elsewhere: the
+            box is not theirs; ``pred_boxes`` [B, 1, 4] (all 0 where the map is constant) and ``score_maps``
+            [B, 1, S, S], all of the predicted class.
         """
         maps = self.score_map(outputs, features)
         logits = at_least_float32(outputs)
+        logits = log_odds(logits) if self.class_loss == "softmax" else logits
+        predicted = logits.argmax(dim=1, keepdim=True)
+        alone = torch.full_like(logits, -torch.inf).scatter(1, predicted, logits.gather(1, predicted))
         return {
-            "pred_logits": (log_odds(logits) if self.class_loss == "softmax" else logits)[:, None],
+            "pred_logits": alone[:, None],
             "pred_boxes": score_map_boxes(maps[:, 0], self.box_threshold)[:, None],
             "score_maps": maps,
         }

@@ -15,6 +15,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from simdetr.machine import default_workers
 from simdetr.proposals.features import Encoder
 from simdetr.proposals.filters import apply_filters
 from simdetr.proposals.image_loading import SIDE_MULTIPLE, shrink
@@ -23,6 +24,7 @@ from simdetr.proposals.ranking import rank_shapes, shapes_to_regions
 from simdetr.proposals.regions import Candidates, Regions, find_candidates, to_regions
 from simdetr.proposals.spectral_clustering import Affinity, spectral_clustering
 
+LEAST_THREADS = 2  # by default: one decodes while the other resizes, beside the encoder's own threads
 UNLIMITED = 100  # boxes of an image that a list of filters without a limit leaves, roughly
 
 
@@ -54,10 +56,16 @@ class MiningConfig:
         kmeans_starts: Seedings of the k-means in the spectral embedding.
         cut_steps: Times that cells are moved between clusters to lower the normalised cut; 0 leaves the plain k-means.
         connectivity: 4 or 8 neighbours join cells to a region.
-        level_sets: Find the regions on a finer grid and rank them, in place of the document's filters; null uses those.
-        filters: The document's box filters by name, each with its limit, in this order; for ``level_sets: null``.
+        level_sets: Not the document's, and on by default for every encoder: regions are found anew on a finer grid from
+            each cluster's colours, ranked by their contour and by recurrence, and the best are kept; none of the
+            document's five filters is applied, and of the encoder only its clusters are used. null is the document's
+            way: boxes of the clusters' cells, and ``filters``.
+        filters: The document's five box filters by name, each with its limit, in this order; without effect unless
+            ``level_sets`` is null.
         batch_size: Images of one shape that are encoded and clustered together; does not change the result.
         shard_size: Images per file of the store; a killed run loses at most one unfinished shard.
+        num_workers: Threads that decode images, 0 in between; by default what suits the machine. Does not change the
+            result.
         max_unreadable: Fraction of unreadable images past which the run stops.
         seed: Of all random numbers.
     """
@@ -74,6 +82,7 @@ class MiningConfig:
     filters: dict[str, float] = field(default_factory=_default_filters)
     batch_size: int = 16
     shard_size: int = 512
+    num_workers: int | None = None
     max_unreadable: float = 0.05
     seed: int = 0
 
@@ -81,6 +90,8 @@ class MiningConfig:
         for name in ("image_size", "batch_size", "shard_size", "kmeans_starts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
         if self.image_size % SIDE_MULTIPLE:
             nearest = max(1, round(self.image_size / SIDE_MULTIPLE)) * SIDE_MULTIPLE
             raise ValueError(f"image_size must be a multiple of {SIDE_MULTIPLE}, got {self.image_size}; try {nearest}")
@@ -94,12 +105,16 @@ class MiningConfig:
             return self.level_sets.max_boxes
         return int(self.filters.get("keep_most_diverse", UNLIMITED))
 
+    def decoding_threads(self, device: str | torch.device) -> int:
+        """Threads that decode images while they are encoded on ``device``."""
+        return max(LEAST_THREADS, default_workers(str(device))) if self.num_workers is None else self.num_workers
+
     def result_settings(self) -> dict[str, object]:
         """The settings that change what is mined, not how it is split up."""
         return {
             name: value
             for name, value in asdict(self).items()
-            if name not in ("batch_size", "shard_size", "max_unreadable")
+            if name not in ("batch_size", "shard_size", "num_workers", "max_unreadable")
         }
 
 

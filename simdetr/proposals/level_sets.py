@@ -35,6 +35,8 @@ NEVER = -1e9
 class LevelSets:
     """Settings of the fine shapes and of their choice; chosen on training images (`benchmarks/sweep.py`).
 
+    They are this library's own, in place of the document's regions and its five filters.
+
     Args:
         cell_px: Side of a fine cell in pixels of the encoded image; a divisor of 16.
         levels: Probabilities above which a cell belongs to a shape.

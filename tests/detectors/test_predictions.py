@@ -1,10 +1,11 @@
-"""Post-processing with crafted logits (specification T19)."""
+"""Post-processing with crafted logits."""
 
 import pytest
 import torch
 
-from simdetr.boxes import normalise
-from simdetr.detectors import postprocess
+from simdetr.boxes import normalise, pairwise_iou
+from simdetr.detectors import best_per_query, postprocess
+from simdetr.detectors.predictions import findings
 
 
 def crafted():
@@ -61,3 +62,88 @@ def test_points_come_with_their_query_and_with_the_heads_classes():
     assert found["labels"].tolist() == [2, 1, 0]
     torch.testing.assert_close(found["points"], torch.tensor([[20.0, 20.0], [180.0, 50.0], [20.0, 20.0]]))
     assert "points" not in postprocess(outputs, [(100, 200)])[0]
+
+
+def test_each_query_once_with_its_best_class():
+    outputs, boxes_xyxy = crafted()
+    found = best_per_query(outputs, [(100, 200)])[0]
+    torch.testing.assert_close(found["scores"], torch.tensor([2.0, 1.0]).sigmoid())
+    assert (found["labels"].tolist(), found["queries"].tolist()) == ([2, 1], [1, 0])
+    torch.testing.assert_close(found["boxes_xyxy"], boxes_xyxy[[1, 0]])
+    both = findings(outputs, [(100, 200)], top_k=3)[0]
+    assert both.detections["queries"].tolist() == [1, 0, 1] and both.objects["queries"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("reading", [postprocess, best_per_query])
+def test_boxes_are_cut_to_the_image_and_those_outside_are_none(reading):
+    boxes_xyxy = torch.tensor([[-10.0, 20.0, 110.0, 160.0], [-30.0, 0.0, -5.0, 50.0], [0.0, 0.0, torch.nan, 5.0]])
+    outputs = {
+        "pred_logits": torch.tensor([[[0.0], [5.0], [9.0]]]),
+        "pred_boxes": normalise(boxes_xyxy, (100, 200))[None],
+    }
+    found = reading(outputs, [(100, 200)], top_k=1)[0]
+    assert found["queries"].tolist() == [0]  # the others do not take its place
+    torch.testing.assert_close(found["boxes_xyxy"], torch.tensor([[0.0, 20.0, 110.0, 100.0]]))
+
+
+def test_logits_that_are_not_numbers_are_no_detections():
+    outputs, _ = crafted()
+    logits = outputs["pred_logits"].clone()
+    logits[0, 1] = torch.nan
+    for reading in (postprocess, best_per_query):
+        assert set(reading(outputs | {"pred_logits": logits}, [(100, 200)])[0]["queries"].tolist()) == {0}
+
+
+def test_boxes_suppress_those_of_their_class_or_any():
+    """Two boxes that overlap by 0.8, the second of both classes."""
+    boxes_xyxy = torch.tensor([[0.0, 0.0, 100.0, 50.0], [0.0, 0.0, 80.0, 50.0]])
+    logits = torch.tensor([[[3.0, -torch.inf], [2.0, 1.0]]])
+    outputs = {"pred_logits": logits, "pred_boxes": normalise(boxes_xyxy, (100, 200))[None]}
+
+    def kept(reading, **options):
+        found = reading(outputs, [(100, 200)], **options)[0]
+        return list(zip(found["queries"].tolist(), found["labels"].tolist(), strict=True))
+
+    assert kept(postprocess) == [(0, 0), (1, 0), (1, 1)]
+    assert kept(postprocess, iou_threshold=0.7) == [(0, 0), (1, 1)]
+    assert kept(postprocess, iou_threshold=0.9) == [(0, 0), (1, 0), (1, 1)]
+    assert kept(best_per_query) == [(0, 0), (1, 0)]
+    assert kept(best_per_query, iou_threshold=0.7) == [(0, 0)]
+    assert kept(postprocess, min_score=0.8) == [(0, 0), (1, 0)]  # 0.95, 0.88; 0.73 goes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_overlaps_by_a_plain_loop(seed):
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(40, 2, generator=generator) * 50
+    boxes = torch.cat((corners, corners + 10 + torch.rand(40, 2, generator=generator) * 40), dim=1)
+    logits = torch.randn(40, 3, generator=generator)
+    left = sorted(((float(logits[q, c]), q, c) for q in range(40) for c in range(3)), reverse=True)
+    overlaps, expected = pairwise_iou(boxes, boxes), []
+    while left:
+        best = left.pop(0)
+        expected.append(best[1:])
+        left = [row for row in left if row[2] != best[2] or overlaps[row[1], best[1]] <= 0.5]
+    outputs = {"pred_logits": logits[None], "pred_boxes": normalise(boxes, (100, 100))[None]}
+    found = postprocess(outputs, [(100, 100)], top_k=20, iou_threshold=0.5)[0]
+    assert len(expected) > 20
+    assert list(zip(found["queries"].tolist(), found["labels"].tolist(), strict=True)) == expected[:20]
+
+
+@pytest.mark.parametrize("reading", [postprocess, best_per_query])
+def test_places_of_landmarks_do_not_depend_on_the_threshold(reading):
+    """A grid of 2 × 4 subregions of 100 × 100 px: the second point repeats the first, the third is another landmark."""
+    points = torch.tensor([[[0.25, 0.5], [0.29, 0.5], [0.45, 0.5]]])
+    outputs = {
+        "pred_logits": torch.tensor([[[2.0], [-1.0], [0.0]]]),
+        "pred_boxes": torch.cat((points, torch.zeros_like(points)), dim=2),
+        "pred_points": points,
+        "point_cells": torch.tensor([[0.25, 0.5]]),
+    }
+    for min_score in (0.0, 0.4):
+        found = reading(outputs, [(200, 400)], min_score=min_score)[0]
+        torch.testing.assert_close(found["points"], torch.tensor([[100.0, 100.0], [180.0, 100.0]]))
+    every = reading(outputs, [(200, 400)], point_radius=0.0)[0]
+    assert every["queries"].tolist() == [0, 2, 1]
+    del outputs["point_cells"]  # as of queries
+    assert reading(outputs, [(200, 400)])[0]["queries"].tolist() == [0, 2, 1]

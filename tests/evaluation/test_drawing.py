@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from simdetr.data.images import ImageSource
-from simdetr.evaluation.drawing import INK, class_colour, draw_boxes, draw_points, write_pictures
+from simdetr.data.labels import Category, ImageLabels
+from simdetr.evaluation.drawing import INK, class_colour, draw_boxes, draw_labels, draw_points, write_pictures
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -221,3 +222,13 @@ def test_pictures_show_points_of_predictions_and_truth(tmp_path, make_points):
     assert extent(changed) == (489, 89, 512, 112)
     write_pictures(source, found, tmp_path / "other", truth=make_points({"b.png": [(500, 100, 1)]}, 2))
     assert (tmp_path / "other/a.png").read_bytes() == (tmp_path / "out/a.png").read_bytes()
+
+
+def test_a_box_of_several_classes_is_drawn_once_with_its_best():
+    image = torch.zeros(3, 100, 200, dtype=torch.uint8)
+    categories = (Category(0, "cat"), Category(1, "dog"))
+    boxes = [[10, 10, 60, 60], [100, 40, 150, 90], [10, 10, 60, 60]]
+    several = ImageLabels.build("a", (100, 200), boxes, [0, 1, 1], [0.5, 0.4, 0.9])
+    once = ImageLabels.build("a", (100, 200), boxes[1:], [1, 1], [0.4, 0.9])
+    drawn = draw_labels(image, several, categories, 2)
+    assert np.array_equal(np.asarray(drawn), np.asarray(draw_labels(image, once, categories, 2)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.detectors.predictions import Findings
 from simdetr.evaluation.coco_metric import coco_metrics
 from simdetr.evaluation.validation import CocoValidation
 
@@ -30,11 +31,13 @@ class Module:
 
 def found(row, boxes, labels, scores):
     target = {"orig_size": torch.tensor([40, 40]), "image_index": torch.tensor(row)}
-    return target, {
+    detections = {
         "boxes_xyxy": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         "labels": torch.tensor(labels, dtype=torch.int64),
         "scores": torch.tensor(scores),
+        "queries": torch.arange(len(scores)),
     }
+    return target, Findings(detections, detections)
 
 
 def validate(batches, **options):

@@ -132,6 +132,25 @@ def test_all_positive_subregions_learn_the_same_point(unit, mode):
         assert terms["reversal_rate"] == pytest.approx((0.5 * errors / 3 > 1).float().mean().item())
 
 
+def test_the_equations_differ_in_the_default_unit():
+    """A point a twentieth of the image away: what the point loss is beside the class loss, by equation and unit."""
+    centre = anchor_positions((4, 5), 1, torch.device("cpu"))[7, 0]
+    targets = targets_of([[*centre.tolist(), 0.1, 0.1]], [(centre + 0.05).tolist()])
+    assert LandmarkHead(SIZES, variant="grid").init_args["unit"] == "cell"
+
+    def share(mode, **options):
+        terms = terms_of(targets=targets, mode=mode, grid=(4, 5), anchors=1, selection="positive", **options)
+        return 0.5 * terms["loss_point"] / terms["loss_class"]
+
+    fractions = [share(mode, unit="fraction") for mode in ("eq4", "eq5", "eq7")]
+    cells = [share(mode) for mode in ("eq4", "eq5", "eq7")]
+    # 0.25 and 0.2 cells away: S = 0.2 + 0.15; P = 1/3, u = log 3
+    assert cells == pytest.approx([0.5 * s / LOG3 for s in (0.35 / 3, 0.35, 0.35**2 / 3)], rel=1e-4)
+    # 0.05 of each side away: S = 2 · 0.0125, so that nearly all of the loss is the class's by any equation
+    assert fractions == pytest.approx([0.5 * s / LOG3 for s in (0.025 / 3, 0.025, 0.025**2 / 3)], rel=1e-4)
+    assert max(fractions) < 0.02 and max(cells) > 0.1
+
+
 def test_anchors_of_one_prediction_count_alike():
     """Five identical predictions: five times the loss of one; the best alone: once."""
     options = {"point_output": "absolute", "selection": "positive"}
@@ -265,7 +284,10 @@ def test_predictions():
         "pred_logits": (2, 20, 2),
         "pred_boxes": (2, 20, 4),
         "pred_points": (2, 20, 2),
+        "point_cells": (2, 2),
     }
+    wide = head_of(flat=False, grid=(2, 4))
+    assert wide.predictions(wide(features), features)["point_cells"].tolist() == [[0.25, 0.5]] * 2  # width and height
     assert torch.equal(found["pred_boxes"][..., :2], found["pred_points"])
     assert not found["pred_boxes"][..., 2:].any()
     probability = outputs.logits.softmax(dim=-1).flatten(1, 2)

@@ -156,7 +156,7 @@ def test_boxes_decide_where_points_do_not():
 @pytest.mark.parametrize("options", [{}, {"mode": "eq7", "unit": "cell"}, {"background_weight": 0.7, "unit": "pixel"}])
 def test_every_prediction_learns_by_the_definition(class_weight, options):
     head, features, targets = head_of(class_weight=class_weight, **options), features_of(), targets_of()
-    rule = LandmarkRule(options.get("mode", "eq4"), class_weight=class_weight, unit=options.get("unit", "fraction"))
+    rule = LandmarkRule(options.get("mode", "eq4"), class_weight=class_weight, unit=options.get("unit", "cell"))
     units = torch.tensor({"fraction": [1, 1], "cell": [5, 4], "pixel": [80, 64]}[rule.unit])
     outputs = head(features)
     wanted = LandmarkTargets.of(targets, torch.device("cpu"))

@@ -316,12 +316,13 @@ def test_given_labels_choose_the_class_of_cam_alone():
 
 
 @pytest.mark.parametrize("class_loss", ["softmax", "bce"])
-def test_predictions_are_class_probabilities_a_map_and_its_box(class_loss):
+def test_predictions_are_one_class_a_map_and_its_box(class_loss):
     head, levels = make_head(class_loss=class_loss, map_size=48), make_levels()
     features = passed(head.eval(), levels)
     logits = head(features)
     found = head.predictions(logits, features)
     expected = logits.softmax(dim=1) if class_loss == "softmax" else logits.sigmoid()
+    expected = torch.where(expected == expected.amax(dim=1, keepdim=True), expected, 0.0)  # the box is not the others'
     torch.testing.assert_close(found["pred_logits"].sigmoid()[:, 0], expected)
     assert found["score_maps"].shape == (2, 1, 48, 48)
     centre, size = found["pred_boxes"][:, 0].chunk(2, dim=1)
@@ -347,7 +348,7 @@ def test_a_constant_map_has_no_box():
     features = passed(head.eval(), levels)
     found = head.predictions(head(features), features)
     assert found["pred_boxes"][0].tolist() == [[0, 0, 0, 0]] and not found["score_maps"][0].any()
-    assert torch.isfinite(found["pred_logits"]).all() and found["pred_boxes"][1].prod() > 0
+    assert torch.isfinite(found["pred_logits"]).sum(dim=2).eq(1).all() and found["pred_boxes"][1].prod() > 0
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "cam", "class_loss": "bce"}, {"taps": (0, 2), "soft_masks": True}])

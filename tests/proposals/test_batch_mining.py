@@ -61,7 +61,7 @@ def test_batch_size_does_not_matter(scenes, encoder, batch_size):
 
 
 def test_batch_size_does_not_matter_on_photographs(photographs):
-    maps = TimmEncoder("resnet18")(photographs[:4] / 255)
+    maps = TimmEncoder("resnet18", random_weights=True)(photographs[:4] / 255)
     sizes = [(448, 448)] * 4
     together = mine_maps(maps, sizes, MiningConfig())
     alone = [mine_maps({s: m[i : i + 1] for s, m in maps.items()}, sizes[:1], MiningConfig())[0] for i in range(4)]

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from simdetr.boxes import pairwise_iou
+from simdetr.boxes import normalise, pairwise_iou
 from simdetr.data import masks
 from simdetr.data.images import open_images
 from simdetr.data.labels import Category, read_labels
 from simdetr.data.lineage import LINEAGE_COLUMNS
 from simdetr.detectors.mask_vectors import encode_crops
-from simdetr.training.relabel import InferenceSettings, detect_array, keep_boxes, relabel
+from simdetr.detectors.predictions import best_per_query
+from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, Throughput, detect, detect_array, relabel
 
 module = sys.modules["simdetr.training.relabel"]  # the package gives the function this name
 RealQuarantine = module.Quarantine
@@ -23,13 +24,17 @@ CATEGORIES = tuple(Category(i, str(i)) for i in range(3))
 SETTINGS = InferenceSettings(short_side=64, max_side=80, iou_threshold=0.55, batch_size=2)
 
 
+def outputs_of(boxes, scores):
+    return {"pred_logits": scores.logit()[None, :, None], "pred_boxes": normalise(boxes, (120, 120))[None]}
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_overlap_filter_keeps_the_most_confident(seed):
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(60, 2, generator=generator) * 50
     boxes = torch.cat((corners, corners + 1 + torch.rand(60, 2, generator=generator) * 60), dim=1)
     scores = torch.rand(60, generator=generator)
-    kept = keep_boxes(boxes, scores, SETTINGS)
+    kept = best_per_query(outputs_of(boxes, scores), [(120, 120)], iou_threshold=0.55)[0]["queries"]
     overlaps = pairwise_iou(boxes, boxes)
     among_kept = overlaps[kept][:, kept].fill_diagonal_(0)
     assert not (among_kept > 0.55).any()
@@ -41,11 +46,22 @@ def test_overlap_filter_keeps_the_most_confident(seed):
 
 def test_other_rules_of_keeping():
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 20, 30], [30, 30, 40, 40], [50, 50, 60, 60]])
-    scores = torch.tensor([0.1, 0.9, 0.5, 0.3])
-    assert keep_boxes(boxes, scores, SETTINGS).tolist() == [2, 3, 0]  # the second has no area; no threshold
-    some = InferenceSettings(64, 80, score_threshold=0.3, max_boxes=1)
-    assert keep_boxes(boxes, scores, some).tolist() == [2]
-    assert keep_boxes(boxes[:0], scores[:0], SETTINGS).tolist() == []
+    outputs = outputs_of(boxes, torch.tensor([0.1, 0.9, 0.5, 0.3]))
+    found = best_per_query(outputs, [(120, 120)], iou_threshold=0.55)[0]
+    assert found["queries"].tolist() == [2, 3, 0]  # the second has no area; no threshold
+    assert best_per_query(outputs, [(120, 120)], 1, min_score=0.3)[0]["queries"].tolist() == [2]
+    assert best_per_query(outputs, [(120, 120)], min_score=0.6)[0]["queries"].tolist() == []
+
+
+def test_relabelling_keeps_one_class_of_a_query_and_predictions_all(scenes, tmp_path):
+    source = open_images(scenes)
+    labels = relabel(Draws(), source, CATEGORIES, SETTINGS, tmp_path / "one.parquet", stage=1)
+    assert labels.image(0).classes.tolist() == [1, 0]  # of logits (0, 2) and (1, -1)
+    found = detect(Draws(), source, CATEGORIES, SETTINGS)
+    assert found.image(0).classes.tolist() == [1, 0, 0, 1]
+    masked = detect(Draws(), source, CATEGORIES, replace(SETTINGS, masks=True)).image(0)
+    first, second, again, last = masked.masks
+    assert first == again and second == last and first != second  # best first: queries 0, 1, 0, 1
 
 
 def test_relabelling_resumes_part_by_part(make_detector, scenes, tmp_path, monkeypatch):
@@ -162,18 +178,18 @@ class Landmarks(nn.Module):
         return {"pred_logits": logits, "pred_boxes": boxes, "pred_points": points}
 
 
-def test_landmarks_are_merged_by_class_and_need_no_box():
+def test_landmarks_of_queries_stay_where_they_are_and_need_no_box():
     settings = InferenceSettings(short_side=50, max_side=100)
     pixels = torch.zeros(3, 50, 100, dtype=torch.uint8)
     found = detect_array(Landmarks(), pixels, CATEGORIES, settings)
     high, low = torch.sigmoid(torch.tensor([2.0, 1.0])).tolist()
-    assert found.classes.tolist() == [0, 1]
-    np.testing.assert_allclose(found.points[0], [(50 * high + 51 * low) / (high + low), 25], atol=1e-4)
-    np.testing.assert_allclose(found.points[1], [50, 25.5], atol=1e-4)
-    np.testing.assert_allclose(found.scores, [high, 0.5], atol=1e-6)
+    assert found.classes.tolist() == [0, 0, 1]
+    np.testing.assert_allclose(found.points, [[50, 25], [51, 25], [50, 25.5]], atol=1e-4)
+    np.testing.assert_allclose(found.scores, [high, low, 0.5], atol=1e-6)
     np.testing.assert_allclose(found.boxes_xyxy[0], [50, 25, 50, 25], atol=1e-4)
-    apart = detect_array(Landmarks(), pixels, CATEGORIES, replace(settings, point_radius=0.0))
-    assert apart.classes.tolist() == [0, 0, 1]
+    near = detect_array(Landmarks(), pixels, CATEGORIES, replace(settings, point_radius=0.03))
+    assert near.classes.tolist() == [0, 1]
+    np.testing.assert_allclose(near.points, [[50, 25], [50, 25.5]], atol=1e-4)
     best = detect_array(Landmarks(), pixels, CATEGORIES, replace(settings, max_boxes=1, score_threshold=0.6))
     assert best.classes.tolist() == [0] and best.points.shape == (1, 2)
 
@@ -185,4 +201,35 @@ def test_a_heads_own_classes_take_the_place_of_the_detectors():
             return outputs | {"point_logits": outputs["pred_logits"].flip(2)}
 
     found = detect_array(Own(), torch.zeros(3, 50, 100, dtype=torch.uint8), CATEGORIES, InferenceSettings(50, 100))
-    assert found.classes.tolist() == [1, 0]
+    assert found.classes.tolist() == [1, 1, 0]
+
+
+def test_speed_follows_the_machine_unless_it_is_set(monkeypatch):
+    monkeypatch.setattr(module, "default_workers", lambda device: 0 if device == "cpu" else 7)
+    on_cpu = {"device": "cpu", "batch_size": 8, "num_workers": 0, "precision": "fp32"}
+    assert OF_THE_MACHINE.on("cpu", 1000) == on_cpu
+    assert OF_THE_MACHINE.on("cuda:1", 1000) == on_cpu | {"device": "cuda:1", "batch_size": 16, "num_workers": 7}
+    assert OF_THE_MACHINE.on("cuda", 40)["num_workers"] == 2  # three batches: two to read ahead
+    assert OF_THE_MACHINE.on("cuda", 0)["num_workers"] == 0
+    own = Throughput(batch_size=3, num_workers=5, precision="bf16")
+    assert own.on("cpu", 1) == {"device": "cpu", "batch_size": 3, "num_workers": 5, "precision": "bf16"}
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        Throughput(batch_size=0)
+    with pytest.raises(ValueError, match="num_workers: expected 0 or more, got -1"):
+        Throughput(num_workers=-1)
+
+
+def test_workers_change_nothing_and_half_precision_little(make_detector, scenes):
+    source, detector = open_images(scenes), make_detector(3)
+    plain = detect(detector, source, CATEGORIES, SETTINGS)
+    by_workers = detect(detector, source, CATEGORIES, replace(SETTINGS, num_workers=2))
+    assert by_workers.image_ids == plain.image_ids
+    np.testing.assert_array_equal(by_workers.boxes_xyxy, plain.boxes_xyxy)
+    seen = []
+    handle = detector.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    half = detect(detector, source, CATEGORIES, replace(SETTINGS, precision="bf16"))
+    handle.remove()
+    assert all(seen) and seen
+    assert len(half.boxes_xyxy) > 0
+    best = [plain.image(i).scores.max() - half.image(i).scores.max() for i in range(len(plain))]
+    assert 0 < np.abs(best).max() < 0.02
