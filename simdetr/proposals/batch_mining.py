@@ -185,6 +185,12 @@ def mine_level_sets(
     settings = config.level_sets
     if settings is None:
         raise ValueError("level_sets: expected settings, got null; set mining.level_sets")
+    absent = {*settings.distance_powers, *settings.angle_powers} - set(maps)
+    if absent:
+        raise ValueError(
+            f"distance_powers, angle_powers: expected strides out of {sorted(maps)}, which the encoder has, got "
+            f"{sorted(absent)}; set mining.level_sets.distance_powers and angle_powers"
+        )
     labels = cluster_levels(maps, config)
     coarsest = maps[max(maps)]
 

@@ -65,7 +65,7 @@ class LevelSets:
     edge_power: float = 1.5
     border_factor: float = 0.5
     recurrence_power: float = 0.5
-    distance_powers: dict[int, float] = field(default_factory=lambda: {32: 0.5, 16: 0.5})
+    distance_powers: dict[int, float] = field(default_factory=lambda: {32: 1.0, 16: 0.5})
     angle_powers: dict[int, float] = field(default_factory=lambda: {16: 0.5})
     balance: float = 0.75
     max_ranked: int = 512
