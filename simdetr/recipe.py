@@ -12,14 +12,8 @@ import importlib
 import logging
 import warnings
 from argparse import ArgumentError
-<<<<<<< HEAD
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-=======
 from collections.abc import Sequence
-from dataclasses import dataclass
->>>>>>> weights
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,19 +41,8 @@ from simdetr.training.detection_task import DetectionTask
 from simdetr.training.fusion import Fusion
 from simdetr.training.progress import TrainingProgress
 from simdetr.training.random_start import check_start, fixed_parts
-<<<<<<< HEAD
 from simdetr.training.relabel import Throughput
-from simdetr.training.run_folder import detector_folder
-from simdetr.training.weights import (
-    checkpoint_config,
-    detector_class,
-    load_weights,
-    save_detector,
-    without_downloads,
-)
-=======
 from simdetr.training.weights import checkpoint_config, detector_class, save_detector, without_downloads
->>>>>>> weights
 
 LOG = logging.getLogger(__name__)
 DEFAULT_ENCODER = "simdetr.proposals.colour_texture.ColourTextureEncoder"
@@ -185,15 +168,10 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The pipeline's sections, and the link from data to detector."""
-<<<<<<< HEAD
-        add_pipeline_sections(parser)
+        add_pipeline_sections(parser, build=False)
         for name in ("num_classes", "num_queries"):
             parser.link_arguments(f"data.{name}", f"model.detector.init_args.{name}", apply_on="instantiate")
         parser.link_arguments("data.category_names", "model.class_names", apply_on="instantiate")
-=======
-        add_pipeline_sections(parser, build=False)
-        parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
->>>>>>> weights
 
     def instantiate_classes(self) -> None:
         """Build trainer, task and data, unless only parsing is asked for; images are as the detector wants them."""

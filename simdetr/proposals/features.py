@@ -117,7 +117,6 @@ class TimmEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1))
         self.requires_grad_(False)
         self.eval()
-        self.net.to(memory_format=torch.channels_last)
         self.fingerprint: str = f"timm:{timm_name(model)}:{_digest(self)}"
 
     def train(self, mode: bool = True) -> Self:
