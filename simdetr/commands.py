@@ -35,7 +35,7 @@ def quickstart(
         labels: COCO JSON with boxes for them; needed for the comparison.
         val_images: Images to evaluate on.
         val_labels: COCO JSON with boxes for them.
-        config: YAML files over the built-in one.
+        config: YAML files over the built-in ones; with your own images in place of the recipe for this machine.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
     """
     from simdetr.quickstart import LabelledSet
@@ -91,7 +91,8 @@ def pretrain(
     Args:
         images: Folder, list file (txt, CSV, Parquet), COCO JSON or .tar files of images; a URL such as s3://bucket/x.
         out: Run folder.
-        config: YAML files, later ones over earlier ones.
+        config: YAML files, later ones over earlier ones. Without any: the recipe that fits this machine and these
+            images; it says which, and how long it will take.
         truth: COCO JSON with boxes for these images; only for the recall in the report.
         device: Torch device of mining and relabelling; the GPU if there is one.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
@@ -172,7 +173,8 @@ def finetune(
         images: Training images.
         labels: COCO JSON with their boxes; class ids of any kind.
         out: Folder of this training.
-        config: YAML files, later ones over earlier ones.
+        config: YAML files, later ones over earlier ones. Without any: a recipe for few labels, with the detector and
+            the image sizes of ``--init``, or without it with those that fit this machine.
         init: Run folder, detector folder or checkpoint to start from; scratch when left out.
         val_images: Validation images.
         val_labels: COCO JSON with their boxes.
@@ -259,7 +261,7 @@ def compare(
         val_labels: COCO JSON with their boxes.
         init: Run folder or detector folder of the pretraining.
         out: Folder of the comparison.
-        config: YAML files of the fine-tuning.
+        config: YAML files of the fine-tuning; without any a recipe for few labels.
         fractions: Parts of the labelled images to train on.
         seeds: Seeds; two or more tell noise from gain.
         options: ``--section.name=value`` strings; dotted options on the command line end here.

@@ -29,7 +29,7 @@ def mine(
     Args:
         images: Folder, list file, COCO JSON, or .tar files such as "shards/{000..009}.tar"; a URL such as s3://bucket/x.
         out: Run folder or URL; an unfinished run in it is resumed.
-        config: YAML files; the defaults without any.
+        config: YAML files; without any the recipe that fits this machine and these images, as for ``pretrain``.
         device: Torch device; the GPU if there is one.
         options: ``--section.name=value`` strings.
         num_ranks: Processes on this machine that share the images; each takes its own GPU.

@@ -23,6 +23,7 @@ from simdetr.proposals.kmeans_ranks import process_group, rank
 from simdetr.proposals.pseudo_labels import make_pseudo_labels
 from simdetr.proposals.shard_claims import Rank
 from simdetr.proposals.store import ProposalStore
+from simdetr.recipe_choice import for_mining
 from simdetr.training.datamodule import read_training_labels
 from simdetr.training.run_folder import RunFolder
 
@@ -36,13 +37,13 @@ def mine_proposals(
     options: Sequence[str] = (),
     num_ranks: int = 1,
 ) -> ProposalStore:
-    """Only the mining of ``pretrain``; arguments as there, and ``out`` may be a URL such as ``s3://bucket/run``.
+    """Only the mining of ``pretrain``; arguments as there, without a config too, and ``out`` may be a URL such as ``s3://bucket/run``.
 
     Returns:
         The proposal store in ``out``/proposals.
     """
-    store = locate(out) / "proposals"
-    job = MiningJob(str(images), str(store), tuple(str(path) for path in config), tuple(options), device)
+    store, chosen = locate(out) / "proposals", for_mining(config, images)
+    job = MiningJob(str(images), str(store), chosen.configs, (*chosen.options, *options), device)
     progress = sys.stderr.isatty()
     return job.run(progress=progress) if num_ranks == 1 else job.run_in_ranks(num_ranks, progress=progress)
 
@@ -76,7 +77,8 @@ def preview_mining(
     if num_ranks < 1 or Rank.from_environment().count > 1:
         raise ValueError("num_ranks: expected at least 1, and a preview in one process; leave torchrun or srun out")
     known = None if truth is None else read_training_labels(Path(truth))
-    job = MiningJob(str(images), "", tuple(str(path) for path in config), tuple(options), device)
+    chosen = for_mining(config, images)
+    job = MiningJob(str(images), "", chosen.configs, (*chosen.options, *options), device)
     sections, source = job.sections(), open_images(images)
     preview = mining_preview.preview_mining(
         source, sections.encoder, sections.mining, count, truth=known, device=job.own_device

@@ -31,8 +31,10 @@ from simdetr.mining_steps import cluster_proposals, mine_proposals, preview_mini
 from simdetr.proposals.miner import mine
 from simdetr.proposals.pseudo_labels import count_regions, make_pseudo_labels
 from simdetr.recipe import PipelineSections, Recipe
+from simdetr.recipe_choice import for_finetuning, for_pretraining
 from simdetr.results import json_ready
 from simdetr.rival_comparison import mine_rivals
+from simdetr.run_time import say_time
 from simdetr.training.auto_batch import Scaling
 from simdetr.training.checkpoints import RESUME
 from simdetr.training.progress import image_progress
@@ -71,7 +73,7 @@ def pretrain(
     Args:
         images: Folder, list file (txt, CSV, Parquet) or COCO JSON of images; its boxes, if any, are not used.
         out: Run folder; an unfinished run in it is resumed.
-        config: YAML files, later ones over earlier ones.
+        config: YAML files, later ones over earlier ones; the recipe that fits this machine and the images without any.
         truth: COCO JSON with boxes for some of these images; only for the recall in the report.
         device: Torch device of mining and relabelling; the GPU if there is one.
         options: ``--section.name=value`` strings, over the files.
@@ -83,9 +85,12 @@ def pretrain(
         The run folder: ``detector(stage)`` and ``labels(stage)`` are its results.
     """
     run, source = RunFolder(Path(out)), open_images(images)
-    recipe = Recipe(tuple(str(path) for path in config), (f"--data.images={images}", *options))
+    chosen = for_pretraining(config, source, run, options)
+    options = (*chosen.options, *options)
+    recipe = Recipe(chosen.configs, (f"--data.images={images}", *options))
     sections = recipe.sections()
     job = MiningJob(str(images), str(run.proposals), recipe.configs, tuple(options), device)
+    own_device = device or default_device()
     with run.led():
         resumed = is_chosen(run)
         if resumed:
@@ -94,13 +99,17 @@ def pretrain(
             recipe.check_detector(sections.clustering.num_classes)
         run.claim(recipe.resolved()[1], _settled(run))
 
+        if not config and not run.labels(0).is_file():
+            say_time(recipe, sections, source, run, own_device, num_ranks)
         labels = mine_and_cluster(run, source, sections, job, num_ranks)
+        if not config:
+            say_time(recipe, sections, source, run, own_device)
         if auto_batch and not resumed:
             recipe = fit_to_device(recipe, run, auto_batch, f"--data.labels={run.labels(0)}")
             run.claim(recipe.resolved()[1], _settled(run))
         for stage in range(1, sections.self_training.stages + 1):
             fit_stage(run, recipe, sections, stage, num_images=len(labels))
-            labels = relabel_stage(run, source, sections, stage, device or default_device())
+            labels = relabel_stage(run, source, sections, stage, own_device)
         if leads() and (truth is not None or _is_older(run.report, run.steps)):
             report(run.path, images, truth=truth)
     return run
@@ -211,7 +220,8 @@ def finetune(
         images: Folder, list file or COCO JSON of the training images.
         labels: COCO JSON (or Parquet) with their boxes; class ids of any kind.
         out: Folder of this training; an unfinished one is resumed.
-        config: YAML files, later ones over earlier ones.
+        config: YAML files, later ones over earlier ones; a recipe for few labels without any, with this machine's
+            detector if there is no ``init``.
         init: Run folder, detector folder or checkpoint to start from; its detector replaces the one of the config.
         val_images: Validation images.
         val_labels: Their boxes.
@@ -225,7 +235,8 @@ def finetune(
     data = [f"--data.images={images}", f"--data.labels={labels}"]
     if val_images is not None:
         data += [f"--data.val_images={val_images}", f"--data.val_labels={val_labels or val_images}"]
-    recipe = Recipe(tuple(str(path) for path in config), (*data, *options))
+    chosen = for_finetuning(config, images, labels, init, options)
+    recipe = Recipe(chosen.configs, (*data, *chosen.options, *options))
     if init is not None:
         recipe = recipe.starting_from(detector_folder(init), run.path)
     detector = run.path / "detector"
@@ -261,7 +272,7 @@ def compare(
         val_labels: Their boxes.
         init: Run folder or detector folder of the pretraining.
         out: Folder of the comparison; ``comparison.json`` grows with every finished training.
-        config: YAML files of the fine-tuning.
+        config: YAML files of the fine-tuning; a recipe for few labels without any.
         fractions: Parts of the labelled images to train on.
         seeds: Seeds of subset, order, augmentation and new weights; at least two tell noise from gain.
         options: ``--section.name=value`` strings, over the files.
@@ -270,9 +281,9 @@ def compare(
         One row per training: ``initialisation``, ``label_budget``, ``seed`` and the metrics.
     """
     out, detector = Path(out), detector_folder(init)
-    common_configs = tuple(str(path) for path in config)
     data = (f"--data.images={images}", f"--data.labels={labels}")
-    common = Recipe(common_configs, (*data, *options)).starting_from(detector, out, weights=False)
+    chosen = for_finetuning(config, images, labels, detector, options)
+    common = Recipe(chosen.configs, (*data, *chosen.options, *options)).starting_from(detector, out, weights=False)
     inputs = {"init": str(detector), "val_images": str(val_images), "val_labels": str(val_labels)}
     RunFolder(out).claim(common.resolved()[1] + yaml.safe_dump({"compare": inputs}))
     rows_file = out / "comparison.json"
@@ -283,8 +294,10 @@ def compare(
         if key in done:
             continue
         folder = out / f"{fraction:g}-seed{seed}-{key[2]}"
-        recipe = Recipe(common_configs, tuple(options)).starting_from(detector, folder, weights=pretrained)
-        seeded = [f"--data.label_fraction={fraction}", f"--data.seed={seed}", f"--model.seed={seed}"]
+        chosen = for_finetuning(config, images, labels, detector, options, fraction)
+        recipe = Recipe(chosen.configs, (*chosen.options, *options))
+        recipe = recipe.starting_from(detector, folder, weights=pretrained)
+        seeded = [*chosen.options, f"--data.label_fraction={fraction}", f"--data.seed={seed}", f"--model.seed={seed}"]
         trained = finetune(
             images, labels, folder, recipe.configs, options=(*options, *seeded, f"--seed_everything={seed}")
         )

@@ -1,6 +1,6 @@
 """The whole method in minutes, offline: scenes drawn here in, a report and a comparison with training from scratch out.
 
-With the user's own labelled images in place of the scenes, the same lines run on them.
+With the user's own labelled images in place of the scenes, the same lines run on them, with the recipe of the machine.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simdetr import pipeline
-from simdetr.data.scenes import render_scenes
+from simdetr.data.scenes import PLAIN_CLASSES, render_scenes
 from simdetr.evaluation.compare import comparison_table
 
 PRETRAIN_CONFIG = Path(__file__).with_name("quickstart_pretrain.yaml")
 FINETUNE_CONFIG = Path(__file__).with_name("quickstart_finetune.yaml")
 NUM_TRAIN, NUM_VAL = 480, 120
-SCENE_SIZE_HW = (128, 160)
+SCENE_SIZE_HW = (128, 128)
 LABEL_FRACTION = 0.1
 SEEDS = (0,)
 
@@ -41,14 +41,17 @@ def quickstart(
     Args:
         out: Run folder.
         own: The user's images and labels; drawn scenes when left out.
-        config: YAML files over the built-in ones, for both trainings.
+        config: YAML files over the built-in ones, for both trainings; with the user's images in place of the recipe
+            that fits this machine.
         options: ``--section.name=value`` strings for both trainings.
 
     Returns:
         The comparison as a Markdown table, and the report's path.
     """
     data = own or draw_scenes(out / "scenes")
-    run = pipeline.pretrain(data.images, out, (PRETRAIN_CONFIG, *config), truth=data.labels, options=options)
+    built_in = own is None
+    pretraining, finetuning = ((path,) if built_in else () for path in (PRETRAIN_CONFIG, FINETUNE_CONFIG))
+    run = pipeline.pretrain(data.images, out, (*pretraining, *config), truth=data.labels, options=options)
     rows = pipeline.compare(
         data.images,
         data.labels,
@@ -56,7 +59,7 @@ def quickstart(
         data.val_labels,
         run.path,
         out / "comparison",
-        (FINETUNE_CONFIG, *config),
+        (*finetuning, *config),
         fractions=(LABEL_FRACTION,),
         seeds=SEEDS,
         options=options,
@@ -67,14 +70,14 @@ def quickstart(
 
 
 def draw_scenes(folder: Path) -> LabelledSet:
-    """Render training and validation scenes once; a finished folder is used as it is."""
+    """Render plain scenes for training and validation once; a finished folder is used as it is."""
     sets = {}
     for split, count, seed in (("train", NUM_TRAIN, 0), ("val", NUM_VAL, 1)):
         sets[split] = folder / split
         done = folder / f"{split}.json"
-        wanted = {"count": count, "size_hw": list(SCENE_SIZE_HW), "seed": seed}
+        wanted = {"count": count, "size_hw": list(SCENE_SIZE_HW), "seed": seed, "style": "plain"}
         if not done.is_file() or json.loads(done.read_text(encoding="utf-8")) != wanted:
-            render_scenes(sets[split], count, SCENE_SIZE_HW, seed)
+            render_scenes(sets[split], count, SCENE_SIZE_HW, seed, PLAIN_CLASSES, "plain")
             done.write_text(json.dumps(wanted), encoding="utf-8")
     train, val = sets["train"], sets["val"]
     return LabelledSet(train, train / "instances.json", val, val / "instances.json")

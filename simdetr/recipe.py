@@ -305,8 +305,12 @@ class Recipe:
         cli = RecipeCLI(self.arguments(*options), run=False, parse_only=True)
         return cli.config, cli.parser.dump(cli.config, skip_link_targets=True)
 
-    def check_detector(self, num_classes: int) -> None:
+    def check_detector(self, num_classes: int, num_queries: int | None = None) -> Detector:
         """Build the detector once, for its errors to come before the work of hours that precedes its training.
+
+        Args:
+            num_classes: Of the labels that are to come.
+            num_queries: Where the detector has any; its own default when left out.
 
         Raises:
             ValueError: The detector cannot be built from its section, or would start from random weights that are
@@ -315,10 +319,13 @@ class Recipe:
         model = self.resolved()[0].model
         module_name, _, class_name = model.detector.class_path.rpartition(".")
         arguments = model.detector.init_args.as_dict() | {"num_classes": num_classes}
+        if num_queries is not None and "num_queries" in arguments:
+            arguments["num_queries"] = num_queries
         with torch.random.fork_rng(devices=[]):
             detector: Detector = getattr(importlib.import_module(module_name), class_name).from_init_args(arguments)
         DetectionTask(detector, backbone_weights=model.backbone_weights, init_weights=model.init_weights)
         check_start(detector, fixed_parts(detector))
+        return detector
 
     def sections(self, *options: str) -> PipelineSections:
         """The pipeline's sections, built."""

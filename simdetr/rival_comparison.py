@@ -18,6 +18,7 @@ from simdetr.proposals.baselines import BASELINES, baseline
 from simdetr.proposals.rivals import mine_rival
 from simdetr.proposals.store import Manifest, ProposalStore
 from simdetr.recipe import PipelineSections
+from simdetr.recipe_choice import for_mining
 from simdetr.training.run_folder import RunFolder, RunMismatchError
 
 
@@ -36,7 +37,8 @@ def mine_rivals(
     Args:
         images: The run's images.
         run: Run folder with mined proposals; the rivals' go to ``run``/rivals/<method>. The report shows them.
-        config: YAML files of the mining; those that the run was started with, if it has kept them, when left out.
+        config: YAML files of the mining; those that the run was started with when left out: those it has kept, or
+            the recipe of this machine.
         methods: Names of rivals; all when left out.
         truth: COCO JSON with boxes for some of these images, for recall.
         device: Torch device; the GPU if there is one.
@@ -55,8 +57,8 @@ def mine_rivals(
     folder, source = RunFolder(Path(run)), open_images(images)
     ours = ProposalStore(folder.proposals).manifest
     kept = [folder.config] if folder.config.is_file() and not config else []
-    configs = tuple(str(path) for path in (*config, *kept))
-    job = MiningJob(str(images), str(folder.proposals), configs, tuple(options), device)
+    chosen = for_mining((*config, *kept), images)
+    job = MiningJob(str(images), str(folder.proposals), chosen.configs, (*chosen.options, *options), device)
     sections = job.sections()
     _check_same(folder.path, ours, sections, source)
     known = read_labels(Path(truth)) if truth is not None else None

@@ -56,10 +56,20 @@ def test_there_are_configs():
         "heads/landmarks_grid.yaml",
         "heads/localisation_fod.yaml",
     }
-    assert [path.name for path in BUILT_IN] == ["quickstart_finetune.yaml", "quickstart_pretrain.yaml"]
+    assert [path.name for path in BUILT_IN] == [
+        "quickstart_finetune.yaml",
+        "quickstart_pretrain.yaml",
+        "recipe_finetune.yaml",
+        "recipe_gpu.yaml",
+        "recipe_laptop.yaml",
+        "recipe_weights.yaml",
+    ]
 
 
-SMALLER = {"landmarks_grid.yaml": {"head.init_args.grid": "[2, 2]"}}
+SMALLER = {
+    "landmarks_grid.yaml": {"head.init_args.grid": "[2, 2]"},
+    "recipe_weights.yaml": {"pretrained_backbone": "false"},  # the test's backbone has no weights
+}
 """What else single configs need for images of 64 pixels."""
 
 

@@ -7,6 +7,7 @@ signed field for the texture, both evaluated on the object's own rotated axes in
 from __future__ import annotations
 
 from collections.abc import Callable
+from colorsys import hsv_to_rgb
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,17 @@ def _two_tones(rng: np.random.Generator) -> tuple[Field, Field]:
     dark = rng.random(3, dtype=np.float32) * np.float32(rng.uniform(0.2, 0.75))
     light = 1 - rng.random(3, dtype=np.float32) * np.float32(rng.uniform(0.2, 0.85))
     return (dark, light) if rng.random() < 0.5 else (light, dark)
+
+
+def colours_of_kind(hue: float, rng: np.random.Generator) -> tuple[Field, Field]:
+    """A dark and a light colour near a hue of 0..1, not twice the same; each float32 [3] in 0..1."""
+    own = hue + rng.normal(0, 0.02)
+    tones = [
+        hsv_to_rgb(own % 1.0, rng.uniform(*saturation), rng.uniform(*value))
+        for saturation, value in (((0.7, 1.0), (0.25, 0.5)), ((0.5, 0.8), (0.8, 1.0)))
+    ]
+    dark, light = (np.array(tone, dtype=np.float32) for tone in tones)
+    return dark, light
 
 
 def _smooth_noise(rng: np.random.Generator, size: tuple[int, int], cells: int) -> Field:
@@ -140,8 +152,12 @@ def draw_object(
     radius: float,
     kind: tuple[str, str],
     rng: np.random.Generator,
+    tones: tuple[Field, Field] | None = None,
 ) -> float:
-    """Draw one object over what is there and mark its pixels in ``owner``; returns its whole area in px²."""
+    """Draw one object over what is there and mark its pixels in ``owner``; returns its whole area in px².
+
+    Its two colours are drawn at random, a dark and a light one, unless ``tones`` gives them.
+    """
     height, width = owner.shape
     angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(1, 1.5)
     reach = int(np.ceil(radius * stretch)) + 2
@@ -156,7 +172,7 @@ def draw_object(
     period = float(np.clip(radius * rng.uniform(0.35, 0.6), 3.0, 12.0))
     wave = np.float32(2 * np.pi / period)
     sign = TEXTURES[kind[0]](along * wave, across * wave, rng)
-    first, second = _two_tones(rng)
+    first, second = _two_tones(rng) if tones is None else tones
     blend = np.clip(np.float32(0.5) + sign, 0, 1)[..., None]
     shade = np.float32(rng.uniform(0, 0.35)) * (along + across)[..., None] / np.float32(2 * radius)
     colour = np.clip((first + blend * (second - first)) * (1 + shade), 0, 1)

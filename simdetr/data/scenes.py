@@ -3,7 +3,8 @@
 For the quickstart, the tests and anyone offline (design §8). An object's kind is a pair of shape and texture; both are
 shared between kinds and colours are drawn at random, so none of them alone tells the kind. Backgrounds are textured,
 clutter is no object (soft blobs, plain polygons, lines), objects of many sizes hide one another, the light is uneven
-and there is noise. A box is the visible extent of its object; objects of which little shows carry no label.
+and there is noise. A box is the visible extent of its object; objects of which little shows carry no label. Plain
+scenes, for a first run of minutes, have a few large objects that stand apart, and colours tell their kinds.
 
 Letters: H, W image size in pixels; n labelled objects of one image.
 """
@@ -14,6 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from PIL import Image
 from simdetr.data.scene_drawing import (
     SHAPES,
     TEXTURES,
+    colours_of_kind,
     draw_background,
     draw_clutter,
     draw_lines,
@@ -31,6 +34,7 @@ from simdetr.data.scene_drawing import (
 
 _MIN_VISIBLE_FRACTION = 0.35  # of the whole object, parts outside the frame included
 _MIN_VISIBLE_SIDE_PX = 4
+_APART = 1.2  # radii; few objects reach further, and those not far
 
 
 SCENE_CLASSES: tuple[str, ...] = (
@@ -43,6 +47,38 @@ SCENE_CLASSES: tuple[str, ...] = (
     "speckled_star",
     "speckled_ring",
 )
+PLAIN_CLASSES: tuple[str, ...] = ("striped_disc", "checked_box", "dotted_triangle", "speckled_star")
+"""Four kinds that differ in shape and in texture."""
+
+
+@dataclass(frozen=True)
+class SceneStyle:
+    """How hard scenes are. Numbers are inclusive; radii are parts of half the shorter side.
+
+    Attributes:
+        objects: fewest and most objects.
+        radii: smallest and largest radius.
+        beside: probability that an object lies beside or over an earlier one.
+        clutter: fewest and most things that are no objects.
+        lines: most lines over everything.
+        apart: objects lie within the picture and hardly hide each other, or are left out.
+        coloured: every kind has colours of its own.
+    """
+
+    objects: tuple[int, int] = (1, 7)
+    radii: tuple[float, float] = (0.09, 0.55)
+    beside: float = 0.3
+    clutter: tuple[int, int] = (3, 8)
+    lines: int = 2
+    apart: bool = False
+    coloured: bool = False
+
+
+StyleName = Literal["hard", "plain"]
+STYLES: dict[str, SceneStyle] = {
+    "hard": SceneStyle(),
+    "plain": SceneStyle((2, 4), (0.22, 0.4), beside=0.0, clutter=(0, 1), lines=0, apart=True, coloured=True),
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +106,7 @@ def render_scenes(
     size: tuple[int, int] = (160, 160),
     seed: int = 0,
     classes: Sequence[str] = SCENE_CLASSES,
+    style: StyleName = "hard",
 ) -> Path:
     """Render images and their labels; the same arguments give the same scenes on any machine.
 
@@ -81,6 +118,7 @@ def render_scenes(
         size: (height, width) in pixels, each at least 32.
         seed: any non-negative number; take different ones for training and validation.
         classes: names ``<texture>_<shape>`` of :data:`simdetr.data.scene_drawing.TEXTURES` and ``SHAPES``.
+        style: a name of :data:`STYLES`.
 
     Returns:
         The path of ``instances.json``, whose file names are relative to ``out``.
@@ -94,7 +132,7 @@ def render_scenes(
     images: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
     for index in range(num_images):
-        scene = draw_scene(np.random.default_rng((seed, index)), size, classes)
+        scene = draw_scene(np.random.default_rng((seed, index)), size, classes, style)
         name = f"images/{index:06d}.jpg"
         Image.fromarray(scene.image).save(out / name, quality=93, subsampling=0)
         images.append({"id": index + 1, "file_name": name, "height": size[0], "width": size[1]})
@@ -120,7 +158,10 @@ def render_scenes(
 
 
 def draw_scene(
-    rng: np.random.Generator, size: tuple[int, int] = (160, 160), classes: Sequence[str] = SCENE_CLASSES
+    rng: np.random.Generator,
+    size: tuple[int, int] = (160, 160),
+    classes: Sequence[str] = SCENE_CLASSES,
+    style: StyleName = "hard",
 ) -> Scene:
     """Draw one scene in memory.
 
@@ -128,32 +169,62 @@ def draw_scene(
         rng: the source of all randomness.
         size: (height, width) in pixels, each at least 32.
         classes: names ``<texture>_<shape>``.
+        style: a name of :data:`STYLES`.
 
     Raises:
-        ValueError: for a size below 32 or an unknown class name.
+        ValueError: for a size below 32, an unknown style or class name.
     """
-    height, width = size
     if min(size) < 32:
         raise ValueError(f"size: expected a height and width of at least 32 px, got {size}")
+    if style not in STYLES:
+        raise ValueError(f"style: expected one of {sorted(STYLES)}, got {style!r}")
+    how = STYLES[style]
     kinds = [_parse_class(name) for name in classes]
     canvas = draw_background(rng, size)
-    draw_clutter(canvas, rng, count=int(rng.integers(3, 9)))
+    draw_clutter(canvas, rng, count=_draw_count(rng, how.clutter))
     owner = np.full(size, -1, dtype=np.int16)
     drawn: list[tuple[int, float]] = []
-    centres: list[tuple[float, float]] = []
-    for index in range(int(rng.integers(1, 8))):
-        radius = 0.5 * min(size) * float(np.exp(rng.uniform(np.log(0.09), np.log(0.55))))
-        centre = (float(rng.uniform(0, width)), float(rng.uniform(0, height)))
-        if centres and rng.random() < 0.3:  # beside or over an earlier object, so that occlusion is common
-            near = centres[int(rng.integers(len(centres)))]
-            centre = (near[0] + float(rng.normal(0, radius)), near[1] + float(rng.normal(0, radius)))
+    placed: list[tuple[float, float, float]] = []
+    for index in range(_draw_count(rng, how.objects)):
+        radius = 0.5 * min(size) * float(np.exp(rng.uniform(*np.log(how.radii))))
+        centre = _place(rng, size, radius, placed, how)
+        if centre is None:
+            break
         kind = int(rng.integers(len(kinds)))
-        whole_area = draw_object(canvas, owner, index, centre, radius, kinds[kind], rng)
+        tones = colours_of_kind(kind / len(kinds), rng) if how.coloured else None
+        whole_area = draw_object(canvas, owner, index, centre, radius, kinds[kind], rng, tones)
         drawn.append((kind, whole_area))
-        centres.append(centre)
-    draw_lines(canvas, rng, count=int(rng.integers(0, 3)))
+        placed.append((*centre, radius))
+    draw_lines(canvas, rng, count=_draw_count(rng, (0, how.lines)))
     image = light_and_noise(canvas, rng)
     return _label_visible(image, owner, drawn)
+
+
+def _draw_count(rng: np.random.Generator, limits: tuple[int, int]) -> int:
+    return int(rng.integers(limits[0], limits[1] + 1))
+
+
+def _place(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    radius: float,
+    placed: Sequence[tuple[float, float, float]],
+    style: SceneStyle,
+) -> tuple[float, float] | None:
+    """Centre (x, y) of the next object beside those at (x, y, radius); None where it should lie apart and cannot."""
+    height, width = size
+    if not style.apart:
+        centre = (float(rng.uniform(0, width)), float(rng.uniform(0, height)))
+        if placed and rng.random() < style.beside:  # beside or over an earlier object, so that occlusion is common
+            near = placed[int(rng.integers(len(placed)))]
+            centre = (near[0] + float(rng.normal(0, radius)), near[1] + float(rng.normal(0, radius)))
+        return centre
+    inset = min(_APART * radius, 0.5 * min(size))
+    for _ in range(50):
+        x, y = float(rng.uniform(inset, width - inset)), float(rng.uniform(inset, height - inset))
+        if all(np.hypot(x - other[0], y - other[1]) > _APART * (radius + other[2]) for other in placed):
+            return x, y
+    return None
 
 
 def _parse_class(name: str) -> tuple[str, str]:

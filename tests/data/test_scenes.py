@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from simdetr.data.scene_drawing import SHAPES, TEXTURES
-from simdetr.data.scenes import SCENE_CLASSES, draw_scene, render_scenes
+from simdetr.data.scenes import PLAIN_CLASSES, SCENE_CLASSES, draw_scene, render_scenes
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,25 @@ def test_rendered_set_is_valid_coco_and_repeatable(tmp_path):
     [
         ({"num_images": 0}, "num_images: expected at least 1, got 0"),
         ({"num_images": 1, "size": (16, 64)}, "size: expected .* at least 32 px"),
+        ({"num_images": 1, "style": "soft"}, r"style: expected one of \['hard', 'plain'\], got 'soft'"),
         ({"num_images": 1, "classes": ["plaid_box"]}, "classes: expected names .* got 'plaid_box'"),
     ],
 )
 def test_impossible_scenes_are_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         render_scenes(tmp_path, **arguments)
+
+
+def test_plain_scenes_are_easier():
+    """Few large objects that hardly hide each other, and a colour that tells the kind."""
+    scenes = [draw_scene(np.random.default_rng((4, i)), (96, 96), PLAIN_CLASSES, "plain") for i in range(40)]
+    counts = [len(scene.classes) for scene in scenes]
+    assert 1 <= min(counts) and max(counts) <= 4 and np.mean(counts) > 2
+    boxes = np.concatenate([scene.boxes_xyxy for scene in scenes])
+    assert (boxes[:, 2:] - boxes[:, :2]).min() >= 12
+    colours = np.array([s.image[s.owner == row].mean(axis=0) for s in scenes for row in range(len(s.classes))])
+    kinds = np.concatenate([scene.classes for scene in scenes])
+    half = len(kinds) // 2
+    means = np.stack([colours[:half][kinds[:half] == kind].mean(axis=0) for kind in range(len(PLAIN_CLASSES))])
+    guess = np.linalg.norm(colours[half:, None] - means[None], axis=2).argmin(axis=1)
+    assert (guess == kinds[half:]).mean() > 0.8
