@@ -109,9 +109,7 @@ class PipelineSections(NamedTuple):
 
 def add_pipeline_sections(parser: ArgumentParser, *, build: bool) -> None:
     """Declare the sections that only the pipeline uses; a training does not ``build`` an encoder."""
-    parser.add_subclass_arguments(
-        nn.Module, "encoder", required=False, instantiate=build, help="Frozen encoder of the mining."
-    )
+    parser.add_subclass_arguments(nn.Module, "encoder", instantiate=build, help="Frozen encoder of the mining.")
     parser.set_defaults({"encoder": {"class_path": DEFAULT_ENCODER}})
     parser.add_class_arguments(MiningConfig, "mining")
     parser.add_class_arguments(ClusteringConfig, "clustering")
@@ -242,10 +240,8 @@ class Recipe:
         """This recipe with the detector of a file instead of its own, with its weights or only its architecture.
 
         The detector's class and arguments are written to ``out``/detector.yaml, a config over the others. A file that
-        does not tell them, such as UP-DETR's, gives its weights to the recipe's own detector. Images are prepared as
-        for that detector where the recipe leaves it open: a training from its weights sees to that, one from its
-        architecture alone gets its sizes by ``out``/sizes.yaml, a config under the others. Where no weights come at
-        all, nothing of the backbone is frozen.
+        does not tell them, such as UP-DETR's, gives its weights to the recipe's own detector. Its architecture alone
+        comes with its image sizes, in ``out``/sizes.yaml under the other configs, and freezes no random weights.
         """
         checkpoint = read_checkpoint(detector)
         stored = checkpoint.config()
