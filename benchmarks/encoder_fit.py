@@ -80,7 +80,7 @@ def main() -> None:
     steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     encoders = {
         "colour-texture": ColourTextureEncoder(),
-        f"untrained {record['model']}": TimmEncoder(record["model"]),
+        f"untrained {record['model']}": TimmEncoder(record["model"], random_weights=True),
         f"fitted {record['model']}": FittedEncoder(folder),
     }
     measured_on = environment(("torch", "timm", "lightly"))

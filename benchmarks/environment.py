@@ -27,7 +27,7 @@ def environment(packages: tuple[str, ...]) -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(["python", *map(shlex.quote, _relative(sys.argv))]),
+        "command": " ".join(["python", *_script(), *map(shlex.quote, _relative(sys.argv[1:]))]),
     }
 
 
@@ -37,6 +37,11 @@ def write_result(name: str, result: dict[str, object]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _script() -> list[str]:
+    spec = sys.modules["__main__"].__spec__
+    return _relative(sys.argv[:1]) if spec is None else ["-m", spec.name]
 
 
 def _relative(arguments: list[str]) -> list[str]:

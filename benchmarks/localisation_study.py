@@ -6,7 +6,7 @@ Trains configs/heads/localisation_fod.yaml on the classes of whole images, once 
 writes benchmarks/results/localisation_study.json after each. Boxes serve scoring alone. The threshold, and which of a
 method's score maps is read, are chosen on a part of the training frames that is held out (blocks of neighbouring
 frames); MaxBoxAcc's own definition, the best threshold on the images that are scored, stands beside it. Finished
-trainings are not repeated.
+trainings are not repeated. ``runs/fod`` is a run of ``simdetr pretrain`` with configs/tiny.yaml on fod/train.
 """
 
 import argparse

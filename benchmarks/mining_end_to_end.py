@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def measure(source: ImageSource, encoder: Encoder, config: MiningConfig, repeats
         for repeat in range(repeats):
             out = Path(folder) / str(repeat)
             alone.append(seconds(lambda: decode_and_encode(source, encoder, config)))
-            whole.append(seconds(lambda out=out: mine(source, encoder, config, out, num_workers=WORKERS)))
+            whole.append(seconds(lambda out=out: mine(source, encoder, replace(config, num_workers=WORKERS), out)))
     ratios = [b / a for a, b in zip(alone, whole, strict=True)]
     per_image = {"decode_and_encode": alone, "mine": whole}
     return {
@@ -76,8 +77,12 @@ def main() -> None:
     source = source.subset(source.ids[: arguments.images])
     level_sets, document = MiningConfig(shard_size=64), MiningConfig(shard_size=64, level_sets=None)
     rows = {
-        "resnet50, level sets": measure(source, TimmEncoder("resnet50"), level_sets, arguments.repeats),
-        "resnet50, the document's filters": measure(source, TimmEncoder("resnet50"), document, arguments.repeats),
+        "resnet50, level sets": measure(
+            source, TimmEncoder("resnet50", random_weights=True), level_sets, arguments.repeats
+        ),
+        "resnet50, the document's filters": measure(
+            source, TimmEncoder("resnet50", random_weights=True), document, arguments.repeats
+        ),
         "colour-texture, level sets": measure(source, ColourTextureEncoder(), level_sets, arguments.repeats),
     }
     result: dict[str, object] = {

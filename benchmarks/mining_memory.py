@@ -30,8 +30,8 @@ def mine_once(count: int, image_size: int, out: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     source = open_images(DATA / "fod" / "train")
     started = time.perf_counter()
-    config = MiningConfig(image_size=image_size, shard_size=256)
-    store = mine(source.subset(source.ids[:count]), ColourTextureEncoder(), config, out, num_workers=1)
+    config = MiningConfig(image_size=image_size, shard_size=256, num_workers=1)
+    store = mine(source.subset(source.ids[:count]), ColourTextureEncoder(), config, out)
     return {
         "images": len(store),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),

@@ -155,7 +155,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     config = MiningConfig()
     source = open_images(DATA / "coco256" / "train")
-    encoder = TimmEncoder(arguments.encoder)
+    encoder = TimmEncoder(arguments.encoder, random_weights=True)
     images = [square(read_image(source[i].path), config.image_size) for i in range(arguments.images)]
     starts = range(0, len(images), config.batch_size)
     chunks = [encode(torch.stack(images[i : i + config.batch_size]), encoder) for i in starts]

@@ -124,8 +124,8 @@ def main() -> None:
     configs = {"default": default, "kernel": kernel}
     encoders: dict[str, Encoder] = {
         "colour-texture": ColourTextureEncoder(),
-        "untrained resnet50": TimmEncoder("resnet50"),
-        "untrained resnet18": TimmEncoder("resnet18"),
+        "untrained resnet50": TimmEncoder("resnet50", random_weights=True),
+        "untrained resnet18": TimmEncoder("resnet18", random_weights=True),
         "crude colour": CrudeEncoder(),
     }
     results = []

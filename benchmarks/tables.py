@@ -12,7 +12,7 @@ from benchmarks.detector_tables import deformable_attention, detector_families, 
 from benchmarks.environment import RESULTS
 from benchmarks.head_tables import head_overhead, landmark_query, landmark_study, localisation_study
 from benchmarks.proposal_tables import end_to_end, rivals, scale, sweep
-from simdetr.evaluation.compare import comparison_table
+from benchmarks.real_set_tables import real_sets
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- tables:begin (python -m benchmarks.tables) -->", "<!-- tables:end -->"
@@ -24,19 +24,6 @@ def source(environment: dict[str, Any]) -> str:
     return (
         f"<sub>{environment['processor']}, {environment['cores']} cores, torch {environment['versions']['torch']}, "
         f"{environment['date']}: `{environment['command']}`</sub>\n"
-    )
-
-
-def comparison(result: dict[str, Any]) -> str:
-    return (
-        "**Pretrained or not, on one domain.** FOD-A (objects on airport ground, 31 classes): "
-        f"{result['unlabelled_images']:,} frames without labels, then 1 % (90 frames) and 10 % (902) of the labels. "
-        "ResNet-18 Deformable DETR at 144 to 176 px, no network weights anywhere, the same 300 steps for both; percent "
-        f"on {result['val_images']} validation frames. AR@100 is class-agnostic.\n\n"
-        f"{comparison_table(result['rows'])}\n"
-        "Two epochs per stage and 300 steps are little: the recall of objects gains in all four pairs, AP does not at "
-        "1 % and is within the noise at 10 %. The log has what else was tried. Mined before level sets: the labels of "
-        "stage 0 were the 25 boxes per frame that the 16 px grid gave.\n\n" + source(result["environment"])
     )
 
 
@@ -146,7 +133,7 @@ def kmeans(result: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "fod_comparison": comparison,
+    "real_sets": lambda result: f"{real_sets(result)}\n{source(result['environment'])}",
     "rivals": lambda result: f"{rivals(result)}\n{source(result['environment'])}",
     "sweep": lambda result: f"{sweep(result)}\n{source(result['environment'])}",
     "proposal_recall": recall,

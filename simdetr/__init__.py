@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from simdetr.data.images import ImageSource, open_images
     from simdetr.data.labels import Labels, read_labels, write_labels
+    from simdetr.data.protocols import split
     from simdetr.pipeline import compare, evaluate, finetune, mine_proposals, predict, pretrain, report
     from simdetr.proposals.store import ProposalStore
 
@@ -28,6 +29,7 @@ __all__ = [
     "pretrain",
     "read_labels",
     "report",
+    "split",
     "write_labels",
 ]
 
@@ -37,6 +39,7 @@ _HOMES = {
     "Labels": "simdetr.data.labels",
     "read_labels": "simdetr.data.labels",
     "write_labels": "simdetr.data.labels",
+    "split": "simdetr.data.protocols",
     "ProposalStore": "simdetr.proposals.store",
 }
 

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from simdetr import commands, encoder_commands, export_commands, mining_commands, rival_commands
+from simdetr import commands, encoder_commands, export_commands, mining_commands, protocol_commands, rival_commands
+from simdetr.machine import prepare_openmp
 
 Command = Callable[..., None]
 POSITIONAL = ("doctor", "import")
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "cluster": mining_commands.cluster,
     "pretrain": commands.pretrain,
     "relabel": commands.relabel,
+    "split": protocol_commands.split,
     "finetune": commands.finetune,
     "evaluate": commands.evaluate,
     "compare": commands.compare,
@@ -72,6 +74,8 @@ def main(args: Sequence[str] | None = None) -> None:
     handler = RichHandler(console=console, show_path=False)
     quieten(handler)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    if args is None:  # this process is the command's own, and torch is not there yet
+        prepare_openmp()
     try:
         if arguments[:1] and arguments[0] in LIGHTNING:
             from simdetr.recipe import RecipeCLI  # here, because Lightning takes seconds to import

@@ -14,7 +14,7 @@ from simdetr.heads.localisation_results import localisation_head, write_heat_map
 from simdetr.inference import default_device, score
 from simdetr.results import write_scores
 from simdetr.training.datamodule import DetectionData
-from simdetr.training.relabel import InferenceSettings
+from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings
 from simdetr.training.weights import LoadedDetector
 
 NUM_HEAT_MAPS = 12
@@ -39,7 +39,7 @@ def write_fit_results(root: Path, detector: Detector, data: DetectionData) -> No
     loaded = LoadedDetector(detector.eval(), data.categories, dict(data.image_settings), table)
     labelled = [name for name in data.val_source.ids if name in data.val_labels]
     source = data.val_source.subset(labelled[:: max(1, -(-len(labelled) // MAX_SCORED))])
-    settings = InferenceSettings.of(loaded.image_settings, device=default_device())
+    settings = InferenceSettings.of(loaded.image_settings, **OF_THE_MACHINE.on(default_device(), len(source)))
     found, scores = score(loaded, source, data.val_labels.select(source.ids), settings)
     folder = root / FOLDER
     folder.mkdir(parents=True, exist_ok=True)

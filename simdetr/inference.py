@@ -20,7 +20,14 @@ from simdetr.evaluation.point_metric import point_metrics
 from simdetr.evaluation.proposal_recall import proposal_recall
 from simdetr.heads.localisation_results import localisation_head, localisation_scores, write_heat_maps
 from simdetr.training.progress import image_progress
-from simdetr.training.relabel import InferenceSettings, detect, detect_array, detect_for_scoring
+from simdetr.training.relabel import (
+    OF_THE_MACHINE,
+    InferenceSettings,
+    Throughput,
+    detect,
+    detect_array,
+    detect_for_scoring,
+)
 from simdetr.training.run_folder import detector_folder
 from simdetr.training.weights import LoadedDetector, load_detector
 
@@ -39,6 +46,7 @@ def predict(
     masks: bool = False,
     point_radius: float | None = None,
     one_class: bool = False,
+    throughput: Throughput = OF_THE_MACHINE,
 ) -> Labels:
     """Detections on a path, a folder, a list or one image array.
 
@@ -57,6 +65,7 @@ def predict(
         point_radius: Of landmarks of a class closer than this part of the image's diagonal, the less confident go; 0
             keeps all, None those that are no duplicates of a grid's.
         one_class: Every box once, with its best class, and overlaps whatever the class: the labels of self-training.
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
 
     Returns:
         Labels with scores, boxes in pixels, best first; categories as the training labels named them.
@@ -72,8 +81,8 @@ def predict(
         score_threshold=min_score,
         iou_threshold=iou_threshold,
         max_boxes=max_boxes,
-        device=device or default_device(),
         masks=masks,
+        **throughput.on(device or default_device(), len(source) if isinstance(source, ImageSource) else 1),
         point_radius=point_radius,
     )
     reading = best_per_query if one_class else postprocess
@@ -107,6 +116,7 @@ def evaluate(
     *,
     device: str | None = None,
     point_radius: float | None = None,
+    throughput: Throughput = OF_THE_MACHINE,
 ) -> dict[str, float]:
     """COCO's AP family and class-agnostic recall of a detector, fractions in 0..1; of heads their own scores too.
 
@@ -121,6 +131,7 @@ def evaluate(
         checkpoint: Run folder, detector folder or checkpoint.
         device: Torch device; the GPU if there is one.
         point_radius: As for ``predict``.
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
 
     Raises:
         ValueError: No image has labels.
@@ -134,7 +145,9 @@ def evaluate(
         )
     if len(shared) < len(truth):
         LOG.warning("%d of %d labelled images are not in %s", len(truth) - len(shared), len(truth), images)
-    settings = InferenceSettings.of(loaded.image_settings, device=device or default_device(), point_radius=point_radius)
+    settings = InferenceSettings.of(
+        loaded.image_settings, point_radius=point_radius, **throughput.on(device or default_device(), len(shared))
+    )
     return score(loaded, source.subset(shared), truth, settings)[1]
 
 
@@ -164,7 +177,13 @@ def score(
 
 
 def heat_maps(
-    images: str | Path, checkpoint: str | Path, folder: Path, *, labels: Path | None = None, device: str | None = None
+    images: str | Path,
+    checkpoint: str | Path,
+    folder: Path,
+    *,
+    labels: Path | None = None,
+    device: str | None = None,
+    throughput: Throughput = OF_THE_MACHINE,
 ) -> int:
     """Write copies of images with what a localisation head looks at laid over them; returns how many.
 
@@ -174,6 +193,7 @@ def heat_maps(
         folder: Where the copies go.
         labels: COCO JSON with human boxes to draw beside the found ones.
         device: Torch device; the GPU if there is one.
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
 
     Raises:
         ValueError: The detector has no localisation head.
@@ -183,9 +203,10 @@ def heat_maps(
         raise ValueError(
             f"checkpoint: {checkpoint} has no simdetr.heads.LocalisationHead, so there are no score maps to draw"
         )
-    settings = InferenceSettings.of(loaded.image_settings, device=device or default_device())
+    source = open_images(images)
+    settings = InferenceSettings.of(loaded.image_settings, **throughput.on(device or default_device(), len(source)))
     truth = read_labels(labels) if labels is not None else None
-    return write_heat_maps(loaded.detector, open_images(images), settings, folder, truth)  # type: ignore[arg-type]
+    return write_heat_maps(loaded.detector, source, settings, folder, truth)  # type: ignore[arg-type]
 
 
 def default_device() -> str:

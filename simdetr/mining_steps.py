@@ -16,7 +16,8 @@ from simdetr.evaluation import mining_preview
 from simdetr.evaluation.preview_page import write_preview
 from simdetr.evaluation.preview_record import Machine, preview_record
 from simdetr.inference import default_device
-from simdetr.mining_ranks import MiningJob, cores
+from simdetr.machine import cores
+from simdetr.mining_ranks import MiningJob
 from simdetr.proposals.kmeans import Backend
 from simdetr.proposals.kmeans_ranks import process_group, rank
 from simdetr.proposals.pseudo_labels import make_pseudo_labels

@@ -39,7 +39,7 @@ from simdetr.training.auto_batch import Scaling
 from simdetr.training.checkpoints import RESUME
 from simdetr.training.progress import image_progress
 from simdetr.training.relabel import InferenceSettings, relabel
-from simdetr.training.run_folder import RunFolder, detector_folder, leads, made_once
+from simdetr.training.run_folder import RunFolder, detector_folder, leads
 from simdetr.training.train import train
 from simdetr.training.weights import is_saved, load_detector
 
@@ -89,28 +89,29 @@ def pretrain(
     options = (*chosen.options, *options)
     recipe = Recipe(chosen.configs, (f"--data.images={images}", *options))
     sections = recipe.sections()
-    resumed = is_chosen(run)
-    if resumed:
-        recipe = fit_to_device(recipe, run, auto_batch)
-    if not run.labels(0).is_file():
-        recipe.check_detector(sections.clustering.num_classes)
-    run.claim(recipe.resolved()[1], _settled(run))
-
     job = MiningJob(str(images), str(run.proposals), recipe.configs, tuple(options), device)
     own_device = device or default_device()
-    if not config and not run.labels(0).is_file():
-        say_time(recipe, sections, source, run, own_device, num_ranks)
-    labels = mine_and_cluster(run, source, sections, job, num_ranks)
-    if not config:
-        say_time(recipe, sections, source, run, own_device)
-    if auto_batch and not resumed:
-        recipe = fit_to_device(recipe, run, auto_batch, f"--data.labels={run.labels(0)}")
+    with run.led():
+        resumed = is_chosen(run)
+        if resumed:
+            recipe = fit_to_device(recipe, run, auto_batch)
+        if not run.labels(0).is_file():
+            recipe.check_detector(sections.clustering.num_classes)
         run.claim(recipe.resolved()[1], _settled(run))
-    for stage in range(1, sections.self_training.stages + 1):
-        fit_stage(run, recipe, sections, stage, num_images=len(labels))
-        labels = relabel_stage(run, source, sections, stage, own_device)
-    if leads() and (truth is not None or _is_older(run.report, run.steps)):
-        report(run.path, images, truth=truth)
+
+        if not config and not run.labels(0).is_file():
+            say_time(recipe, sections, source, run, own_device, num_ranks)
+        labels = mine_and_cluster(run, source, sections, job, num_ranks)
+        if not config:
+            say_time(recipe, sections, source, run, own_device)
+        if auto_batch and not resumed:
+            recipe = fit_to_device(recipe, run, auto_batch, f"--data.labels={run.labels(0)}")
+            run.claim(recipe.resolved()[1], _settled(run))
+        for stage in range(1, sections.self_training.stages + 1):
+            fit_stage(run, recipe, sections, stage, num_images=len(labels))
+            labels = relabel_stage(run, source, sections, stage, own_device)
+        if leads() and (truth is not None or _is_older(run.report, run.steps)):
+            report(run.path, images, truth=truth)
     return run
 
 
@@ -146,7 +147,7 @@ def mine_and_cluster(
             write_labels(labels, run.labels(0))
             step.count = labels.num_classes
 
-    made_once(run.labels(0), make)
+    run.made_once(run.labels(0), make)
     return read_labels(run.labels(0))
 
 
@@ -154,7 +155,12 @@ def fit_stage(run: RunFolder, recipe: Recipe, sections: PipelineSections, stage:
     """Train the detector of a stage on the labels of the stage before."""
     if run.has_detector(stage):
         return
-    options = [f"--data.labels={run.labels(stage - 1)}"]
+    trust = sections.self_training
+    options = [
+        f"--data.labels={run.labels(stage - 1)}",
+        f"--data.min_score={trust.min_certainty}",
+        f"--data.score_power={trust.sharpening}",
+    ]
     if stage > 1 and not sections.self_training.from_scratch:
         options.append(f"--model.init_weights={run.detector(stage - 1)}")
     with run.step(f"fit-stage{stage}", "images trained on") as step:
@@ -172,7 +178,7 @@ def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSection
             loaded.image_settings,
             iou_threshold=sections.self_training.iou_threshold,
             max_boxes=sections.self_training.max_boxes,
-            device=device,
+            **sections.inference.on(device, len(source)),
         )
         with (
             run.step(f"relabel-stage{stage}", "boxes") as step,
@@ -192,7 +198,7 @@ def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSection
             )
             step.count = len(labels.boxes_xyxy)
 
-    made_once(run.labels(stage), make)
+    run.made_once(run.labels(stage), make)
     return read_labels(run.labels(stage))
 
 
@@ -234,12 +240,13 @@ def finetune(
     if init is not None:
         recipe = recipe.starting_from(detector_folder(init), run.path)
     detector = run.path / "detector"
-    recipe = fit_to_device(recipe, run, auto_batch)
-    begun = is_saved(detector) or (run.path / "checkpoints" / RESUME).is_file()
-    run.claim(recipe.resolved()[1], None if begun else ())
-    if not is_saved(detector):
-        with run.step("finetune", "images trained on") as step:
-            step.count = len(train(recipe.training(run.path), run.path).labels)
+    with run.led():
+        recipe = fit_to_device(recipe, run, auto_batch)
+        begun = is_saved(detector) or (run.path / "checkpoints" / RESUME).is_file()
+        run.claim(recipe.resolved()[1], None if begun else ())
+        if not is_saved(detector):
+            with run.step("finetune", "images trained on") as step:
+                step.count = len(train(recipe.training(run.path), run.path).labels)
     return detector
 
 
@@ -288,7 +295,8 @@ def compare(
             continue
         folder = out / f"{fraction:g}-seed{seed}-{key[2]}"
         chosen = for_finetuning(config, images, labels, detector, options, fraction)
-        recipe = Recipe(chosen.configs).starting_from(detector, folder, weights=pretrained)
+        recipe = Recipe(chosen.configs, (*chosen.options, *options))
+        recipe = recipe.starting_from(detector, folder, weights=pretrained)
         seeded = [*chosen.options, f"--data.label_fraction={fraction}", f"--data.seed={seed}", f"--model.seed={seed}"]
         trained = finetune(
             images, labels, folder, recipe.configs, options=(*options, *seeded, f"--seed_everything={seed}")

@@ -2,7 +2,8 @@
 
 In: config files and command-line options. Out: the pipeline's sections, or a Trainer, a DetectionTask and a
 DetectionData that fit together; ``num_classes`` flows from the labels to the detector and is never typed. The sections
-``encoder``, ``mining``, ``clustering`` and ``self_training`` belong to the pipeline; ``fit`` reads and ignores them.
+``encoder``, ``mining``, ``clustering``, ``self_training`` and ``inference`` belong to the pipeline; ``fit`` reads and
+ignores them.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 
+from simdetr.constructor_errors import constructors_speak
 from simdetr.data.atomic_files import atomic_path
 from simdetr.detectors.detector import Detector
 from simdetr.evaluation.validation import CocoValidation
@@ -37,6 +39,9 @@ from simdetr.training.checkpoints import AtomicCheckpointIO, checkpoint_callback
 from simdetr.training.datamodule import DetectionData, sizes_up_to
 from simdetr.training.detection_task import DetectionTask
 from simdetr.training.fusion import Fusion
+from simdetr.training.progress import TrainingProgress
+from simdetr.training.random_start import check_start, fixed_parts
+from simdetr.training.relabel import Throughput
 from simdetr.training.weights import checkpoint_config, detector_class, save_detector, without_downloads
 
 LOG = logging.getLogger(__name__)
@@ -71,6 +76,9 @@ class SelfTrainingConfig:
         iou_threshold: Overlap above which the less confident of two boxes goes.
         max_boxes: Most confident boxes kept per image after the overlap filter.
         fusion: How mined boxes take part in the labels of every stage; null takes the detector's alone.
+        min_certainty: Boxes of a stage's labels that are less certain are background when the next stage is trained.
+        sharpening: Exponent on the certainty of the others, which is how much a box counts in training: above 1, a
+            detector learns more from what is certain, and is surer itself.
         from_scratch: Start each round from new weights instead of the last round's.
         checkpoint_every_steps: Training steps between two points a killed run can resume from.
     """
@@ -79,6 +87,8 @@ class SelfTrainingConfig:
     iou_threshold: float = 0.55
     max_boxes: int = 100
     fusion: Fusion | None = field(default_factory=Fusion)
+    min_certainty: float = 0.15
+    sharpening: float = 1.5
     from_scratch: bool = False
     checkpoint_every_steps: int = 500
 
@@ -94,15 +104,17 @@ class PipelineSections(NamedTuple):
     mining: MiningConfig
     clustering: ClusteringConfig
     self_training: SelfTrainingConfig
+    inference: Throughput
 
 
-def add_pipeline_sections(parser: ArgumentParser) -> None:
-    """Declare the sections that only the pipeline uses."""
-    parser.add_subclass_arguments(nn.Module, "encoder", required=False, help="Frozen encoder of the mining.")
+def add_pipeline_sections(parser: ArgumentParser, *, build: bool) -> None:
+    """Declare the sections that only the pipeline uses; a training does not ``build`` an encoder."""
+    parser.add_subclass_arguments(nn.Module, "encoder", instantiate=build, help="Frozen encoder of the mining.")
     parser.set_defaults({"encoder": {"class_path": DEFAULT_ENCODER}})
     parser.add_class_arguments(MiningConfig, "mining")
     parser.add_class_arguments(ClusteringConfig, "clustering")
     parser.add_class_arguments(SelfTrainingConfig, "self_training")
+    parser.add_class_arguments(Throughput, "inference")
 
 
 class RecipeCLI(LightningCLI):
@@ -128,7 +140,8 @@ class RecipeCLI(LightningCLI):
             # the arguments are ours on purpose, also under the `simdetr` command
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
             try:
-                self._build(args, run)
+                with constructors_speak():
+                    self._build(args, run)
             except ArgumentError as error:
                 raise RecipeError(f"config: {error}") from error
 
@@ -153,12 +166,13 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The pipeline's sections, and the link from data to detector."""
-        add_pipeline_sections(parser)
+        add_pipeline_sections(parser, build=False)
         for name in ("num_classes", "num_queries"):
             parser.link_arguments(f"data.{name}", f"model.detector.init_args.{name}", apply_on="instantiate")
+        parser.link_arguments("data.category_names", "model.class_names", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
-        """Build trainer, task and data, unless only parsing was asked for; images are prepared as the detector wants."""
+        """Build trainer, task and data, unless only parsing is asked for; images are as the detector wants them."""
         if not self._parse_only:
             super().instantiate_classes()
             self.datamodule.follow(self.model.image_settings)
@@ -185,6 +199,9 @@ class RecipeCLI(LightningCLI):
         validated = self.datamodule.val_labels is not None
         if validated:
             callbacks.append(CocoValidation())
+        shown = trainer.get("enable_progress_bar") is not False and not trainer.get("barebones")
+        if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks.append(TrainingProgress())
         if trainer.get("enable_checkpointing") is not False:
             folder = root / "checkpoints"
             callbacks += checkpoint_callbacks(folder, self._checkpoint_every_steps, validated=validated)
@@ -223,9 +240,8 @@ class Recipe:
         """This recipe with the detector of a file instead of its own, with its weights or only its architecture.
 
         The detector's class and arguments are written to ``out``/detector.yaml, a config over the others. A file that
-        does not tell them, such as UP-DETR's, gives its weights to the recipe's own detector. Images are prepared as for
-        that detector where the recipe leaves it open: a training from its weights sees to that, one from its
-        architecture alone gets its sizes by ``out``/sizes.yaml, a config under the others.
+        does not tell them, such as UP-DETR's, gives its weights to the recipe's own detector. Its architecture alone
+        comes with its image sizes, in ``out``/sizes.yaml under the other configs, and freezes no random weights.
         """
         checkpoint = read_checkpoint(detector)
         stored = checkpoint.config()
@@ -235,6 +251,10 @@ class Recipe:
             arguments.pop("num_classes", None)
             if weights:
                 arguments = without_downloads(arguments)
+            elif arguments == without_downloads(arguments) and not self._gives_weights():
+                given, arguments = arguments, trained.thawed(arguments)
+                if arguments != given:
+                    LOG.info("no weights: the new %s learns its whole backbone, batch norm too", trained.__name__)
             class_path = f"{trained.__module__}.{trained.__qualname__}"
             model |= self._placed({"class_path": class_path, "init_args": arguments})
         else:
@@ -256,11 +276,23 @@ class Recipe:
             return {}
         return {"detector": {"class_path": own, "init_args": {"detector": detector}}}
 
+    def _gives_weights(self) -> bool:
+        """Whether the config files or options name weights to start from."""
+        names = ("backbone_weights", "init_weights")
+        options = tuple(f"--model.{name}" for name in names)
+        return any(option.startswith(options) for option in self.options) or any(
+            model.get(name) for model in self._models() for name in names
+        )
+
+    def _models(self) -> list[dict[str, Any]]:
+        """The section ``model`` of every config file."""
+        files = [yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {} for path in self.configs]
+        return [content.get("model") or {} for content in files]
+
     def _own_detector(self) -> str:
         """Class of the detector that the config files name last; empty if none does."""
         found = ""
-        for path in self.configs:
-            model = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("model") or {}
+        for model in self._models():
             found = (model.get("detector") or {}).get("class_path", found)
         return found
 
@@ -277,29 +309,34 @@ class Recipe:
             num_queries: Where the detector has any; its own default when left out.
 
         Raises:
-            ValueError: The detector cannot be built from its section; and whatever else its class raises.
+            ValueError: The detector cannot be built from its section, or would start from random weights that are
+                frozen; and whatever else its class raises.
         """
-        described = self.resolved()[0].model.detector
-        module_name, _, class_name = described.class_path.rpartition(".")
-        arguments = without_downloads(described.init_args.as_dict() | {"num_classes": num_classes})
+        model = self.resolved()[0].model
+        module_name, _, class_name = model.detector.class_path.rpartition(".")
+        arguments = model.detector.init_args.as_dict() | {"num_classes": num_classes}
         if num_queries is not None and "num_queries" in arguments:
             arguments["num_queries"] = num_queries
         with torch.random.fork_rng(devices=[]):
-            built: Detector = getattr(importlib.import_module(module_name), class_name).from_init_args(arguments)
-        return built
+            detector: Detector = getattr(importlib.import_module(module_name), class_name).from_init_args(arguments)
+        DetectionTask(detector, backbone_weights=model.backbone_weights, init_weights=model.init_weights)
+        check_start(detector, fixed_parts(detector))
+        return detector
 
     def sections(self, *options: str) -> PipelineSections:
         """The pipeline's sections, built."""
         config, _ = self.resolved(*options)
         parser = ArgumentParser()
-        add_pipeline_sections(parser)
+        add_pipeline_sections(parser, build=True)
         own = {name: config[name] for name in PipelineSections._fields}
-        built = parser.instantiate_classes(parser.parse_object(own))
+        with constructors_speak():
+            built = parser.instantiate_classes(parser.parse_object(own))
         return PipelineSections(
             built.encoder,
             MiningConfig(**vars(built.mining)),
             ClusteringConfig(**vars(built.clustering)),
             SelfTrainingConfig(**vars(built.self_training)),
+            Throughput(**vars(built.inference)),
         )
 
     def training(self, out: Path, *options: str, checkpoint_every_steps: int = 500) -> RecipeCLI:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 
@@ -22,6 +23,8 @@ TINY_DETECTOR = {
     "num_feature_levels": 1,
     "num_points": 2,
     "dropout": 0.1,
+    "frozen_batch_norm": False,
+    "freeze_stem": False,
 }
 """A detector that takes a training step in a fraction of a second."""
 
@@ -30,11 +33,22 @@ TINY_CONFIG = {
     "clustering": {"num_classes": 3},
     "self_training": {"stages": 1, "max_boxes": 5},
     "model": {
-        "detector": {"class_path": "simdetr.detectors.DeformableDETR", "init_args": TINY_DETECTOR},
+        "detector": {
+            "class_path": "simdetr.detectors.DeformableDETR",
+            "init_args": {k: v for k, v in TINY_DETECTOR.items() if k != "num_queries"},
+        },
         "lr": 1e-3,
         "backbone_lr": 1e-3,
     },
-    "data": {"batch_size": 2, "short_sides": [48, 64], "max_side": 80, "crop": False, "colour": "light", "mosaic": 0.3},
+    "data": {
+        "batch_size": 2,
+        "short_sides": [48, 64],
+        "max_side": 80,
+        "crop": False,
+        "colour": "light",
+        "mosaic": 0.3,
+        "num_queries": 8,
+    },
     "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False},
 }
 
@@ -116,6 +130,17 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY_CONFIG), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def learned_backbone(tmp_path: Path) -> str:
+    """Backbone weights of ``TINY_DETECTOR`` whose batch norm has seen images, as that of any learned weights has."""
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    for name, value in state.items():
+        if name.endswith("running_mean"):
+            value += 0.1
+    torch.save(state, tmp_path / "learned.pth")
+    return str(tmp_path / "learned.pth")
 
 
 @pytest.fixture

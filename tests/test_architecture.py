@@ -17,15 +17,16 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 MAY_IMPORT = {
     "boxes": set(),
+    "machine": set(),
     "data": {"boxes"},
-    "proposals": {"boxes", "data"},
+    "proposals": {"boxes", "machine", "data"},
     "detectors": {"boxes", "data"},
-    "training": {"boxes", "data", "proposals", "detectors"},
-    "evaluation": {"boxes", "data", "proposals", "detectors", "training"},
-    "heads": {"boxes", "data", "proposals", "detectors", "training", "evaluation"},
-    "labelling": {"boxes", "data", "proposals", "detectors", "training", "evaluation", "heads"},
+    "training": {"boxes", "machine", "data", "proposals", "detectors"},
+    "evaluation": {"boxes", "machine", "data", "proposals", "detectors", "training"},
+    "heads": {"boxes", "machine", "data", "proposals", "detectors", "training", "evaluation"},
+    "labelling": {"boxes", "machine", "data", "proposals", "detectors", "training", "evaluation", "heads"},
 }
-"""What a folder (or boxes.py) may import beside itself; the other top-level modules may import everything."""
+"""What a folder (or a file of the root) may import beside itself; the other top-level modules may import everything."""
 WITH_LIGHTNING = {"training", "evaluation", ""}
 
 TESTED_ELSEWHERE = {
@@ -91,7 +92,7 @@ def test_imports_point_one_way(path):
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_files_are_small_named_and_documented(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 320
+    assert len(text.splitlines()) <= 700
     assert ast.get_docstring(ast.parse(text))
     assert not {"utils", "util", "misc", "common", "helpers", "helper"} & set(path.stem.split("_"))
     assert len(path.relative_to(PACKAGE).parts) <= 2

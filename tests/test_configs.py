@@ -88,7 +88,7 @@ def test_recipes_of_the_document_mine_with_its_filters():
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *BUILT_IN], ids=lambda path: path.relative_to(REPOSITORY).as_posix())
-def test_trains_one_step(path, scenes, tmp_path):
+def test_trains_one_step(path, scenes, learned_backbone, tmp_path):
     detector = yaml.safe_load(path.read_text())["model"].get("detector")
     name, changes = TINY[detector["class_path"].rpartition(".")[2] if detector else "DeformableDETR"]
     tiny = [REPOSITORY / "configs" / name] if name else []
@@ -96,6 +96,8 @@ def test_trains_one_step(path, scenes, tmp_path):
     data = (f"--data.images={scenes}", f"--data.labels={scenes / 'instances.json'}")
     changes = changes | SMALLER.get(path.name, {})
     smallest = (*SMALLEST, *(f"--model.detector.init_args.{key}={value}" for key, value in changes.items()))
+    if "DETReg" in str(detector):  # its backbone is frozen whole
+        smallest = (*smallest, f"--model.backbone_weights={learned_backbone}")
     recipe = Recipe(tuple(str(config) for config in configs), (*data, *smallest))
     cli = recipe.training(tmp_path)
     train(cli, tmp_path)

@@ -20,7 +20,7 @@ def fitted(tmp_path):
     """What `simdetr encoder fit` leaves, of random weights."""
     folder = tmp_path / "fitted"
     folder.mkdir()
-    save_file(TimmEncoder("test_resnet", seed=5).net.state_dict(), folder / "encoder.safetensors")
+    save_file(TimmEncoder("test_resnet", random_weights=True, seed=5).net.state_dict(), folder / "encoder.safetensors")
     record = {"model": "test_resnet", "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
     (folder / "encoder.json").write_text(json.dumps(record))
     return folder
@@ -47,9 +47,18 @@ def test_a_timm_name_means_its_own_weights(monkeypatch, other_config):
     monkeypatch.setattr(encoder_choice, "TimmEncoder", lambda *a, **k: fetched.append((a, k)))
     options = encoder_options("resnet18.a1_in1k")
     assert fetched == [(("resnet18.a1_in1k",), {"pretrained": True})]
-    job = MiningJob("photos", "out", (other_config,), (*options, "--encoder.init_args.pretrained=false"))
+    untrained = ("--encoder.init_args.pretrained=false", "--encoder.init_args.random_weights=true")
+    job = MiningJob("photos", "out", (other_config,), (*options, *untrained))
     encoder = job.sections().encoder  # a later option changed it, so nothing is fetched here
-    assert encoder.fingerprint == TimmEncoder("resnet18.a1_in1k").fingerprint
+    assert encoder.fingerprint == TimmEncoder("resnet18.a1_in1k", random_weights=True).fingerprint
+
+
+def test_words_for_packaged_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(encoder_choice.PACKAGED["augnet-resnet50"].__class__, "path", lambda self: tmp_path)
+    (option,) = encoder_options("augnet-resnet50")
+    assert json.loads(option.partition("=")[2])["init_args"] == {"model": "augnet-resnet50", "pretrained": True}
+    with pytest.raises(ValueError, match="did you mean efficientnet-lite0"):
+        encoder_options("efficientnet-lite")
 
 
 def test_nothing_given_changes_nothing():

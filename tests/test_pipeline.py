@@ -102,6 +102,19 @@ def test_a_detector_that_cannot_be_built_is_refused_before_mining(scenes, tiny_c
     assert not (tmp_path / "run" / "proposals").exists()
 
 
+def test_a_stage_can_be_added_on_other_devices(run, scenes, tiny_config, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run.path, out)
+    options = ["--self_training.stages=3", "--trainer.devices=1", "--data.num_workers=1", "--inference.batch_size=3"]
+    before = times(run.path)
+    resumed = pipeline.pretrain(scenes, out, [tiny_config], options=options)
+    assert resumed.stages() == [0, 1, 2, 3]
+    assert resumed.has_detector(3) and read_labels(resumed.labels(3)).stage == 3
+    for stage in range(3):
+        assert same_labels(read_labels(resumed.labels(stage)), read_labels(run.labels(stage)))
+    assert times(run.path) == before
+
+
 def test_other_settings_on_a_run_are_refused(run, scenes, tiny_config):
     with pytest.raises(RunMismatchError, match=r"model\.lr is 0\.001 there, 0\.5 asked"):
         pipeline.pretrain(scenes, run.path, [tiny_config], options=["--self_training.stages=2", "--model.lr=0.5"])

@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
 from pytorch_lightning.callbacks import EMAWeightAveraging
 
 from simdetr.proposals import ColourTextureEncoder
 from simdetr.recipe import Recipe, RecipeCLI, RecipeError
 from simdetr.training.checkpoints import AtomicCheckpointIO, ResumePoint
+from simdetr.training.random_start import RandomStartError
 from simdetr.training.train import train
 from simdetr.training.weights import checkpoint_config, load_detector, save_detector
 
@@ -20,8 +22,6 @@ def recipe(tiny_config, scenes):
 
 
 def test_the_same_yaml_runs_under_lightning_and_under_the_pipeline(recipe, tmp_path):
-    import torch
-
     made = recipe()
     train(made.training(tmp_path / "own"), tmp_path / "own")
     RecipeCLI(["fit", *made.arguments(f"--trainer.default_root_dir={tmp_path / 'fit'}")], checkpoint_every_steps=1)
@@ -138,3 +138,50 @@ def test_a_file_goes_under_the_recipes_own_head(class_path, recipe, make_detecto
         assert resolved.detector.init_args.detector.init_args.num_queries == 5
     else:
         assert resolved.detector.init_args.backbone == "test_resnet"
+
+
+def test_images_are_normalised_as_the_detectors_weights_want(recipe, make_detector, tmp_path):
+    word = "--model.detector.init_args.backbone=efficientnet-lite0"
+    assert recipe(word).training(tmp_path / "a").datamodule.image_settings["mean"] == [127 / 255] * 3
+
+    detector = make_detector(3)
+    trained = {"short_side": 96, "max_side": 120, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    config = checkpoint_config(detector, None) | {"image_settings": trained}
+    save_detector(detector, config, tmp_path / "detector")
+    started = recipe(f"--model.init_weights={tmp_path / 'detector'}").training(tmp_path / "b").datamodule
+    assert started.image_settings == trained | {"short_side": 64, "max_side": 80}  # the config names sizes
+    left_open = [f"--data.{name}=null" for name in ("short_sides", "max_side")]
+    for weights in (True, False):
+        made = recipe().starting_from(tmp_path / "detector", tmp_path / f"out{weights}", weights=weights)
+        assert made.training(tmp_path / "c").datamodule.image_settings["short_side"] == 64
+    opened = Recipe(recipe().configs, (*recipe().options, *left_open))
+    opened = opened.starting_from(tmp_path / "detector", tmp_path / "d", weights=True)
+    assert opened.training(tmp_path / "d").datamodule.image_settings == trained
+
+
+FROZEN = ("--model.detector.init_args.frozen_batch_norm=true", "--model.detector.init_args.freeze_stem=true")
+
+
+def test_random_weights_that_would_stay_are_refused(recipe, learned_backbone, tmp_path):
+    frozen = recipe(*FROZEN)
+    for refused in (frozen.training(tmp_path), None):
+        with pytest.raises(RandomStartError, match=r"random weights.*\(frozen_batch_norm: false, freeze_stem: false\)"):
+            train(refused, tmp_path) if refused is not None else frozen.check_detector(3)
+    given = recipe(*FROZEN, f"--model.backbone_weights={learned_backbone}")
+    given.check_detector(3)
+    train(given.training(tmp_path), tmp_path)
+    started = recipe(*FROZEN, f"--model.init_weights={tmp_path / 'detector'}")
+    started.check_detector(3)
+    assert train(started.training(tmp_path / "again"), tmp_path / "again").num_classes > 0
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_architecture_without_weights_learns_its_whole_backbone(given, recipe, make_detector, tmp_path, caplog):
+    detector = make_detector(3, frozen_batch_norm=True, freeze_stem=True)
+    save_detector(detector, checkpoint_config(detector, None), tmp_path)
+    made = recipe(*([f"--model.backbone_weights={tmp_path}/b.pth"] if given else []))
+    with caplog.at_level("INFO"):
+        config, _ = made.starting_from(tmp_path, tmp_path / "out", weights=False).resolved()
+    arguments = config.model.detector.init_args
+    assert (arguments.frozen_batch_norm, arguments.freeze_stem) == (given, given)
+    assert ("learns its whole backbone" in caplog.text) is not given

@@ -19,6 +19,12 @@ from simdetr.training.weights import checkpoint_config, save_detector
 BATCH = {"batch_size": 8, "short_sides": [64], "max_side": 80}
 
 
+def data_of(scenes, labels, detector):
+    data = DetectionData(str(scenes), str(labels), str(scenes), str(labels), **BATCH)
+    data.follow(detector.normalisation)  # as a training does before anything is saved
+    return data
+
+
 @pytest.fixture(scope="module")
 def detector(make_detector):
     """Random weights; its queries find something everywhere, and are of two classes about as much as of the third."""
@@ -32,7 +38,7 @@ def truth(detector, scenes, tmp_path_factory):
     """Labels that the detector can find: boxes of some queries, a little smaller, with their best or second class."""
     labels = scenes / "instances.json"
     content = json.loads(labels.read_text())
-    data = DetectionData(str(scenes), str(labels), str(scenes), str(labels), **BATCH)
+    data = data_of(scenes, labels, detector)
     generator = torch.Generator().manual_seed(0)
     content["annotations"] = []
     for batch in data.val_dataloader():
@@ -60,8 +66,8 @@ def truth(detector, scenes, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(scenes, truth):
-    return DetectionData(str(scenes), str(truth), str(scenes), str(truth), **BATCH)
+def data(scenes, truth, detector):
+    return data_of(scenes, truth, detector)
 
 
 @pytest.fixture(scope="module")

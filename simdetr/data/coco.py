@@ -89,7 +89,7 @@ def read_coco(
         LabelError: the file cannot be used at all, or has a problem and ``strict`` is set.
     """
     path = Path(path)
-    content = _load(path)
+    content = load_coco(path)
     problems = LabelProblems(path, strict)
     categories = _categories(content, problems)
     rows, sizes = _images(content, problems)
@@ -147,7 +147,8 @@ class _Annotation:
         return filled
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_coco(path: Path) -> dict[str, Any]:
+    """The content of a COCO annotation file as it stands, with its three lists, or a `LabelError`."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

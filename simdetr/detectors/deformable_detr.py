@@ -66,11 +66,12 @@ class DeformableDETR(QueryDetector):
         num_feature_levels: L; 1 uses the coarsest map only, 3 those of strides 8, 16 and 32; more add halved ones.
         num_points: points that a head reads per level.
         with_box_refine: each decoder layer corrects the boxes of the one before.
-        two_stage: queries are the encoder's best proposals instead of learned ones; needs ``with_box_refine``. Which are
-            best is one class-free logit per cell, so that it stays what it is when the classes change.
-        objectness: give every query one class-free logit o, *whether* something is there, beside those that say *what*:
-            the logit of class k is o + c_k. It is learned from the scores of boxes (``pred_objectness``), ranks boxes in
-            relabelling and stays when the classes change. Adding it to a class head's weights gives a plain detector.
+        two_stage: queries are the encoder's best proposals instead of learned ones; needs ``with_box_refine``. Which
+            are best is one class-free logit per cell, so that it stays what it is when the classes change.
+        objectness: give every query one class-free logit o, *whether* something is there, beside those that say
+            *what*: the logit of class k is o + c_k. It is learned from the scores of boxes (``pred_objectness``), ranks
+            boxes in relabelling and stays when the classes change. Adding it to a class head's weights gives a plain
+            detector.
         exclude_invalid_proposals: two-stage: no padding or border cell becomes a query. The original lets them.
         dilation: keep the backbone's last stage at stride 16 (DC5).
         position_encoding: fixed sine waves or learned rows and columns.
@@ -241,7 +242,13 @@ class DeformableDETR(QueryDetector):
             self._prediction(index, *layer) for index, layer in enumerate(zip(out.states, out.boxes, strict=True))
         ]
         last = layers.pop()
-        result: DetectorOutput = {**last, "aux_outputs": layers}
+        result: DetectorOutput = {
+            "pred_logits": last["pred_logits"],
+            "pred_boxes": last["pred_boxes"],
+            "aux_outputs": layers,
+        }
+        if "pred_objectness" in last:
+            result["pred_objectness"] = last["pred_objectness"]
         if out.encoder_logits is not None and out.encoder_boxes is not None:
             result["enc_outputs"] = {"pred_logits": out.encoder_logits, "pred_boxes": out.encoder_boxes}
         return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor, nn
@@ -117,6 +118,17 @@ class Detector(nn.Module, ABC):
     def core(self) -> Detector:
         """The detector that checkpoints of plain detectors fit: this one, unless it wraps another."""
         return self
+
+    @classmethod
+    def thawed(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments with which the whole backbone learns, as random weights need it.
+
+        Args:
+            init_args: this detector's arguments.
+        """
+        frozen = ("frozen_batch_norm", "freeze_stem", "freeze_backbone")
+        own = signature(cls.__init__).parameters
+        return {**init_args, **{name: False for name in frozen if name in own}}
 
     @classmethod
     def finetuned_as(cls, init_args: Mapping[str, Any]) -> tuple[type[Detector], dict[str, Any]]:

@@ -54,8 +54,9 @@ class MatchedLayers(NamedTuple):
 class DetectionLoss(nn.Module):
     """Matching and losses of a detection transformer.
 
-    A target with a score s below 1 is an object with probability s: the class losses are their expectation, s times that
-    of an object plus 1 - s times that of background, and its box counts s. With scores of 1 they are the original's.
+    A target with a score s below 1 is an object with probability s: the class losses are their expectation, s times
+    that of an object plus 1 - s times that of background, and its box counts s. With scores of 1 they are the
+    original's.
 
     Args:
         class_weight: weight of the focal loss in the total.
@@ -106,8 +107,9 @@ class DetectionLoss(nn.Module):
 
         Returns:
             ``loss``, the weighted total, and its terms unweighted: ``loss_ce``, ``loss_bbox``, ``loss_giou`` and, with
-            ``pred_objectness``, ``loss_object`` of the last layer, with suffix ``_0``, ``_1``, ... of the earlier layers
-            and ``_enc`` of the encoder. ``unmatched``, no loss, is the share of targets that no query is left for.
+            ``pred_objectness``, ``loss_object`` of the last layer, with suffix ``_0``, ``_1``, ... of the earlier
+            layers and ``_enc`` of the encoder. ``unmatched``, no loss, is the share of targets that no query is left
+            for.
 
         Raises:
             ValueError: targets that do not fit the batch or the number of classes.
@@ -121,14 +123,11 @@ class DetectionLoss(nn.Module):
         if "enc_outputs" in outputs:
             costs.append(self.matcher.costs(*_stack([outputs["enc_outputs"]]), self._encoder_targets(targets)))
         matches = self.matcher.assign(costs, counts)
-        certainty = sum(
-            float(target["scores"].sum()) if "scores" in target else len(target["labels"]) for target in targets
-        )
+        scored = any("scores" in target for target in targets)
+        certainty = pad_scores(targets).sum() if scored else sum(counts)
         num_boxes = global_mean_count(certainty, outputs["pred_boxes"].device)
-        unmatched = 1.0 - matches[0].query.shape[1] / max(1, sum(counts))
-        return MatchedLayers(
-            matches[0], matches[1] if len(matches) > 1 else None, num_boxes, unmatched * (sum(counts) > 0)
-        )
+        unmatched = 1.0 - matches[0].query.shape[1] / sum(counts) if sum(counts) else 0.0
+        return MatchedLayers(matches[0], matches[1] if len(matches) > 1 else None, num_boxes, unmatched)
 
     def of_matched(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], matched: MatchedLayers
@@ -151,7 +150,7 @@ class DetectionLoss(nn.Module):
             values = torch.cat(found) / matched.num_boxes
             total = total + weight * values.sum()
             losses |= {name + suffix: value for suffix, value in zip(suffixes, values.unbind(), strict=False)}
-        return {"loss": total, **losses, "unmatched": total.new_tensor(matched.unmatched)}
+        return {"loss": total, **losses, "unmatched": total.new_full((), matched.unmatched)}
 
     def _encoder_targets(self, targets: Sequence[Target]) -> Sequence[Target]:
         """What the encoder's proposals learn: every object as class 0, unless they are to learn classes."""
@@ -187,9 +186,9 @@ class DetectionLoss(nn.Module):
         return LayerLosses(ce, l1, ((1.0 - giou).view(image.shape) * scores).sum(dim=1) + watch, objects)
 
     def _focal(self, logits: Tensor, positives: tuple[Tensor, Tensor, Tensor, Tensor], scores: Tensor) -> Tensor:
-        """Sigmoid focal loss of all logits, summed per layer: all as negatives, then the few positives [N, M] put right.
+        """Sigmoid focal loss of all logits, summed per layer: all as negatives, then the few positives put right.
 
-        A positive counts by its score, and by the rest as a negative.
+        A positive of scores [N, M] counts by its score, and by the rest as a negative.
         """
         negative = (1.0 - self.focal_alpha) * logits.sigmoid() ** self.focal_gamma * F.softplus(logits)
         matched = logits[positives]
@@ -224,10 +223,15 @@ def _stack(layers: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack([p["pred_logits"] for p in layers]), torch.stack([p["pred_boxes"] for p in layers])
 
 
-def global_mean_count(count: float, device: torch.device) -> float | Tensor:
-    """Targets per rank, averaged over all ranks, at least 1 (A8); a tensor without a host transfer when distributed."""
-    if not (dist.is_available() and dist.is_initialized()):
+def global_mean_count(count: float | Tensor, device: torch.device) -> float | Tensor:
+    """Targets per rank, averaged over all ranks, at least 1; without a host transfer where it is a tensor."""
+    distributed = dist.is_available() and dist.is_initialized()
+    if not distributed and not isinstance(count, Tensor):
         return max(float(count), 1.0)
-    total = torch.full((), float(count), device=device)  # unlike a tensor made on the host, it is not waited for
-    dist.all_reduce(total)
-    return (total / dist.get_world_size()).clamp(min=1.0)
+    # unlike a tensor made on the host, neither is waited for
+    total = to_device(count, device) if isinstance(count, Tensor) else torch.full((), float(count), device=device)
+    if distributed:
+        total = total.clone()
+        dist.all_reduce(total)
+        total = total / dist.get_world_size()
+    return total.clamp(min=1.0)

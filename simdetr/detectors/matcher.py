@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from simdetr.boxes import batched_giou, cxcywh_to_xyxy
 
 Target = Mapping[str, Tensor]
-"""Objects of one image: ``labels`` int64 [T], ``boxes`` float [T, 4] cxcywh, fractions of the valid image, and, unless all
-are sure, ``scores`` float [T], the probability that each is an object."""
+"""Objects of one image: ``labels`` int64 [T], ``boxes`` float [T, 4] cxcywh, fractions of the valid image, and, unless
+all are sure, ``scores`` float [T], the probability that each is an object."""
 
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
@@ -164,7 +164,10 @@ def pad_targets(targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
 
 def pad_scores(targets: Sequence[Target]) -> Tensor:
     """Scores [B, T] of a batch, 1 where targets have none."""
-    rows = [target["scores"].float() if "scores" in target else torch.ones(len(target["labels"])) for target in targets]
+    rows = [
+        target["scores"].float() if "scores" in target else torch.ones_like(target["labels"], dtype=torch.float32)
+        for target in targets
+    ]
     return pad_sequence(rows, batch_first=True)
 
 

@@ -108,8 +108,9 @@ def best_per_query(
 ) -> list[Detections]:
     """Every query once, with its best class; boxes suppress each other whatever their class.
 
-    How sure a detection is, is its objectness, of detectors that learn it (``pred_objectness``), else its class's score:
-    an object whose looks are spread over many classes is no less an object. Arguments, result and errors are those of ``postprocess``.
+    How sure a detection is says its objectness, of detectors that learn it (``pred_objectness``), else its class's
+    score: an object whose looks are spread over many classes is no less an object. Arguments, result and errors are
+    those of ``postprocess``.
     """
     logits = class_logits(outputs)
     best = logits.argmax(dim=2, keepdim=True)

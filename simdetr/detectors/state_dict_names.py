@@ -3,13 +3,17 @@
 State dicts in, state dicts with other names out; tensors are shared, except the packed projections of self-attention,
 which the original keeps as one matrix and transformers as three. The original's names and ours differ in the backbone
 and in learned positions alone, and list shared heads several times. transformers leaves such copies out on disk, so
-``restore_copies`` accepts either. Source: specs/detectors.md part 1.
+``restore_copies`` accepts either.
+
+Two things are ours alone, and are translated: one class-free logit in the encoder's head, where the others have one per
+class and read the first, and objectness, which they have as a part of the class heads.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -64,7 +68,12 @@ _MEMORY_TO_DISK = (
 )
 _PACKED = re.compile(r"(.*\.self_attn)\.in_proj_(weight|bias)")
 _SPLIT = re.compile(r"(.*\.decoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
-_HEAD = re.compile(r"(?:transformer\.decoder\.)?((?:class|bbox)_embed)\.(\d+)\.(.*)")
+_HEAD = re.compile(r"(?:transformer\.decoder\.)?((?:class|bbox|object)_embed)\.(\d+)\.(.*)")
+# below whatever wraps the detector: (prefix, layer, weight or bias)
+_CLASS_HEAD = re.compile(r"(.*?)(?:transformer\.decoder\.)?class_embed\.(\d+)\.(weight|bias)")
+_QUERIES = {"query_embed.weight": 0, "backbone.det_token": 1, "backbone.det_pos_embed": 1}
+"""Tensors of learned queries, of Deformable DETR and of ViDT, and which of their dimensions counts queries."""
+_UNLIKELY = -math.log(99.0)
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,6 +122,110 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             parts = [state[raw_key.replace("q_proj", f"{role}_proj")] for role in "qkv"]
             renamed[f"{_rename(split[1] + '.', _FROM_HF)}in_proj_{split[3]}"] = torch.cat(parts)
     return renamed
+
+
+def plain_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict with the heads of the original and of transformers, which give equal outputs.
+
+    The encoder's one logit becomes the first row of a head with one row per class, the row that the choice of queries
+    looks at. The other rows, which only a loss would see, say "no object" of every cell.
+    """
+    plain = fold_objectness(state)
+    widened: dict[int, Tensor] = {}  # copies still share memory
+    for name in _encoder_heads(plain):
+        head, parts = plain[name], name.rsplit(".", 2)
+        classes = len(plain[f"{parts[0]}.0.{parts[2]}"])
+        if head.data_ptr() not in widened:
+            others = head.new_full((classes - 1, *head.shape[1:]), 0.0 if parts[2] == "weight" else _UNLIKELY)
+            widened[head.data_ptr()] = torch.cat([head, others])
+        plain[name] = widened[head.data_ptr()]
+    return plain
+
+
+def fold_objectness(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict without objectness, which the class heads take up: o + c_k is linear in the query's state."""
+    folded = {name: tensor for name, tensor in state.items() if "object_embed." not in name}
+    sums: dict[tuple[int, int], Tensor] = {}  # heads that share memory still do
+    for name, tensor in folded.items():
+        head = _CLASS_HEAD.fullmatch(name)
+        present = state.get(f"{head[1]}object_embed.{head[2]}.{head[3]}") if head else None
+        if present is not None:
+            identity = (tensor.data_ptr(), present.data_ptr())
+            folded[name] = sums[identity] = sums[identity] if identity in sums else tensor + present
+    return folded
+
+
+def add_objectness(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Heads for a detector with objectness, of a state dict without: o starts equal everywhere, o + c_k as they were.
+
+    Args:
+        state: with its copies, see ``restore_copies``.
+        own: state dict of the detector, whose bias of objectness, the prior, o keeps.
+    """
+    split = dict(state)
+    for name, tensor in state.items():
+        head = _CLASS_HEAD.fullmatch(name)
+        present = f"{head[1]}object_embed.{head[2]}.{head[3]}" if head else ""
+        if head is None or present in state or present not in own or own[name].shape != tensor.shape:
+            continue
+        split[present] = torch.zeros_like(own[present]) if head[3] == "weight" else own[present]
+        if head[3] == "bias":
+            split[name] = tensor - own[present].to(tensor)
+    return split
+
+
+def fit_to(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What fits a detector of a state dict with the same names but other numbers of classes or queries.
+
+    Of a published head of the encoder, with one row per class, this is the first row, the one that its choice of
+    queries looks at. Of learned queries it is as many as there are on both sides; further ones stay as the detector has
+    them.
+
+    Args:
+        state: with its copies, see ``restore_copies``.
+        own: state dict of the detector.
+    """
+    fitted = dict(state)
+    for name in _encoder_heads(own):
+        # a head that a detector without two stages shares among its layers says nothing about cells
+        if name in state and f"{_prefix(name)}transformer.enc_output.weight" in state:
+            fitted[name] = state[name][: len(own[name])]
+    for name, tensor in state.items():
+        dim = next((dim for queries, dim in _QUERIES.items() if name.endswith(queries)), None)
+        if dim is None or name not in own or _without(dim, tensor) != _without(dim, own[name]):
+            continue
+        common, wanted = min(tensor.shape[dim], own[name].shape[dim]), own[name].shape[dim]
+        rest = own[name].narrow(dim, common, wanted - common).to(tensor)
+        fitted[name] = torch.cat([tensor.narrow(dim, 0, common), rest], dim)
+    return fitted
+
+
+def is_of_queries(name: str) -> bool:
+    """Whether a tensor of this name holds learned queries."""
+    return name.endswith(tuple(_QUERIES))
+
+
+def _encoder_heads(names: Collection[str]) -> list[str]:
+    """Names of the head that chooses the queries of a two-stage detector: the class head behind the decoder's."""
+    heads = [head for name in names if (head := _CLASS_HEAD.fullmatch(name))]
+    last: dict[str, int] = {}
+    for head in heads:
+        last[head[1]] = max(last.get(head[1], 0), int(head[2]))
+    return [
+        head[0]
+        for head in heads
+        if f"{head[1]}transformer.enc_output.weight" in names and int(head[2]) == last[head[1]]
+    ]
+
+
+def _prefix(name: str) -> str:
+    head = _CLASS_HEAD.fullmatch(name)
+    return head[1] if head else ""
+
+
+def _without(dim: int, tensor: Tensor) -> tuple[int, ...]:
+    """Shape of a tensor but for one dimension."""
+    return (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
 
 
 def drop_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

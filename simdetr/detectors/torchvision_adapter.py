@@ -7,7 +7,7 @@ Letters: B images, Q most detections of one image, K classes, T objects of one i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
@@ -115,6 +115,11 @@ class TorchvisionDetector(Detector):
         self.model.transform = _AsTheyAre()
         default = signature(self.family.model).parameters[self.family.most].default
         self.most_detections = int(settings.get(self.family.most, default))
+
+    @classmethod
+    def thawed(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments with which the whole ResNet learns."""
+        return {**super().thawed(init_args), "trainable_layers": 5}
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
         """Detect, in evaluation mode.

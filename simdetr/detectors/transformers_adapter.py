@@ -86,6 +86,14 @@ class TransformersDetector(Detector):
         class_aware = settings["model_type"] != "deformable_detr"
         self.criterion = DetectionLoss(class_aware_encoder=class_aware) if loss == "simdetr" else None
 
+    @classmethod
+    def thawed(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments with which the backbone's batch norm learns, in families that let it."""
+        config, name = init_args["config"], "freeze_backbone_batch_norms"
+        if isinstance(config, str) or name not in config:
+            return dict(init_args)
+        return {**init_args, "config": {**config, name: False}}
+
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
         """Detect; in training mode with the predictions of earlier layers, where ``auxiliary_loss`` is on.
 

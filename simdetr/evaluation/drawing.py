@@ -233,7 +233,7 @@ def picture_path(folder: Path, image_id: str) -> Path:
 
 
 def draw_labels(image: Tensor, found: ImageLabels, categories: Sequence[Category], max_boxes: int) -> Image.Image:
-    """The best-scored boxes and their points, each place once; a landmark without a box has its caption at its point."""
+    """The best-scored boxes and their points, each place once; a landmark without box has its caption at its point."""
     order = np.argsort(-found.scores, kind="stable")
     # one box may have come with several classes: the best is shown
     places = found.boxes_xyxy if found.points is None else np.hstack([found.boxes_xyxy, found.points])

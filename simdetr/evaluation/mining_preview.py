@@ -17,7 +17,7 @@ from torch import nn
 
 from simdetr.data.images import ImageSource
 from simdetr.data.labels import Category, Labels
-from simdetr.evaluation.mining_time import NUM_WORKERS, MiningTime, mine_timed, warm_up
+from simdetr.evaluation.mining_time import MiningTime, mine_timed, warm_up
 from simdetr.evaluation.proposal_recall import proposal_recall
 from simdetr.evaluation.rival_recall import best_first
 from simdetr.proposals.batch_mining import MiningConfig
@@ -231,7 +231,8 @@ def _recall(
         # ranked boxes: the first of a longer list are the shorter list
         more = replace(config, level_sets=replace(levels, max_boxes=max(MAX_BOXES)))
         positions = [source.position(row.image_id) for row in judged]
-        with ImageLoading(source, positions, config.image_size, NUM_WORKERS, ahead=config.batch_size) as loading:
+        threads = config.decoding_threads(device)
+        with ImageLoading(source, positions, config.image_size, threads, ahead=config.batch_size) as loading:
             judged, _ = mine_rows(loading, encoder, more, device)
     boxes = Labels.from_images(map(best_first, judged), (Category(1, "object"),), stage=0)
     return Recall(

@@ -20,8 +20,6 @@ from simdetr.proposals.image_loading import ImageLoading, LoadedImage, load_imag
 from simdetr.proposals.shard_mining import mine_rows
 from simdetr.proposals.shards import ProposalRow
 
-NUM_WORKERS = 2  # threads that decode, as in a full run
-
 
 @dataclass(frozen=True)
 class MiningTime:
@@ -76,7 +74,8 @@ def mine_timed(
 ) -> tuple[list[ProposalRow], dict[str, str], MiningTime]:
     """Rows, reasons and times: the loop of a full run over these images."""
     timed = _TimedEncoder(encoder, device)
-    with ImageLoading(source, positions, config.image_size, NUM_WORKERS, ahead=config.batch_size) as loading:
+    threads = config.decoding_threads(device)
+    with ImageLoading(source, positions, config.image_size, threads, ahead=config.batch_size) as loading:
         images = _TimedImages(loading)
         start, cpu = time.perf_counter(), time.process_time()
         rows, unreadable = mine_rows(images, timed, config, device)

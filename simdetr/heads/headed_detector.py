@@ -16,7 +16,7 @@ from torch import Tensor
 from simdetr.detectors.detector import Detector, DetectorOutput
 from simdetr.detectors.features import Features, FeatureSizes, QueryDetector
 from simdetr.detectors.matcher import Target
-from simdetr.heads.building import described, factory
+from simdetr.heads.building import described, factory, part_class
 from simdetr.heads.head import Head, check_images, check_needs, prefixed
 
 
@@ -66,6 +66,14 @@ class HeadedDetector(Detector):
         arguments = dict(init_args)
         head, detector = factory(arguments.pop("head"), Head), factory(arguments.pop("detector"), QueryDetector)
         return cls(head=head, detector=detector, **arguments)
+
+    @classmethod
+    def thawed(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments with which the whole backbone of the detector learns."""
+        part = init_args["detector"]
+        inner = cast(type[QueryDetector], part_class(part["class_path"], QueryDetector))
+        thawed = inner.thawed(part.get("init_args") or {})
+        return {**init_args, "detector": {**part, "init_args": thawed}}
 
     @property
     def core(self) -> Detector:

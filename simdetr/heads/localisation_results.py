@@ -84,7 +84,8 @@ def localise(
             if batch is None:
                 continue
             ids = [source.ids[int(target["image_index"])] for target in batch.targets]
-            logits, features = detector.read(batch.images.to(settings.device), batch.mask.to(settings.device))
+            with settings.autocast():
+                logits, features = detector.read(batch.images.to(settings.device), batch.mask.to(settings.device))
             classes = None if wanted is None else torch.tensor([wanted(name) for name in ids], device=logits.device)
             maps = head.score_map(logits, features, classes)[:, 0].float().cpu().numpy()
             for name, target, found, values in zip(ids, batch.targets, logits.argmax(dim=1), maps, strict=True):

@@ -15,6 +15,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from simdetr.machine import default_workers
 from simdetr.proposals.features import Encoder
 from simdetr.proposals.filters import apply_filters
 from simdetr.proposals.image_loading import SIDE_MULTIPLE, shrink
@@ -23,6 +24,7 @@ from simdetr.proposals.ranking import rank_shapes, shapes_to_regions
 from simdetr.proposals.regions import Candidates, Regions, find_candidates, to_regions
 from simdetr.proposals.spectral_clustering import Affinity, spectral_clustering
 
+LEAST_THREADS = 2  # by default: one decodes while the other resizes, beside the encoder's own threads
 UNLIMITED = 100  # boxes of an image that a list of filters without a limit leaves, roughly
 
 
@@ -62,6 +64,8 @@ class MiningConfig:
             ``level_sets`` is null.
         batch_size: Images of one shape that are encoded and clustered together; does not change the result.
         shard_size: Images per file of the store; a killed run loses at most one unfinished shard.
+        num_workers: Threads that decode images, 0 in between; by default what suits the machine. Does not change the
+            result.
         max_unreadable: Fraction of unreadable images past which the run stops.
         seed: Of all random numbers.
     """
@@ -78,6 +82,7 @@ class MiningConfig:
     filters: dict[str, float] = field(default_factory=_default_filters)
     batch_size: int = 16
     shard_size: int = 512
+    num_workers: int | None = None
     max_unreadable: float = 0.05
     seed: int = 0
 
@@ -85,6 +90,8 @@ class MiningConfig:
         for name in ("image_size", "batch_size", "shard_size", "kmeans_starts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
         if self.image_size % SIDE_MULTIPLE:
             nearest = max(1, round(self.image_size / SIDE_MULTIPLE)) * SIDE_MULTIPLE
             raise ValueError(f"image_size must be a multiple of {SIDE_MULTIPLE}, got {self.image_size}; try {nearest}")
@@ -98,12 +105,16 @@ class MiningConfig:
             return self.level_sets.max_boxes
         return int(self.filters.get("keep_most_diverse", UNLIMITED))
 
+    def decoding_threads(self, device: str | torch.device) -> int:
+        """Threads that decode images while they are encoded on ``device``."""
+        return max(LEAST_THREADS, default_workers(str(device))) if self.num_workers is None else self.num_workers
+
     def result_settings(self) -> dict[str, object]:
         """The settings that change what is mined, not how it is split up."""
         return {
             name: value
             for name, value in asdict(self).items()
-            if name not in ("batch_size", "shard_size", "max_unreadable")
+            if name not in ("batch_size", "shard_size", "num_workers", "max_unreadable")
         }
 
 
@@ -174,13 +185,20 @@ def mine_level_sets(
     settings = config.level_sets
     if settings is None:
         raise ValueError("level_sets: expected settings, got null; set mining.level_sets")
+    absent = {*settings.distance_powers, *settings.angle_powers} - set(maps)
+    if absent:
+        raise ValueError(
+            f"distance_powers, angle_powers: expected strides out of {sorted(maps)}, which the encoder has, got "
+            f"{sorted(absent)}; set mining.level_sets.distance_powers and angle_powers"
+        )
     labels = cluster_levels(maps, config)
     coarsest = maps[max(maps)]
 
     def regions_of(own: slice) -> list[Regions]:
         part = {key: label[own] for key, label in labels.items()}
         shapes = find_shapes(pixels[own].float() / 255, part, settings, connectivity=config.connectivity)
-        kept, scores = rank_shapes(shapes, len(sizes_hw[own]), settings)
+        seen = {stride: level[own] for stride, level in maps.items()}
+        kept, scores = rank_shapes(shapes, len(sizes_hw[own]), settings, seen)
         return shapes_to_regions(shapes, kept, scores, part, coarsest[own], sizes_hw[own])
 
     if not pixels.is_cpu:

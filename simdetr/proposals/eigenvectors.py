@@ -14,7 +14,6 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-
 WHOLE_UP_TO = 128  # nodes; up to here a whole decomposition is as fast as the iteration
 BLOCK = 4  # vectors per product: one pass over the matrix serves all, and up to 3 equal eigenvalues are told apart
 FIRST_BASIS, MORE_BASIS, LARGEST_BASIS = 4, 2, 12  # basis vectors per wanted one: at first, per round, at most

@@ -14,7 +14,7 @@ is a row of neighbouring cells of one shape: there are several times fewer of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -43,9 +43,15 @@ class LevelSets:
         erosion: Also look at every level set shrunk by this many cells, which parts objects that touch; 0 does not.
         min_cells: Smaller shapes are dropped.
         max_boxes: Boxes per image that are kept, at most.
-        max_iou: Of two boxes that overlap more, the lower ranked goes.
+        max_iou: Of two boxes that overlap more, the lower ranked goes; below, its score falls with the overlap.
         edge_power: How much the strength of the contour counts in the ranking.
         border_factor: Applied for every image border a box touches: background reaches the border, objects rarely do.
+        recurrence_power: How much it counts that other clusterings and levels find a box again.
+        distance_powers: Per stride of the encoder, how much it counts how far the features inside a box are from those
+            around it; empty, like ``angle_powers``, ranks by the image alone, whatever the encoder sees.
+        angle_powers: Likewise, how much their direction differs.
+        balance: Scores are divided by this power of the image's best score, so that they compare between images: 0
+            leaves them, at 1 every image's best box has the score 1.
         max_ranked: Shapes per image that are compared with each other, the best by their own looks.
         min_relative_score: Boxes whose score is below this share of the image's best are dropped; 0 keeps all.
     """
@@ -55,9 +61,13 @@ class LevelSets:
     erosion: int = 0
     min_cells: int = 8
     max_boxes: int = 25
-    max_iou: float = 0.65
+    max_iou: float = 0.8
     edge_power: float = 1.5
     border_factor: float = 0.5
+    recurrence_power: float = 0.5
+    distance_powers: dict[int, float] = field(default_factory=lambda: {32: 1.0, 16: 0.5})
+    angle_powers: dict[int, float] = field(default_factory=lambda: {16: 0.5})
+    balance: float = 0.75
     max_ranked: int = 512
     min_relative_score: float = 0.0
 
@@ -66,6 +76,8 @@ class LevelSets:
             raise ValueError(f"cell_px: expected 1, 2, 4, 8 or 16, got {self.cell_px}")
         if not self.levels or not all(0 < level < 1 for level in self.levels):
             raise ValueError(f"levels: expected probabilities between 0 and 1, got {list(self.levels)}")
+        if not 0 <= self.balance <= 1:
+            raise ValueError(f"balance: expected 0..1, got {self.balance}; 1 makes the best boxes of all images equal")
         if self.erosion < 0 or min(self.min_cells, self.max_boxes, self.max_ranked) < 1:
             raise ValueError(
                 "erosion, min_cells, max_boxes, max_ranked: expected at least 0, 1, 1 and 1, got "

@@ -38,7 +38,6 @@ def mine(
     config: MiningConfig,
     out: str | Location,
     device: str | torch.device = "cpu",
-    num_workers: int = 2,
     progress: bool = False,
     rank: Rank | None = None,
 ) -> ProposalStore:
@@ -52,7 +51,6 @@ def mine(
         config: the settings.
         out: folder of the store, a path or URL; also holds ``quarantine.csv``.
         device: where encoding and clustering run.
-        num_workers: threads that decode images; 0 decodes in between.
         progress: show a bar with rate and time left, in the first process.
         rank: which one of several processes this is; by default as torchrun or SLURM say.
 
@@ -70,7 +68,7 @@ def mine(
     with claims, MiningBar(store, claims.taken, shown=progress and rank.index == 0) as bar:
         said = time.monotonic()
         while missing := store.manifest.num_shards - len(store.written()):
-            if mine_free_shards(claims, source, encoder, config, device, num_workers, bar.advance):
+            if mine_free_shards(claims, source, encoder, config, device, bar.advance):
                 continue
             if time.monotonic() > said + _SAY_EVERY_S:
                 _log.info("waiting for %d shards that other processes mine", missing)

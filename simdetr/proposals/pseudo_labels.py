@@ -21,6 +21,7 @@ import torch
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.labels import Category, Labels
 from simdetr.data.lineage import Lineage
+from simdetr.proposals.certainty import certainty
 from simdetr.proposals.kmeans import Backend, KMeans, fit_kmeans
 from simdetr.proposals.kmeans_balance import clustering_record
 from simdetr.proposals.kmeans_journal import Iteration, Journal
@@ -144,8 +145,7 @@ def _fingerprint(store: ProposalStore) -> str:
 def to_labels(store: ProposalStore, regions: int, clustering: KMeans | None) -> Labels:
     """Boxes, areas and lineage as mined, classes from the clustering; without one all regions are one class.
 
-    Scores of mined regions have no upper bound, those of labels end at 1: where one is above 1, all are divided by the
-    largest. Their order stays, and the document's filters, which give 1 to every region, still do.
+    Scores become how likely each box is an object, see :mod:`simdetr.proposals.certainty`.
     Boxes are a tenth of what a shard holds: every rank reads those of all shards. Features are not read again.
 
     Args:
@@ -177,14 +177,15 @@ def to_labels(store: ProposalStore, regions: int, clustering: KMeans | None) -> 
             read_of[owner] += rows.stop - rows.start
             classes[rows] = clusters_of[owner][at : read_of[owner]]
     offsets = np.cumsum(np.concatenate(counts), dtype=np.int64)
+    sizes_hw = np.concatenate(sizes).astype(np.int64)
     found_in = {name: numbers[name] for name in ("stride", "k", "cluster")}
     return Labels(
         image_ids=tuple(ids),
-        sizes_hw=np.concatenate(sizes).astype(np.int64),
+        sizes_hw=sizes_hw,
         offsets=offsets,
         boxes_xyxy=boxes,
         classes=classes,
-        scores=numbers["score"] / numbers["score"].max(initial=1),
+        scores=certainty(numbers["score"], boxes, sizes_hw, offsets),
         categories=_categories(clustering),
         areas=numbers["area"],
         crowd=np.zeros(regions, bool),

@@ -1,8 +1,9 @@
 """Shapes of a batch in, the few that look most like objects out, as regions with scores.
 
 In place of the document's last rule, which looks at overlap and size alone. A shape ranks high if the image has an
-edge along its contour, if other clusterings and levels find it again, if it fills its box and is not tiny; every image
-border that its box touches halves its rank. What each factor gives: `benchmarks/results/sweep.json`.
+edge along its contour, if the encoder sees other things inside its box than around it, if other clusterings and levels
+find it again, and if it is not tiny; every image border that its box touches halves its rank. What each factor gives:
+`benchmarks/results/sweep.json` and `proposal_ranking.json`.
 
 Letters: as in :mod:`simdetr.proposals.level_sets`; R ranked shapes per image (padded).
 """
@@ -15,46 +16,93 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from simdetr.boxes import batched_iou
+from simdetr.proposals.feature_contrast import feature_contrast
 from simdetr.proposals.level_sets import LevelSets, Shapes
 from simdetr.proposals.regions import Regions
 
 RECURRENCE_IOU = 0.6  # boxes that overlap more are the same finding
 AREA_POWER = 0.5
-FILL_POWER = 0.5
+LEAST_CONTRAST = 0.02  # in spreads of the features: a box around the whole image keeps its order among its like
+TINY = 1e-12
+GONE = -1.0  # rank of what is not to be chosen
 
 
-def rank_shapes(shapes: Shapes, images: int, settings: LevelSets) -> tuple[Tensor, Tensor]:
+def rank_shapes(
+    shapes: Shapes, images: int, settings: LevelSets, maps: Mapping[int, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The shapes to keep, best first within each image, and the score of every shape.
 
     Args:
         shapes: of all images.
         images: B.
         settings: of the ranking.
+        maps: features [B, D, h, w] by stride, of the settings' strides; None leaves the encoder out.
 
     Returns:
-        Indices of the kept shapes, int64, in the order of image and rank; scores float32 [S], 0 where not ranked.
+        Indices of the kept shapes, int64, in the order of image and rank; scores float32 [S], 0 where not kept.
     """
     height, width = shapes.grid
     sides = shapes.boxes[:, 2:] - shapes.boxes[:, :2]
-    area = sides.prod(dim=1)
     touched = (shapes.boxes == shapes.boxes.new_tensor([0, 0, width, height])).sum(dim=1)
     looks = shapes.edge**settings.edge_power * settings.border_factor**touched
-    looks = looks * (area / (height * width)) ** AREA_POWER * (shapes.count / area) ** FILL_POWER
+    looks = looks * (sides.prod(dim=1) / (height * width)) ** AREA_POWER
     table = _best_of_images(looks, shapes.image, images, settings.max_ranked)
     valid = table >= 0
-    again = ((batched_iou(shapes.boxes[table]) > RECURRENCE_IOU) & valid[:, None, :]).sum(dim=2)
+    iou = batched_iou(shapes.boxes[table])
+    again = ((iou > RECURRENCE_IOU) & valid[:, None, :]).sum(dim=2)
+    ranks = looks[table] * again.to(looks) ** settings.recurrence_power
+    if maps is not None:
+        ranks[valid] *= _seen(shapes.boxes[table[valid]], shapes.image[table[valid]], shapes.grid, maps, settings)
+    chosen, decayed = suppress(iou, ranks.where(valid, GONE), settings.max_boxes, settings.max_iou)
+    best = decayed[:, :1].clamp(min=TINY)
+    good = (decayed >= 0) & (decayed >= settings.min_relative_score * best)
+    kept = table.gather(1, chosen)[good]
     scores = torch.zeros_like(looks)
-    scores[table[valid]] = (looks[table] * again)[valid]
-    ranked = table[valid]
-    kept = ranked[batched_nms(shapes.boxes[ranked], scores[ranked], shapes.image[ranked], settings.max_iou)]
-    kept = kept[shapes.image[kept].argsort(stable=True)]
-    place = _place_within_image(shapes.image[kept], images)
-    best = scores.new_zeros(images).scatter_reduce_(0, shapes.image[kept], scores[kept], "amax")
-    good = scores[kept] >= settings.min_relative_score * best[shapes.image[kept]]
-    return kept[(place < settings.max_boxes) & good], scores
+    scores[kept] = (decayed / best**settings.balance)[good]
+    return kept, scores
+
+
+def _seen(
+    boxes: Tensor, image: Tensor, grid_hw: tuple[int, int], maps: Mapping[int, Tensor], settings: LevelSets
+) -> Tensor:
+    """Factor of what the encoder sees in and around each box, [S]."""
+    factor = boxes.new_ones(len(boxes))
+    for stride in sorted({*settings.distance_powers, *settings.angle_powers}):
+        distance, angle = feature_contrast(boxes, image, maps[stride], grid_hw)
+        factor *= (distance + LEAST_CONTRAST) ** settings.distance_powers.get(stride, 0.0)
+        factor *= (angle + LEAST_CONTRAST) ** settings.angle_powers.get(stride, 0.0)
+    return factor
+
+
+def suppress(iou: Tensor, ranks: Tensor, count: int, max_iou: float) -> tuple[Tensor, Tensor]:
+    """Choose the best box of every image again and again; each choice lowers the others by 1 - IoU² (soft NMS).
+
+    Source: Bodla et al., Soft-NMS: improving object detection with one line of code, 2017, with the square, so that
+    neighbours that hardly overlap keep their rank; what overlaps more than ``max_iou`` goes.
+
+    Args:
+        iou: [B, R, R] of an image's boxes.
+        ranks: [B, R], 0 or more, higher is better; negative ones are never chosen.
+        count: boxes per image at most.
+        max_iou: 0..1.
+
+    Returns:
+        Rows of the chosen boxes, int64 [B, C], and their lowered ranks [B, C], not ascending; negative
+        where none was left.
+    """
+    left = ranks.clone()
+    rows, lowered = [], []
+    for _ in range(min(count, ranks.shape[1])):
+        rank, row = left.max(dim=1)
+        rows.append(row)
+        lowered.append(rank)
+        overlap = iou.gather(1, row[:, None, None].expand(-1, -1, ranks.shape[1]))[:, 0]
+        left = (left * (1 - overlap.square())).where(overlap <= max_iou, GONE).scatter(1, row[:, None], GONE)
+    if not rows:
+        return ranks.new_zeros(len(ranks), 0, dtype=torch.int64), ranks.new_zeros(len(ranks), 0)
+    return torch.stack(rows, dim=1), torch.stack(lowered, dim=1)
 
 
 def _best_of_images(values: Tensor, image: Tensor, images: int, limit: int) -> Tensor:

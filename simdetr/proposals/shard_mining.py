@@ -31,7 +31,6 @@ def mine_free_shards(
     encoder: Encoder,
     config: MiningConfig,
     device: str | torch.device = "cpu",
-    num_workers: int = 2,
     advance: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Mine shard after shard until no missing one is free.
@@ -42,7 +41,6 @@ def mine_free_shards(
         encoder: frozen; moved to ``device``.
         config: the settings.
         device: where encoding and clustering run.
-        num_workers: threads that decode images; 0 decodes in between.
         advance: hears of every image that is done.
 
     Returns:
@@ -59,7 +57,8 @@ def mine_free_shards(
     mined = 0
     with ExitStack() as stack:
         positions = (position for shard in claims.free() for position in manifest.images_of(shard))
-        loading = ImageLoading(source, positions, config.image_size, num_workers, ahead=config.batch_size)
+        threads = config.decoding_threads(device)
+        loading = ImageLoading(source, positions, config.image_size, threads, ahead=config.batch_size)
         loaded = stack.enter_context(loading)
         writer = stack.enter_context(ThreadPoolExecutor(1))
         writing: Future[None] | None = None

@@ -23,7 +23,7 @@ from torch import Tensor
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.dataset import Batch
 from simdetr.training.datamodule import DetectionData
-from simdetr.training.run_folder import made_once
+from simdetr.training.run_folder import RunFolder
 from simdetr.training.train import Training
 
 LOG = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def auto_batch_options(
             temporary.write_text(json.dumps(found, indent=2), encoding="utf-8")
 
     new = not path.is_file()
-    made_once(path, find)
+    RunFolder(path.parent).made_once(path, find)
     found = json.loads(path.read_text(encoding="utf-8"))
     if found["scaling"] != scaling:
         raise ValueError(
@@ -164,7 +164,8 @@ class TrialStep:
         trainer, data = training.trainer, training.datamodule
         self.device: torch.device = trainer.strategy.root_device
         self.size_hw = largest_size_hw(data)
-        self._num_boxes = int(np.diff(data.labels.offsets).max(initial=1)) * (_TILES if data.mosaic else 1)
+        most = int(np.diff(data.labels.offsets).max(initial=1)) * (_TILES if data.mosaic else 1)
+        self._num_boxes = min(most, max(1, data.num_queries // 2))
         self._masks = data.masks
         self._precision = trainer.precision_plugin
         self._task = training.model

@@ -16,7 +16,7 @@ import torch
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.labels import Category
 from simdetr.detectors import DeformableDETR, ViDT
-from simdetr.detectors.state_dict_names import to_official
+from simdetr.detectors.state_dict_names import plain_heads, to_official
 from simdetr.detectors.vidt_names import to_official_vidt
 from simdetr.training.checkpoint_files import CONFIG_NAME, WEIGHTS_NAME, read_checkpoint
 from simdetr.training.transformers_config import MODEL_TYPE
@@ -103,9 +103,11 @@ def export_official(checkpoint: Path, out: Path) -> str:
         ValueError: The detector has no original.
     """
     loaded = load_detector(checkpoint)
-    detector = loaded.detector
+    detector, config = loaded.detector, checkpoint_config(loaded.detector, loaded)
     if isinstance(detector, DeformableDETR):
-        state = to_official(detector.state_dict())
+        state = to_official(plain_heads(detector.state_dict()))
+        if detector.object_embed is not None:
+            config["init_args"] = config["init_args"] | {"objectness": False}
     elif isinstance(detector, ViDT):
         state = to_official_vidt(detector.state_dict())
     else:
@@ -114,7 +116,7 @@ def export_official(checkpoint: Path, out: Path) -> str:
             "ViDT. Export to safetensors instead."
         )
     with atomic_path(out) as temporary:
-        torch.save({"model": state, "simdetr": checkpoint_config(detector, loaded)}, temporary)
+        torch.save({"model": state, "simdetr": config}, temporary)
     return f"{len(state)} tensors of {type(detector).__name__} under the original's names in {out}"
 
 

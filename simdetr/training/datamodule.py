@@ -23,11 +23,12 @@ from simdetr.data.image_level import read_image_level
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Category, LabelError, Labels, read_labels
 from simdetr.data.mosaic import Mosaic
+from simdetr.data.protocols import first_images
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.reference_points import ReferencePoints, with_reference_points
 from simdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transforms, train_transforms
+from simdetr.machine import default_workers
 from simdetr.training.epoch_sampler import EpochBatchSampler, ResumableLoader, ShareBatchSampler
-from simdetr.training.label_subset import sample_images
 
 LOG = logging.getLogger(__name__)
 SHORT_SIDES, MAX_SIDE = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), 1333
@@ -90,7 +91,8 @@ class DetectionData(pl.LightningDataModule):
         val_images: Validation images; none means no validation.
         val_labels: Their boxes.
         batch_size: Images per step and rank.
-        num_workers: Decoding processes; 0 decodes in the training process.
+        num_workers: Decoding processes; 0 decodes in the training process. By default, on a GPU the cores of this
+            process but one, at most 8, and none on a CPU.
         short_sides: Sizes in pixels of the shorter side, one drawn per image in training; the largest is used in
             validation. Left out, those of the detector that training starts from, or 480 to 800.
         max_side: Longest side in pixels; left out, as for ``short_sides``, or 1333.
@@ -98,7 +100,7 @@ class DetectionData(pl.LightningDataModule):
         flip: Mirror half of the training images; False where left and right make classes.
         colour: Strength of the colour augmentation.
         mosaic: Probability that a training sample is a mosaic of four images.
-        label_fraction: Part of the labelled images to train on (semi-supervised protocols).
+        label_fraction: Part of the labelled images to train on, drawn as `simdetr split` draws it.
         seed: Seed of order, subset and augmentation.
         strict: Turn problems in label files into errors.
         masks: Read the objects' masks for training, for detectors that learn from them; labels without any train
@@ -110,6 +112,8 @@ class DetectionData(pl.LightningDataModule):
             image, label) or a folder with one folder per class too. Validation keeps its boxes.
         num_queries: Queries of the detector, which finds at most so many objects in an image; left out, enough for the
             labels, see ``queries_for``. A training sample has at most half as many objects, the most certain ones.
+        min_score: Boxes of the training labels whose score is lower are background; for pseudo-labels.
+        score_power: Exponent on their scores, which are how much a box counts; above 1, the certain ones count more.
         mean: Of the colours 0..1, for their normalisation; left out, that of the detector's weights.
         std: Their deviation, likewise.
 
@@ -125,7 +129,7 @@ class DetectionData(pl.LightningDataModule):
         val_images: str | None = None,
         val_labels: str | None = None,
         batch_size: int = 8,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         short_sides: Sequence[int] | None = None,
         max_side: int | None = None,
         crop: bool = True,
@@ -140,6 +144,8 @@ class DetectionData(pl.LightningDataModule):
         point_margin: float = 0.0,
         image_level: bool = False,
         num_queries: int | None = None,
+        min_score: float = 0.0,
+        score_power: float = 1.0,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
     ) -> None:
@@ -148,7 +154,9 @@ class DetectionData(pl.LightningDataModule):
         self._images = (short_sides, max_side, mean, std)
         self.follow({})
         self.crop, self.flip, self.colour, self.mosaic = crop, flip, colour, mosaic
+        self._samples: DetectionDataset | Mosaic
         self._loader: ResumableLoader | None = None
+        self._val_loader: DataLoader[Any] | None = None
         self._position: dict[str, int] | None = None
         self.source = open_images(images)
         self.val_source: ImageSource | None = open_images(val_images) if val_images is not None else None
@@ -165,7 +173,10 @@ class DetectionData(pl.LightningDataModule):
         if masks and not self.masks:
             LOG.warning("%s has no masks: training goes on with boxes alone", path)
         if label_fraction < 1:
-            self.labels = self.labels.select(sample_images(self.labels, label_fraction, seed))
+            drawn = set(first_images(self.labels.image_ids, label_fraction, seed))
+            self.labels = self.labels.select(name for name in self.labels.image_ids if name in drawn)
+        if min_score > 0 or score_power != 1:
+            self.labels = self.labels.sharpened(min_score, score_power)
         self.num_queries = queries_for(self.labels, mosaic) if num_queries is None else num_queries
         self.reference_points: ReferencePoints | None = None
         if reference_points is not None:
@@ -192,7 +203,8 @@ class DetectionData(pl.LightningDataModule):
         self.std: Sequence[float] = std if std is not None else image_settings.get("std", IMAGENET_STD)
 
     def setup(self, stage: str) -> None:
-        """Follow the task that is about to run."""
+        """Follow the task that is about to run, and forget the loaders of another."""
+        self._loader = self._val_loader = None
         task: Any = self.trainer.lightning_module if self.trainer is not None else None
         self.follow(getattr(task, "image_settings", {}))
 
@@ -208,7 +220,7 @@ class DetectionData(pl.LightningDataModule):
 
     @property
     def category_names(self) -> list[str]:
-        """Names of the classes, in the order of their indices; linked to heads that speak of classes by name."""
+        """Names of the classes, in the order of their indices; linked to the task and to heads that speak of them."""
         return [category.name for category in self.labels.categories]
 
     @property
@@ -226,13 +238,22 @@ class DetectionData(pl.LightningDataModule):
         return self.labels.image_ids[index]
 
     def train_dataloader(self) -> ResumableLoader:
-        """Loader of the trainer's current epoch; Lightning asks again at every epoch."""
+        """Loader of the trainer's current epoch; Lightning asks again at every epoch, and gets the same one."""
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        if self._loader is None:
+            self._loader = self._new_loader()
+        self._samples.set_epoch(epoch)
+        self._loader.begin(epoch)
+        if self._position is not None:
+            self._loader.load_state_dict(self._position)
+        return self._loader
+
+    def _new_loader(self) -> ResumableLoader:
         rank = self.trainer.global_rank if self.trainer is not None else 0
         world_size = self.trainer.world_size if self.trainer is not None else 1
-        sizes = (self.short_sides, self.max_side)
-        normalisation = {"mean": self.mean, "std": self.std}
-        transform = train_transforms(*sizes, crop=self.crop, colour=self.colour, flip=self.flip, **normalisation)
+        transform = train_transforms(
+            self.short_sides, self.max_side, self.crop, self.colour, self.flip, mean=self.mean, std=self.std
+        )
         dataset = DetectionDataset(
             self.source,
             self.labels,
@@ -244,21 +265,23 @@ class DetectionData(pl.LightningDataModule):
             max_objects=max(1, self.num_queries // 2),
             reference_points=self.reference_points,
         )
-        samples = Mosaic(dataset, probability=self.mosaic, seed=self.seed) if self.mosaic > 0 else dataset
-        samples.set_epoch(epoch)
-        batches = EpochBatchSampler(len(dataset), self.batch_size, self.seed, epoch, rank, world_size)
-        loader = ResumableLoader(
-            samples,
-            epoch=epoch,
-            batch_sampler=batches,
+        self._samples = Mosaic(dataset, probability=self.mosaic, seed=self.seed) if self.mosaic > 0 else dataset
+        return ResumableLoader(
+            self._samples,
+            batch_sampler=EpochBatchSampler(len(dataset), self.batch_size, self.seed, 0, rank, world_size),
             collate_fn=collate,
-            num_workers=self.num_workers,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=self._device == "cuda",
+            **self._workers(),
         )
-        if self._position is not None:
-            loader.load_state_dict(self._position)
-        self._loader = loader
-        return loader
+
+    @property
+    def _device(self) -> str:
+        return self.trainer.strategy.root_device.type if self.trainer is not None else "cpu"
+
+    def _workers(self) -> dict[str, Any]:
+        """Decoding processes, which stay from epoch to epoch: they see its number, see ``DetectionDataset``."""
+        count = default_workers(self._device) if self.num_workers is None else self.num_workers
+        return {"num_workers": count, "persistent_workers": count > 0}
 
     def _read_image_level(self, path: Path, strict: bool) -> Labels:
         if not path.is_dir() and path.suffix.lower() != ".csv":
@@ -268,16 +291,61 @@ class DetectionData(pl.LightningDataModule):
         return read_image_level(path, self.source, categories)
 
     def state_dict(self) -> dict[str, int]:
-        """Position in the epoch; Lightning's own place for it comes too late where the schedule asks for a length."""
-        return self._loader.state_dict() if self._loader is not None else {}
+        """Position in the epoch; Lightning's own place for it comes too late where the schedule asks for a length.
+
+        Beside it, for a resume on another number of devices: ``step`` of the optimiser, images ``per_step``, and by how
+        many steps the schedule is ``ahead`` of that count already.
+        """
+        if self._loader is None:
+            return {}
+        step = self.trainer.global_step if self.trainer is not None else 0
+        return self._loader.state_dict() | {"step": step, "per_step": self.images_per_step, "ahead": self.steps_ahead()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Remember where an interrupted run stood."""
+        """Remember where an interrupted run stood; say so if its steps were of another size."""
         self._position = state_dict or None
+        before = state_dict.get("per_step", self.images_per_step)
+        if before != self.images_per_step:
+            LOG.warning(
+                "resumed with %d images per step (devices x data.batch_size x trainer.accumulate_grad_batches) instead "
+                "of %d: every image still counts once per epoch, but learning rates were chosen for %d. To keep it, "
+                "change data.batch_size or trainer.accumulate_grad_batches so that the product stays.",
+                self.images_per_step,
+                before,
+                before,
+            )
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of one step of the optimiser: of all devices, and of all batches whose gradients are added."""
+        if self.trainer is None:
+            return self.batch_size
+        return self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of a whole epoch."""
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        batches = -(-len(self.labels) * accumulated // self.images_per_step)
+        return -(-batches // accumulated)
+
+    def steps_ahead(self) -> int:
+        """Optimiser steps to add to the schedule's count after a resume with other ``images_per_step``; else 0.
+
+        A training over epochs has another number of steps then. What was done counts as the steps that it would have
+        taken with the present ones, so that the schedule goes on where it was and ends with the last epoch.
+        """
+        position, trainer = self._position, self.trainer
+        if position is None or trainer is None or trainer.max_steps >= 0:
+            return 0
+        if position.get("per_step", self.images_per_step) == self.images_per_step:
+            return position.get("ahead", 0)
+        in_epoch = min(self.steps_per_epoch, position["seen"] // self.images_per_step)
+        return position["epoch"] * self.steps_per_epoch + in_epoch - position["step"]
 
     def teardown(self, stage: str) -> None:
-        """Forget it: the next training starts at its beginning."""
-        self._position = None
+        """Forget position and loaders: the next training starts at its beginning, with its own processes."""
+        self._position = self._loader = self._val_loader = None
 
     def _quarantine(self) -> Quarantine | None:
         if self.trainer is None:
@@ -288,12 +356,15 @@ class DetectionData(pl.LightningDataModule):
         """Loader of the validation images of this rank, in order; an empty list without any."""
         if self.val_source is None or self.val_labels is None:
             return []
+        if self._val_loader is not None:
+            return self._val_loader
         rank = self.trainer.global_rank if self.trainer is not None else 0
         world_size = self.trainer.world_size if self.trainer is not None else 1
         transform = eval_transforms(max(self.short_sides), self.max_side, self.mean, self.std)
         dataset = DetectionDataset(self.val_source, self.val_labels, transform)
         batches = ShareBatchSampler(len(dataset), self.batch_size, rank, world_size)
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=self.num_workers)
+        self._val_loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **self._workers())
+        return self._val_loader
 
     def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The validation images."""

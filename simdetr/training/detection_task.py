@@ -6,6 +6,7 @@ carry what is needed to rebuild the detector. Source: seed 003 Eq. 1-2, specs/de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from simdetr.data.pretrained_weights import load_backbone_weights, load_into
 from simdetr.detectors.detector import Detector
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.predictions import Findings, findings
+from simdetr.training.datamodule import DetectionData
 from simdetr.training.loss_watch import PendingLosses
 from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_groups
+from simdetr.training.random_start import check_start, fixed_parts
 from simdetr.training.run_folder import detector_folder
 from simdetr.training.weights import LoadReport, checkpoint_config, load_weights
 
@@ -45,6 +48,8 @@ class DetectionTask(pl.LightningModule):
         backbone_weights: Checkpoint (path or URL; SwAV, DINO, MoCo, MoBY, timm) the backbone starts from.
         init_weights: Run folder, detector folder or file to start from; the class head is replaced if the classes
             differ, and a head on the detector is new.
+        class_names: Names of the classes that it trains on, by which ``init_weights`` sees whether they differ; linked
+            to the data. None goes by their number alone.
         top_k: Detections per image kept in validation.
         seed: Seed of dropout; with it a resumed training equals an uninterrupted one.
         channels_last: Keep the backbone's weights and images channel by channel within each pixel, which convolutions
@@ -64,6 +69,7 @@ class DetectionTask(pl.LightningModule):
         warmup_steps: int = 0,
         backbone_weights: str | None = None,
         init_weights: str | None = None,
+        class_names: Sequence[str] | None = None,
         top_k: int = 100,
         seed: int = 0,
         channels_last: bool = False,
@@ -82,7 +88,8 @@ class DetectionTask(pl.LightningModule):
             load_into(detector.get_submodule(detector.body_name), load_backbone_weights(backbone_weights))
         self.load_report: LoadReport | None = None
         if init_weights is not None:
-            self.load_report = load_weights(detector, detector_folder(init_weights))
+            self.load_report = load_weights(detector, detector_folder(init_weights), class_names)
+        self._fixed = fixed_parts(detector)
         if backbone_lr == 0:
             for name, parameter in detector.named_parameters():
                 if name.startswith(f"{detector.backbone_name}."):
@@ -102,7 +109,8 @@ class DetectionTask(pl.LightningModule):
         return outputs
 
     def on_fit_start(self) -> None:
-        """Compile, and say what was loaded, once."""
+        """Compile, and say what was loaded, once; random weights that would stay are refused."""
+        check_start(self.detector, self._fixed)
         if self.compile_backend:
             self.detector.compile(dynamic=True, backend=self.compile_backend)
         if self.load_report is not None and self.global_rank == 0:
@@ -118,6 +126,9 @@ class DetectionTask(pl.LightningModule):
         """Loss of one batch, summed over decoder layers; nothing here waits for the GPU but the matching."""
         self._settle()  # a batch whose gradients this one's are added to
         losses = self.losses(batch)
+        left_out = [target["dropped"] for target in batch.targets if "dropped" in target]
+        if left_out:
+            losses = {**losses, "dropped": torch.stack(left_out).sum().float()}
         self._pending = PendingLosses(batch, losses)
         return losses["loss"]
 
@@ -194,9 +205,12 @@ class DetectionTask(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with the recipe's groups, and the schedule per step."""
         optimiser = self.new_optimiser()
-        total = int(self.trainer.estimated_stepping_batches)
+        total, ahead = int(self.trainer.estimated_stepping_batches), 0
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, DetectionData) and (ahead := data.steps_ahead()):
+            total = data.steps_per_epoch * int(self.trainer.max_epochs or 1)
         factor = lr_factor(self.schedule, total, warmup_steps=self.warmup_steps, drop_at=self.drop_at)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: factor(step + ahead))
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def new_optimiser(self) -> Optimizer:

@@ -31,7 +31,7 @@ class LearningEncoder(TimmEncoder):
 
     def __init__(self, model: str, weights: str | None = None, seed: int = 0) -> None:
         check_model(model)
-        super().__init__(model, weights=weights, seed=seed)
+        super().__init__(model, weights=weights, random_weights=weights is None, seed=seed)
         self.model = model
         self.requires_grad_(True)
         self.train()

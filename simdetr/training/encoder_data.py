@@ -108,7 +108,7 @@ class EncoderData(pl.LightningDataModule):
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         views = Views(self.source, self.crops, self.quarantine, self.seed, epoch)
         batches = EpochBatchSampler(len(views), self.batch_size, self.seed, epoch)
-        loader = ResumableLoader(views, epoch=epoch, batch_sampler=batches, num_workers=self.num_workers)
+        loader = ResumableLoader(views, batch_sampler=batches, num_workers=self.num_workers)
         if self._position is not None:
             loader.load_state_dict(self._position)
         self._loader = loader

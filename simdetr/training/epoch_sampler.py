@@ -18,7 +18,8 @@ class EpochBatchSampler(Sampler[list[int]]):
     """Shuffled index batches of one epoch for one rank.
 
     Every rank draws the same permutation and takes every ``world_size``-th batch; all ranks get the same number of
-    batches, the last ones filled up from the start of the permutation.
+    batches, the last ones filled up from the start of the permutation. The sampler can begin another epoch, and go on
+    in the middle of one that other ranks or another batch size began: what they have served is not served again.
 
     Args:
         num_images: Size of the set; fewer images than the batch size give one batch that repeats them.
@@ -34,21 +35,41 @@ class EpochBatchSampler(Sampler[list[int]]):
     ) -> None:
         if num_images < 1:
             raise ValueError(f"num_images: expected at least 1 image to train on, got {num_images}.")
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(num_images, generator=generator)
-        per_step = batch_size * world_size
-        self.num_batches = -(-num_images // per_step)
-        repeats = -(-self.num_batches * per_step // num_images)
-        order = order.repeat(repeats)[: self.num_batches * per_step]
-        self._batches = order.view(self.num_batches, world_size, batch_size)[:, rank]
-        self.start = 0
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.begin(epoch)
+
+    @property
+    def per_step(self) -> int:
+        """Images that all ranks take in a step."""
+        return self.batch_size * self.world_size
+
+    def begin(self, epoch: int, served: int = 0, seen: int | None = None) -> None:
+        """Serve an epoch from its start, or from where an interrupted run stood in it.
+
+        Args:
+            epoch: Epoch the permutation belongs to.
+            served: Batches per rank that are done.
+            seen: Images of the permutation that they held, of all ranks; as many as these ranks take, if left out.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.num_images, generator=generator)
+        self.epoch, self.start = epoch, served
+        self._seen = served * self.per_step if seen is None else seen
+        left = max(0, -(-(self.num_images - self._seen) // self.per_step))
+        places = (self._seen + torch.arange(left * self.per_step)) % self.num_images
+        self._batches = order[places].view(left, self.world_size, self.batch_size)[:, self.rank]
+
+    def seen_after(self, served: int) -> int:
+        """Images of the permutation that all ranks have taken after so many batches of the epoch."""
+        return self._seen + (served - self.start) * self.per_step
 
     def __len__(self) -> int:
-        return self.num_batches
+        return self.start + len(self._batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.num_batches):
-            yield self._batches[step].tolist()
+        for batch in self._batches:
+            yield batch.tolist()
 
 
 class ShareBatchSampler(Sampler[list[int]]):
@@ -79,10 +100,11 @@ class ShareBatchSampler(Sampler[list[int]]):
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader whose position in the epoch is saved and restored by Lightning's checkpoints.
 
+    One loader may serve epoch after epoch (``begin``), so that its processes live on (``persistent_workers``).
+
     Args:
         dataset: Images and targets.
-        epoch: Epoch the loader serves; a saved position of another epoch is ignored.
-        batch_sampler: The epoch's batches.
+        batch_sampler: The epoch's batches; a saved position of another epoch is ignored.
         kwargs: What DataLoader takes.
     """
 
@@ -90,12 +112,16 @@ class ResumableLoader(DataLoader[Any]):
         self,
         dataset: Dataset[Any],
         *,
-        epoch: int,
         batch_sampler: EpochBatchSampler,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(dataset, batch_sampler=batch_sampler, **kwargs)
-        self._epoch = epoch
+        self._batches = batch_sampler
+        self._served = 0
+
+    def begin(self, epoch: int) -> None:
+        """Serve another epoch, from its start."""
+        self._batches.begin(epoch)
         self._served = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -104,10 +130,12 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and number of batches served in it."""
-        return {"epoch": self._epoch, "served": self._served}
+        """Epoch, batches served in it, and how many images of its order they held, of all ranks."""
+        seen = self._batches.seen_after(self._served)
+        return {"epoch": self._batches.epoch, "served": self._served, "seen": seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Skip what an interrupted run has already trained on, if the position is of this epoch."""
-        if state["epoch"] == self._epoch and isinstance(self.batch_sampler, EpochBatchSampler):
-            self._served = self.batch_sampler.start = state["served"]
+        if state["epoch"] == self._batches.epoch:
+            self._batches.begin(state["epoch"], state["served"], state.get("seen"))
+            self._served = state["served"]

@@ -1,9 +1,9 @@
 """Detections and mined boxes of the same images in, the labels of a stage that both speak for out.
 
-Mined boxes follow an image's own edges and know nothing of the set; a detector has seen the whole set and draws its boxes
-less exactly. So a detection takes over part of the mined box that it overlaps, and is as sure as the two together; mined
-boxes that no detection repeats stay, with little trust. The document trains stage j + 1 on the detections alone
-(US 2025/0265826, [0040]): ``self_training.fusion: null`` does so. What each part gives: `benchmarks/LOG.md`.
+Mined boxes follow an image's own edges and know nothing of the set; a detector has seen the whole set and draws its
+boxes less exactly. So a detection takes over part of the mined box that it overlaps, and is as sure as the two
+together; mined boxes that no detection repeats stay, with little trust. The document trains stage j + 1 on the
+detections alone (US 2025/0265826, [0040]): ``self_training.fusion: null`` does so.
 
 Letters: D detections and M mined boxes of one image.
 """
@@ -33,8 +33,8 @@ class Fusion:
     """
 
     iou: float = 0.5
-    mined_box: float = 0.5
-    mined_score: float = 0.25
+    mined_box: float = 0.75
+    mined_score: float = 0.35
     unmatched: float = 0.05
 
     def __post_init__(self) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from simdetr.data.atomic_files import atomic_path
@@ -24,8 +26,44 @@ from simdetr.training.weights import is_saved
 LOG = logging.getLogger(__name__)
 
 
+FREE = (
+    "data.num_workers",
+    "inference.batch_size",
+    "inference.num_workers",
+    "mining.batch_size",
+    "mining.num_workers",
+    "self_training.checkpoint_every_steps",
+    "self_training.stages",
+    "trainer.accelerator",
+    "trainer.default_root_dir",
+    "trainer.devices",
+    "trainer.enable_model_summary",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.logger",
+    "trainer.num_nodes",
+    "trainer.profiler",
+    "trainer.strategy",
+)
+"""Settings that a started run may change: where and how the work is done, and how many stages there are.
+
+Other devices make steps of another size, unless ``PER_STEP`` makes up for it; the data module warns of that.
+"""
+PER_STEP = ("data.batch_size", "trainer.accumulate_grad_batches")
+"""Settings that may change as long as the images per optimiser step, of all devices, stay the same."""
+LEADER_LOCK = ".leader.lock"
+LEAST_WAIT_S = 5.0
+"""How long the leader waits for its lock, which another process holds for a moment when it looks."""
+PATIENCE_S = 60.0
+"""How long the other processes look for a leader before they take it for dead."""
+
+
 class RunMismatchError(ValueError):
     """The folder holds a run made with other settings."""
+
+
+class LeaderLostError(RuntimeError):
+    """The process of the run that writes files has died, so what the others wait for will not come."""
 
 
 @dataclass
@@ -83,7 +121,7 @@ class RunFolder:
         return sorted(int(path.name.removeprefix("stage")) for path in self.path.glob("stage[0-9]*") if path.is_dir())
 
     def claim(self, config_yaml: str, settled: Sequence[str] | None = None) -> None:
-        """Keep the configuration, or check that it is the one this run was started with.
+        """Keep the configuration, or check that it is the one this run was started with, but for what is ``FREE``.
 
         Args:
             config_yaml: The resolved configuration.
@@ -101,17 +139,82 @@ class RunFolder:
 
     def _check_settled(self, before: object, config_yaml: str, settled: Sequence[str] | None) -> None:
         there, asked = dict(_leaves(before)), dict(_leaves(yaml.safe_load(config_yaml)))
+        per_step = _images_per_step(asked)
+        free = (*FREE, *PER_STEP) if per_step is not None and per_step == _images_per_step(there) else FREE
         differing = [
             f"{name} is {there.get(name, 'not set')!r} there, {asked.get(name, 'not set')!r} asked"
             for name in sorted({*there, *asked})
             if (name in there, there.get(name)) != (name in asked, asked.get(name))
-            and (settled is None or any(f"{name}.".startswith(f"{section}.") for section in settled))
+            and (settled is None or _is_within(name, settled))
+            and not _is_within(name, free)
         ]
         if differing:
             raise RunMismatchError(
                 f"out: {self.path} holds a run with other settings ({'; '.join(differing)}). Repeat the first command "
                 "to resume it, or choose another out."
             )
+
+    @contextmanager
+    def led(self) -> Iterator[None]:
+        """Hold the leader's lock while the block runs, if this is the leader, so that the others notice its death.
+
+        The lock is the operating system's: it ends with its process, however that dies.
+        """
+        if not leads():
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LEADER_LOCK, thread_local=False)
+        try:
+            lock.acquire(timeout=LEAST_WAIT_S)
+        except (Timeout, NotImplementedError, OSError) as error:
+            LOG.warning("%s cannot be locked (%s): other processes will not notice if this one dies", self.path, error)
+        try:
+            yield
+        finally:
+            lock.release()
+            with suppress(OSError):  # another process looks at it
+                (self.path / LEADER_LOCK).unlink(missing_ok=True)
+
+    def has_leader(self) -> bool:
+        """Whether a process holds the leader's lock; True where locks do not work, since that cannot be known."""
+        lock = FileLock(self.path / LEADER_LOCK, blocking=False)
+        try:
+            lock.acquire()
+        except (Timeout, NotImplementedError, OSError):
+            return True
+        lock.release()
+        return False
+
+    def made_once(
+        self, output: Path, make: Callable[[], object], *, poll_s: float = 1.0, patience_s: float = PATIENCE_S
+    ) -> None:
+        """Let the leader, within :meth:`led`, make a file that does not exist yet; the other processes wait for it.
+
+        Args:
+            output: The file, which appears whole.
+            make: Makes it.
+            poll_s: Seconds between two looks.
+            patience_s: Seconds without any leader after which it is taken for dead; it may begin later than the others.
+
+        Raises:
+            LeaderLostError: There is no leader, and no file.
+        """
+        if output.is_file():
+            return
+        if leads():
+            make()
+            return
+        seen = time.monotonic()
+        while not output.is_file():
+            if self.has_leader():
+                seen = time.monotonic()
+            elif time.monotonic() > seen + patience_s and not output.is_file():
+                raise LeaderLostError(
+                    f"{output} was to be made by the first process of this run, which has died or was never there; its "
+                    "own messages tell why. Start all processes again: the run goes on with what is finished."
+                )
+            time.sleep(poll_s)
 
     @contextmanager
     def step(self, name: str, what: str) -> Iterator[StepResult]:
@@ -154,15 +257,18 @@ def leads() -> bool:
     return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
-def made_once(output: Path, make: Callable[[], object], *, poll_s: float = 1.0) -> None:
-    """Let one process of the run make a file that does not exist yet; the others wait for it."""
-    if output.is_file():
-        return
-    if leads():
-        make()
-        return
-    while not output.is_file():
-        time.sleep(poll_s)
+def _is_within(name: str, sections: Sequence[str]) -> bool:
+    """Whether a dotted name is one of these sections or settings, or inside one."""
+    return any(f"{name}.".startswith(f"{section}.") for section in sections)
+
+
+def _images_per_step(settings: dict[str, Any]) -> int | None:
+    """Images per optimiser step of all devices; None where the number of devices is left to the machine."""
+    defaults = {"trainer.devices": "auto", "trainer.num_nodes": 1, "trainer.accumulate_grad_batches": 1}
+    values = [(defaults | settings).get(name) for name in (*PER_STEP, "trainer.devices", "trainer.num_nodes")]
+    counts = [len(value) if isinstance(value, list) else value for value in values]
+    numbers = [count for count in counts if isinstance(count, int) and count > 0]
+    return math.prod(numbers) if len(numbers) == len(counts) else None
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401

@@ -20,7 +20,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.labels import Category
 from simdetr.detectors import DeformableDETR, TransformersDetector
-from simdetr.detectors.state_dict_names import drop_copies, to_transformers
+from simdetr.detectors.state_dict_names import drop_copies, plain_heads, to_transformers
 from simdetr.training.checkpoint_files import CONFIG_NAME, PREPROCESSOR_NAME, WEIGHTS_NAME
 from simdetr.training.transformers_config import (
     MODEL_TYPE,
@@ -86,7 +86,7 @@ def write_transformers_folder(loaded: LoadedDetector, folder: Path) -> str:
 def _write_deformable_detr(detector: DeformableDETR, categories: tuple[Category, ...], folder: Path) -> None:
     tensors = {
         name: tensor.contiguous()
-        for name, tensor in to_transformers(drop_copies(detector.state_dict())).items()
+        for name, tensor in to_transformers(drop_copies(plain_heads(detector.state_dict()))).items()
         # transformers' batch norm is frozen, and counts nothing
         if name.startswith(_SHARED) and not name.endswith("num_batches_tracked")
     }

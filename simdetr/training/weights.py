@@ -10,24 +10,28 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.labels import Category
 from simdetr.detectors.detector import Detector
-from simdetr.detectors.state_dict_names import restore_copies
+from simdetr.detectors.state_dict_names import add_objectness, fit_to, fold_objectness, is_of_queries, restore_copies
 from simdetr.training.checkpoint_files import CONFIG_NAME, WEIGHTS_NAME, Checkpoint, read_checkpoint
 from simdetr.training.checkpoint_formats import OWN
 
 LOG = logging.getLogger(__name__)
 _LEAST_FITTING = 0.5
 _NAMES_SHOWN = 3
+_MADE_UP = re.compile(r"class \d+|LABEL_\d+")
+"""Names that simdetr's and transformers' imports give to classes of which they know only the number."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,11 @@ class LoadReport:
         path: The file.
         source: Whose format it is.
         kept: Names of the detector's tensors that were set.
-        replaced: Names whose shape in the file differs; they stay as initialised.
+        replaced: Names whose shape in the file differs, or which speak of other classes; they stay as initialised.
         missing: Names that the file does not have; they stay as initialised.
         unexpected: Names of the file that the detector has no place for.
         image_settings: How images were prepared for the file's detector, as far as it says.
+        reason: Why tensors were replaced whose shape agrees, or in which part learned queries were kept, if so.
     """
 
     path: Path
@@ -51,6 +56,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     image_settings: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
 
     def summary(self) -> str:
         """One line: the counts, and the first names of what was not kept."""
@@ -59,7 +65,7 @@ class LoadReport:
             names: list[str] = getattr(self, what)
             shown = f" ({', '.join(names[:_NAMES_SHOWN])}{', …' if len(names) > _NAMES_SHOWN else ''})" if names else ""
             parts.append(f"{len(names)} {what}{shown}")
-        return f"{self.path} ({self.source}): {', '.join(parts)}"
+        return f"{self.path} ({self.source}): {', '.join(parts)}{f'; {self.reason}' if self.reason else ''}"
 
     def log(self) -> None:
         """Say the summary."""
@@ -114,42 +120,78 @@ def is_saved(folder: Path) -> bool:
     return (folder / WEIGHTS_NAME).is_file() and (folder / CONFIG_NAME).is_file()
 
 
-def load_weights(detector: Detector, path: Path) -> LoadReport:
+def load_weights(detector: Detector, path: Path, class_names: Sequence[str] | None = None) -> LoadReport:
     """Copy every tensor whose name and shape agree; leave the others as initialised and list them.
 
     Args:
         detector: Any detector of ``simdetr.detectors``.
         path: What ``read_checkpoint`` reads, of simdetr or of another project.
+        class_names: What the detector's classes are to be; if the file's are others, however many, what speaks of
+            single classes stays as initialised. None, or a file that does not name its classes, leaves that to the
+            shapes.
 
     Raises:
         ValueError: Most tensors do not agree: the file is of another detector.
     """
-    return copy_weights(detector, read_checkpoint(path))
+    return copy_weights(detector, read_checkpoint(path), class_names)
 
 
-def copy_weights(detector: Detector, checkpoint: Checkpoint) -> LoadReport:
+def copy_weights(detector: Detector, checkpoint: Checkpoint, class_names: Sequence[str] | None = None) -> LoadReport:
     """``load_weights`` for a file that was read already."""
     if checkpoint.stored is None or checkpoint.stored.get("class_path") != class_path_of(detector):
         detector = detector.core
     own = detector.state_dict()
     given = checkpoint.state(own)
-    state = restore_copies(given, own)
-    fitting = {name for name, value in state.items() if name in own and own[name].shape == value.shape}
+    if not any("object_embed." in name for name in own):
+        given = fold_objectness(given)
+    restored = restore_copies(given, own)
+    state = fit_to(restored, own)
+    other_classes = _other_classes(checkpoint, class_names)
+    others = class_tensors(detector) & state.keys() if other_classes else set()
+    present = add_objectness({name: value for name, value in state.items() if name not in others}, own)
+    fitting = {name for name, value in present.items() if name in own and own[name].shape == value.shape}
     # a module that stands under two names (shared heads) is stored once by safetensors: its other name is no loss
     stored_at = {own[name].data_ptr() for name in state if name in own and own[name].numel() > 0}
     unused = checkpoint.names_without(given) if checkpoint.format.is_partial else []
     report = LoadReport(
         path=checkpoint.path,
         source=checkpoint.format.title,
-        kept=[name for name in own if name in fitting],
+        kept=[name for name in own if name in fitting and name in state],
         replaced=[name for name in own if name in state and name not in fitting],
         missing=[name for name in own if name not in state and own[name].data_ptr() not in stored_at],
         unexpected=[*(name for name in given if name not in own), *unused],
         image_settings=dict((checkpoint.stored or {}).get("image_settings") or {}),
+        reason="; ".join([*([other_classes] if others else []), *_resized(restored, state)]),
     )
     _check_fit(detector, report, is_partial=checkpoint.format.is_partial or detector.takes_backbones)
-    detector.load_state_dict({name: state[name] for name in report.kept}, strict=False)
+    detector.load_state_dict({name: present[name] for name in fitting}, strict=False)
     return report
+
+
+def _other_classes(checkpoint: Checkpoint, class_names: Sequence[str] | None) -> str:
+    """How a file's classes differ from those wanted; nothing if they are the same, or if one side is not known."""
+    stored = [str(category["name"]) for category in (checkpoint.stored or {}).get("categories") or []]
+    if class_names is None or all(map(_MADE_UP.fullmatch, stored)) or stored == list(class_names):
+        return ""
+    met, wanted = (f"{len(names)} ({', '.join(names[:_NAMES_SHOWN])}, …)" for names in (stored, list(class_names)))
+    return f"what speaks of single classes is new, for the file's are {met} and the data's {wanted}"
+
+
+def _resized(given: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Which learned queries were cut or filled up."""
+    return [
+        f"{name} is {[*value.shape]} here, {[*given[name].shape]} in the file, and their common part is kept"
+        for name, value in state.items()
+        if value.shape != given[name].shape and is_of_queries(name)
+    ]
+
+
+def class_tensors(detector: Detector) -> set[str]:
+    """Names of a detector's tensors that speak of single classes: those whose shapes change with their number."""
+    arguments = without_downloads(detector.init_args) | {"num_classes": detector.num_classes + 1}
+    with torch.random.fork_rng(devices=[]):
+        wider = type(detector).from_init_args(arguments).state_dict()
+    return {name for name, value in detector.state_dict().items() if wider[name].shape != value.shape}
 
 
 def _check_fit(detector: Detector, report: LoadReport, *, is_partial: bool) -> None:

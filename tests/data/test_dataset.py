@@ -36,7 +36,10 @@ def test_sample_has_the_form_of_the_contract(image_folder):
         "orig_size": (torch.int64, (2,)),
         "size": (torch.int64, (2,)),
         "image_index": (torch.int64, ()),
+        "scores": (torch.float32, (1,)),
+        "dropped": (torch.int64, ()),
     }
+    assert target["scores"].tolist() == [1.0] and int(target["dropped"]) == 0
     assert type(target["boxes"]) is torch.Tensor
     assert torch.allclose(target["boxes"], torch.tensor([[18 / 60, 14 / 40, 24 / 60, 20 / 40]]))
     assert target["orig_size"].tolist() == [40, 60] and target["size"].tolist() == [80, 120]
@@ -65,6 +68,38 @@ def test_crowds_are_left_out_and_an_image_may_have_no_objects(image_folder):
     assert len(batch.targets[1]["labels"]) == 0 and batch.targets[1]["boxes"].shape == (0, 4)
     evaluated = DetectionDataset(source, labels, PLAIN(40, 60))[0][1]
     assert evaluated["labels"].tolist() == [0] and evaluated["boxes"].shape == (1, 4)
+
+
+def scored_labels(source, scores, size_hw=(40, 60)):
+    """On every image boxes of these scores, one beside the other, the same class each."""
+    boxes = [[x, 4, x + 4, 30] for x in range(0, 2 * len(scores), 2)]
+    images = [ImageLabels.build(image_id, size_hw, boxes, [0] * len(scores), scores) for image_id in source.ids]
+    return Labels.from_images(images, [Category(1, "thing")])
+
+
+def test_the_least_certain_objects_past_the_limit_are_left_out(image_folder):
+    source = open_images(image_folder(1))
+    scores = [0.5, 0.9, 0.1, 0.7, 0.3]
+    labels = scored_labels(source, scores)
+    target = DetectionDataset(source, labels, PLAIN(40, 60), max_objects=3)[0][1]
+    assert torch.allclose(target["scores"], torch.tensor([0.5, 0.9, 0.7])) and int(target["dropped"]) == 2
+    # in the order of the file, each with its own box
+    assert torch.allclose(target["boxes"][:, 0] * 60, torch.tensor([2.0, 4.0, 8.0]))
+    assert len(target["labels"]) == 3
+    whole = DetectionDataset(source, labels, PLAIN(40, 60), max_objects=5)[0][1]
+    assert torch.allclose(whole["scores"], torch.tensor(scores)) and int(whole["dropped"]) == 0
+
+
+def test_four_crowded_images_in_one_leave_the_most_certain_objects(image_folder):
+    """25 boxes per image and 60 queries: of the mosaic's 100 objects 30 stay, none less certain than one that went."""
+    source = open_images(image_folder(4))
+    labels = scored_labels(source, [round(0.04 * (rank + 1), 2) for rank in range(25)])
+    dataset = DetectionDataset(source, labels, PLAIN(160, 240), max_objects=60 // 2)
+    mosaic = Mosaic(dataset, probability=1, low_resolution=0, canvas_px=240)
+    for index in range(4):
+        target = mosaic[index][1]
+        assert len(target["labels"]) == len(target["boxes"]) == 30 and int(target["dropped"]) == 70
+        assert target["scores"].min() > 0.04 * 17  # 4 of each of the 7 best, and 2 of the next
 
 
 def test_masks_come_when_asked_for(image_folder):

@@ -98,12 +98,18 @@ def test_placements_are_exact():
     red[0] = 200
     sample = (
         red,
-        {"boxes": torch.tensor([[4.0, 2.0, 20.0, 10.0]]), "labels": torch.tensor([3]), "image_index": torch.tensor(7)},
+        {
+            "boxes": torch.tensor([[4.0, 2.0, 20.0, 10.0]]),
+            "labels": torch.tensor([3]),
+            "scores": torch.tensor([0.5]),
+            "image_index": torch.tensor(7),
+        },
     )
     image, target = compose_tiles([sample], [Placement(top=5, left=8, height=5, width=40)], (30, 50))
     assert (image[:, 5:10, 8:48] == torch.tensor([200, 0, 0]).view(3, 1, 1)).all()
     assert (image[0] == 200).sum() == 5 * 40
     assert target["boxes"].tolist() == [[16, 6, 48, 10]] and target["labels"].tolist() == [3]
+    assert target["scores"].tolist() == [0.5]
     assert target["boxes"].canvas_size == (30, 50) and int(target["image_index"]) == 7
 
 
@@ -146,9 +152,15 @@ def test_masks_are_resized_and_placed_exactly():
     pixels = tv_tensors.Mask(torch.tensor([[[1, 0], [0, 1]]], dtype=torch.uint8))
     sample = (
         torch.zeros(3, 2, 2, dtype=torch.uint8),
-        {"boxes": torch.tensor([[0.0, 0, 2, 2]]), "labels": torch.tensor([0]), "image_index": 0, "masks": pixels},
+        {
+            "boxes": torch.tensor([[0.0, 0, 2, 2]]),
+            "labels": torch.tensor([0]),
+            "scores": torch.ones(1),
+            "image_index": 0,
+            "masks": pixels,
+        },
     )
-    empty = (sample[0], sample[1] | {name: sample[1][name][:0] for name in ("boxes", "labels", "masks")})
+    empty = (sample[0], sample[1] | {name: sample[1][name][:0] for name in ("boxes", "labels", "scores", "masks")})
     places = [Placement(1, 2, 4, 4), Placement(6, 6, 2, 2)]
     _, target = compose_tiles([sample, empty], places, (10, 12))
     expected = torch.zeros(1, 10, 12, dtype=torch.uint8)

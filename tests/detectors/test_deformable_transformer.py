@@ -45,8 +45,9 @@ def test_padding_changes_nothing(variant, make_detector, shake):
     def run(maps, level_masks):
         positions = [sine_cell_positions(mask, 64) for mask in level_masks]
         query = None if variant == "two_stage" else detector.query_embed.weight
+        chooser = detector.class_embed[-1] if variant == "two_stage" else None
         with torch.no_grad():
-            return detector.transformer(maps, level_masks, positions, query, detector.bbox_embed, detector.class_embed)
+            return detector.transformer(maps, level_masks, positions, query, detector.bbox_embed, chooser)
 
     alone, inside = run(small, nothing), run(large, masks)
     for states, boxes, padded_states, padded_boxes in zip(*alone[:2], *inside[:2], strict=True):
@@ -103,7 +104,7 @@ def test_only_the_encoder_loss_teaches_the_proposals(make_detector, shake, batch
 
 
 def test_two_stage_starts_from_the_best_cells(make_detector, shake, batch):
-    """Queries start at the boxes of the cells with the highest score for class 0."""
+    """Queries start at the boxes of the cells with the highest objectness."""
     detector = shake(make_detector("two_stage"))
     seen = []
     detector.transformer.decoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))

@@ -68,7 +68,7 @@ def test_every_layer_matches_torchvision():
             torch.testing.assert_close(losses[name + suffix], value)
             total += weight * value
     torch.testing.assert_close(losses["loss"], total)
-    assert len(losses) == 13
+    assert len(losses) == 14 and losses["unmatched"] == 0
 
 
 def test_focal_loss_passes_gradcheck():
@@ -78,7 +78,7 @@ def test_focal_loss_passes_gradcheck():
     positives = (torch.arange(2)[:, None].expand(2, 2), *places)
 
     def focal(x):
-        return criterion._focal(x, positives)
+        return criterion._focal(x, positives, torch.ones(2, 2, dtype=torch.float64))
 
     assert torch.autograd.gradcheck(focal, (logits.requires_grad_(),))
     one_hot = torch.zeros_like(logits)
@@ -167,9 +167,68 @@ def test_targets_that_do_not_fit():
 
 
 def test_more_objects_than_queries():
-    outputs = random_outputs(batch=1, queries=3, layers=1)
-    losses = DetectionLoss()(outputs, random_targets((5,)))
+    outputs = random_outputs(batch=2, queries=3, layers=1)
+    losses = DetectionLoss()(outputs, random_targets((5, 3)))
     assert torch.isfinite(losses["loss"])
+    assert float(losses["unmatched"]) == pytest.approx(2 / 8)
+
+
+def test_scores_of_one_change_nothing():
+    outputs, targets = random_outputs(cells=8), random_targets((3, 2))
+    sure = [{**target, "scores": torch.ones(len(target["labels"]))} for target in targets]
+    plain, scored = DetectionLoss()(outputs, targets), DetectionLoss()(outputs, sure)
+    for name, value in plain.items():
+        torch.testing.assert_close(scored[name], value)
+
+
+def test_an_unsure_object_is_an_object_as_often_as_it_says():
+    """The class losses are s times those of an object and 1 - s times those of background; the box counts s."""
+    outputs, targets = random_outputs(batch=1, queries=4, layers=1), random_targets((1,))
+    outputs["pred_objectness"] = torch.linspace(-2, 1, 4, dtype=torch.float64)[None, :, None]
+    score, criterion = 0.3, DetectionLoss()
+    losses = criterion(outputs, [{**targets[0], "scores": torch.tensor([score])}])
+    ((query, _),) = criterion.matcher(outputs["pred_logits"], outputs["pred_boxes"], targets)
+    for name, logits, column in (
+        ("loss_ce", outputs["pred_logits"][0], targets[0]["labels"]),
+        ("loss_object", outputs["pred_objectness"][0], torch.tensor([0])),
+    ):
+        background, one_hot = torch.zeros_like(logits), torch.zeros_like(logits)
+        one_hot[query, column] = 1.0
+        of_object, of_background = (
+            sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2.0, reduction="sum")
+            for wanted in (one_hot, background)
+        )
+        # a score of 0.3 is less than one box, and losses are never divided by less
+        torch.testing.assert_close(losses[name], score * of_object + (1 - score) * of_background, rtol=1e-6, atol=1e-7)
+    wanted = targets[0]["boxes"].double()
+    found = outputs["pred_boxes"][0, query]
+    torch.testing.assert_close(losses["loss_bbox"], score * (found - wanted).abs().sum(), rtol=1e-6, atol=1e-7)
+    overlap = generalized_box_iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))[0, 0]
+    torch.testing.assert_close(losses["loss_giou"], score * (1 - overlap), rtol=1e-6, atol=1e-7)
+    total = 2 * losses["loss_ce"] + 5 * losses["loss_bbox"] + 2 * losses["loss_giou"] + 2 * losses["loss_object"]
+    torch.testing.assert_close(losses["loss"], total)
+
+
+def test_losses_are_divided_by_the_sum_of_scores():
+    outputs, targets = random_outputs(layers=1), random_targets((3, 2))
+    half = [{**target, "scores": torch.full((len(target["labels"]),), 0.5)} for target in targets]
+    plain, scored = DetectionLoss()(outputs, targets), DetectionLoss()(outputs, half)
+    for name in ("loss_bbox", "loss_giou"):
+        torch.testing.assert_close(scored[name], plain[name])  # each box counts half, of half as many
+
+
+def test_objectness_is_learned_in_every_layer_and_of_every_class():
+    outputs = random_outputs(queries=6, layers=3)
+    for layer in (outputs, *outputs["aux_outputs"]):
+        layer["pred_objectness"] = layer["pred_logits"][..., :1].clone()
+    targets = random_targets((3, 2))
+    losses = DetectionLoss(class_cost=0.0)(outputs, targets)
+    single = {**outputs, "pred_logits": outputs["pred_objectness"]}
+    single["aux_outputs"] = [{**a, "pred_logits": a["pred_objectness"]} for a in outputs["aux_outputs"]]
+    blind = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+    expected = DetectionLoss(class_cost=0.0)(single, blind)
+    for suffix in ("", "_0", "_1"):
+        torch.testing.assert_close(losses[f"loss_object{suffix}"], expected[f"loss_ce{suffix}"])
 
 
 def rank_loss(rank, port, folder):

@@ -128,3 +128,22 @@ def test_overlaps_by_a_plain_loop(seed):
     found = postprocess(outputs, [(100, 100)], top_k=20, iou_threshold=0.5)[0]
     assert len(expected) > 20
     assert list(zip(found["queries"].tolist(), found["labels"].tolist(), strict=True)) == expected[:20]
+
+
+@pytest.mark.parametrize("reading", [postprocess, best_per_query])
+def test_places_of_landmarks_do_not_depend_on_the_threshold(reading):
+    """A grid of 2 × 4 subregions of 100 × 100 px: the second point repeats the first, the third is another landmark."""
+    points = torch.tensor([[[0.25, 0.5], [0.29, 0.5], [0.45, 0.5]]])
+    outputs = {
+        "pred_logits": torch.tensor([[[2.0], [-1.0], [0.0]]]),
+        "pred_boxes": torch.cat((points, torch.zeros_like(points)), dim=2),
+        "pred_points": points,
+        "point_cells": torch.tensor([[0.25, 0.5]]),
+    }
+    for min_score in (0.0, 0.4):
+        found = reading(outputs, [(200, 400)], min_score=min_score)[0]
+        torch.testing.assert_close(found["points"], torch.tensor([[100.0, 100.0], [180.0, 100.0]]))
+    every = reading(outputs, [(200, 400)], point_radius=0.0)[0]
+    assert every["queries"].tolist() == [0, 2, 1]
+    del outputs["point_cells"]  # as of queries
+    assert reading(outputs, [(200, 400)])[0]["queries"].tolist() == [0, 2, 1]

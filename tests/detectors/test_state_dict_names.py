@@ -6,9 +6,13 @@ from safetensors.torch import load_file, save_file
 
 from simdetr.detectors import DeformableDETR
 from simdetr.detectors.state_dict_names import (
+    add_objectness,
     drop_copies,
+    fit_to,
+    fold_objectness,
     from_official,
     from_transformers,
+    plain_heads,
     restore_copies,
     to_official,
     to_transformers,
@@ -80,15 +84,16 @@ def test_names_of_transformers(make_detector):
         assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 
 
+@pytest.mark.parametrize("objectness", [False, True])
 @pytest.mark.parametrize("variant", ["base", "refine", "two_stage"])
-def test_copies_are_dropped_and_restored(variant, make_detector, tmp_path):
-    model = make_detector(variant)
+def test_copies_are_dropped_and_restored(variant, objectness, make_detector, tmp_path):
+    model = make_detector(variant, objectness=objectness)
     state = model.state_dict()
     kept = drop_copies(state)
     assert len(kept) == len({tensor.data_ptr() for tensor in state.values()}) < len(state)
     # safetensors refuses tensors that share memory
     save_file(kept, tmp_path / "weights.safetensors")
-    other = make_detector(variant, seed=1)
+    other = make_detector(variant, seed=1, objectness=objectness)
     other.load_state_dict(restore_copies(load_file(tmp_path / "weights.safetensors"), other.state_dict()))
     assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
 
@@ -105,3 +110,58 @@ def test_a_head_that_is_nowhere_stays_missing(make_detector):
     state = {name: tensor for name, tensor in model.state_dict().items() if "class_embed" not in name}
     restored = restore_copies(state, model.state_dict())
     assert not any("class_embed" in name for name in restored)
+
+
+def copies(state):
+    """Groups of names that stand for one tensor."""
+    places = {}
+    for name, tensor in state.items():
+        places.setdefault((tensor.data_ptr(), tuple(tensor.shape)), set()).add(name)
+    return {frozenset(names) for names in places.values()}
+
+
+@pytest.mark.parametrize("objectness", [False, True])
+@pytest.mark.parametrize("variant", ["base", "refine", "two_stage"])
+def test_plain_heads_have_a_row_per_class_and_the_copies_of_the_original(variant, objectness, make_detector, shake):
+    state = shake(make_detector(variant, objectness=objectness)).state_dict()
+    plain = plain_heads(state)
+    assert not any("object_embed" in name for name in plain)
+    assert {len(plain[name]) for name in plain if "class_embed" in name} == {7}
+    assert copies(plain) == copies({name: state[name] for name in plain})
+    if variant == "two_stage":
+        for part in ("weight", "bias"):
+            torch.testing.assert_close(plain[f"class_embed.3.{part}"][:1], state[f"class_embed.3.{part}"])
+        assert plain["class_embed.3.weight"][1:].count_nonzero() == 0
+        torch.testing.assert_close(plain["class_embed.3.bias"][1:].sigmoid(), torch.full((6,), 0.01))
+
+
+@pytest.mark.parametrize("variant", ["base", "two_stage"])
+def test_objectness_comes_out_of_class_heads_and_goes_back(variant, make_detector, shake, batch):
+    images, mask, _ = batch
+    source, target = shake(make_detector(variant)), make_detector(variant, objectness=True)
+    target.load_state_dict(add_objectness(source.state_dict(), target.state_dict()))
+    back = make_detector(variant, seed=2)
+    back.load_state_dict(fold_objectness(target.state_dict()))
+    with torch.no_grad():
+        outputs = [detector(images, mask) for detector in (source, target, back)]
+    for name in ("pred_logits", "pred_boxes"):
+        for other in outputs[1:]:
+            torch.testing.assert_close(other[name], outputs[0][name], rtol=0, atol=1e-5)
+    prior = outputs[1]["pred_objectness"].sigmoid()
+    torch.testing.assert_close(prior, torch.full_like(prior, 0.01))
+
+
+def test_a_head_shared_by_layers_is_no_head_of_an_encoder(make_detector):
+    """A detector without two stages says nothing about cells: the encoder's logit stays new."""
+    own = make_detector("two_stage", num_classes=7).state_dict()
+    given = restore_copies(drop_copies(make_detector("base").state_dict()), own)
+    assert len(fit_to(given, own)["class_embed.3.weight"]) == 7
+    assert len(fit_to(given | {"transformer.enc_output.weight": torch.zeros(1)}, own)["class_embed.3.weight"]) == 1
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(20, 12), (12, 20)])
+def test_learned_queries_are_kept_as_far_as_there_are_any(count, wanted, make_detector):
+    given, own = (make_detector("base", num_queries=number, seed=number).state_dict() for number in (count, wanted))
+    found = fit_to(given, own)["query_embed.weight"]
+    assert torch.equal(found[:12], given["query_embed.weight"][:12])
+    assert torch.equal(found[12:], own["query_embed.weight"][12:])

@@ -252,11 +252,12 @@ def test_bad_settings(wrong, message):
     ("settings", "warnings"),
     [
         ({}, 0),
-        ({"weight_gradient": "coupled"}, 0),  # 0.5 · 1.9 = 0.95
-        ({"weight_gradient": "coupled", "point_weight": 0.53}, 1),
+        ({"weight_gradient": "coupled", "unit": "fraction"}, 0),  # 0.5 · 1.9 = 0.95
+        ({"weight_gradient": "coupled", "unit": "fraction", "point_weight": 0.53}, 1),
+        ({"weight_gradient": "coupled"}, 1),  # cells
         ({"weight_gradient": "auto", "point_weight": 5.0}, 0),
         ({"weight_gradient": "coupled", "unit": "pixel"}, 1),
-        ({"weight_gradient": "coupled", "mode": "eq7"}, 1),  # 0.5 · 1.9²
+        ({"weight_gradient": "coupled", "unit": "fraction", "mode": "eq7"}, 1),  # 0.5 · 1.9²
         ({"weight_gradient": "coupled", "mode": "eq5", "point_weight": 5.0}, 0),
     ],
 )

@@ -1,5 +1,7 @@
 """The computation on images in memory: degenerate images, batches, settings."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_batch_size_does_not_matter(scenes, encoder, batch_size):
 
 
 def test_batch_size_does_not_matter_on_photographs(photographs):
-    maps = TimmEncoder("resnet18")(photographs[:4] / 255)
+    maps = TimmEncoder("resnet18", random_weights=True)(photographs[:4] / 255)
     sizes = [(448, 448)] * 4
     together = mine_maps(maps, sizes, MiningConfig())
     alone = [mine_maps({s: m[i : i + 1] for s, m in maps.items()}, sizes[:1], MiningConfig())[0] for i in range(4)]
@@ -124,3 +126,9 @@ def test_most_boxes_are_those_of_the_settings_in_use():
     assert MiningConfig(level_sets=LevelSets(max_boxes=100)).most_boxes == 100
     assert MiningConfig(level_sets=None, filters={"keep_most_diverse": 7}).most_boxes == 7
     assert MiningConfig(level_sets=None, filters={"drop_duplicate_boxes": 0.9}).most_boxes == UNLIMITED
+
+
+def test_strides_of_the_ranking_that_the_encoder_lacks_are_named(encoder):
+    config = replace(SMALL, level_sets=LevelSets(distance_powers={8: 1.0}))
+    with pytest.raises(ValueError, match=r"distance_powers, angle_powers: expected strides out of \[16, 32\].*\[8\]"):
+        mine_batch([torch.zeros(3, 64, 64, dtype=torch.uint8)], encoder, config)

@@ -16,7 +16,7 @@ def images(height=96, width=128, batch=2):
     ["resnet18", "test_convnext", "mobilenetv3_small_050", "swin_tiny_patch4_window7_224", "test_vit"],
 )
 def test_every_family_gives_two_levels_for_any_size(name):
-    encoder = TimmEncoder(name)
+    encoder = TimmEncoder(name, random_weights=True)
     assert isinstance(encoder, Encoder) and encoder.strides == (16, 32)
     for height, width in ((96, 128), (70, 101)):
         maps = encoder(images(height, width))
@@ -34,13 +34,13 @@ def test_a_vit_of_any_patch_size_is_brought_to_both_strides(patch, monkeypatch):
     monkeypatch.setattr(
         timm, "create_model", lambda *args, **kw: create(*args, depth=3, embed_dim=24, num_heads=2, **kw)
     )
-    encoder = TimmEncoder(name)
+    encoder = TimmEncoder(name, random_weights=True)
     maps = encoder(images(64, 96))
     assert [tuple(level.shape) for level in maps.values()] == [(2, 24, 4, 6), (2, 24, 2, 3)]
 
 
 def test_maps_are_timms_features_of_normalised_images():
-    encoder = TimmEncoder("resnet18", seed=3)
+    encoder = TimmEncoder("resnet18", random_weights=True, seed=3)
     reference = timm.create_model("resnet18", features_only=True).eval()
     reference.load_state_dict(encoder.net.state_dict())
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -52,7 +52,7 @@ def test_maps_are_timms_features_of_normalised_images():
 
 
 def test_a_vits_second_level_is_the_average_and_its_normalisation_is_its_own():
-    encoder = TimmEncoder("vit_tiny_patch16_224")
+    encoder = TimmEncoder("vit_tiny_patch16_224", random_weights=True)
     maps = encoder(images(64, 96))
     torch.testing.assert_close(maps[32], functional.avg_pool2d(maps[16], 2))
     assert encoder.mean.flatten().tolist() == [0.5, 0.5, 0.5]
@@ -61,12 +61,12 @@ def test_a_vits_second_level_is_the_average_and_its_normalisation_is_its_own():
 
 
 def test_a_swin_shifts_windows_at_its_last_stage():
-    encoder = TimmEncoder("swin_tiny_patch4_window7_224")
+    encoder = TimmEncoder("swin_tiny_patch4_window7_224", random_weights=True)
     assert encoder.net.model.layers[3].blocks[1].shift_size == (3, 3)
 
 
 def test_frozen_whatever_is_asked():
-    encoder = TimmEncoder("resnet18").train()
+    encoder = TimmEncoder("resnet18", random_weights=True).train()
     before = encoder(images())
     assert not any(module.training for module in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
@@ -76,7 +76,7 @@ def test_frozen_whatever_is_asked():
 def test_fingerprint_follows_the_weights(tmp_path):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first, same, other = (TimmEncoder("resnet18", seed=seed) for seed in (1, 1, 2))
+    first, same, other = (TimmEncoder("resnet18", random_weights=True, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
     assert first.fingerprint == same.fingerprint != other.fingerprint
     torch.save({"state_dict": {f"module.{k}": v for k, v in first.net.state_dict().items()}}, tmp_path / "w.pth")
@@ -92,7 +92,7 @@ def test_misuse_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(timm, "create_model", lambda *args, **kw: create(*args, out_indices=(0, 1, 2), **kw))
         with pytest.raises(ValueError, match=r"expected maps at strides \(16, 32\), resnet18 has \[2, 4, 8\]"):
-            TimmEncoder("resnet18")
+            TimmEncoder("resnet18", random_weights=True)
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(PretrainedWeightsError, match="only 0 of"):
         TimmEncoder("resnet18", weights=tmp_path / "w.pth")

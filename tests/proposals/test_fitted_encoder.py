@@ -16,7 +16,7 @@ RECORD = {"model": "test_resnet", "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.25, 0.
 
 @pytest.fixture
 def trained() -> TimmEncoder:
-    return TimmEncoder("test_resnet", seed=5)
+    return TimmEncoder("test_resnet", random_weights=True, seed=5)
 
 
 @pytest.fixture

@@ -42,8 +42,8 @@ def test_rows_are_those_of_the_batch_computation(image_folder, encoder, tmp_path
 @pytest.mark.parametrize("workers", [0, 3])
 def test_workers_do_not_matter(image_folder, encoder, tmp_path, workers):
     source = open_images(image_folder)
-    one = mine(source, encoder, CONFIG, tmp_path / "one", num_workers=1)
-    other = mine(source, encoder, CONFIG, tmp_path / "other", num_workers=workers)
+    one = mine(source, encoder, replace(CONFIG, num_workers=1), tmp_path / "one")
+    other = mine(source, encoder, replace(CONFIG, num_workers=workers), tmp_path / "other")
     assert contents(one) == contents(other)
 
 

@@ -40,7 +40,7 @@ def random_boxes(count, seed):
 def by_loop(shapes, images, settings):
     """The same choice, one image and one box at a time."""
     height, width = shapes.grid
-    chosen = []
+    chosen = {}
     for b in range(images):
         own = (shapes.image == b).nonzero().flatten().tolist()
         looks = {}
@@ -49,16 +49,17 @@ def by_loop(shapes, images, settings):
             area = (x1 - x0) * (y1 - y0)
             touched = (x0 == 0) + (y0 == 0) + (x1 == width) + (y1 == height)
             looks[s] = float(shapes.edge[s]) ** settings.edge_power * settings.border_factor**touched
-            looks[s] *= (area / height / width) ** 0.5 * (int(shapes.count[s]) / area) ** 0.5
+            looks[s] *= (area / height / width) ** 0.5
         ranked = sorted(own, key=lambda s: -looks[s])[: settings.max_ranked]
         iou = {(s, t): float(pairwise_iou(shapes.boxes[[s]], shapes.boxes[[t]])) for s in ranked for t in ranked}
-        score = {s: looks[s] * sum(iou[s, t] > 0.6 for t in ranked) for s in ranked}
-        kept = []
-        for s in sorted(ranked, key=lambda s: -score[s]):
-            if all(iou[s, t] <= settings.max_iou for t in kept):
-                kept.append(s)
+        score = {s: looks[s] * sum(iou[s, t] > 0.6 for t in ranked) ** settings.recurrence_power for s in ranked}
         best = max(score.values(), default=0.0)
-        chosen += [s for s in kept if score[s] >= settings.min_relative_score * best][: settings.max_boxes]
+        for _ in range(settings.max_boxes):
+            top = max(score, key=score.get, default=None)
+            if top is None or score[top] < settings.min_relative_score * best:
+                break
+            chosen[top] = score.pop(top) / best**settings.balance
+            score = {s: value * (1 - iou[s, top] ** 2) for s, value in score.items() if iou[s, top] <= settings.max_iou}
     return chosen
 
 
@@ -67,7 +68,7 @@ def by_loop(shapes, images, settings):
     [
         LevelSets(),
         LevelSets(max_boxes=3, max_iou=0.3, edge_power=2.0),
-        LevelSets(max_ranked=10, border_factor=0.2, min_relative_score=0.4),
+        LevelSets(max_ranked=10, border_factor=0.2, min_relative_score=0.4, balance=1.0, recurrence_power=1.0),
     ],
     ids=["default", "few", "strict"],
 )
@@ -76,8 +77,23 @@ def test_choice_equals_a_loop(settings):
     edge = torch.rand(60, generator=torch.Generator().manual_seed(2)) + 0.1
     shapes = shapes_with(random_boxes(60, 0), image, edge)
     kept, scores = rank_shapes(shapes, 4, settings)
-    assert kept.tolist() == by_loop(shapes, 4, settings)
-    assert (scores[kept] > 0).all()
+    expected = by_loop(shapes, 4, settings)
+    assert kept.tolist() == list(expected)
+    assert scores[kept].tolist() == pytest.approx(list(expected.values()), rel=1e-4)
+    assert int((scores > 0).sum()) == len(kept)
+
+
+def test_the_encoder_decides_between_equal_shapes():
+    shapes = shapes_with([[2, 2, 8, 8], [20, 10, 26, 16]], [0, 0])
+    level = torch.zeros(1, 3, 10, 15)
+    level[:, 0] = 1.0
+    for box, first in ((0, (slice(1, 4), slice(1, 4))), (1, (slice(5, 8), slice(10, 13)))):
+        seen = level.clone()
+        seen[:, 1, *first] = 2.0
+        kept, _ = rank_shapes(shapes, 1, LevelSets(), {32: seen, 16: seen})
+        assert kept[0] == box
+    kept, scores = rank_shapes(shapes, 1, LevelSets())
+    assert scores[0] == scores[1]
 
 
 def test_no_shapes_give_no_boxes():

@@ -111,6 +111,28 @@ def test_safetensors_and_back(saved, tmp_path, equal_states):
     assert (back.categories, back.image_settings) == (CATEGORIES, IMAGES)
 
 
+@pytest.mark.parametrize("changes", [{}, {"with_box_refine": True, "two_stage": True}], ids=["base", "two-stage"])
+def test_objectness_goes_out_as_a_part_of_the_class_heads(changes, make_plain, padded_batch, tmp_path):
+    """With equal outputs, as a detector that has none, whose encoder's head has a row per class."""
+    detector = make_plain(objectness=True, **changes)
+    save_detector(
+        detector, checkpoint_config(detector, LoadedDetector(detector, CATEGORIES, IMAGES)), tmp_path / "ours"
+    )
+    export_official(tmp_path / "ours", tmp_path / "official.pth")
+    export_transformers(tmp_path / "ours", tmp_path / "hf")
+    original = torch.load(tmp_path / "official.pth", weights_only=True)["model"]
+    assert {len(value) for name, value in original.items() if "class_embed" in name} == {7}
+    assert not any("object_embed" in name for name in original)
+    for path in (tmp_path / "official.pth", tmp_path / "hf"):
+        back = load_detector(path)
+        assert back.detector.init_args == detector.init_args | {"objectness": False}
+        assert [category.name for category in back.categories] == [category.name for category in CATEGORIES]
+        with torch.no_grad():
+            found, expected = back.detector(*padded_batch), detector(*padded_batch)
+        for name in ("pred_logits", "pred_boxes"):
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5)
+
+
 def test_vidt_under_the_names_of_the_original_and_back(make_vidt, tmp_path, equal_states):
     detector = make_vidt()
     save_detector(detector, checkpoint_config(detector, None), tmp_path / "ours")

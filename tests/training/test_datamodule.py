@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from simdetr.data.labels import LabelError
-from simdetr.training.datamodule import DetectionData
+from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, read_labels
+from simdetr.data.protocols import split
+from simdetr.training.datamodule import DetectionData, queries_for
 
 
 def data(folder, **options):
@@ -44,8 +47,119 @@ def test_position_survives_in_its_state(scenes):
     assert len(list(second.train_dataloader())) == 3
 
 
+def on_devices(made, world_size, *, epoch=0, step=0, **changes):
+    """As under a trainer with so many processes."""
+    made.trainer = SimpleNamespace(
+        world_size=world_size,
+        global_rank=0,
+        current_epoch=epoch,
+        global_step=step,
+        max_steps=-1,
+        accumulate_grad_batches=1,
+        default_root_dir=".",
+        lightning_module=None,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    vars(made.trainer).update(changes)
+    return made
+
+
+def test_a_resume_on_fewer_devices_goes_on_with_images_and_schedule(scenes, caplog):
+    caplog.set_level(logging.WARNING)
+    first = on_devices(data(scenes, batch_size=2, mosaic=0), 2, epoch=1, step=4)  # 3 steps an epoch; 1 of the second
+    batches = iter(first.train_dataloader())
+    next(batches)
+    state = first.state_dict()
+    assert state == {"epoch": 1, "served": 1, "seen": 4, "step": 4, "per_step": 4, "ahead": 0}
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1)).tolist()
+
+    second = on_devices(data(scenes, batch_size=2, mosaic=0), 1, epoch=1, step=4)
+    second.load_state_dict(state)
+    assert "with 2 images per step" in caplog.text and "instead of 4" in caplog.text
+    rest = [int(t["image_index"]) for batch in second.train_dataloader() for t in batch.targets]
+    assert rest == order[4:]
+    # 12 images of the first epoch and 4 of the second are 8 steps of 2, of which 4 were counted
+    assert second.steps_ahead() == 4
+    assert second.state_dict()["ahead"] == 4
+
+    third = on_devices(data(scenes, batch_size=2, mosaic=0), 1, epoch=1, step=6)  # killed and resumed again
+    third.load_state_dict(state | {"per_step": 2, "ahead": 4, "step": 6})
+    assert third.steps_ahead() == 4
+    limited = on_devices(data(scenes, batch_size=2, mosaic=0), 1, max_steps=100)  # steps count, whatever their size
+    limited.load_state_dict(state)
+    assert limited.steps_ahead() == 0
+
+    caplog.clear()
+    same = on_devices(data(scenes, batch_size=2, mosaic=0), 1, epoch=1, step=4, accumulate_grad_batches=2)
+    same.load_state_dict(state)
+    assert not caplog.records and same.steps_ahead() == 0
+
+
+def test_loader_processes_live_on_and_follow_the_machine(scenes, monkeypatch):
+    made = on_devices(data(scenes), 1)
+    assert made.train_dataloader().num_workers == 0  # on a CPU
+    made = on_devices(data(scenes, num_workers=1), 1)
+    first, fresh = made.train_dataloader(), on_devices(data(scenes), 1, epoch=1)
+    list(first)
+    processes = [worker.pid for worker in first._iterator._workers]
+    made.trainer.current_epoch = 1
+    again = made.train_dataloader()
+    assert again is first
+    for batch, expected in zip(again, fresh.train_dataloader(), strict=True):
+        assert torch.equal(batch.images, expected.images)  # the living processes know the new epoch
+    assert [worker.pid for worker in first._iterator._workers] == processes
+    made.setup("fit")
+    assert made.train_dataloader() is not first
+
+
+def crowded(*counts, crowd=0):
+    """Labels of images with so many objects, and each with some crowds beside them."""
+    images = [
+        ImageLabels.build(
+            f"{number}.png",
+            (40, 60),
+            [[0, 0, 9, 9]] * (count + crowd),
+            [0] * (count + crowd),
+            crowd=[False] * count + [True] * crowd,
+        )
+        for number, count in enumerate(counts)
+    ]
+    return Labels.from_images(images, [Category(1, "thing")])
+
+
+@pytest.mark.parametrize(
+    ("counts", "mosaic", "expected"),
+    [
+        ((0,), 0.0, 100),
+        ((3, 50), 0.0, 100),
+        ((3, 51), 0.0, 150),
+        ((25, 4), 0.3, 200),
+        ((60,), 0.0, 150),
+        ((500,), 0, 900),
+    ],
+)
+def test_queries_follow_the_labels(counts, mosaic, expected):
+    """Twice the most objects of a sample, which has four images where there are mosaics; crowds do not count."""
+    assert queries_for(crowded(*counts, crowd=70), mosaic) == expected
+
+
+def test_the_detector_has_the_queries_of_the_data(recipe, tmp_path):
+    cli = recipe("--data.num_queries=14").training(tmp_path)
+    assert cli.model.detector.init_args["num_queries"] == 14 and len(cli.model.detector.query_embed.weight) == 14
+    assert cli.datamodule.train_dataloader().dataset.dataset.max_objects == 7
+
+
 def test_a_fraction_of_the_labels(scenes):
     assert len(data(scenes, label_fraction=0.25).labels) == 3
+
+
+def test_fractions_are_those_of_split(scenes, tmp_path):
+    drawn, larger = (
+        read_labels(path)
+        for path in split(scenes / "instances.json", tmp_path, "fractions", amounts=[0.25, 0.5], seeds=[3])
+    )
+    assert set(data(scenes, label_fraction=0.25, seed=3).labels.image_ids) == set(drawn.image_ids)
+    assert set(drawn.image_ids) < set(larger.image_ids)
 
 
 def test_no_validation_without_its_images(scenes):
@@ -184,3 +298,31 @@ def test_settings_that_image_level_labels_rule_out(scenes, tmp_path):
     (tmp_path / "labels.csv").write_text("image,label\n")
     with pytest.raises(LabelError, match=r"labels.csv has no boxes; a CSV gives classes of whole images"):
         DetectionData(str(scenes), str(tmp_path / "labels.csv"))
+
+
+def test_images_follow_the_detector_wherever_the_user_left_it_open(scenes):
+    of_a_detector = {"short_side": 400, "max_side": 500, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    opened = DetectionData(str(scenes), str(scenes / "instances.json"))
+    assert (max(opened.short_sides), min(opened.short_sides), opened.max_side) == (800, 480, 1333)
+    opened.follow(of_a_detector)
+    assert opened.image_settings == of_a_detector
+    assert min(opened.short_sides) == 240  # as 480 is to 800
+
+    chosen = data(scenes, mean=(0.5, 0.5, 0.5))
+    chosen.follow(of_a_detector)
+    assert (chosen.short_sides, chosen.max_side) == ([48, 64], 80)
+    assert (chosen.image_settings["mean"], chosen.image_settings["std"]) == ([0.5] * 3, [0.4, 0.5, 0.6])
+    half_chosen = DetectionData(str(scenes), str(scenes / "instances.json"), short_sides=(640,))
+    half_chosen.follow(of_a_detector)
+    assert (half_chosen.short_sides, half_chosen.max_side) == ([640], 1333)
+
+
+def test_the_normalisation_reaches_the_pixels(scenes):
+    options = {"crop": False, "colour": "none", "mosaic": 0.0, "flip": False, "short_sides": (64,), "batch_size": 1}
+    val = {"val_images": str(scenes), "val_labels": str(scenes / "instances.json")}
+    made, plain = data(scenes, **options, **val), data(scenes, **options, **val, mean=(0.0,) * 3, std=(1.0,) * 3)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 0.125])
+    made.follow({"mean": mean.tolist(), "std": std.tolist()})
+    for name in ("train_dataloader", "val_dataloader"):
+        found, raw = (next(iter(getattr(each, name)())).images for each in (made, plain))
+        torch.testing.assert_close(found, (raw - mean[:, None, None]) / std[:, None, None], atol=1e-5, rtol=1e-5)

@@ -10,13 +10,14 @@ import torch
 from simdetr.data.dataset import Batch
 from simdetr.training.detection_task import DetectionTask, NonFiniteLossError
 from simdetr.training.train import train
-from simdetr.training.weights import load_detector, save_detector
+from simdetr.training.weights import checkpoint_config, load_detector, save_detector
 
 TWO_RANKS = ("--trainer.devices=2", "--trainer.strategy=ddp_spawn")
 STEADY = ("--data.mosaic=0", "--data.colour=none", "--trainer.log_every_n_steps=1", "--model.schedule=constant")
-TWO_STAGE = tuple(
-    f"--model.detector.init_args.{name}={value}"
-    for name, value in {"with_box_refine": "true", "two_stage": "true", "num_queries": 2}.items()
+TWO_STAGE = (
+    "--model.detector.init_args.with_box_refine=true",
+    "--model.detector.init_args.two_stage=true",
+    "--data.num_queries=2",
 )
 NO_DROPOUT = "--model.detector.init_args.dropout=0"
 
@@ -103,8 +104,9 @@ def test_a_poisoned_batch_stops_the_training_and_is_saved(recipe, make_detector,
     assert not (tmp_path / "detector").exists()
 
 
-def test_backbone_rate_zero_freezes_the_backbone_alone(recipe, tmp_path):
-    cli = recipe("--model.backbone_lr=0").training(tmp_path)
+def test_backbone_rate_zero_freezes_the_backbone_alone(recipe, learned_backbone, tmp_path):
+    frozen = ("--model.detector.init_args.frozen_batch_norm=true", f"--model.backbone_weights={learned_backbone}")
+    cli = recipe("--model.backbone_lr=0", *frozen).training(tmp_path)
     before = {name: value.clone() for name, value in cli.model.detector.state_dict().items()}
     train(cli, tmp_path)
     after = load_detector(tmp_path / "detector").detector.state_dict()
@@ -220,3 +222,31 @@ def test_a_rank_without_targets_and_uneven_validation(variant, recipe, own_scene
     made = recipe(*STEADY, *variant, *validation, *TWO_RANKS, "--trainer.max_steps=3", images=own_scenes)
     train(made.training(tmp_path / "run"), tmp_path / "run")
     assert logged(tmp_path / "run")["val/AP"] >= 0
+
+
+def test_a_class_head_is_kept_for_the_same_classes_alone(recipe, make_detector, tmp_path):
+    """As many pseudo-classes as the data has classes are none of them; the classes of the data go on."""
+    plain = recipe().training(tmp_path / "plain")
+    data, detector = plain.datamodule, make_detector(plain.datamodule.num_classes)
+    pseudo = [{"id": number, "name": f"cluster {number:04d}"} for number in range(data.num_classes)]
+    save_detector(detector, {**checkpoint_config(detector, data), "categories": pseudo}, tmp_path / "pseudo")
+    save_detector(detector, checkpoint_config(detector, data), tmp_path / "same")
+    reports = {
+        name: recipe(f"--model.init_weights={tmp_path / name}").training(tmp_path / "run").model.load_report
+        for name in ("pseudo", "same")
+    }
+    assert reports["same"].replaced == [] and reports["same"].reason == ""
+    assert {name.split(".")[0] for name in reports["pseudo"].replaced} == {"class_embed"}
+    assert "cluster 0000" in reports["pseudo"].summary()
+
+
+def test_objects_past_half_of_the_queries_are_left_out_and_counted(recipe, scenes, tmp_path):
+    """Two queries learn one object per image; none of those that are left is without a query."""
+    content = json.loads((scenes / "instances.json").read_text())
+    objects = len(content["annotations"])
+    options = (*STEADY, "--data.num_queries=2", "--data.batch_size=12", "--trainer.max_steps=1")
+    train(recipe(*options).training(tmp_path / "run"), tmp_path / "run")
+    losses = logged(tmp_path / "run")
+    with_objects = len({row["image_id"] for row in content["annotations"]})
+    assert losses["train/dropped"] == objects - with_objects > 0
+    assert losses["train/unmatched"] == 0

@@ -140,7 +140,7 @@ def test_result_loads_mines_and_tells_how_it_was_made(scenes, tmp_path, caplog):
     assert [(row["step"], row["AR@25"]) for row in record["probe"]] == [(0, 0.25), (3, 0.25), (4, 0.25)]
     assert record["probe"] == read_rows(out / "probe.csv")
     fitted, by_hand = FittedEncoder(out), TimmEncoder("resnet18", weights=out / "encoder.safetensors")
-    assert fitted.fingerprint == by_hand.fingerprint != TimmEncoder("resnet18").fingerprint
+    assert fitted.fingerprint == by_hand.fingerprint != TimmEncoder("resnet18", random_weights=True).fingerprint
     regions = mine_batch([read_image(source[0])], fitted, MiningConfig(image_size=64))
     assert len(regions) == 1 and len(regions[0]) > 0
 

@@ -47,7 +47,7 @@ def test_spread_is_one_for_even_directions_and_zero_for_a_collapsed_encoder():
     images = [torch.randint(0, 255, (3, 64, 64), generator=generator, dtype=torch.uint8) for _ in range(6)]
     collapsed = feature_spread(Constant(), images)
     assert collapsed == {"spread": 0.0, "rank": 0.0, "cell_rank": 0.0}
-    untrained = feature_spread(TimmEncoder("test_resnet"), images)
+    untrained = feature_spread(TimmEncoder("test_resnet", random_weights=True), images)
     assert 0 < untrained["spread"] < 1 and 1 < untrained["rank"] <= 5 < untrained["cell_rank"]
 
     class Even(Constant):

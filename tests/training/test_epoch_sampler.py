@@ -17,7 +17,7 @@ class Numbers(Dataset):
 
 def loader(epoch=1, num_workers=0):
     return ResumableLoader(
-        Numbers(), epoch=epoch, batch_sampler=EpochBatchSampler(11, 3, seed=5, epoch=epoch), num_workers=num_workers
+        Numbers(), batch_sampler=EpochBatchSampler(11, 3, seed=5, epoch=epoch), num_workers=num_workers
     )
 
 
@@ -61,7 +61,50 @@ def test_resumed_loader_neither_repeats_nor_skips(num_workers, served):
     second.load_state_dict(state)
     assert len(second) == len(first)  # Lightning counts the whole epoch
     assert before + [batch.tolist() for batch in second] == whole
-    assert second.state_dict() == {"epoch": 1, "served": len(whole)}
+    assert second.state_dict() == {"epoch": 1, "served": len(whole), "seen": 12}
+
+
+@pytest.mark.parametrize("served", [0, 1, 2, 3])
+@pytest.mark.parametrize(("before", "after"), [((8, 2), (4, 2)), ((8, 2), (4, 4)), ((4, 3), (8, 1)), ((2, 3), (3, 3))])
+def test_another_number_of_ranks_goes_on_where_the_first_stood(served, before, after):
+    def samplers(world_size, batch_size):
+        return [EpochBatchSampler(45, batch_size, 7, 2, rank, world_size) for rank in range(world_size)]
+
+    def take(ranks, steps):
+        batches = [list(rank)[:steps] for rank in ranks]
+        return [index for step in zip(*batches, strict=True) for batch in step for index in batch]
+
+    first, second = samplers(*before), samplers(*after)
+    done = take(first, served)
+    assert len({rank.seen_after(served) for rank in first}) == 1
+    for rank in second:
+        rank.begin(2, served, first[0].seen_after(served))
+    rest = take(second, None)
+    order = torch.randperm(45, generator=torch.Generator().manual_seed(7 * 1_000_003 + 2)).tolist()
+    assert (done + rest)[:45] == order  # every image once, in the order of the epoch, before any comes again
+    assert len(done + rest) - 45 < after[0] * after[1]
+    assert {len(rank) for rank in second} == {served + len(rest) // (after[0] * after[1])}
+    for rank, fresh in zip(second, samplers(*after), strict=True):  # the next epoch is whole again
+        rank.begin(3)
+        fresh.begin(3)
+        assert list(rank) == list(fresh) and len(rank) == len(fresh)
+
+
+def test_one_loader_serves_epoch_after_epoch_with_the_same_processes():
+    one = ResumableLoader(
+        Numbers(), batch_sampler=EpochBatchSampler(11, 3, 5, 0), num_workers=1, persistent_workers=True
+    )
+    processes = set()
+    for epoch in range(3):
+        one.begin(epoch)
+        batches = iter(one)
+        got = [next(batches).tolist()]
+        processes |= {worker.pid for worker in one._iterator._workers}
+        if epoch == 1:
+            continue  # left in the middle
+        got += [batch.tolist() for batch in batches]
+        assert got == [batch.tolist() for batch in loader(epoch=epoch)]
+    assert len(processes) == 1
 
 
 def test_position_of_another_epoch_is_ignored():

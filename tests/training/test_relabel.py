@@ -15,7 +15,7 @@ from simdetr.data.labels import Category, read_labels
 from simdetr.data.lineage import LINEAGE_COLUMNS
 from simdetr.detectors.mask_vectors import encode_crops
 from simdetr.detectors.predictions import best_per_query
-from simdetr.training.relabel import InferenceSettings, detect, detect_array, relabel
+from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, Throughput, detect, detect_array, relabel
 
 module = sys.modules["simdetr.training.relabel"]  # the package gives the function this name
 RealQuarantine = module.Quarantine
@@ -202,3 +202,34 @@ def test_a_heads_own_classes_take_the_place_of_the_detectors():
 
     found = detect_array(Own(), torch.zeros(3, 50, 100, dtype=torch.uint8), CATEGORIES, InferenceSettings(50, 100))
     assert found.classes.tolist() == [1, 1, 0]
+
+
+def test_speed_follows_the_machine_unless_it_is_set(monkeypatch):
+    monkeypatch.setattr(module, "default_workers", lambda device: 0 if device == "cpu" else 7)
+    on_cpu = {"device": "cpu", "batch_size": 8, "num_workers": 0, "precision": "fp32"}
+    assert OF_THE_MACHINE.on("cpu", 1000) == on_cpu
+    assert OF_THE_MACHINE.on("cuda:1", 1000) == on_cpu | {"device": "cuda:1", "batch_size": 16, "num_workers": 7}
+    assert OF_THE_MACHINE.on("cuda", 40)["num_workers"] == 2  # three batches: two to read ahead
+    assert OF_THE_MACHINE.on("cuda", 0)["num_workers"] == 0
+    own = Throughput(batch_size=3, num_workers=5, precision="bf16")
+    assert own.on("cpu", 1) == {"device": "cpu", "batch_size": 3, "num_workers": 5, "precision": "bf16"}
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        Throughput(batch_size=0)
+    with pytest.raises(ValueError, match="num_workers: expected 0 or more, got -1"):
+        Throughput(num_workers=-1)
+
+
+def test_workers_change_nothing_and_half_precision_little(make_detector, scenes):
+    source, detector = open_images(scenes), make_detector(3)
+    plain = detect(detector, source, CATEGORIES, SETTINGS)
+    by_workers = detect(detector, source, CATEGORIES, replace(SETTINGS, num_workers=2))
+    assert by_workers.image_ids == plain.image_ids
+    np.testing.assert_array_equal(by_workers.boxes_xyxy, plain.boxes_xyxy)
+    seen = []
+    handle = detector.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    half = detect(detector, source, CATEGORIES, replace(SETTINGS, precision="bf16"))
+    handle.remove()
+    assert all(seen) and seen
+    assert len(half.boxes_xyxy) > 0
+    best = [plain.image(i).scores.max() - half.image(i).scores.max() for i in range(len(plain))]
+    assert 0 < np.abs(best).max() < 0.02

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
 
-from simdetr.training.run_folder import RunFolder, RunMismatchError, made_once
+from simdetr.training.run_folder import RunFolder, RunMismatchError
 from simdetr.training.weights import CONFIG_NAME, WEIGHTS_NAME
 
 CONFIG = {"clustering": {"num_classes": 4, "seed": 0}, "data": {"images": "a", "short_sides": [1, 2]}, "model": {}}
@@ -74,10 +78,56 @@ def test_only_steps_that_end_are_recorded(tmp_path):
     assert rows[0]["seconds"] >= 0
 
 
+def settings(**changes):
+    trainer = {"devices": 8, "accumulate_grad_batches": 1, "num_nodes": 1, "max_steps": 90}
+    data = {"batch_size": 2, "num_workers": 0, "images": "a"}
+    whole = {"data": data, "trainer": trainer, "self_training": {"stages": 2, "iou_threshold": 0.55}}
+    for name, value in changes.items():
+        section, _, setting = name.partition("__")
+        whole[section][setting] = value
+    return yaml.safe_dump(whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__num_workers": 4},
+        {"self_training__stages": 3},
+        {"trainer__devices": 4},  # steps of another size, which the data module warns of
+        {"trainer__devices": [0, 1, 2, 3], "data__batch_size": 4},
+        {"trainer__devices": 4, "trainer__accumulate_grad_batches": 2},
+        {"trainer__devices": "auto"},
+        {"trainer__strategy": "ddp", "trainer__logger": False},
+    ],
+)
+def test_what_does_not_change_the_result_may_change(tmp_path, changes):
+    run = RunFolder(tmp_path)
+    run.claim(settings())
+    run.claim(settings(**changes))
+    assert run.config.read_text() == settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data__batch_size": 4}, "data.batch_size is 2 there, 4 asked"),
+        ({"trainer__devices": "auto", "data__batch_size": 4}, "data.batch_size is 2 there, 4 asked"),
+        ({"trainer__devices": 4, "data__batch_size": 8}, "data.batch_size is 2 there, 8 asked"),
+        ({"trainer__max_steps": 100}, "trainer.max_steps is 90 there, 100 asked"),
+        ({"self_training__iou_threshold": 0.5}, "self_training.iou_threshold is 0.55 there"),
+    ],
+)
+def test_what_changes_the_result_may_not(tmp_path, changes, named):
+    run = RunFolder(tmp_path)
+    run.claim(settings())
+    with pytest.raises(RunMismatchError, match=named):
+        run.claim(settings(**changes))
+
+
 def test_a_file_is_made_once(tmp_path):
     made = []
     for _ in range(2):
-        made_once(tmp_path / "a", lambda: (made.append(1), (tmp_path / "a").touch()))
+        RunFolder(tmp_path).made_once(tmp_path / "a", lambda: (made.append(1), (tmp_path / "a").touch()))
     assert made == [1]
 
 
@@ -91,5 +141,66 @@ def test_other_ranks_wait_for_the_first(tmp_path, monkeypatch):
             (tmp_path / "a").touch()
 
     monkeypatch.setattr("time.sleep", sleep)
-    made_once(tmp_path / "a", lambda: pytest.fail("only the first rank makes files"), poll_s=0.5)
+    make = lambda: pytest.fail("only the first rank makes files")  # noqa: E731
+    RunFolder(tmp_path).made_once(tmp_path / "a", make, poll_s=0.5)
     assert naps == [0.5] * 3
+
+
+RANK = """
+import os, pathlib, sys, time
+from simdetr.training.run_folder import RunFolder
+folder = pathlib.Path(sys.argv[1])
+
+def make():
+    (folder / "begun").touch()
+    while not (folder / "go on").exists():
+        time.sleep(0.05)
+    (folder / "labels").touch()
+
+run = RunFolder(folder)
+with run.led():
+    (folder / f"at-work-{os.environ['RANK']}").touch()
+    run.made_once(folder / "labels", make, poll_s=0.05, patience_s=0.5)
+print("done")
+"""
+
+
+def appears(path, process):
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.02)
+    return path.exists()
+
+
+@pytest.mark.parametrize("how", ["dies", "ends"])
+def test_the_others_notice_when_the_first_process_is_killed(tmp_path, how):
+    def start(rank):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        return subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path)],
+            env=environment | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    first = second = start(0)
+    try:
+        assert appears(tmp_path / "begun", first)
+        second = start(1)
+        assert appears(tmp_path / "at-work-1", second)
+        if how == "ends":
+            (tmp_path / "go on").touch()
+            assert second.communicate(timeout=600)[0] == "done\n"
+            assert first.wait(timeout=600) == 0
+            return
+        time.sleep(3)  # longer than its patience
+        assert second.poll() is None  # the first one is alive
+        first.kill()
+        output, message = second.communicate(timeout=600)
+        assert (second.returncode, output) == (1, "")
+        assert "LeaderLostError" in message
+        assert "has died or was never there" in message
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from simdetr.data.labels import Category
+from simdetr.detectors.state_dict_names import plain_heads
 from simdetr.training.weights import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -162,3 +163,134 @@ def test_a_config_that_does_not_fit_is_refused(saved):
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     with pytest.raises(ValueError, match="does not fit its own config"):
         load_detector(folder)
+
+
+TWO_STAGE = {"with_box_refine": True, "two_stage": True}
+
+
+def outputs_of(detector, padded_batch):
+    with torch.no_grad():
+        found = detector.eval()(*padded_batch)
+    return torch.cat([found["pred_logits"], found["pred_boxes"]], dim=2)
+
+
+@pytest.mark.parametrize("objectness", [False, True])
+def test_the_choice_of_queries_survives_other_classes(objectness, make_plain, padded_batch, tmp_path):
+    source = make_plain(num_classes=256, objectness=objectness, **TWO_STAGE)
+    save_detector(source, checkpoint_config(source, None), tmp_path)
+    target = make_plain(num_classes=31, objectness=objectness, **TWO_STAGE)
+    report = load_weights(target, tmp_path)
+    with torch.no_grad():
+        chosen, before = (detector.decode(*padded_batch)[0].start for detector in (target, source))
+    assert chosen.shape == (2, 20, 4) and torch.equal(chosen, before)
+    assert {name.rsplit(".", 1)[0].removeprefix("transformer.decoder.") for name in report.replaced} == {
+        f"class_embed.{layer}" for layer in range(3)
+    }
+    if objectness:
+        with torch.no_grad():
+            found, expected = target(*padded_batch), source(*padded_batch)
+        for name in ("pred_objectness", "pred_boxes"):
+            assert torch.equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize("objectness", [False, True])
+def test_our_own_older_files_have_an_encoder_head_of_many_rows(objectness, make_plain, padded_batch, tmp_path):
+    source = make_plain(**TWO_STAGE)
+    torch.save({"state_dict": {f"detector.{name}": value for name, value in plain_heads(source.state_dict()).items()},
+                "simdetr": checkpoint_config(source, None)}, tmp_path / "old.ckpt")  # fmt: skip
+    loaded = load_detector(tmp_path / "old.ckpt").detector
+    torch.testing.assert_close(outputs_of(loaded, padded_batch), outputs_of(source, padded_batch), rtol=0, atol=0)
+    newer = make_plain(objectness=objectness, **TWO_STAGE)
+    load_weights(newer, tmp_path / "old.ckpt")
+    torch.testing.assert_close(outputs_of(newer, padded_batch), outputs_of(source, padded_batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, TWO_STAGE], ids=["base", "two-stage"])
+def test_objectness_joins_weights_that_have_none_and_leaves_again(changes, make_plain, padded_batch, tmp_path):
+    """Outputs are equal; the new logit is no object's, and is told to be missing in the file."""
+    source = make_plain(**changes)
+    save_detector(source, checkpoint_config(source, None), tmp_path / "plain")
+    target = make_plain(objectness=True, **changes)
+    report = load_weights(target, tmp_path / "plain")
+    assert {name.split(".")[0] for name in report.missing} == {"object_embed"} and report.replaced == []
+    expected = outputs_of(source, padded_batch)
+    torch.testing.assert_close(outputs_of(target, padded_batch), expected, rtol=0, atol=1e-5)
+    assert target(*padded_batch)["pred_objectness"].std() < 1e-6
+    target = make_plain(objectness=True, **changes)
+    save_detector(target, checkpoint_config(target, None), tmp_path / "objects")
+    report = load_weights(source, tmp_path / "objects")
+    assert report.replaced == report.missing == report.unexpected == []
+    torch.testing.assert_close(outputs_of(source, padded_batch), outputs_of(target, padded_batch), rtol=0, atol=1e-5)
+
+
+def test_objectness_stays_new_beside_new_class_heads(make_detector, tmp_path):
+    source = make_detector(3)
+    save_detector(source, checkpoint_config(source, Data), tmp_path)
+    target = make_detector(5, objectness=True)
+    fresh = {name: value.clone() for name, value in target.state_dict().items() if "_embed.0" in name}
+    load_weights(target, tmp_path)
+    for name in fresh:
+        if name.startswith(("object_embed", "class_embed")):
+            assert torch.equal(target.state_dict()[name], fresh[name]), name
+
+
+class Pseudo(Data):
+    categories = tuple(Category(number + 1, f"cluster {number:04d}") for number in range(80))
+
+
+REAL = [f"kind {letter}{number}" for letter in "abcdefgh" for number in range(10)]
+
+
+@pytest.mark.parametrize("changes", [{}, {**TWO_STAGE, "objectness": True}], ids=["base", "two-stage, objectness"])
+def test_pseudo_classes_are_no_classes_though_there_are_as_many(changes, make_detector, tmp_path):
+    source, target = make_detector(80, **changes), make_detector(80, **changes)
+    fresh = {name: value.clone() for name, value in target.state_dict().items()}
+    save_detector(source, checkpoint_config(source, Pseudo), tmp_path)
+    report = load_weights(target, tmp_path, REAL)
+    heads = {f"class_embed.{layer}.{part}" for layer in range(2) for part in ("weight", "bias")}
+    assert {name.removeprefix("transformer.decoder.") for name in report.replaced} == heads
+    assert "the file's are 80 (cluster 0000, cluster 0001, cluster 0002, …)" in report.summary()
+    assert "the data's 80 (kind a0, kind a1, kind a2, …)" in report.summary()
+    for name, value in target.state_dict().items():
+        kept = name.removeprefix("transformer.decoder.") not in heads
+        assert torch.equal(value, source.state_dict()[name] if kept else fresh[name]), name
+
+
+@pytest.mark.parametrize("names", [[f"cluster {number:04d}" for number in range(80)], None])
+def test_the_same_classes_or_none_told_keep_the_class_head(names, make_detector, tmp_path):
+    source, target = make_detector(80), make_detector(80)
+    save_detector(source, checkpoint_config(source, Pseudo), tmp_path)
+    report = load_weights(target, tmp_path, names)
+    assert report.replaced == [] and report.reason == ""
+    assert states_equal(target.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("made_up", ["class {}", "LABEL_{}"])
+def test_made_up_names_tell_nothing(made_up, make_detector, tmp_path):
+    """Imported files whose classes nobody named: their number is all that can be compared."""
+    source = make_detector(3)
+    config = checkpoint_config(source, None)
+    for categories in ([], [{"id": number, "name": made_up.format(number)} for number in range(3)]):
+        save_detector(source, {**config, "categories": categories}, tmp_path)
+        assert load_weights(make_detector(3), tmp_path, ["cat", "dog", "cow"]).replaced == []
+
+
+def test_the_order_of_classes_counts(saved, make_detector):
+    _, folder = saved
+    assert load_weights(make_detector(3), folder, ["cat", "dog", "cow"]).replaced == []
+    assert load_weights(make_detector(3), folder, ["dog", "cat", "cow"]).replaced
+
+
+def test_queries_that_are_fewer_or_more_are_told(make_detector, tmp_path):
+    source = make_detector(3, num_queries=8)
+    save_detector(source, checkpoint_config(source, Data), tmp_path)
+    for count in (5, 12):
+        target = make_detector(3, num_queries=count)
+        fresh = target.query_embed.weight.clone()
+        report = load_weights(target, tmp_path)
+        assert (
+            report.replaced == [] and f"query_embed.weight is [{count}, 32] here, [8, 32] in the file" in report.reason
+        )
+        common = min(count, 8)
+        assert torch.equal(target.query_embed.weight[:common], source.query_embed.weight[:common])
+        assert torch.equal(target.query_embed.weight[common:], fresh[common:])

@@ -1,0 +1,67 @@
+"""This machine in; how many cores, threads and loader processes to use on it, out. Imports nothing heavy.
+
+OpenMP's threads wait for each other at the end of every operation, and by default they spin while they do. On a busy
+machine a spinning thread holds the core that the one it waits for would need: a training beside other work comes nearly
+to a halt. So the ``simdetr`` command asks for passive waiting before torch, and OpenMP with it, is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, MutableMapping
+
+import psutil
+
+LOG = logging.getLogger(__name__)
+WAITING, THREADS = "OMP_WAIT_POLICY", "OMP_NUM_THREADS"
+BUSY = 0.75
+"""Part of all cores that a busy machine has at work."""
+MOST_WORKERS = 8
+"""Loader processes that a default takes at most: each holds batches in memory."""
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def is_busy() -> bool:
+    """Whether other work keeps most of this machine's cores busy, over the last minute and now."""
+    try:
+        minute = os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows has none
+        return False
+    # the load alone lags behind: it also tells of a command that has just ended
+    return minute >= BUSY * (os.cpu_count() or 1) and psutil.cpu_percent(interval=0.2) >= 100 * BUSY
+
+
+def default_workers(device: str = "cuda", environment: Mapping[str, str] = os.environ) -> int:
+    """Processes that decode images for one that computes: on GPUs the cores that are its share, less one.
+
+    Args:
+        device: Where the computing is done. On a CPU the cores are its own: loader processes would take turns with it.
+        environment: ``LOCAL_WORLD_SIZE`` (torchrun) or ``SLURM_NTASKS_PER_NODE`` say how many processes share the
+            machine; a lone process has all of it.
+    """
+    if device.partition(":")[0] == "cpu":
+        return 0
+    processes = environment.get("LOCAL_WORLD_SIZE") or environment.get("SLURM_NTASKS_PER_NODE") or "1"
+    share = cores() // int(processes) if processes.isdigit() and int(processes) else cores()
+    return min(MOST_WORKERS, max(0, share - 1))
+
+
+def prepare_openmp(environment: MutableMapping[str, str] = os.environ, busy: bool | None = None) -> None:
+    """Set how OpenMP's threads wait and how many there are; what the user has set stays. Call it before torch is there.
+
+    Args:
+        environment: Gets ``OMP_WAIT_POLICY=PASSIVE`` and, on a busy machine, an ``OMP_NUM_THREADS`` that spares a core.
+        busy: Whether the machine is; looked at if left out.
+    """
+    environment.setdefault(WAITING, "PASSIVE")
+    available = cores()
+    if THREADS in environment or available == 1 or not (is_busy() if busy is None else busy):
+        return
+    environment[THREADS] = str(available - 1)
+    LOG.info("the machine is busy: computing on %d of %d cores; set %s to choose", available - 1, available, THREADS)

@@ -1,0 +1,56 @@
+"""Fusion of detections and mined boxes: hand-computed cases."""
+
+import numpy as np
+import pytest
+
+from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.training.fusion import Fusion, fuse
+
+CATEGORIES = (Category(1, "a"), Category(2, "b"))
+
+
+def labels_of(boxes, classes, scores, image_id="i", stage=0):
+    image = ImageLabels.build(image_id, (100, 100), np.array(boxes, np.float32).reshape(-1, 4), classes, scores)
+    return Labels.from_images([image], CATEGORIES, stage)
+
+
+def test_a_detection_takes_part_of_the_mined_box_and_both_scores():
+    found = labels_of([[10, 10, 30, 30]], [1], [0.64], stage=1)
+    mined = labels_of([[12, 10, 32, 30]], [0], [0.25])
+    fused = fuse(found, mined, Fusion(mined_box=0.5, mined_score=0.5), iou_threshold=0.55, max_boxes=10)
+    np.testing.assert_allclose(fused.boxes_xyxy, [[11, 10, 31, 30]])  # the mined box itself is suppressed
+    np.testing.assert_allclose(fused.scores, [0.4], rtol=1e-6)
+    assert fused.classes.tolist() == [1] and fused.stage == 1 and fused.categories == CATEGORIES
+
+
+def test_what_only_one_of_them_says_stays_with_little_trust():
+    found = labels_of([[10, 10, 30, 30]], [1], [0.81], stage=1)
+    mined = labels_of([[60, 60, 90, 90]], [0], [0.64])
+    fused = fuse(found, mined, Fusion(mined_score=0.5, unmatched=0.04), iou_threshold=0.55, max_boxes=10)
+    np.testing.assert_allclose(fused.boxes_xyxy, [[10, 10, 30, 30], [60, 60, 90, 90]])
+    np.testing.assert_allclose(fused.scores, [0.18, 0.16], rtol=1e-6)
+    assert fused.classes.tolist() == [1, 0]
+
+
+def test_of_several_mined_boxes_the_near_and_certain_one_is_taken():
+    found = labels_of([[0, 0, 20, 20]], [0], [1.0], stage=1)
+    mined = labels_of([[0, 0, 22, 20], [0, 0, 20, 24]], [0, 0], [0.1, 0.9])
+    fused = fuse(found, mined, Fusion(mined_box=1.0), iou_threshold=0.5, max_boxes=1)
+    np.testing.assert_allclose(fused.boxes_xyxy, [[0, 0, 20, 24]])
+
+
+def test_empty_sides_and_limits():
+    none = labels_of([], [], [])
+    mined = labels_of([[0, 0, 10, 10], [50, 50, 60, 60]], [0, 1], [0.9, 0.5])
+    settings = Fusion()
+    assert len(fuse(none, none, settings, iou_threshold=0.5, max_boxes=5).scores) == 0
+    alone = fuse(none, mined, settings, iou_threshold=0.5, max_boxes=1)
+    np.testing.assert_allclose(alone.boxes_xyxy, [[0, 0, 10, 10]])
+    elsewhere = labels_of([[0, 0, 10, 10]], [0], [0.7], image_id="other", stage=1)
+    np.testing.assert_allclose(fuse(elsewhere, mined, settings, iou_threshold=0.5, max_boxes=5).scores, [0.7])
+
+
+@pytest.mark.parametrize("name", ["iou", "mined_box", "mined_score", "unmatched"])
+def test_settings_are_checked(name):
+    with pytest.raises(ValueError, match=f"fusion.{name}: expected 0 to 1, got 2"):
+        Fusion(**{name: 2})
