@@ -59,7 +59,7 @@ def photographs(result: dict[str, Any]) -> str:
             f"**Self-training on photographs**: {result['unlabelled_images']:,} images (coco256/train and "
             "imagenet1k), no labels, no weights, two stages of two epochs; class-agnostic recall on "
             f"{result['val_images']} images of coco256/val, in percent. So little training does not reach "
-            "what mining finds. Mined before level sets."
+            "what mining finds. Mined before level sets, trained before certainty and fusion."
         ),
         "",
         "| boxes of | per image | AR@10 | AR@25 | AR@100 | recall at IoU 0.5 |",
