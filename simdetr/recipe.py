@@ -12,7 +12,7 @@ import importlib
 import logging
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,6 +214,17 @@ def default_loggers(root: Path) -> list[Logger]:
     return [csv, TensorBoardLogger(root, name="logs", version=f"version_{csv.version}")]
 
 
+def _data_of(stored: Mapping[str, Any], *, sizes: bool) -> dict[str, Any]:
+    """Settings of the data that a stored detector brings: how many queries it has learned, and its image ``sizes``."""
+    arguments, trained_on = stored.get("init_args") or {}, stored.get("image_settings") or {}
+    found: dict[str, Any] = {}
+    if "num_queries" in arguments and not arguments.get("two_stage"):  # two-stage detectors choose theirs
+        found["num_queries"] = arguments["num_queries"]
+    if sizes and {"short_side", "max_side"} <= set(trained_on):
+        found |= {"short_sides": sizes_up_to(trained_on["short_side"]), "max_side": trained_on["max_side"]}
+    return found
+
+
 def _write_yaml(path: Path, content: dict[str, Any]) -> str:
     with atomic_path(path) as temporary:
         temporary.write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -241,7 +252,8 @@ class Recipe:
 
         The detector's class and arguments are written to ``out``/detector.yaml, a config over the others. A file that
         does not tell them, such as UP-DETR's, gives its weights to the recipe's own detector. Its architecture alone
-        comes with its image sizes, in ``out``/sizes.yaml under the other configs, and freezes no random weights.
+        comes with its image sizes, in ``out``/data.yaml under the other configs, and freezes no random weights. How many
+        queries a detector has learned is there too.
         """
         checkpoint = read_checkpoint(detector)
         stored = checkpoint.config()
@@ -261,10 +273,9 @@ class Recipe:
             title = checkpoint.format.title
             LOG.info("init: %s (%s) does not tell its detector; that of the config is used", detector, title)
         configs = (*self.configs, _write_yaml(out / "detector.yaml", {"model": model}))
-        trained_on = (stored or {}).get("image_settings") or {}
-        if not weights and {"short_side", "max_side"} <= set(trained_on):
-            sizes = {"short_sides": sizes_up_to(trained_on["short_side"]), "max_side": trained_on["max_side"]}
-            configs = (_write_yaml(out / "sizes.yaml", {"data": sizes}), *configs)
+        under = _data_of(stored or {}, sizes=not weights)
+        if under:
+            configs = (_write_yaml(out / "data.yaml", {"data": under}), *configs)
         return Recipe(configs, self.options)
 
     def _placed(self, detector: dict[str, Any]) -> dict[str, Any]:

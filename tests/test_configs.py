@@ -82,7 +82,8 @@ def test_recipes_of_the_document_mine_with_its_filters():
     ]
     assert len(claiming) == 3
     for path in claiming:
-        mining = Recipe((str(path),), ("--data.images=none", "--data.labels=none")).sections().mining
+        untrained = "--encoder.init_args.random_weights=true"
+        mining = Recipe((str(path),), ("--data.images=none", "--data.labels=none", untrained)).sections().mining
         assert mining.level_sets is None and list(mining.filters) == list(MiningConfig().filters), path.name
         assert len(mining.filters) == 5
 

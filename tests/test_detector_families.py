@@ -12,6 +12,7 @@ from torchvision.ops import box_iou
 
 from simdetr import pipeline
 from simdetr.data import Category, open_images, read_labels, write_coco
+from simdetr.detectors.predictions import best_per_query
 from simdetr.training.relabel import InferenceSettings, detect
 
 OTHERS = ("deformable_detr", "conditional_detr", "detr", "rt_detr_v2", "d_fine", "faster_rcnn", "fcos", "retinanet")
@@ -22,7 +23,7 @@ SETTINGS = InferenceSettings(short_side=64, max_side=80, iou_threshold=0.55, max
 @pytest.mark.parametrize("name", OTHERS)
 def test_relabelled_filtered_and_written(name, make_other, scenes, tmp_path):
     """Every image gets boxes, none above the overlap, and a COCO file that says the same."""
-    labels = detect(make_other(name), open_images(scenes), CATEGORIES, SETTINGS, stage=1)
+    labels = detect(make_other(name), open_images(scenes), CATEGORIES, SETTINGS, reading=best_per_query, stage=1)
     assert len(labels) == 12
     for row in range(12):
         image = labels.image(row)

@@ -60,7 +60,7 @@ def wait_for(condition, limit_s=120.0):
 def test_without_a_config_the_defaults_are_used(whole):
     manifest = ProposalStore(whole).manifest
     assert manifest.config["image_size"] == 64
-    assert manifest.encoder.startswith("colour-texture")
+    assert manifest.encoder.startswith(("colour-texture", "timm:tf_efficientnet_lite0"))  # where its wheel is installed
     assert manifest.num_shards == 10
 
 

@@ -166,5 +166,5 @@ class GridLandmarks(nn.Module):
             return {"landmark_logits": logits, "landmark_points": points}
         boxes = torch.cat((points, torch.zeros_like(points)), dim=-1)
         rows, columns = self.grid
-        cells = points.new_tensor([1 / columns, 1 / rows]).expand(len(points), -1)
+        cells = points.new_tensor([1 / columns, 1 / rows]).expand(points.shape[0], -1)
         return {"pred_logits": logits, "pred_boxes": boxes, "pred_points": points, "point_cells": cells}

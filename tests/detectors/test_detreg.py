@@ -187,12 +187,13 @@ def test_needs_a_frozen_map_of_stride_8(make_detreg, changes):
         make_detreg(**changes)
 
 
-def test_two_steps_of_its_config_leave_the_backbone_alone(scenes, tmp_path):
+def test_two_steps_of_its_config_leave_the_backbone_alone(scenes, learned_backbone, tmp_path):
     """Every parameter and buffer of the backbone, bit by bit; a detector of other classes then starts from the rest."""
     options = [f"--model.detector.init_args.{name}={value}" for name, value in SMALL.items()]
     options += [f"--data.num_queries={SMALL['num_queries']}"]
     options += ["--data.batch_size=2", "--data.num_workers=0", "--data.short_sides=[64]", "--data.max_side=80"]
     options += ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    options += [f"--model.backbone_weights={learned_backbone}"]
     data = [f"--data.images={scenes}", f"--data.labels={scenes / 'instances.json'}"]
     cli = Recipe((str(CONFIG),), (*data, *options)).training(tmp_path)
     before = copy.deepcopy(cli.model.detector.state_dict())

@@ -9,7 +9,7 @@ from torch import nn
 
 from simdetr.detectors import TransformersDetector
 from simdetr.detectors.losses import DetectionLoss
-from simdetr.detectors.state_dict_names import to_transformers
+from simdetr.detectors.state_dict_names import plain_heads, to_transformers
 from simdetr.detectors.transformers_adapter import per_class
 from simdetr.training.weights import checkpoint_config, load_detector, load_weights, save_detector
 
@@ -61,7 +61,7 @@ def pair(request, make_detector, shake):
             heads = nn.ModuleList(copy.deepcopy(head) for head in getattr(model, name))
             setattr(model, name, heads)
             setattr(model.model.decoder, name, heads)
-    theirs.model.load_state_dict(to_transformers(ours.state_dict(), "memory"), strict=True)
+    theirs.model.load_state_dict(to_transformers(plain_heads(ours.state_dict()), "memory"), strict=True)
     return ours, theirs
 
 

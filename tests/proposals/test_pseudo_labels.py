@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from safetensors import safe_open
 
 from simdetr.proposals import region_blocks
+from simdetr.proposals.certainty import certainty
 from simdetr.proposals.pseudo_labels import cluster_regions, make_pseudo_labels
 from simdetr.proposals.regions import Regions
 from simdetr.proposals.shards import read_table
@@ -69,12 +70,16 @@ def test_classes_are_the_planted_kinds_and_columns_are_as_mined(store):
     assert len(pairs) == KINDS  # each kind one class, each class one kind
 
 
-def test_scores_keep_their_order_and_end_at_one(tmp_path):
+def test_scores_are_how_likely_each_box_is_an_object(tmp_path):
     store, rows = make_store(tmp_path / "proposals", [5, 0, 7], best_score=4)
     labels = make_pseudo_labels(store, 1)
-    np.testing.assert_allclose(labels.scores, np.concatenate([row.regions.score for row in rows]) / 4)
-    store, rows = make_store(tmp_path / "sure of less", [5, 0, 7], best_score=0.25)
-    assert make_pseudo_labels(store, 1).scores.tolist() == [s for row in rows for s in row.regions.score.tolist()]
+    mined = np.concatenate([row.regions.score for row in rows])
+    np.testing.assert_array_equal(
+        labels.scores, certainty(mined, labels.boxes_xyxy, labels.sizes_hw, np.array([0, 5, 5, 12]))
+    )
+    assert labels.scores.max() <= 1 and (np.diff(labels.scores[:5]) < 0).all()
+    store, _ = make_store(tmp_path / "the document's filters", [5, 0, 7], best_score=1)
+    assert set(make_pseudo_labels(store, 1).scores) == {1}
 
 
 def test_spherical_or_not(store):

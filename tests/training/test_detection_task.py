@@ -162,7 +162,7 @@ def test_faster_ways_to_the_same_step(changes, recipe, tmp_path):
 def test_a_batch_that_was_only_accumulated_stops_the_training_too(recipe, tmp_path, monkeypatch):
     """The loss of the first of two batches is broken; the weights have not moved when that is known."""
     cli = recipe(*STEADY, "--trainer.accumulate_grad_batches=2", "--trainer.max_steps=1").training(tmp_path)
-    before = {name: value.clone() for name, value in cli.model.detector.state_dict().items()}
+    before = {name: value.clone() for name, value in cli.model.detector.named_parameters()}
     own, calls = DetectionTask.losses, []
 
     def broken(self, batch):
@@ -174,7 +174,7 @@ def test_a_batch_that_was_only_accumulated_stops_the_training_too(recipe, tmp_pa
     with pytest.raises(NonFiniteLossError, match="loss became NaN or infinite at step 0"):
         train(cli, tmp_path)
     assert len(calls) == 1
-    assert all(torch.equal(before[name], value) for name, value in cli.model.detector.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in cli.model.detector.named_parameters())
 
 
 def test_half_precision_step(recipe, tmp_path):
@@ -193,12 +193,13 @@ def test_dropout_differs_between_accumulated_batches(recipe, tmp_path, monkeypat
 
 
 @pytest.mark.dist
-def test_two_ranks_take_the_step_of_one(recipe, scenes, tmp_path):
+def test_two_ranks_take_the_step_of_one(recipe, scenes, learned_backbone, tmp_path):
     """Loss and weights of 2 ranks x 2 images and of 1 rank x 4 images; no dropout, batch norm is frozen."""
     validation = (f"--data.val_images={scenes}", f"--data.val_labels={scenes / 'instances.json'}")
     sizes = ("--data.short_sides=[64]", "--trainer.max_steps=1", NO_DROPOUT, *validation, "--data.label_fraction=0.33")
+    frozen = ("--model.detector.init_args.frozen_batch_norm=true", f"--model.backbone_weights={learned_backbone}")
     for name, options in (("one", ("--data.batch_size=4",)), ("two", ("--data.batch_size=2", *TWO_RANKS))):
-        made = recipe(*STEADY, *sizes, *options)
+        made = recipe(*STEADY, *sizes, *frozen, *options)
         train(made.training(tmp_path / name), tmp_path / name)
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     detectors = [load_detector(tmp_path / name / "detector").detector.state_dict() for name in ("one", "two")]

@@ -25,7 +25,7 @@ def test_weights_are_those_of_timms_plain_model_and_give_the_same_maps(model, tm
     frozen = TimmEncoder(model, weights=tmp_path / "weights.safetensors", seed=4)
     expected = encoder.eval()(images)
     for stride, level in frozen(images).items():
-        assert torch.equal(level, expected[stride])
+        torch.testing.assert_close(level, expected[stride])  # mining takes images one by one
         assert level.shape[1] == encoder.channels[stride]
 
 
