@@ -252,8 +252,8 @@ class Recipe:
 
         The detector's class and arguments are written to ``out``/detector.yaml, a config over the others. A file that
         does not tell them, such as UP-DETR's, gives its weights to the recipe's own detector. Its architecture alone
-        comes with its image sizes, in ``out``/data.yaml under the other configs, and freezes no random weights. How many
-        queries a detector has learned is there too.
+        comes with its image sizes, in ``out``/data.yaml under the other configs, and freezes no random weights.
+        The number of queries that a detector has learned is there too.
         """
         checkpoint = read_checkpoint(detector)
         stored = checkpoint.config()

@@ -111,7 +111,9 @@ def test_predictions_keep_the_contract(name, detectors, scene):
         for detections, size in zip(
             postprocess(found, [(720, 960), (600, 700)]), [(720, 960), (600, 700)], strict=True
         ):
-            assert len(detections["scores"]) > 0 and set(detections["labels"].tolist()) <= {0, 1, 2}
+            assert set(detections["labels"].tolist()) <= {0, 1, 2}
+            if name in TORCHVISION:  # untrained queries of transformers may all lie outside
+                assert len(detections["scores"]) > 0
             centres = (detections["boxes_xyxy"][:, :2] + detections["boxes_xyxy"][:, 2:]) / 2
             assert (centres >= 0).all()
             if name in TORCHVISION:  # they cut boxes to the image, not to the canvas
