@@ -248,7 +248,7 @@ def stage_labels(mined: Labels, detected: Labels, kept: SelfTrainingConfig) -> L
     """Labels of a stage as relabelling makes them, from what was mined and what its detector found."""
     if kept.fusion is None:
         return detected
-    return fuse(detected, mined, kept.fusion, iou_threshold=kept.iou_threshold, max_boxes=kept.max_boxes)
+    return fuse(detected, mined, kept.fusion, max_boxes=kept.max_boxes)
 
 
 def finetuned(own: ImageSet, arm: str, budget: str, seed: int, folder: Path) -> dict[str, Any]:

@@ -30,41 +30,41 @@ class Fusion:
         mined_box: Part of the mined box in the fused one, 0 to 1.
         mined_score: Exponent of the mined score in the fused one, 0 to 1; the detection's has the rest.
         unmatched: Score that stands in for that of a mined box where a detection has none, and the other way round.
+        max_iou: Of two boxes that overlap more, the less certain goes. Mined boxes that overlap less have lost score in
+            mining for that already, and often one of them is the better one.
     """
 
     iou: float = 0.5
     mined_box: float = 0.75
-    mined_score: float = 0.35
+    mined_score: float = 0.5
     unmatched: float = 0.05
+    max_iou: float = 0.8
 
     def __post_init__(self) -> None:
-        for name in ("iou", "mined_box", "mined_score", "unmatched"):
+        for name in ("iou", "mined_box", "mined_score", "unmatched", "max_iou"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"fusion.{name}: expected 0 to 1, got {getattr(self, name)}")
 
 
-def fuse(found: Labels, mined: Labels, settings: Fusion, *, iou_threshold: float, max_boxes: int) -> Labels:
-    """Fuse image by image, then leave out overlaps.
+def fuse(found: Labels, mined: Labels, settings: Fusion, *, max_boxes: int) -> Labels:
+    """Fuse image by image, then leave out what overlaps.
 
     Args:
         found: Detections of a stage with their objectness as scores; their classes, categories and stage stay.
         mined: Labels T0 with the same categories; images that it does not hold keep their detections.
         settings: How.
-        iou_threshold: Overlap above which the less certain of two boxes goes.
         max_boxes: Most certain boxes kept per image.
     """
     rows = []
     for index, image_id in enumerate(found.image_ids):
         image = found.image(index)
         if image_id in mined:
-            image = _fused(image, mined.of(image_id), settings, iou_threshold, max_boxes)
+            image = _fused(image, mined.of(image_id), settings, max_boxes)
         rows.append(image)
     return Labels.from_images(rows, found.categories, found.stage)
 
 
-def _fused(
-    found: ImageLabels, mined: ImageLabels, settings: Fusion, iou_threshold: float, max_boxes: int
-) -> ImageLabels:
+def _fused(found: ImageLabels, mined: ImageLabels, settings: Fusion, max_boxes: int) -> ImageLabels:
     boxes, own_boxes = torch.from_numpy(found.boxes_xyxy), torch.from_numpy(mined.boxes_xyxy)
     scores, own_scores = torch.from_numpy(found.scores), torch.from_numpy(mined.scores)
     if not len(own_boxes):
@@ -83,7 +83,7 @@ def _fused(
     together = torch.cat([fused, own_boxes])
     certainty = torch.cat([_joint(scores, partner_scores, settings), _joint(seen, own_scores, settings)])
     # the fused box comes before the mined one of the same certainty
-    kept = nms(together, certainty, iou_threshold)[:max_boxes]
+    kept = nms(together, certainty, settings.max_iou)[:max_boxes]
     classes = np.concatenate([found.classes, mined.classes])[kept.numpy()]
     return ImageLabels.build(found.image_id, found.size_hw, together[kept].numpy(), classes, certainty[kept].numpy())
 

@@ -175,8 +175,7 @@ def relabel(
     rows = (part.image(i) for part in done for i in range(len(part)))
     labels = Labels.from_images(rows, categories, stage)
     if mined is not None and fusion is not None:
-        limits = {"iou_threshold": settings.iou_threshold, "max_boxes": settings.max_boxes}
-        labels = fuse(labels, mined, fusion, **limits)  # type: ignore[arg-type]
+        labels = fuse(labels, mined, fusion, max_boxes=settings.max_boxes)
     if before is not None:
         labels = inherit(labels, before)
     write_labels(labels, out)

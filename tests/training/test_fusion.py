@@ -17,7 +17,7 @@ def labels_of(boxes, classes, scores, image_id="i", stage=0):
 def test_a_detection_takes_part_of_the_mined_box_and_both_scores():
     found = labels_of([[10, 10, 30, 30]], [1], [0.64], stage=1)
     mined = labels_of([[12, 10, 32, 30]], [0], [0.25])
-    fused = fuse(found, mined, Fusion(mined_box=0.5, mined_score=0.5), iou_threshold=0.55, max_boxes=10)
+    fused = fuse(found, mined, Fusion(mined_box=0.5, mined_score=0.5, max_iou=0.55), max_boxes=10)
     np.testing.assert_allclose(fused.boxes_xyxy, [[11, 10, 31, 30]])  # the mined box itself is suppressed
     np.testing.assert_allclose(fused.scores, [0.4], rtol=1e-6)
     assert fused.classes.tolist() == [1] and fused.stage == 1 and fused.categories == CATEGORIES
@@ -26,7 +26,7 @@ def test_a_detection_takes_part_of_the_mined_box_and_both_scores():
 def test_what_only_one_of_them_says_stays_with_little_trust():
     found = labels_of([[10, 10, 30, 30]], [1], [0.81], stage=1)
     mined = labels_of([[60, 60, 90, 90]], [0], [0.64])
-    fused = fuse(found, mined, Fusion(mined_score=0.5, unmatched=0.04), iou_threshold=0.55, max_boxes=10)
+    fused = fuse(found, mined, Fusion(mined_score=0.5, unmatched=0.04), max_boxes=10)
     np.testing.assert_allclose(fused.boxes_xyxy, [[10, 10, 30, 30], [60, 60, 90, 90]])
     np.testing.assert_allclose(fused.scores, [0.18, 0.16], rtol=1e-6)
     assert fused.classes.tolist() == [1, 0]
@@ -35,7 +35,7 @@ def test_what_only_one_of_them_says_stays_with_little_trust():
 def test_of_several_mined_boxes_the_near_and_certain_one_is_taken():
     found = labels_of([[0, 0, 20, 20]], [0], [1.0], stage=1)
     mined = labels_of([[0, 0, 22, 20], [0, 0, 20, 24]], [0, 0], [0.1, 0.9])
-    fused = fuse(found, mined, Fusion(mined_box=1.0), iou_threshold=0.5, max_boxes=1)
+    fused = fuse(found, mined, Fusion(mined_box=1.0), max_boxes=1)
     np.testing.assert_allclose(fused.boxes_xyxy, [[0, 0, 20, 24]])
 
 
@@ -43,14 +43,14 @@ def test_empty_sides_and_limits():
     none = labels_of([], [], [])
     mined = labels_of([[0, 0, 10, 10], [50, 50, 60, 60]], [0, 1], [0.9, 0.5])
     settings = Fusion()
-    assert len(fuse(none, none, settings, iou_threshold=0.5, max_boxes=5).scores) == 0
-    alone = fuse(none, mined, settings, iou_threshold=0.5, max_boxes=1)
+    assert len(fuse(none, none, settings, max_boxes=5).scores) == 0
+    alone = fuse(none, mined, settings, max_boxes=1)
     np.testing.assert_allclose(alone.boxes_xyxy, [[0, 0, 10, 10]])
     elsewhere = labels_of([[0, 0, 10, 10]], [0], [0.7], image_id="other", stage=1)
-    np.testing.assert_allclose(fuse(elsewhere, mined, settings, iou_threshold=0.5, max_boxes=5).scores, [0.7])
+    np.testing.assert_allclose(fuse(elsewhere, mined, settings, max_boxes=5).scores, [0.7])
 
 
-@pytest.mark.parametrize("name", ["iou", "mined_box", "mined_score", "unmatched"])
+@pytest.mark.parametrize("name", ["iou", "mined_box", "mined_score", "unmatched", "max_iou"])
 def test_settings_are_checked(name):
     with pytest.raises(ValueError, match=f"fusion.{name}: expected 0 to 1, got 2"):
         Fusion(**{name: 2})
