@@ -83,7 +83,9 @@ def test_recipes_of_the_document_mine_with_its_filters():
     assert len(claiming) == 3
     for path in claiming:
         untrained = "--encoder.init_args.random_weights=true"
-        mining = Recipe((str(path),), ("--data.images=none", "--data.labels=none", untrained)).sections().mining
+        sections = Recipe((str(path),), ("--data.images=none", "--data.labels=none", untrained)).sections()
+        mining, rounds = sections.mining, sections.self_training
+        assert (rounds.fusion, rounds.min_certainty, rounds.sharpening) == (None, 0, 1), path.name
         assert mining.level_sets is None and list(mining.filters) == list(MiningConfig().filters), path.name
         assert len(mining.filters) == 5
 

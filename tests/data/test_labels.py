@@ -266,3 +266,15 @@ def test_points_are_built_from_anything_array_like():
     image = ImageLabels.build("a", (40, 60), [[0, 0, 9, 9]], [0], points=[[3, 4]])
     assert image.points.dtype == np.float32 and image.points.tolist() == [[3, 4]]
     assert ImageLabels.build("a", (40, 60), [], [], points=[]).points.shape == (0, 2)
+
+
+def test_sharpened_drops_the_uncertain_and_keeps_all_images():
+    rows = [
+        ImageLabels.build("a", (10, 10), [[0, 0, 4, 4], [1, 1, 5, 5]], [0, 1], [0.5, 0.1]),
+        ImageLabels.build("b", (10, 10), [[2, 2, 6, 6]], [1], [0.14]),
+        ImageLabels.build("c", (10, 10), [[3, 3, 7, 7]], [1], [0.15]),
+    ]
+    labels = Labels.from_images(rows, (Category(1, "x"), Category(2, "y"))).sharpened(0.15, 2.0)
+    assert labels.image_ids == ("a", "b", "c") and labels.offsets.tolist() == [0, 1, 1, 2]
+    np.testing.assert_allclose(labels.scores, [0.25, 0.0225], rtol=1e-6)
+    assert labels.classes.tolist() == [0, 1] and labels.boxes_xyxy[:, 0].tolist() == [0, 3]
