@@ -18,6 +18,7 @@ from simdetr.data.images import read_image
 from simdetr.data.labels import Labels, read_labels
 from simdetr.data.quarantine import TooManyUnreadableError
 from simdetr.results import write_result
+from simdetr.training.fusion import Fusion
 from simdetr.training.run_folder import RunFolder, RunMismatchError, detector_folder
 
 
@@ -81,7 +82,7 @@ def test_relabelled_boxes_do_not_overlap(run):
         for i in range(len(labels)):
             boxes = torch.from_numpy(labels.image(i).boxes_xyxy)
             overlaps = box_iou(boxes, boxes).fill_diagonal_(0)
-            assert not (overlaps > 0.55).any()
+            assert not (overlaps > Fusion().max_iou).any()
 
 
 def test_the_same_call_again_changes_nothing(run, scenes, tiny_config):
