@@ -27,6 +27,7 @@ from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
 # small images share their operations' fixed costs; the temporary tensors of large ones stay near the caches
 _POINTS_AT_ONCE = 2**20
+_BAGS_AT_ONCE = 2048
 _MAX_ROWS = 2**31 - 1
 
 
@@ -255,15 +256,13 @@ def _dot(lefts: Sequence[Tensor], rights: Iterable[Tensor]) -> Tensor:
 def _row_dots(table: Tensor, rows: Tensor, grads: Tensor) -> Tensor:
     """Scalar product of each row that a point reads with its query's gradient, [corners, G, N, M, P].
 
-    This is the kernel behind the gradient of embedding_bag's weights; called directly, since autograd would first sum
-    the bags again.
+    A few queries at a time, so that the rows they read are still in the processor's cache when they are multiplied.
     """
-    per_bag = rows.shape[-2] * rows.shape[-1]
-    starts = torch.arange(0, rows.numel(), per_bag, dtype=rows.dtype)
-    bags = torch.arange(len(grads), dtype=rows.dtype)[:, None].expand(-1, per_bag).flatten()
-    dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grads, table, rows.flatten(), starts, bags, 0
-    )
+    numbers = rows.reshape(len(grads), -1)
+    dots = grads.new_empty(numbers.shape)
+    for part, bags, own in zip(*(x.split(_BAGS_AT_ONCE) for x in (dots, numbers, grads)), strict=True):
+        read = table.index_select(0, bags.flatten()).view(*bags.shape, -1)
+        part.copy_(torch.bmm(read, own[:, :, None])[..., 0])
     return dots.view(rows.shape).movedim(-1, 0).contiguous()
 
 

@@ -146,4 +146,5 @@ def test_bad_input_is_named(make, message):
 
 
 def test_a_rotation_within_the_tolerance_is_taken():
-    Pose(np.eye(3) * (1 + 2e-4), np.zeros(3))
+    nearly = np.eye(3) * (1 + 2e-4)
+    np.testing.assert_array_equal(Pose(nearly, np.zeros(3)).rotation, nearly)
