@@ -195,6 +195,8 @@ def to_labels(store: ProposalStore, regions: int, clustering: KMeans | None) -> 
 
 
 def _categories(clustering: KMeans | None) -> tuple[Category, ...]:
+    """One per cluster; the name says which clustering too, for those of another one are other classes."""
     if clustering is None:
         return (Category(1, "object"),)
-    return tuple(Category(i + 1, f"cluster {i:04d}") for i in range(len(clustering.centroids)))
+    which = hashlib.sha256(clustering.centroids.cpu().contiguous().numpy().tobytes()).hexdigest()[:4]
+    return tuple(Category(i + 1, f"cluster {i:04d} of {which}") for i in range(len(clustering.centroids)))

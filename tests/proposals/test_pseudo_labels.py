@@ -209,3 +209,9 @@ def test_two_ranks_end_with_the_labels_of_one(store, tmp_path):
         np.testing.assert_array_equal(found["classes"], alone.classes)
         np.testing.assert_array_equal(found["boxes"], alone.boxes_xyxy)
     assert json.loads((tmp_path / "clustering.json").read_text())["regions"] == 42
+
+
+def test_classes_of_two_clusterings_have_other_names(tmp_path):
+    store, _ = make_store(tmp_path / "proposals", [9, 8])
+    one, same, other = (make_pseudo_labels(store, KINDS, seed=seed).categories for seed in (0, 0, 1))
+    assert one == same and len({category.name for category in (*one, *other)}) == 2 * KINDS
