@@ -1,4 +1,4 @@
-"""Tables and figures of the heads' studies: JSON in, README tables and SVG files in docs/ out.
+"""Tables and figures of the heads' studies: JSON in, tables and SVG files in docs/ out.
 
 ``tables.py`` calls the tables; the figures are drawn by
 

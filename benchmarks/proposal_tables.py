@@ -1,4 +1,4 @@
-"""README tables on proposals: results of rivals, sweep, mining_scale and mining_end_to_end in, Markdown out."""
+"""Tables on proposals: results of rivals, sweep, mining_scale and mining_end_to_end in, Markdown out."""
 
 from __future__ import annotations
 

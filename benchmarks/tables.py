@@ -1,4 +1,4 @@
-"""Put the tables of the README together from benchmarks/results/*.json.
+"""Results in benchmarks/results/*.json in; the table of the README and those of docs/results.md out.
 
 python -m benchmarks.tables
 """
@@ -14,7 +14,9 @@ from benchmarks.head_tables import head_overhead, landmark_query, landmark_study
 from benchmarks.proposal_tables import end_to_end, rivals, scale, sweep
 from benchmarks.real_set_tables import real_sets
 
-README = Path(__file__).parents[1] / "README.md"
+README, DOCS = (Path(__file__).parents[1] / name for name in ("README.md", "docs/results.md"))
+FIRST = "real_sets"
+"""The result that says whether it is worth it, and stands in the README."""
 BEGIN, END = "<!-- tables:begin (python -m benchmarks.tables) -->", "<!-- tables:end -->"
 SETS = ("fod", "coco256", "bccd")
 
@@ -156,13 +158,20 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def main() -> None:
-    parts = [
-        table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+    parts = {
+        name: table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
         for name, table in TABLES.items()
         if (RESULTS / f"{name}.json").is_file()
-    ]
-    head, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    README.write_text(f"{head}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    }
+    put(README, [parts.pop(FIRST)] if FIRST in parts else [])
+    put(DOCS, list(parts.values()))
+
+
+def put(page: Path, tables: list[str]) -> None:
+    """Replace what stands between the marks of a page."""
+    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    between = "\n".join(["", *tables]) if tables else ""
+    page.write_text(f"{head}{BEGIN}\n{between}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
