@@ -140,7 +140,7 @@ def relabel(
         device: Torch device; the GPU if there is one.
         batch_size: Images per forward pass; 16 on a GPU, else 8.
         num_workers: Processes that decode images; on a GPU the cores of this process but one, on a CPU none.
-        precision: Of the forward pass: fp32, or bf16, which halves the time on GPUs that have it.
+        precision: Of the forward pass: fp32, or bf16, which GPUs that have it compute faster.
     """
     from simdetr.training.relabel import Throughput
 
@@ -221,7 +221,7 @@ def evaluate(
         device: Torch device; the GPU if there is one.
         batch_size: Images per forward pass; 16 on a GPU, else 8.
         num_workers: Processes that decode images; on a GPU the cores of this process but one, on a CPU none.
-        precision: Of the forward pass: fp32, or bf16, which halves the time on GPUs that have it.
+        precision: Of the forward pass: fp32, or bf16, which GPUs that have it compute faster.
     """
     from simdetr import inference
     from simdetr.evaluation.score_text import shown_score
@@ -311,7 +311,7 @@ def predict(
             keeps all. When left out, only a grid's duplicates go: those within half a subregion.
         batch_size: Images per forward pass; 16 on a GPU, else 8.
         num_workers: Processes that decode images; on a GPU the cores of this process but one, on a CPU none.
-        precision: Of the forward pass: fp32, or bf16, which halves the time on GPUs that have it.
+        precision: Of the forward pass: fp32, or bf16, which GPUs that have it compute faster.
     """
     from simdetr import inference
     from simdetr.data.images import open_images

@@ -41,6 +41,8 @@ class DetectionTask(pl.LightningModule):
         criterion: A matching loss with other weights, in place of the detector's own loss.
         lr: Learning rate of encoder, decoder and heads.
         backbone_lr: Learning rate of the backbone; 0 freezes it.
+        new_lr: Learning rate of what ``init_weights`` do not bring, such as the heads of other classes; ``lr`` if left
+            out.
         weight_decay: AdamW weight decay of all groups.
         schedule: ``step``, ``cosine`` or ``constant``; see ``lr_factor``.
         drop_at: Fraction of the training after which ``step`` drops the rate.
@@ -63,6 +65,7 @@ class DetectionTask(pl.LightningModule):
         criterion: DetectionLoss | None = None,
         lr: float = 2e-4,
         backbone_lr: float = 2e-5,
+        new_lr: float | None = None,
         weight_decay: float = 1e-4,
         schedule: Schedule = "step",
         drop_at: float = 0.8,
@@ -78,7 +81,7 @@ class DetectionTask(pl.LightningModule):
         super().__init__()
         self.detector = detector
         self.criterion = criterion
-        self.lr, self.backbone_lr, self.weight_decay = lr, backbone_lr, weight_decay
+        self.lr, self.backbone_lr, self.new_lr, self.weight_decay = lr, backbone_lr, new_lr, weight_decay
         self.schedule, self.drop_at, self.warmup_steps = schedule, drop_at, warmup_steps
         self.init_weights, self.top_k, self.seed = init_weights, top_k, seed
         self.compile_backend = "inductor" if compile is True else compile
@@ -215,7 +218,10 @@ class DetectionTask(pl.LightningModule):
 
     def new_optimiser(self) -> Optimizer:
         """AdamW over the detector's parameters in the recipe's groups."""
-        return adamw(parameter_groups(self.detector, self.lr, self.backbone_lr), self.lr, self.weight_decay)
+        started = self.load_report
+        new = () if started is None else (*started.replaced, *started.missing)
+        groups = parameter_groups(self.detector, self.lr, self.backbone_lr, new=new, new_lr=self.new_lr)
+        return adamw(groups, self.lr, self.weight_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the detector: its class, arguments, categories and image sizes; plain types only."""

@@ -6,7 +6,7 @@ In: a detector with parameters named as in the official Deformable DETR. Out: Ad
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import torch
@@ -20,18 +20,28 @@ FUSED_DEVICES = ("cuda", "cpu")
 
 
 def parameter_groups(
-    detector: Detector, lr: float, backbone_lr: float, slow_factor: float = 0.1
+    detector: Detector,
+    lr: float,
+    backbone_lr: float,
+    slow_factor: float = 0.1,
+    *,
+    new: Collection[str] = (),
+    new_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in disjoint groups: backbone, its vectors, slow (offsets and references), the rest.
+    """Trainable parameters in disjoint groups: new, backbone, its vectors, slow (offsets and references), the rest.
 
-    Empty groups are left out. Weight decay is the same for all, as in the recipe of Deformable DETR (A9), but for
-    detectors whose recipe spares the backbone's biases, norms and tokens (ViDT, B5).
+    The ``new`` ones, by name, are those that the weights to start from did not bring; they learn with ``new_lr`` where
+    there is one. Empty groups are left out. Weight decay is the same for all, as in the recipe of Deformable DETR (Zhu
+    et al. 2021, appendix), but for detectors whose recipe spares the backbone's biases, norms and tokens (ViDT).
     """
-    members: dict[str, list[nn.Parameter]] = {"backbone": [], "backbone_vectors": [], "slow": [], "rest": []}
+    names = ("new", "backbone", "backbone_vectors", "slow", "rest")
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for name, parameter in detector.named_parameters():
         if not parameter.requires_grad:
             continue
-        if name.startswith(f"{detector.backbone_name}."):
+        if new_lr is not None and name in new:
+            members["new"].append(parameter)
+        elif name.startswith(f"{detector.backbone_name}."):
             is_vector = parameter.ndim <= 1 or name.endswith(("det_token", "det_pos_embed"))
             spared = is_vector and not detector.decays_backbone_vectors
             members["backbone_vectors" if spared else "backbone"].append(parameter)
@@ -39,7 +49,8 @@ def parameter_groups(
             members["slow"].append(parameter)
         else:
             members["rest"].append(parameter)
-    rates = {"backbone": backbone_lr, "backbone_vectors": backbone_lr, "slow": lr * slow_factor, "rest": lr}
+    slow = lr * slow_factor
+    rates = {"new": new_lr, "backbone": backbone_lr, "backbone_vectors": backbone_lr, "slow": slow, "rest": lr}
     extra = {"backbone_vectors": {"weight_decay": 0.0}}
     return [
         {"params": members[name], "lr": rates[name], "name": name, **extra.get(name, {})}

@@ -52,8 +52,8 @@ class Throughput:
         batch_size: Images per forward pass; 16 on a GPU, else 8.
         num_workers: Processes that decode images; on a GPU the cores of this process but one, at most 8 and no more
             than there are batches to read ahead; on a CPU none.
-        precision: Of the forward pass. The default does not depend on the machine, so that results do not either; bf16
-            halves the time on GPUs that have it, and moves boxes by a fraction of a pixel.
+        precision: Of the forward pass. The default does not depend on the machine, so that results do not either; GPUs
+            that have bf16 compute faster in it, and boxes move a little.
     """
 
     batch_size: int | None = None
