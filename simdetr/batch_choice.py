@@ -31,7 +31,8 @@ def fit_to_device(recipe: Recipe, run: RunFolder, auto_batch: bool | Scaling, *o
     if not auto_batch:
         return recipe
     config, _ = recipe.resolved(*options)
-    before = BatchSettings(config.data.batch_size, config.model.lr, config.model.backbone_lr)
+    rates = config.model
+    before = BatchSettings(config.data.batch_size, rates.lr, rates.backbone_lr, rates.new_lr)
     scaling: Scaling = "linear" if isinstance(auto_batch, bool) else auto_batch
     found = auto_batch_options(run.path / AUTO_BATCH, before, scaling, lambda: recipe.training(run.path, *options))
     return replace(recipe, options=(*recipe.options, *found))

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
+from simdetr import compare, pretrain
 from simdetr import quickstart as module
 from simdetr.data.labels import read_labels
 from simdetr.evaluation.proposal_recall import proposal_recall
-from simdetr.quickstart import LabelledSet, quickstart
-from simdetr.training.run_folder import RunFolder
+from simdetr.quickstart import LabelledSet, draw_scenes, quickstart
 
 QUIET = "--trainer.enable_progress_bar=false"
 MINIATURE = (
@@ -69,18 +69,25 @@ def test_own_images_get_the_recipe_of_the_machine(scenes, tmp_path, monkeypatch)
 def test_self_training_and_pretraining_pay(few_scenes, tmp_path):
     """Fixed seed, one stage: labels beat those that were mined, and fine-tuning starts higher from them."""
     few_scenes(200, 60, 96)
-    options = (
-        "--mining.image_size=192",
-        "--clustering.num_classes=16",
-        "--self_training.stages=1",
-        "--data.short_sides=[80, 96]",
-        "--trainer.max_steps=150",  # of every training
-        QUIET,
-    )
-    quickstart(tmp_path, options=options)
-    run, truth = RunFolder(tmp_path), read_labels(tmp_path / "scenes" / "train" / "instances.json")
+    small = ("--data.short_sides=[80, 96]", QUIET)
+    data = draw_scenes(tmp_path / "scenes")
+    mining = ("--mining.image_size=192", "--clustering.num_classes=16")
+    pretraining = (*mining, "--self_training.stages=1", "--trainer.max_steps=200")
+    run = pretrain(data.images, tmp_path / "run", (module.PRETRAIN_CONFIG,), options=(*small, *pretraining))
+    truth = read_labels(data.labels)
     mined, found = (proposal_recall(truth, read_labels(run.labels(stage)), (5,)) for stage in (0, 1))
+    sets = (data.images, data.labels, data.val_images, data.val_labels)
+    steps = "--trainer.max_steps=100"
+    pretrained, scratch = compare(
+        *sets,
+        run.path,
+        tmp_path / "comparison",
+        (module.FINETUNE_CONFIG,),
+        fractions=(module.LABEL_FRACTION,),
+        seeds=(0,),
+        options=(*small, steps),
+    )
+    print(mined, found, pretrained, scratch)
     assert found["recall50@5"] > mined["recall50@5"] + 0.03
-    pretrained, scratch = json.loads((tmp_path / "comparison.json").read_text())
     assert (pretrained["initialisation"], scratch["initialisation"]) == ("pretrained", "scratch")
     assert pretrained["AP"] > scratch["AP"] + 0.02

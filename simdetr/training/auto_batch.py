@@ -46,17 +46,20 @@ class BatchSettings:
         batch_size: Images per step and rank.
         lr: Learning rate.
         backbone_lr: Learning rate of the backbone.
+        new_lr: Learning rate of what the initial weights do not bring, where it has its own.
     """
 
     batch_size: int
     lr: float
     backbone_lr: float
+    new_lr: float | None = None
 
     def scaled_to(self, batch_size: int, scaling: Scaling) -> BatchSettings:
         """Another batch size, with learning rates times the ratio of the sizes or its square root."""
         ratio = batch_size / self.batch_size
         factor = ratio if scaling == "linear" else ratio**0.5
-        return BatchSettings(batch_size, self.lr * factor, self.backbone_lr * factor)
+        new_lr = None if self.new_lr is None else self.new_lr * factor
+        return BatchSettings(batch_size, self.lr * factor, self.backbone_lr * factor, new_lr)
 
     def options(self) -> tuple[str, ...]:
         """For a recipe."""
@@ -64,6 +67,7 @@ class BatchSettings:
             f"--data.batch_size={self.batch_size}",
             f"--model.lr={self.lr!r}",
             f"--model.backbone_lr={self.backbone_lr!r}",
+            *([] if self.new_lr is None else [f"--model.new_lr={self.new_lr!r}"]),
         )
 
 

@@ -70,6 +70,12 @@ def test_learning_rates_follow_the_batch():
     assert name == "--model.lr" and float(value) == linear.lr
 
 
+def test_a_rate_of_new_parts_follows_too():
+    found = BatchSettings(8, 2e-4, 2e-5, 2e-3).scaled_to(16, "linear")
+    assert found.new_lr == pytest.approx(4e-3)
+    assert found.options()[3] == f"--model.new_lr={found.new_lr!r}"
+
+
 def test_found_once_and_logged(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
         auto_batch, "largest_batch", lambda training: {"batch_size": 16, "device": training, "size_hw": [80, 90]}
@@ -85,7 +91,12 @@ def test_found_once_and_logged(tmp_path, monkeypatch, caplog):
         "4e-05 (linear)"
         for how in ("largest that fits or the set fills", "found before")
     ]
-    assert json.loads(path.read_text())["before"] == {"batch_size": 8, "lr": 2e-4, "backbone_lr": 2e-5}
+    assert json.loads(path.read_text())["before"] == {
+        "batch_size": 8,
+        "lr": 2e-4,
+        "backbone_lr": 2e-5,
+        "new_lr": None,
+    }
     with pytest.raises(ValueError, match=r"expected 'linear', with which .* was begun, got 'sqrt'"):
         auto_batch_options(path, BEFORE, "sqrt", lambda: None)
 

@@ -133,6 +133,18 @@ def test_backbone_starts_from_given_weights_unless_the_whole_detector_does(make_
     assert torch.equal(task.detector.state_dict()[weight], other.state_dict()[weight])
 
 
+def test_heads_of_other_classes_learn_with_their_own_rate(make_detector, tmp_path):
+    save_detector(make_detector(3), {}, tmp_path / "detector")
+    task = DetectionTask(make_detector(5), init_weights=str(tmp_path / "detector"), lr=1e-4, new_lr=2e-3)
+    names = {id(parameter): name for name, parameter in task.detector.named_parameters()}
+    new = next(group for group in task.new_optimiser().param_groups if group["name"] == "new")
+    assert new["lr"] == 2e-3
+    found = {names[id(parameter)] for parameter in new["params"]}
+    assert found and all("class_embed" in name for name in found)
+    alone = DetectionTask(make_detector(5), lr=1e-4, new_lr=2e-3)  # all is new, and learns with lr
+    assert "new" not in {group["name"] for group in alone.new_optimiser().param_groups}
+
+
 def options_of(**changes):
     return tuple(f"--model.{name}={str(value).lower()}" for name, value in changes.items())
 

@@ -41,6 +41,19 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
     assert all(p.requires_grad for group in groups for p in group["params"])
 
 
+def test_parameters_that_the_start_did_not_bring_have_a_group_of_their_own():
+    detector = DeformableDETR(3, backbone="resnet18", hidden_dim=16, num_heads=2, ffn_dim=16)
+    names = {id(parameter): name for name, parameter in detector.named_parameters() if parameter.requires_grad}
+    new = {name for name in names.values() if "class_embed" in name}
+    groups = parameter_groups(detector, lr=1e-4, backbone_lr=1e-5, new=new, new_lr=2e-3)
+    members = {group["name"]: [names[id(p)] for p in group["params"]] for group in groups}
+    assert new and set(members["new"]) == new
+    assert groups[0]["name"] == "new" and groups[0]["lr"] == 2e-3
+    assert sorted(sum(members.values(), [])) == sorted(names.values())  # each once
+    plain = parameter_groups(detector, lr=1e-4, backbone_lr=1e-5, new=new)
+    assert [group["name"] for group in plain] == ["backbone", "slow", "rest"]
+
+
 @pytest.mark.parametrize(
     ("schedule", "options", "expected"),
     [
