@@ -87,7 +87,6 @@ def test_self_training_and_pretraining_pay(few_scenes, tmp_path):
         seeds=(0,),
         options=(*small, steps),
     )
-    print(mined, found, pretrained, scratch)
     assert found["recall50@5"] > mined["recall50@5"] + 0.03
     assert (pretrained["initialisation"], scratch["initialisation"]) == ("pretrained", "scratch")
-    assert pretrained["AP"] > scratch["AP"] + 0.02
+    assert pretrained["AP"] > scratch["AP"] + 0.05
