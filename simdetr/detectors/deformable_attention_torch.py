@@ -260,7 +260,7 @@ def _row_dots(table: Tensor, rows: Tensor, grads: Tensor) -> Tensor:
     """
     numbers = rows.reshape(len(grads), -1)
     dots = grads.new_empty(numbers.shape)
-    for part, bags, own in zip(*(x.split(_BAGS_AT_ONCE) for x in (dots, numbers, grads)), strict=True):
+    for part, bags, own in zip(*(torch.split(x, _BAGS_AT_ONCE) for x in (dots, numbers, grads)), strict=True):
         read = table.index_select(0, bags.flatten()).view(*bags.shape, -1)
         part.copy_(torch.bmm(read, own[:, :, None])[..., 0])
     return dots.view(rows.shape).movedim(-1, 0).contiguous()

@@ -49,7 +49,7 @@ def test_parameters_that_the_start_did_not_bring_have_a_group_of_their_own():
     members = {group["name"]: [names[id(p)] for p in group["params"]] for group in groups}
     assert new and set(members["new"]) == new
     assert groups[0]["name"] == "new" and groups[0]["lr"] == 2e-3
-    assert sorted(sum(members.values(), [])) == sorted(names.values())  # each once
+    assert sorted(name for own in members.values() for name in own) == sorted(names.values())  # each once
     plain = parameter_groups(detector, lr=1e-4, backbone_lr=1e-5, new=new)
     assert [group["name"] for group in plain] == ["backbone", "slow", "rest"]
 
