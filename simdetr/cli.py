@@ -61,8 +61,9 @@ USER_ERRORS = (FileNotFoundError, PermissionError, ValueError, RuntimeError, OSE
 """Errors whose message is for the user; with --debug they come with their traceback."""
 
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit status after Ctrl-C and after SIGTERM, as shells have it."""
+STOPPED = "stopped; the same command goes on with what is finished"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -86,8 +87,13 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         if debug:
             raise
-        console.print("stopped; the same command goes on with what is finished", highlight=False)
+        console.print(STOPPED, highlight=False)
         sys.exit(INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code is not None:
+            raise
+        console.print(STOPPED, highlight=False)  # Lightning's way out on SIGTERM has no status, which shells take for 0
+        sys.exit(TERMINATED)
     except USER_ERRORS as error:
         if debug:
             raise

@@ -164,8 +164,7 @@ def fit_stage(run: RunFolder, recipe: Recipe, sections: PipelineSections, stage:
     if stage > 1 and not sections.self_training.from_scratch:
         options.append(f"--model.init_weights={run.detector(stage - 1)}")
     with run.step(f"fit-stage{stage}", "images trained on") as step:
-        every = sections.self_training.checkpoint_every_steps
-        train(recipe.training(run.stage(stage), *options, checkpoint_every_steps=every), run.stage(stage))
+        train(recipe.training(run.stage(stage), *options), run.stage(stage))
         step.count = num_images
 
 

@@ -80,7 +80,7 @@ class SelfTrainingConfig:
         sharpening: Exponent on the certainty of the others, which is how much a box counts in training: above 1, a
             detector learns more from what is certain, and is surer itself.
         from_scratch: Start each round from new weights instead of the last round's.
-        checkpoint_every_steps: Training steps between two points a killed run can resume from.
+        checkpoint_every_steps: Steps of any training between two points a killed run can resume from.
     """
 
     stages: int = 2
@@ -124,18 +124,10 @@ class RecipeCLI(LightningCLI):
         args: Arguments instead of those of the process.
         run: Whether the first argument is a subcommand to run.
         parse_only: Parse and check, but build nothing: the labels of the first stage do not exist yet.
-        checkpoint_every_steps: Training steps between two points a killed run can resume from.
     """
 
-    def __init__(
-        self,
-        args: Sequence[str] | None = None,
-        *,
-        run: bool = True,
-        parse_only: bool = False,
-        checkpoint_every_steps: int = 500,
-    ) -> None:
-        self._parse_only, self._checkpoint_every_steps = parse_only, checkpoint_every_steps
+    def __init__(self, args: Sequence[str] | None = None, *, run: bool = True, parse_only: bool = False) -> None:
+        self._parse_only = parse_only
         with warnings.catch_warnings():
             # the arguments are ours on purpose, also under the `simdetr` command
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
@@ -187,7 +179,8 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # noqa: ANN401
         """A Trainer that logs and checkpoints below its root and scores validations, unless told otherwise."""
-        trainer = (self.config[str(self.subcommand)] if self.subcommand else self.config)["trainer"]
+        config = self.config[str(self.subcommand)] if self.subcommand else self.config
+        trainer, every = config["trainer"], config["self_training"]["checkpoint_every_steps"]
         root = Path(trainer.get("default_root_dir") or ".")
         if trainer.get("logger") in (None, True):
             kwargs["logger"] = default_loggers(root)
@@ -204,7 +197,7 @@ class RecipeCLI(LightningCLI):
             callbacks.append(TrainingProgress())
         if trainer.get("enable_checkpointing") is not False:
             folder = root / "checkpoints"
-            callbacks += checkpoint_callbacks(folder, self._checkpoint_every_steps, validated=validated)
+            callbacks += checkpoint_callbacks(folder, every, validated=validated)
         return super().instantiate_trainer(**kwargs | {"callbacks": callbacks})
 
 
@@ -350,7 +343,7 @@ class Recipe:
             Throughput(**vars(built.inference)),
         )
 
-    def training(self, out: Path, *options: str, checkpoint_every_steps: int = 500) -> RecipeCLI:
+    def training(self, out: Path, *options: str) -> RecipeCLI:
         """Trainer, task and data of one training that writes below ``out`` and can be resumed."""
         arguments = self.arguments(f"--trainer.default_root_dir={out}", *options)
-        return RecipeCLI(arguments, run=False, checkpoint_every_steps=checkpoint_every_steps)
+        return RecipeCLI(arguments, run=False)

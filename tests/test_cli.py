@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from simdetr import cli, pipeline
 from simdetr.cli import COMMANDS, fold_options, main, one_line
@@ -187,12 +188,13 @@ def test_commands_have_homes():
             "predict", "export", "report"} <= set(cli.COMMANDS)  # fmt: skip
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(monkeypatch, capsys):
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (SIGTERMException, 143), (SystemExit(3), 3)])
+def test_a_stopped_command_says_that_it_goes_on(stop, status, monkeypatch, capsys):
     def interrupted(arguments):
-        raise KeyboardInterrupt
+        raise stop
 
     monkeypatch.setattr(cli, "run", interrupted)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["doctor", "photos"])
-    assert stopped.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert stopped.value.code == status
+    assert ("the same command goes on" in capsys.readouterr().err) == (status != 3)

@@ -22,9 +22,9 @@ def recipe(tiny_config, scenes):
 
 
 def test_the_same_yaml_runs_under_lightning_and_under_the_pipeline(recipe, tmp_path):
-    made = recipe()
+    made = recipe("--self_training.checkpoint_every_steps=1")
     train(made.training(tmp_path / "own"), tmp_path / "own")
-    RecipeCLI(["fit", *made.arguments(f"--trainer.default_root_dir={tmp_path / 'fit'}")], checkpoint_every_steps=1)
+    RecipeCLI(["fit", *made.arguments(f"--trainer.default_root_dir={tmp_path / 'fit'}")])
     resume = tmp_path / "fit" / "checkpoints" / "resume.ckpt"
     mine, theirs = (load_detector(p).detector.state_dict() for p in (tmp_path / "own" / "detector", resume))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -28,6 +28,7 @@ HARD = (
     "--data.label_fraction=0.5",
 )
 EPOCHS = ("--trainer.max_steps=-1", "--trainer.max_epochs=3")
+EVERY = "--self_training.checkpoint_every_steps="
 EMA = {
     "trainer": {
         "callbacks": [{"class_path": "pytorch_lightning.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}]
@@ -82,7 +83,7 @@ def test_every_resume_point_leads_to_the_same_weights(case, recipe, tmp_path, ke
         (tmp_path / "ema.yaml").write_text(yaml.safe_dump(EMA))
         made = type(made)((*made.configs, str(tmp_path / "ema.yaml")), made.options)
     whole = tmp_path / "whole"
-    whole_cli = made.training(whole, checkpoint_every_steps=1)
+    whole_cli = made.training(whole, EVERY + "1")
     train(whole_cli, whole)
     steps = whole_cli.trainer.global_step
     copies = list(keep_every_resume_point)
@@ -94,7 +95,7 @@ def test_every_resume_point_leads_to_the_same_weights(case, recipe, tmp_path, ke
     # in the middle and at the end of an epoch, in a later epoch, and at the very end
     for copy in [copies[0], copies[1], copies[2], copies[-1]]:
         copy.rename(whole)
-        resumed = made.training(whole, checkpoint_every_steps=100)
+        resumed = made.training(whole, EVERY + "100")
         train(resumed, whole)
         assert resumed.trainer.global_step == steps
         assert largest_difference(expected, whole) == 0, copy.name
@@ -128,10 +129,10 @@ def test_killed_process_resumes_and_keeps_its_log(recipe, tmp_path):
         "step = DetectionTask.training_step\n"
         "DetectionTask.training_step = lambda *a: (time.sleep(0.3), step(*a))[1]\n"  # so that the kill is in between
         "out = Path(sys.argv[1])\n"
-        "train(Recipe((sys.argv[2],), tuple(sys.argv[3:])).training(out, checkpoint_every_steps=3), out)\n"
+        "train(Recipe((sys.argv[2],), tuple(sys.argv[3:])).training(out), out)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(killed), *made.configs, *made.options],
+        [sys.executable, "-c", script, str(killed), *made.configs, *made.options, EVERY + "3"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -144,7 +145,7 @@ def test_killed_process_resumes_and_keeps_its_log(recipe, tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert not (killed / "detector").exists()
 
-    train(made.training(killed, checkpoint_every_steps=3), killed)
+    train(made.training(killed, EVERY + "3"), killed)
     assert largest_difference(whole, killed) == 0
     rows = {}
     for version in (0, 1):  # the killed process's log and the resumed one's, side by side
