@@ -25,7 +25,7 @@ from simdetr.proposals.shard_claims import Rank
 from simdetr.proposals.store import ProposalStore
 from simdetr.recipe_choice import for_mining
 from simdetr.training.datamodule import read_training_labels
-from simdetr.training.run_folder import RunFolder
+from simdetr.training.run_folder import RunFolder, RunMismatchError
 
 
 def mine_proposals(
@@ -110,8 +110,16 @@ def cluster_proposals(
         max_iterations: Passes over all features at most.
         backend: What finds the nearest centroid.
         device: Torch device; the GPU if there is one.
+
+    Raises:
+        RunMismatchError: A pretraining has begun in ``run``, whose settings and detectors speak of other classes.
     """
     folder, device = RunFolder(Path(run)), device or default_device()
+    if folder.config.is_file():
+        raise RunMismatchError(
+            f"run: a pretraining has begun in {folder.path}, which clusters by itself. Go on with `simdetr pretrain`, "
+            f"or copy {folder.proposals} to a new run folder and cluster there."
+        )
     with process_group(device):
         labels = make_pseudo_labels(
             ProposalStore(folder.proposals),

@@ -39,7 +39,7 @@ from simdetr.training.auto_batch import Scaling
 from simdetr.training.checkpoints import RESUME
 from simdetr.training.progress import image_progress
 from simdetr.training.relabel import InferenceSettings, relabel
-from simdetr.training.run_folder import RunFolder, detector_folder, leads
+from simdetr.training.run_folder import RunFolder, RunMismatchError, detector_folder, leads
 from simdetr.training.train import train
 from simdetr.training.weights import is_saved, load_detector
 
@@ -95,7 +95,9 @@ def pretrain(
         resumed = is_chosen(run)
         if resumed:
             recipe = fit_to_device(recipe, run, auto_batch)
-        if not run.labels(0).is_file():
+        if run.labels(0).is_file():
+            _check_classes(run, sections.clustering.num_classes)
+        else:
             recipe.check_detector(sections.clustering.num_classes)
         run.claim(recipe.resolved()[1], _settled(run))
 
@@ -120,6 +122,15 @@ def _settled(run: RunFolder) -> tuple[str, ...] | None:
     if not run.labels(0).is_file():
         return ()
     return None if run.stage(1).is_dir() else ("encoder", "mining", "clustering", "data.images")
+
+
+def _check_classes(run: RunFolder, asked: int) -> None:
+    there = read_labels(run.labels(0)).num_classes
+    if there != asked:
+        raise RunMismatchError(
+            f"clustering.num_classes: {run.stage(0)} holds {there:,} pseudo-classes, {asked:,} asked. Give "
+            f"--clustering.num_classes={there}, or delete that folder to cluster anew."
+        )
 
 
 def _is_older(result: Path, source: Path) -> bool:

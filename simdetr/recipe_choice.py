@@ -7,6 +7,7 @@ options go over all of it.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import read_labels
 from simdetr.data.packaged_weights import PACKAGED
 from simdetr.data.pretrained_weights import PretrainedWeightsError
+from simdetr.proposals.pseudo_labels import RECORD
 from simdetr.training.run_folder import RunFolder, leads
 
 LOG = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ def for_pretraining(
         return ChosenRecipe(tuple(map(str, config or (run.config,))))
     base, configs = _for_machine()
     length = _length_option(PRETRAINING[base], len(source), _read(base)["data"]["batch_size"], options)
-    return ChosenRecipe(configs, (*_size_options(source, base), *length))
+    return ChosenRecipe(configs, (*_size_options(source, base), *_clustering_options(run), *length))
 
 
 def for_mining(config: Sequence[str | Path], images: str | Path) -> ChosenRecipe:
@@ -193,6 +195,16 @@ def typical_sides(source: ImageSource) -> tuple[float, float] | None:
     if not sides:
         return None
     return median(short for short, _ in sides), median(long for _, long in sides)
+
+
+def _clustering_options(run: RunFolder) -> tuple[str, ...]:
+    """The settings of the pseudo-classes that `simdetr cluster` has given the run's boxes."""
+    if not run.labels(0).is_file():
+        return ()
+    record = run.stage(0) / RECORD
+    settings = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.is_file() else {"num_classes": 1}
+    _say("clustering: the %d pseudo-classes in %s are kept", settings["num_classes"], run.stage(0))
+    return tuple(f"--clustering.{name}={str(value).lower()}" for name, value in settings.items())
 
 
 def _read(path: Path) -> Any:  # noqa: ANN401

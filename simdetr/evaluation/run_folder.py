@@ -63,9 +63,9 @@ def collect_run(
         ValueError: a file of the run that cannot be understood.
     """
     if not run_dir.is_dir():
-        raise FileNotFoundError(f"run_dir: expected the folder of a run, got {run_dir}")
+        raise FileNotFoundError(f"run: expected the folder of a run, but {run_dir} does not exist")
     rng = np.random.default_rng(seed)
-    stages = _read_stages(run_dir)
+    stages = {stage: _of_source(labels, source, run_dir) for stage, labels in _read_stages(run_dir).items()}
     missing: dict[str, str] = {}
     steps = _read_steps(run_dir / "steps.jsonl", missing)
     no_stage = f"there are no labels of any stage yet ({run_dir.name}/stage0/labels.parquet is made by clustering)."
@@ -98,6 +98,17 @@ def collect_run(
 def _read_stages(run_dir: Path) -> dict[int, Labels]:
     paths = {int(path.parent.name[5:]): path for path in run_dir.glob("stage[0-9]*/labels.parquet")}
     return {stage: read_labels(paths[stage]) for stage in sorted(paths)}
+
+
+def _of_source(labels: Labels, source: ImageSource, run_dir: Path) -> Labels:
+    """The labels of the images that are still there."""
+    there = [image_id for image_id in labels.image_ids if image_id in source]
+    if not there:
+        raise ValueError(
+            f"images: expected the images of {run_dir}, such as {labels.image_ids[0]}, got {len(source):,} others, "
+            f"such as {source.ids[0]}"
+        )
+    return labels if len(there) == len(labels.image_ids) else labels.select(there)
 
 
 def _know_births(stages: dict[int, Labels]) -> bool:

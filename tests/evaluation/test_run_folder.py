@@ -172,13 +172,21 @@ def test_missing_images_are_named(run, scenes, tmp_path):
     assert len(data.recall) == 2  # needs no pixels
 
 
+def test_images_that_went_are_left_out_and_other_folders_are_refused(run, scenes):
+    source, truth = scenes
+    data = collect_run(run, replace(source, ids=source.ids[1:]), truth)
+    assert data.samples and data.montages
+    with pytest.raises(ValueError, match=rf"images: expected the images of .*such as {source.ids[0]}, got 1 others"):
+        collect_run(run, replace(source, ids=("elsewhere.png",)), truth)
+
+
 def test_a_fresh_folder_says_what_is_not_there_yet(tmp_path, scenes):
     data = collect_run(tmp_path, scenes[0], None)
     assert set(data.missing) == {
         "steps", "samples", "origins", "montages", "clustering", "recall", "curves", "comparison",
     }  # fmt: skip
     assert render_report(data).count("Not shown") == 9
-    with pytest.raises(FileNotFoundError, match="run_dir: expected the folder of a run"):
+    with pytest.raises(FileNotFoundError, match="run: expected the folder of a run"):
         collect_run(tmp_path / "absent", scenes[0], None)
 
 
