@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ from simdetr.training.relabel import InferenceSettings, relabel
 from simdetr.training.run_folder import RunFolder, RunMismatchError, detector_folder, leads
 from simdetr.training.train import train
 from simdetr.training.weights import is_saved, load_detector
+
+LOG = logging.getLogger(__name__)
 
 __all__ = [
     "cluster_proposals",
@@ -299,10 +302,13 @@ def compare(
     rows_file = out / "comparison.json"
     rows: list[dict[str, Any]] = json.loads(rows_file.read_text(encoding="utf-8")) if rows_file.is_file() else []
     done = {(row["label_budget"], row["seed"], row["initialisation"]) for row in rows}
-    for fraction, seed, pretrained in itertools.product(fractions, seeds, (True, False)):
+    trainings = list(itertools.product(fractions, seeds, (True, False)))
+    for number, (fraction, seed, pretrained) in enumerate(trainings, 1):
         key = (fraction, seed, "pretrained" if pretrained else "scratch")
         if key in done:
             continue
+        if leads():
+            LOG.info("%d of %d: %s, %g %% of the labels, seed %d", number, len(trainings), key[2], 100 * fraction, seed)
         folder = out / f"{fraction:g}-seed{seed}-{key[2]}"
         chosen = for_finetuning(config, images, labels, detector, options, fraction)
         recipe = Recipe(chosen.configs, (*chosen.options, *options))

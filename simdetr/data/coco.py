@@ -151,6 +151,8 @@ def load_coco(path: Path) -> dict[str, Any]:
     """The content of a COCO annotation file as it stands, with its three lists, or a `LabelError`."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise LabelError(f"labels: {path} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:
         raise LabelError(f"{path} cannot be read as JSON: {error}") from error
     missing = {"images", "annotations", "categories"}

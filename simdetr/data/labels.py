@@ -287,8 +287,11 @@ def read_labels(path: str | Path, *, strict: bool = False, masks: bool = False) 
         return read_coco(path, strict=strict, masks=masks)[0]
     try:
         table = pq.read_table(path).combine_chunks()
+    except FileNotFoundError as error:
+        raise LabelError(f"labels: {path} does not exist") from error
     except (OSError, pa.ArrowException) as error:
-        raise LabelError(f"{path} cannot be read as Parquet: {error}") from error
+        expected = "" if path.suffix == ".parquet" else "; expected COCO's .json or simdetr's .parquet"
+        raise LabelError(f"{path} cannot be read as Parquet{expected}: {error}") from error
     facts = (table.schema.metadata or {}).get(_METADATA_KEY)
     if facts is None:
         raise LabelError(f"{path} holds no labels: expected a file of write_labels, got columns {table.column_names}")

@@ -130,10 +130,15 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_unusable_files_are_named(tmp_path):
     (tmp_path / "text.parquet").write_text("no")
     pq.write_table(pa.table({"path": ["a"]}), tmp_path / "list.parquet")
-    with pytest.raises(LabelError, match=r"missing.parquet cannot be read"):
+    with pytest.raises(LabelError, match=r"missing.parquet does not exist"):
         read_labels(tmp_path / "missing.parquet")
-    with pytest.raises(LabelError, match=r"text.parquet cannot be read as Parquet"):
+    with pytest.raises(LabelError, match=r"text.parquet cannot be read as Parquet:"):
         read_labels(tmp_path / "text.parquet")
+    (tmp_path / "photo.jpg").write_text("no")
+    with pytest.raises(
+        LabelError, match=r"photo.jpg cannot be read as Parquet; expected COCO's .json or simdetr's .par"
+    ):
+        read_labels(tmp_path / "photo.jpg")
     with pytest.raises(LabelError, match=r"list.parquet holds no labels.*columns \['path'\]"):
         read_labels(tmp_path / "list.parquet")
 
