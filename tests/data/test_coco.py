@@ -135,7 +135,7 @@ def test_unusable_file(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(LabelError, match=message):
         read_coco(tmp_path / "a.json")
-    with pytest.raises(LabelError, match="missing.json does not exist"):
+    with pytest.raises(LabelError, match=r"missing\.json does not exist"):
         read_coco(tmp_path / "missing.json")
 
 

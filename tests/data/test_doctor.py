@@ -113,7 +113,7 @@ def test_unusable_labels_are_fatal(image_folder, coco_file, tmp_path):
     nothing = coco_file([entry(1, "000.png")], [box(1, 1, category_id=5)], [{"id": 1}], "nothing.json")
     for path, message in {
         tmp_path / "broken.json": "cannot be read as JSON",
-        tmp_path / "missing.parquet": "cannot be read",
+        tmp_path / "missing.parquet": "does not exist",
         elsewhere: "none of its 1 images is in",
         nothing: "no usable box",
     }.items():
