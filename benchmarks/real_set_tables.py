@@ -1,4 +1,4 @@
-"""The rows of benchmarks/real_sets.py in, paired differences and the two tables of the README out."""
+"""The rows of benchmarks/real_sets.py in; paired differences and the tables of README and docs out."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -50,23 +50,17 @@ def paired_differences(rows: Iterable[Row], confidence: float = 0.95) -> list[Ro
     return found
 
 
-def label_table(rows: Iterable[Row]) -> str:
-    """Quality of the labels of every stage; a detector alone has a row where the labels hold more than it finds."""
-    lines = [
-        "| set | labels of | boxes per image | AR@1 | AR@10 | AR@100 | AP50 | AP |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    of_stage: dict[tuple[str, int], list[Row]] = {}
-    for row in part(rows, "labels"):
-        of_stage.setdefault((row["set"], row["stage"]), []).append(row)
-    for (name, stage), own in sorted(of_stage.items(), key=lambda item: (list(TITLES).index(item[0][0]), item[0][1])):
-        labels = next(row for row in own if row["what"] == "labels")
-        for row in own:
-            if row["what"] != "labels" and row["AP"] == labels["AP"] and row["AR@100"] == labels["AR@100"]:
-                continue
-            what = "mining" if stage == 0 else f"stage {stage}" + (", detector alone" if row is not labels else "")
-            numbers = [f"{100 * row[key]:.1f}" for key in ("AR@1", "AR@10", "AR@100", "AP50", "AP")]
-            lines.append(f"| {TITLES[name]} | {what} | {row['boxes_per_image']:.1f} | {' | '.join(numbers)} |")
+def label_table(rows: Iterable[Row], *, detectors: bool) -> str:
+    """Quality of the labels of every stage, and with ``detectors`` of what each stage's detector finds alone."""
+    lines = ["| set | labels of | boxes per image | AR@1 | AR@10 | AR@100 | AP50 | AP |", "|---|---|" + "--:|" * 6]
+    order = {name: place for place, name in enumerate(TITLES)}
+    for row in sorted(part(rows, "labels"), key=lambda row: (order[row["set"]], row["stage"], row["what"])):
+        alone = row["what"] != "labels"
+        if alone and not detectors:
+            continue
+        what = "mining" if row["stage"] == 0 else f"stage {row['stage']}" + (", detector alone" if alone else "")
+        numbers = [f"{100 * row[key]:.1f}" for key in ("AR@1", "AR@10", "AR@100", "AP50", "AP")]
+        lines.append(f"| {TITLES[row['set']]} | {what} | {row['boxes_per_image']:.1f} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -93,21 +87,30 @@ def finetuning_table(rows: Sequence[Row]) -> str:
 
 
 def real_sets(result: dict[str, Any]) -> str:
-    """Both tables under a heading each."""
+    """What pretraining is worth: fine-tunings from few labels, and the labels of every stage."""
     rows, parts = result["rows"], []
     if part(rows, "finetune"):
         parts.append(
-            "**Is pretraining worth it?** COCO's AP in percent on validation images after fine-tuning on few labels, "
-            "with equal labels, steps and architecture; mean ± deviation over seeds. *Backbone only* is the ImageNet "
-            "EfficientNet-Lite0 with a new transformer, what a user has without simdetr; *stage 1* and *stage 2* were "
-            "pretrained from it on the training images without labels. The difference is paired by seed, with its 95 % "
-            "interval.\n\n" + finetuning_table(rows)
+            "COCO's AP in percent on validation images after fine-tuning on few labels, with equal labels, steps and "
+            "architecture; mean ± deviation over seeds. *Backbone only* is an EfficientNet-Lite0 with ImageNet weights "
+            "and a new transformer, what a user has without simdetr; the *stages* were pretrained from it on the "
+            "training images without labels. The difference is paired by seed, with its 95 % interval.\n\n"
+            + finetuning_table(rows)
         )
     if part(rows, "labels"):
-        pretrained = {row["set"]: row["images"] for row in part(rows, "pretrain")}
-        images = ", ".join(f"{count:,} images of {TITLES[name]}" for name, count in pretrained.items())
-        parts.append(
-            f"**The labels of every stage** (pretrained on {images}), class-agnostic, in percent, on validation images "
-            "that no stage saw:\n\n" + label_table(rows)
-        )
+        parts.append(f"The labels of every stage, {_what_labels(rows)}:\n\n" + label_table(rows, detectors=False))
     return "\n".join(parts)
+
+
+def stage_labels(result: dict[str, Any]) -> str:
+    """The labels of every stage, and its detector alone."""
+    rows = result["rows"]
+    return f"**The labels of every stage**, {_what_labels(rows)}:\n\n" + label_table(rows, detectors=True)
+
+
+def _what_labels(rows: Sequence[Row]) -> str:
+    images = ", ".join(f"{row['images']:,} of {TITLES[row['set']]}" for row in part(rows, "pretrain"))
+    return (
+        f"class-agnostic, in percent, on validation images that no stage saw (pretrained on {images} images, as "
+        "`benchmarks/real_sets.yaml` says)"
+    )

@@ -12,7 +12,7 @@ from benchmarks.detector_tables import deformable_attention, detector_families, 
 from benchmarks.environment import RESULTS
 from benchmarks.head_tables import head_overhead, landmark_query, landmark_study, localisation_study
 from benchmarks.proposal_tables import end_to_end, rivals, scale, sweep
-from benchmarks.real_set_tables import real_sets
+from benchmarks.real_set_tables import real_sets, stage_labels
 
 README, DOCS = (Path(__file__).parents[1] / name for name in ("README.md", "docs/results.md"))
 FIRST = "real_sets"
@@ -135,7 +135,7 @@ def kmeans(result: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "real_sets": lambda result: f"{real_sets(result)}\n{source(result['environment'])}",
+    "real_sets": lambda result: f"{stage_labels(result)}\n{source(result['environment'])}",
     "rivals": lambda result: f"{rivals(result)}\n{source(result['environment'])}",
     "sweep": lambda result: f"{sweep(result)}\n{source(result['environment'])}",
     "proposal_recall": recall,
@@ -158,13 +158,14 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def main() -> None:
-    parts = {
-        name: table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
-        for name, table in TABLES.items()
+    results = {
+        name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for name in TABLES
         if (RESULTS / f"{name}.json").is_file()
     }
-    put(README, [parts.pop(FIRST)] if FIRST in parts else [])
-    put(DOCS, list(parts.values()))
+    first = results.get(FIRST)
+    put(README, [] if first is None else [f"{real_sets(first)}\n{source(first['environment'])}"])
+    put(DOCS, [TABLES[name](result) for name, result in results.items()])
 
 
 def put(page: Path, tables: list[str]) -> None:
