@@ -115,6 +115,9 @@ def pretrain(
         num_ranks=num_ranks,
         auto_batch=auto_batch,
     )
+    trained = [run.detector(stage) for stage in run.stages() if run.has_detector(stage)]
+    if trained:
+        OUT.print(f"detector: {trained[-1]}; fine-tune it with simdetr finetune --init {run.path}", soft_wrap=True)
     OUT.print(f"report: {run.report}", soft_wrap=True)
 
 

@@ -188,6 +188,13 @@ def test_commands_have_homes():
             "predict", "export", "report"} <= set(cli.COMMANDS)  # fmt: skip
 
 
+def test_pretrain_ends_with_what_to_do_next(run, scenes, tiny_config, capsys):
+    main(["pretrain", "--images", str(scenes), "--out", str(run), "--config", str(tiny_config)])  # finished long ago
+    said = capsys.readouterr().out
+    assert f"detector: {run.path / 'stage2' / 'detector'}; fine-tune it with simdetr finetune --init {run.path}" in said
+    assert f"report: {run.report}" in said
+
+
 @pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (SIGTERMException, 143), (SystemExit(3), 3)])
 def test_a_stopped_command_says_that_it_goes_on(stop, status, monkeypatch, capsys):
     def interrupted(arguments):
