@@ -13,6 +13,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from simdetr import cli, pipeline
 from simdetr.cli import COMMANDS, fold_options, main, one_line
 from simdetr.data.labels import read_labels
+from simdetr.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +191,10 @@ def test_commands_have_homes():
 
 def test_pretrain_ends_with_what_to_do_next(run, scenes, tiny_config, capsys):
     main(["pretrain", "--images", str(scenes), "--out", str(run), "--config", str(tiny_config)])  # finished long ago
+    folder = RunFolder(run)
     said = capsys.readouterr().out
-    assert f"detector: {run.path / 'stage2' / 'detector'}; fine-tune it with simdetr finetune --init {run.path}" in said
-    assert f"report: {run.report}" in said
+    assert f"detector: {folder.detector(1)}; fine-tune it with simdetr finetune --init {run}" in said
+    assert f"report: {folder.report}" in said
 
 
 @pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (SIGTERMException, 143), (SystemExit(3), 3)])
