@@ -2,15 +2,17 @@
 
 Mined boxes follow an image's own edges and know nothing of the set; a detector has seen the whole set and draws its
 boxes less exactly. So a detection takes over part of the mined box that it overlaps, and is as sure as the two
-together; mined boxes that no detection repeats stay, with little trust. The document trains stage j + 1 on the
-detections alone (US 2025/0265826, [0040]): ``self_training.fusion: null`` does so.
+together; mined boxes that no detection repeats stay, with less trust. A detector repeats what size and borders alone
+explain of the scores that it learned, more of it with every stage, so the fused scores become a certainty again as the
+mined ones did (``simdetr.proposals.certainty``). The document trains stage j + 1 on the detections alone
+(US 2025/0265826, [0040]): ``self_training.fusion: null`` does so.
 
 Letters: D detections and M mined boxes of one image.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torchvision.ops import nms
 
 from simdetr.boxes import pairwise_iou
 from simdetr.data.labels import ImageLabels, Labels
+from simdetr.proposals.certainty import certainty
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Fusion:
     """
 
     iou: float = 0.5
-    mined_box: float = 0.75
-    mined_score: float = 0.5
+    mined_box: float = 0.9
+    mined_score: float = 0.8
     unmatched: float = 0.05
     max_iou: float = 0.8
 
@@ -47,7 +50,7 @@ class Fusion:
 
 
 def fuse(found: Labels, mined: Labels, settings: Fusion, *, max_boxes: int) -> Labels:
-    """Fuse image by image, then leave out what overlaps.
+    """Fuse image by image, leave out what overlaps, and compare the scores over the whole set.
 
     Args:
         found: Detections of a stage with their objectness as scores; their classes, categories and stage stay.
@@ -61,7 +64,8 @@ def fuse(found: Labels, mined: Labels, settings: Fusion, *, max_boxes: int) -> L
         if image_id in mined:
             image = _fused(image, mined.of(image_id), settings, max_boxes)
         rows.append(image)
-    return Labels.from_images(rows, found.categories, found.stage)
+    labels = Labels.from_images(rows, found.categories, found.stage)
+    return replace(labels, scores=certainty(labels.scores, labels.boxes_xyxy, labels.sizes_hw, labels.offsets))
 
 
 def _fused(found: ImageLabels, mined: ImageLabels, settings: Fusion, max_boxes: int) -> ImageLabels:
@@ -81,11 +85,11 @@ def _fused(found: ImageLabels, mined: ImageLabels, settings: Fusion, max_boxes: 
     seconds = same.float() * scores[:, None]
     seen = seconds.max(dim=0).values if len(boxes) else torch.zeros(len(own_boxes))
     together = torch.cat([fused, own_boxes])
-    certainty = torch.cat([_joint(scores, partner_scores, settings), _joint(seen, own_scores, settings)])
-    # the fused box comes before the mined one of the same certainty
-    kept = nms(together, certainty, settings.max_iou)[:max_boxes]
+    joint = torch.cat([_joint(scores, partner_scores, settings), _joint(seen, own_scores, settings)])
+    # the fused box comes before the mined one of the same score
+    kept = nms(together, joint, settings.max_iou)[:max_boxes]
     classes = np.concatenate([found.classes, mined.classes])[kept.numpy()]
-    return ImageLabels.build(found.image_id, found.size_hw, together[kept].numpy(), classes, certainty[kept].numpy())
+    return ImageLabels.build(found.image_id, found.size_hw, together[kept].numpy(), classes, joint[kept].numpy())
 
 
 def _joint(detected: Tensor, mined: Tensor, settings: Fusion) -> Tensor:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.proposals.certainty import certainty
+from simdetr.training import fusion
 from simdetr.training.fusion import Fusion, fuse
 
 CATEGORIES = (Category(1, "a"), Category(2, "b"))
@@ -14,6 +16,13 @@ def labels_of(boxes, classes, scores, image_id="i", stage=0):
     return Labels.from_images([image], CATEGORIES, stage)
 
 
+@pytest.fixture
+def as_joined(monkeypatch):
+    """Scores as they are joined, before they become a certainty."""
+    monkeypatch.setattr(fusion, "certainty", lambda scores, *where: scores)
+
+
+@pytest.mark.usefixtures("as_joined")
 def test_a_detection_takes_part_of_the_mined_box_and_both_scores():
     found = labels_of([[10, 10, 30, 30]], [1], [0.64], stage=1)
     mined = labels_of([[12, 10, 32, 30]], [0], [0.25])
@@ -23,7 +32,8 @@ def test_a_detection_takes_part_of_the_mined_box_and_both_scores():
     assert fused.classes.tolist() == [1] and fused.stage == 1 and fused.categories == CATEGORIES
 
 
-def test_what_only_one_of_them_says_stays_with_little_trust():
+@pytest.mark.usefixtures("as_joined")
+def test_what_only_one_of_them_says_stays_with_less_trust():
     found = labels_of([[10, 10, 30, 30]], [1], [0.81], stage=1)
     mined = labels_of([[60, 60, 90, 90]], [0], [0.64])
     fused = fuse(found, mined, Fusion(mined_score=0.5, unmatched=0.04), max_boxes=10)
@@ -47,7 +57,30 @@ def test_empty_sides_and_limits():
     alone = fuse(none, mined, settings, max_boxes=1)
     np.testing.assert_allclose(alone.boxes_xyxy, [[0, 0, 10, 10]])
     elsewhere = labels_of([[0, 0, 10, 10]], [0], [0.7], image_id="other", stage=1)
-    np.testing.assert_allclose(fuse(elsewhere, mined, settings, max_boxes=5).scores, [0.7])
+    np.testing.assert_allclose(fuse(elsewhere, mined, settings, max_boxes=5).boxes_xyxy, [[0, 0, 10, 10]])
+
+
+def test_fused_scores_lose_what_size_explains(monkeypatch):
+    """In every image the largest box is found and scores high: being large is no news."""
+    rng = np.random.default_rng(0)
+    images = []
+    for number in range(40):
+        corners = rng.uniform(5, 40, (4, 2))
+        sides = np.array([50.0, 12, 12, 12])[:, None]
+        scores = np.array([0.8, 0.5, 0.2, 0.2]) * rng.uniform(0.9, 1, 4)
+        boxes = np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
+        images.append(ImageLabels.build(f"{number}", (100, 100), boxes, [0] * 4, scores))
+    found = Labels.from_images(images, CATEGORIES, 1)
+    fused = fuse(found, found, Fusion(), max_boxes=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(fusion, "certainty", lambda scores, *where: scores)
+        joined = fuse(found, found, Fusion(), max_boxes=4)
+    expected = certainty(joined.scores, joined.boxes_xyxy, joined.sizes_hw, joined.offsets)
+    np.testing.assert_array_equal(fused.scores, expected)
+    is_large = fused.boxes_xyxy[:, 2] - fused.boxes_xyxy[:, 0] > 30
+    before = joined.scores[is_large].mean() / np.delete(joined.scores, np.flatnonzero(is_large)).mean()
+    after = fused.scores[is_large].mean() / np.delete(fused.scores, np.flatnonzero(is_large)).mean()
+    assert after < before - 0.3
 
 
 @pytest.mark.parametrize("name", ["iou", "mined_box", "mined_score", "unmatched", "max_iou"])
