@@ -50,15 +50,26 @@ def paired_differences(rows: Iterable[Row], confidence: float = 0.95) -> list[Ro
     return found
 
 
-def label_table(rows: Iterable[Row], *, detectors: bool) -> str:
-    """Quality of the labels of every stage, and with ``detectors`` of what each stage's detector finds alone."""
+def label_summary(rows: Iterable[Row]) -> str:
+    """AR@10 and AP50 of the labels of every stage, a line per set."""
+    found = {(row["set"], row["stage"]): row for row in part(rows, "labels") if row["what"] == "labels"}
+    stages = sorted({stage for _, stage in found})
+    heads = [f"{key}, {f'stage {stage}' if stage else 'mined'}" for key in ("AR@10", "AP50") for stage in stages]
+    lines = ["| set | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
+    for name in dict.fromkeys(name for name, _ in found):
+        rows_of = [found.get((name, stage)) for stage in stages]
+        cells = [f"{100 * row[key]:.1f}" if row else "" for key in ("AR@10", "AP50") for row in rows_of]
+        lines.append(f"| {TITLES[name]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def label_table(rows: Iterable[Row]) -> str:
+    """Quality of the labels of every stage, and of what each stage's detector finds alone."""
     lines = ["| set | labels of | boxes per image | AR@1 | AR@10 | AR@100 | AP50 | AP |", "|---|---|" + "--:|" * 6]
     order = {name: place for place, name in enumerate(TITLES)}
     for row in sorted(part(rows, "labels"), key=lambda row: (order[row["set"]], row["stage"], row["what"])):
-        alone = row["what"] != "labels"
-        if alone and not detectors:
-            continue
-        what = "mining" if row["stage"] == 0 else f"stage {row['stage']}" + (", detector alone" if alone else "")
+        alone = ", detector alone" if row["what"] != "labels" else ""
+        what = f"stage {row['stage']}{alone}" if row["stage"] else "mining"
         numbers = [f"{100 * row[key]:.1f}" for key in ("AR@1", "AR@10", "AR@100", "AP50", "AP")]
         lines.append(f"| {TITLES[row['set']]} | {what} | {row['boxes_per_image']:.1f} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
@@ -98,14 +109,14 @@ def real_sets(result: dict[str, Any]) -> str:
             + finetuning_table(rows)
         )
     if part(rows, "labels"):
-        parts.append(f"The labels of every stage, {_what_labels(rows)}:\n\n" + label_table(rows, detectors=False))
+        parts.append(f"The labels of every stage, {_what_labels(rows)}:\n\n" + label_summary(rows))
     return "\n".join(parts)
 
 
 def stage_labels(result: dict[str, Any]) -> str:
     """The labels of every stage, and its detector alone."""
     rows = result["rows"]
-    return f"**The labels of every stage**, {_what_labels(rows)}:\n\n" + label_table(rows, detectors=True)
+    return f"**The labels of every stage**, {_what_labels(rows)}:\n\n" + label_table(rows)
 
 
 def _what_labels(rows: Sequence[Row]) -> str:
