@@ -272,9 +272,12 @@ def _images_per_step(settings: dict[str, Any]) -> int | None:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
-    """Dotted names and values of nested settings; a list is one value."""
+    """Dotted names and values of nested settings; a list is one value, and null is as good as not set.
+
+    So an option that came later, null as long as it is not used, does not keep an older run from going on.
+    """
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, f"{name}.{key}" if name else str(key))
-    else:
+    elif value is not None:
         yield name, value

@@ -47,6 +47,14 @@ def test_other_settings_are_refused_and_named(tmp_path):
     assert yaml.safe_load(run.config.read_text()) == yaml.safe_load(changed())
 
 
+def test_options_that_came_after_a_run_began_do_not_keep_it_from_going_on(tmp_path):
+    run = RunFolder(tmp_path)
+    run.claim(changed(model={"lr": 0.1}))
+    run.claim(changed(model={"lr": 0.1, "new_lr": None}))
+    with pytest.raises(RunMismatchError, match=r"model\.new_lr is 'not set' there, 0\.5 asked"):
+        run.claim(changed(model={"lr": 0.1, "new_lr": 0.5}))
+
+
 def test_settings_of_work_to_come_may_change(tmp_path):
     run = RunFolder(tmp_path)
     run.claim(changed())
