@@ -157,8 +157,10 @@ def _say(message: str, *values: object) -> None:
 
 
 def _length_option(length: Length, num_images: int, batch_size: int, options: Sequence[str]) -> tuple[str, ...]:
-    if any(option.startswith(("--trainer.max_", "--trainer=")) for option in options):
+    if any(option.startswith(("--trainer.max_steps", "--trainer=")) for option in options):
         return ()
+    if any(option.startswith("--trainer.max_epochs") for option in options):
+        return ("--trainer.max_steps=-1",)  # the recipe's would end it first
     return (f"--trainer.max_steps={length.steps(num_images, batch_size)}",)
 
 

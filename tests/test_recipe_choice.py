@@ -111,13 +111,15 @@ def test_steps_follow_from_the_number_of_images(images, steps):
 
 def test_the_user_limits_the_training(photos, tmp_path, without_wheels):
     run = RunFolder(tmp_path / "run")
-    for option in ("--trainer.max_steps=7", "--trainer.max_epochs=2", "--trainer.max_time=00:01:00:00"):
-        assert for_pretraining((), open_images(photos), run, [option]).options == ()
-    config = Recipe(
-        for_pretraining((), open_images(photos), run, ["--trainer.max_epochs=2"]).configs,
-        (f"--data.images={photos}", "--trainer.max_epochs=2"),
-    ).resolved()[0]
-    assert config.trainer.max_epochs == 2
+    def limits(*options):
+        chosen = for_pretraining((), open_images(photos), run, options)
+        trainer = Recipe(chosen.configs, (f"--data.images={photos}", *chosen.options, *options)).resolved()[0].trainer
+        return trainer.max_epochs, trainer.max_steps
+
+    assert limits("--trainer.max_steps=7") == (-1, 7)
+    assert limits("--trainer.max_epochs=2") == (2, -1)
+    assert limits("--trainer.max_epochs=2", "--trainer.max_steps=7") == (2, 7)
+    assert limits("--trainer.max_time=00:01:00:00") == limits() == (-1, PRETRAINING[LAPTOP].least)
 
 
 @pytest.mark.parametrize(

@@ -54,16 +54,15 @@ def fuse(found: Labels, mined: Labels, settings: Fusion, *, max_boxes: int) -> L
 
     Args:
         found: Detections of a stage with their objectness as scores; their classes, categories and stage stay.
-        mined: Labels T0 with the same categories; images that it does not hold keep their detections.
+        mined: Labels T0 with the same categories; of images that it does not hold, detections alone speak.
         settings: How.
         max_boxes: Most certain boxes kept per image.
     """
     rows = []
     for index, image_id in enumerate(found.image_ids):
         image = found.image(index)
-        if image_id in mined:
-            image = _fused(image, mined.of(image_id), settings, max_boxes)
-        rows.append(image)
+        has_mined = image_id in mined and len(mined.of(image_id)) > 0
+        rows.append(_fused(image, mined.of(image_id), settings, max_boxes) if has_mined else _alone(image, settings))
     labels = Labels.from_images(rows, found.categories, found.stage)
     return replace(labels, scores=certainty(labels.scores, labels.boxes_xyxy, labels.sizes_hw, labels.offsets))
 
@@ -71,8 +70,6 @@ def fuse(found: Labels, mined: Labels, settings: Fusion, *, max_boxes: int) -> L
 def _fused(found: ImageLabels, mined: ImageLabels, settings: Fusion, max_boxes: int) -> ImageLabels:
     boxes, own_boxes = torch.from_numpy(found.boxes_xyxy), torch.from_numpy(mined.boxes_xyxy)
     scores, own_scores = torch.from_numpy(found.scores), torch.from_numpy(mined.scores)
-    if not len(own_boxes):
-        return found
     overlaps = pairwise_iou(boxes, own_boxes)
     same = overlaps >= settings.iou
     # of several mined boxes the one that is both near and certain
@@ -90,6 +87,12 @@ def _fused(found: ImageLabels, mined: ImageLabels, settings: Fusion, max_boxes: 
     kept = nms(together, joint, settings.max_iou)[:max_boxes]
     classes = np.concatenate([found.classes, mined.classes])[kept.numpy()]
     return ImageLabels.build(found.image_id, found.size_hw, together[kept].numpy(), classes, joint[kept].numpy())
+
+
+def _alone(found: ImageLabels, settings: Fusion) -> ImageLabels:
+    """Detections of an image without mined boxes, trusted no more than one without a partner elsewhere."""
+    scores = torch.from_numpy(found.scores)
+    return replace(found, scores=_joint(scores, torch.zeros_like(scores), settings).numpy())
 
 
 def _joint(detected: Tensor, mined: Tensor, settings: Fusion) -> Tensor:

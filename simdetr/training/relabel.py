@@ -174,10 +174,12 @@ def relabel(
     done = [read_labels(name) for name in names]
     rows = (part.image(i) for part in done for i in range(len(part)))
     labels = Labels.from_images(rows, categories, stage)
+    earlier = [] if before is None else [before]
     if mined is not None and fusion is not None:
         labels = fuse(labels, mined, fusion, max_boxes=settings.max_boxes)
+        earlier.append(mined)  # what a stage left out may come back
     if before is not None:
-        labels = inherit(labels, before)
+        labels = inherit(labels, *earlier)
     write_labels(labels, out)
     shutil.rmtree(parts)
     if len(quarantine):

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,10 @@ PATIENCE_S = 60.0
 
 class RunMismatchError(ValueError):
     """The folder holds a run made with other settings."""
+
+
+class RunInUseError(RuntimeError):
+    """Another command works on this run."""
 
 
 class LeaderLostError(RuntimeError):
@@ -159,6 +163,9 @@ class RunFolder:
         """Hold the leader's lock while the block runs, if this is the leader, so that the others notice its death.
 
         The lock is the operating system's: it ends with its process, however that dies.
+
+        Raises:
+            RunInUseError: Another command holds it.
         """
         if not leads():
             yield
@@ -167,14 +174,16 @@ class RunFolder:
         lock = FileLock(self.path / LEADER_LOCK, thread_local=False)
         try:
             lock.acquire(timeout=LEAST_WAIT_S)
-        except (Timeout, NotImplementedError, OSError) as error:
+        except Timeout:
+            raise RunInUseError(
+                f"out: another command works on {self.path}. Wait until it ends or stop it, or choose another out."
+            ) from None
+        except (NotImplementedError, OSError) as error:
             LOG.warning("%s cannot be locked (%s): other processes will not notice if this one dies", self.path, error)
         try:
             yield
         finally:
             lock.release()
-            with suppress(OSError):  # another process looks at it
-                (self.path / LEADER_LOCK).unlink(missing_ok=True)
 
     def has_leader(self) -> bool:
         """Whether a process holds the leader's lock; True where locks do not work, since that cannot be known."""

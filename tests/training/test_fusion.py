@@ -60,6 +60,15 @@ def test_empty_sides_and_limits():
     np.testing.assert_allclose(fuse(elsewhere, mined, settings, max_boxes=5).boxes_xyxy, [[0, 0, 10, 10]])
 
 
+@pytest.mark.usefixtures("as_joined")
+@pytest.mark.parametrize("image_id", ["i", "not mined"])
+def test_a_detection_is_as_sure_where_nothing_was_mined_as_beside_another_object(image_id):
+    found = labels_of([[10, 10, 30, 30]], [1], [0.3], image_id, stage=1)
+    beside = fuse(labels_of([[10, 10, 30, 30]], [1], [0.3]), labels_of([[60, 60, 90, 90]], [0], [0.64]), Fusion(), max_boxes=2)
+    alone = fuse(found, labels_of([], [], []), Fusion(), max_boxes=2)
+    assert alone.scores[0] == beside.scores[beside.classes == 1][0] < 0.3
+
+
 def test_fused_scores_lose_what_size_explains(monkeypatch):
     """In every image the largest box is found and scores high: being large is no news."""
     rng = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from simdetr.training.run_folder import RunFolder, RunMismatchError
+from simdetr.training.run_folder import RunFolder, RunInUseError, RunMismatchError
 from simdetr.training.weights import CONFIG_NAME, WEIGHTS_NAME
 
 CONFIG = {"clustering": {"num_classes": 4, "seed": 0}, "data": {"images": "a", "short_sides": [1, 2]}, "model": {}}
@@ -152,6 +152,18 @@ def test_other_ranks_wait_for_the_first(tmp_path, monkeypatch):
     make = lambda: pytest.fail("only the first rank makes files")  # noqa: E731
     RunFolder(tmp_path).made_once(tmp_path / "a", make, poll_s=0.5)
     assert naps == [0.5] * 3
+
+
+def test_a_second_command_on_a_run_is_refused_and_takes_nothing_away(tmp_path, monkeypatch):
+    monkeypatch.setattr("simdetr.training.run_folder.LEAST_WAIT_S", 0.1)
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    with first.led():
+        with pytest.raises(RunInUseError, match="another command works on"), second.led():
+            pytest.fail("both would train")
+        assert second.has_leader()
+    assert not second.has_leader()
+    with second.led():
+        assert first.has_leader()
 
 
 RANK = """
