@@ -255,7 +255,7 @@ def compare(
     seeds: tuple[int, ...] = (0, 1),
     options: tuple[str, ...] = (),
 ) -> None:
-    """Fine-tune from a pretrained detector and from scratch with equal budgets, and print what it was worth.
+    """Fine-tune with and without the pretraining, with equal budgets, and print what it was worth.
 
     Args:
         images: Training images.

@@ -24,6 +24,7 @@ from simdetr.batch_choice import fit_to_device, is_chosen
 from simdetr.data.atomic_files import atomic_path
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Labels, read_labels, write_labels
+from simdetr.evaluation.compare import BACKBONE_ONLY, SCRATCH
 from simdetr.evaluation.report import write_report
 from simdetr.evaluation.run_folder import collect_run
 from simdetr.inference import default_device, evaluate, predict
@@ -276,7 +277,10 @@ def compare(
     seeds: Sequence[int] = (0, 1),
     options: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """What the pretraining is worth: fine-tune from it and from scratch, same architecture, labels, steps and seeds.
+    """What the pretraining is worth: fine-tune with and without it, same architecture, labels, steps and seeds.
+
+    Without it the detector starts as the pretraining did: from the weights of its backbone (``backbone only``), or,
+    where it had none, from random ones (``scratch``).
 
     Args:
         images: Training images.
@@ -299,17 +303,18 @@ def compare(
     common = Recipe(chosen.configs, (*data, *chosen.options, *options)).starting_from(detector, out, weights=False)
     inputs = {"init": str(detector), "val_images": str(val_images), "val_labels": str(val_labels)}
     RunFolder(out).claim(common.resolved()[1] + yaml.safe_dump({"compare": inputs}))
+    without = BACKBONE_ONLY if common.brings_weights() else SCRATCH
     rows_file = out / "comparison.json"
     rows: list[dict[str, Any]] = json.loads(rows_file.read_text(encoding="utf-8")) if rows_file.is_file() else []
     done = {(row["label_budget"], row["seed"], row["initialisation"]) for row in rows}
-    trainings = list(itertools.product(fractions, seeds, (True, False)))
+    trainings = list(itertools.product(map(float, fractions), seeds, (True, False)))
     for number, (fraction, seed, pretrained) in enumerate(trainings, 1):
-        key = (fraction, seed, "pretrained" if pretrained else "scratch")
+        key = (fraction, seed, "pretrained" if pretrained else without)
         if key in done:
             continue
         if leads():
             LOG.info("%d of %d: %s, %g %% of the labels, seed %d", number, len(trainings), key[2], 100 * fraction, seed)
-        folder = out / f"{fraction:g}-seed{seed}-{key[2]}"
+        folder = out / f"{fraction:g}-seed{seed}-{key[2].replace(' ', '-')}"
         chosen = for_finetuning(config, images, labels, detector, options, fraction)
         recipe = Recipe(chosen.configs, (*chosen.options, *options))
         recipe = recipe.starting_from(detector, folder, weights=pretrained)

@@ -42,7 +42,13 @@ from simdetr.training.fusion import Fusion
 from simdetr.training.progress import TrainingProgress
 from simdetr.training.random_start import check_start, fixed_parts
 from simdetr.training.relabel import Throughput
-from simdetr.training.weights import checkpoint_config, detector_class, save_detector, without_downloads
+from simdetr.training.weights import (
+    brings_weights,
+    checkpoint_config,
+    detector_class,
+    save_detector,
+    without_downloads,
+)
 
 LOG = logging.getLogger(__name__)
 DEFAULT_ENCODER = "simdetr.proposals.colour_texture.ColourTextureEncoder"
@@ -270,6 +276,12 @@ class Recipe:
         if under:
             configs = (_write_yaml(out / "data.yaml", {"data": under}), *configs)
         return Recipe(configs, self.options)
+
+    def brings_weights(self) -> bool:
+        """Whether its detector starts from weights, at least in its backbone."""
+        model = self.resolved()[0].model
+        given = model.backbone_weights or model.init_weights
+        return bool(given) or brings_weights(model.detector.as_dict().get("init_args") or {})
 
     def _placed(self, detector: dict[str, Any]) -> dict[str, Any]:
         """Where the detector of a file goes in ``model``: in place of the recipe's own, or under the recipe's head."""

@@ -117,6 +117,19 @@ def test_bare_weights_are_for_the_detector_of_the_config(recipe, make_detector, 
         Recipe((), data).starting_from(tmp_path, tmp_path / "other").resolved()
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), False),
+        (("--model.detector.init_args.pretrained_backbone=true",), True),
+        (("--model.backbone_weights=backbone.pth",), True),
+        (("--model.init_weights=detector",), True),
+    ],
+)
+def test_what_a_detector_starts_from_is_known(recipe, options, expected):
+    assert recipe(*options).brings_weights() is expected
+
+
 @pytest.mark.parametrize("class_path", ["HeadedDetector", "HeadedBackbone"])
 def test_a_file_goes_under_the_recipes_own_head(class_path, recipe, make_detector, tmp_path):
     detector = make_detector(3, num_queries=5)

@@ -111,6 +111,7 @@ def test_steps_follow_from_the_number_of_images(images, steps):
 
 def test_the_user_limits_the_training(photos, tmp_path, without_wheels):
     run = RunFolder(tmp_path / "run")
+
     def limits(*options):
         chosen = for_pretraining((), open_images(photos), run, options)
         trainer = Recipe(chosen.configs, (f"--data.images={photos}", *chosen.options, *options)).resolved()[0].trainer

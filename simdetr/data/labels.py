@@ -43,7 +43,8 @@ class Labels:
         offsets: int64 [N + 1]; image i owns the rows offsets[i] to offsets[i + 1].
         boxes_xyxy: float32 [M, 4] in pixels.
         classes: int64 [M], indices into ``categories``.
-        scores: float32 [M] in [0, 1], higher is better; 1 for truth. Those of mined boxes are no probabilities.
+        scores: float32 [M] in [0, 1], higher is better; 1 for truth; see `simdetr.proposals.certainty` for those of
+            mined boxes.
         categories: C categories; their order gives the class indices.
         areas: float32 [M], area of the annotation, or of the box, in square pixels.
         crowd: bool [M], COCO's ``iscrowd``.

@@ -1,4 +1,4 @@
-"""What the adapters to other libraries share: padding masks in, sizes out; a loss and all parameters in, one graph out.
+"""What the adapters to other libraries share: padding masks, losses in which every parameter takes part, sure targets.
 
 Letters: B images, H and W the padded size.
 """
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from simdetr.detectors.matcher import Target
 
 
 class _TakePart(torch.autograd.Function):
@@ -34,6 +36,12 @@ def in_graph(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     """
     kept: Tensor = _TakePart.apply(loss, *(parameter for parameter in parameters if parameter.requires_grad))
     return kept
+
+
+def likely_objects(target: Target) -> dict[str, Tensor]:
+    """Labels and boxes of the objects that are more likely there than not, for losses that take all for certain."""
+    likely = target["scores"] >= 0.5 if "scores" in target else torch.ones_like(target["labels"], dtype=torch.bool)
+    return {name: target[name][likely] for name in ("labels", "boxes")}
 
 
 def valid_sizes(mask: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from simdetr.boxes import denormalise, has_area, normalise
-from simdetr.detectors.adapters import in_graph, valid_sizes
+from simdetr.detectors.adapters import in_graph, likely_objects, valid_sizes
 from simdetr.detectors.detector import Detector, DetectorOutput
 from simdetr.detectors.matcher import Target
 
@@ -172,7 +172,8 @@ class TorchvisionDetector(Detector):
         return {"loss": in_graph(total, self.parameters()), **named}
 
     def _pixels(self, target: Target, crop: Tensor) -> dict[str, Tensor]:
-        """A target as torchvision wants it: corner pixels and its own numbers of classes; boxes without area go."""
+        """A target as torchvision wants it: corner pixels, its own numbers of classes, sure boxes with an area alone."""
+        target = likely_objects(target)
         boxes = denormalise(target["boxes"].to(crop), (crop.shape[1], crop.shape[2]))
         real = has_area(boxes)
         return {"boxes": boxes[real], "labels": target["labels"].to(crop.device)[real] + self.family.first_label}

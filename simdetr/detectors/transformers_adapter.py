@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simdetr.detectors.adapters import in_graph, valid_sizes
+from simdetr.detectors.adapters import in_graph, likely_objects, valid_sizes
 from simdetr.detectors.detector import Detector, DetectorOutput, Prediction
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.matcher import Target
@@ -133,7 +133,7 @@ class TransformersDetector(Detector):
         images, mask = self._pad(images, mask)
         labels = [
             {"class_labels": target["labels"].to(images.device), "boxes": target["boxes"].to(scale) * scale}
-            for target, scale in zip(targets, self._box_scale(mask), strict=True)
+            for target, scale in zip(map(likely_objects, targets), self._box_scale(mask), strict=True)
         ]
         found = self._run(images, mask, labels, self._own_loss_or_nan)
         return {"loss": found["loss"], **{name: value.detach() for name, value in found["loss_dict"].items()}}

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 METRICS = ("AP", "AP50", "AR100", "AR@100")
+SCRATCH, BACKBONE_ONLY = "scratch", "backbone only"
+"""What pretraining is compared with: a detector from random weights, or a new one on a backbone that has some."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,18 @@ class SeedSummary:
     gain: float | None
 
 
-def summarise_seeds(rows: Sequence[Mapping[str, Any]], *, baseline: str = "scratch") -> list[SeedSummary]:
+def summarise_seeds(rows: Sequence[Mapping[str, Any]], *, baseline: str | None = None) -> list[SeedSummary]:
     """Group runs by label budget and initialisation, in the order in which they first appear.
 
     Args:
         rows: one per run, see the module's docstring.
-        baseline: the initialisation that gains are measured against.
+        baseline: the initialisation that gains are measured against; see `baseline_of`.
 
     Raises:
         ValueError: a row without initialisation, label budget or AP, or a metric that only some rows have.
     """
     metrics = _common_metrics(rows)
+    baseline = baseline or baseline_of(rows)
     groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
         groups.setdefault(_budget_text(row["label_budget"]), {}).setdefault(str(row["initialisation"]), []).append(row)
@@ -70,18 +73,25 @@ def summarise_seeds(rows: Sequence[Mapping[str, Any]], *, baseline: str = "scrat
     return summaries
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]], *, baseline: str = "scratch") -> str:
+def baseline_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the runs without pretraining started from: a backbone with weights, if any run did, else random ones."""
+    return BACKBONE_ONLY if any(row["initialisation"] == BACKBONE_ONLY for row in rows) else SCRATCH
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], *, baseline: str | None = None) -> str:
     """The summary as a Markdown table in percent: mean ± deviation over seeds, and the gain over the baseline.
 
     Args:
         rows: one per run, see the module's docstring.
-        baseline: the initialisation that gains are measured against; without it there is no gain column.
+        baseline: the initialisation that gains are measured against, see `baseline_of`; where no run has it there is
+            no gain column.
 
     Raises:
         ValueError: no rows, or as `summarise_seeds`.
     """
     if not rows:
         raise ValueError("rows: expected at least one finished run, got none")
+    baseline = baseline or baseline_of(rows)
     summaries = summarise_seeds(rows, baseline=baseline)
     metrics = list(summaries[0].mean)
     with_gain = any(summary.gain is not None for summary in summaries)

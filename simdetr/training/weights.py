@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from simdetr.training.checkpoint_files import CONFIG_NAME, WEIGHTS_NAME, Checkpo
 from simdetr.training.checkpoint_formats import OWN
 
 LOG = logging.getLogger(__name__)
+_DOWNLOADS = {"pretrained_backbone": False, "pretrained": None}
+"""Arguments of detectors that say where weights come from, and what says nowhere."""
 _LEAST_FITTING = 0.5
 _NAMES_SHOWN = 3
 _MADE_UP = re.compile(r"class \d+|LABEL_\d+")
@@ -138,6 +140,7 @@ def load_weights(detector: Detector, path: Path, class_names: Sequence[str] | No
 
 def copy_weights(detector: Detector, checkpoint: Checkpoint, class_names: Sequence[str] | None = None) -> LoadReport:
     """``load_weights`` for a file that was read already."""
+    whole = detector
     if checkpoint.stored is None or checkpoint.stored.get("class_path") != class_path_of(detector):
         detector = detector.core
     own = detector.state_dict()
@@ -165,7 +168,17 @@ def copy_weights(detector: Detector, checkpoint: Checkpoint, class_names: Sequen
     )
     _check_fit(detector, report, is_partial=checkpoint.format.is_partial or detector.takes_backbones)
     detector.load_state_dict({name: present[name] for name in fitting}, strict=False)
-    return report
+    return _within(report, detector, whole)
+
+
+def _within(report: LoadReport, core: Detector, whole: Detector) -> LoadReport:
+    """What loading a detector did to the one with a head that it is part of, by its names; the head is missing."""
+    if core is whole:
+        return report
+    prefix = next(name for name, module in whole.named_modules() if module is core) + "."
+    named = {what: [prefix + name for name in getattr(report, what)] for what in ("kept", "replaced", "missing")}
+    named["missing"] += [name for name in whole.state_dict() if not name.startswith(prefix)]
+    return replace(report, **named)
 
 
 def _other_classes(checkpoint: Checkpoint, class_names: Sequence[str] | None) -> str:
@@ -278,8 +291,15 @@ def detector_class(class_path: str) -> type[Detector]:
     return found
 
 
+def brings_weights(init_args: Mapping[str, Any]) -> bool:
+    """Whether a detector with these arguments starts from weights that its library keeps, in whole or in part."""
+    return any(
+        brings_weights(value) if isinstance(value, Mapping) else bool(value) and name in _DOWNLOADS
+        for name, value in init_args.items()
+    )
+
+
 def without_downloads(init_args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a detector whose weights come from a file: nothing has to be fetched only to be overwritten."""
-    nothing = {"pretrained_backbone": False, "pretrained": None}
     parts = {name: without_downloads(value) for name, value in init_args.items() if isinstance(value, Mapping)}
-    return {name: parts.get(name, nothing.get(name, value)) for name, value in init_args.items()}
+    return {name: parts.get(name, _DOWNLOADS.get(name, value)) for name, value in init_args.items()}

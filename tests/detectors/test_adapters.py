@@ -55,6 +55,16 @@ def loss_of(detector, *batch):
         return detector.losses(*batch)
 
 
+@pytest.mark.parametrize("name", ["rt_detr_v2", "faster_rcnn"])
+def test_an_unsure_object_is_background(detectors, scene, name):
+    images, mask, targets = scene
+    unsure = [{**target, "scores": torch.tensor([score])} for target, score in zip(targets, (0.9, 0.4), strict=True)]
+    detector = copy.deepcopy(detectors(name)).train()
+    expected = loss_of(detector, images, mask, [targets[0], NO_OBJECTS])["loss"]
+    torch.testing.assert_close(loss_of(detector, images, mask, unsure)["loss"], expected)
+    assert not torch.isclose(loss_of(detector, images, mask, targets)["loss"], expected)
+
+
 def test_in_graph_changes_nothing_but_gradients_of_the_unused():
     used, unused, fixed = (nn.Parameter(torch.full((2, 3), 3.0)) for _ in range(3))
     fixed.requires_grad_(False)

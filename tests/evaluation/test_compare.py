@@ -29,6 +29,13 @@ def test_table_shows_means_deviations_and_gains():
     assert len(lines) == 5
 
 
+def test_a_backbone_with_weights_is_the_baseline_where_there_is_one():
+    rows = [{**row, "initialisation": row["initialisation"].replace("scratch", "backbone only")} for row in ROWS]
+    lines = comparison_table(rows).splitlines()
+    assert lines[0].endswith("AP gain over backbone only |")
+    assert lines[3].endswith("| +8.5 |")
+
+
 def test_summary_equals_the_standard_library():
     values = [0.31, 0.28, 0.36]
     (summary,) = summarise_seeds([row("a", "30 per class", seed, value) for seed, value in enumerate(values)])

@@ -8,6 +8,7 @@ from torch import nn
 
 from simdetr.detectors import DeformableDETR
 from simdetr.heads import HeadedDetector
+from simdetr.training.detection_task import DetectionTask
 from simdetr.training.weights import checkpoint_config, load_weights, save_detector
 
 KINDS = ["detr", "refined", "two-stage", "vidt"]
@@ -38,6 +39,20 @@ def test_the_detectors_own_predictions_stay(make, kind, reads, batch):
         assert both["mean"].shape == (2, 3)
     else:
         assert both["pred_logits"].shape == (2, 1, 3)
+
+
+def test_what_a_plain_detector_does_not_bring_learns_with_its_own_rate(make, tmp_path):
+    """Its class heads, for it has other classes, and the head itself."""
+    plain = DeformableDETR(**{**make("two-stage").detector.init_args, "num_classes": 5})
+    save_detector(plain, checkpoint_config(plain, None), tmp_path / "detector")
+    task = DetectionTask(make("two-stage"), init_weights=str(tmp_path / "detector"), lr=1e-4, new_lr=2e-3)
+    new = next(group for group in task.new_optimiser().param_groups if group["name"] == "new")
+    chosen = {id(parameter) for parameter in new["params"]}
+    names = {name for name, parameter in task.detector.named_parameters() if id(parameter) in chosen}
+    assert {name.split(".")[0] for name in names} == {"head", "detector"}
+    assert all("class_embed" in name for name in names if name.startswith("detector."))
+    assert {name for name, _ in task.detector.named_parameters() if name.startswith("head.")} <= names
+    assert "detector.backbone" not in task.load_report.summary() and task.load_report.kept[0].startswith("detector.")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,10 +112,10 @@ def test_starts_from_a_plain_detectors_folder(make, parts, tmp_path, batch):
     save_detector(plain, checkpoint_config(plain, None), tmp_path)
     headed = make()
     report = load_weights(headed, tmp_path)
-    assert {name.split(".")[0] for name in report.replaced} == {"class_embed"}
-    assert not report.missing and not report.unexpected
+    assert {name.split(".")[1] for name in report.replaced} == {"class_embed"}
+    assert all(name.startswith("head.") for name in report.missing) and report.missing and not report.unexpected
     state = plain.state_dict()
-    assert all(torch.equal(headed.detector.state_dict()[name], state[name]) for name in report.kept)
+    assert all(torch.equal(headed.state_dict()[name], state[name.removeprefix("detector.")]) for name in report.kept)
 
 
 def test_refuses_what_does_not_fit(make):

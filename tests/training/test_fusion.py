@@ -64,7 +64,9 @@ def test_empty_sides_and_limits():
 @pytest.mark.parametrize("image_id", ["i", "not mined"])
 def test_a_detection_is_as_sure_where_nothing_was_mined_as_beside_another_object(image_id):
     found = labels_of([[10, 10, 30, 30]], [1], [0.3], image_id, stage=1)
-    beside = fuse(labels_of([[10, 10, 30, 30]], [1], [0.3]), labels_of([[60, 60, 90, 90]], [0], [0.64]), Fusion(), max_boxes=2)
+    beside = fuse(
+        labels_of([[10, 10, 30, 30]], [1], [0.3]), labels_of([[60, 60, 90, 90]], [0], [0.64]), Fusion(), max_boxes=2
+    )
     alone = fuse(found, labels_of([], [], []), Fusion(), max_boxes=2)
     assert alone.scores[0] == beside.scores[beside.classes == 1][0] < 0.3
 
