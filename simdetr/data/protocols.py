@@ -8,8 +8,8 @@
 
 What is drawn depends on the seed and on file names alone: images come in the order of SHA-256 of both, and no random
 number generator is involved. So smaller draws lie inside larger ones of the same seed (shots: along 1, 5, 10 and 30),
-and neither the machine nor the order of the source file matters. Every file says in ``info.simdetr_split`` by which rule and seed it was drawn, and the
-hash of what it was drawn from.
+and neither the machine nor the order of the source file matters. Every file says in ``info.simdetr_split`` by which
+rule and seed it was drawn, and the hash of what it was drawn from.
 
 Shots are counted as in TFA (Wang et al., Frustratingly Simple Few-Shot Object Detection, 2020, section 4.1 and its
 code): for each class whole images are added, until it has k boxes. An image with more boxes of the class than are

@@ -172,7 +172,7 @@ class TorchvisionDetector(Detector):
         return {"loss": in_graph(total, self.parameters()), **named}
 
     def _pixels(self, target: Target, crop: Tensor) -> dict[str, Tensor]:
-        """A target as torchvision wants it: corner pixels, its own numbers of classes, sure boxes with an area alone."""
+        """A target as torchvision wants it: corner pixels and its own numbers of classes; boxes without area go."""
         target = likely_objects(target)
         boxes = denormalise(target["boxes"].to(crop), (crop.shape[1], crop.shape[2]))
         real = has_area(boxes)
