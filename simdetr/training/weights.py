@@ -176,9 +176,11 @@ def _within(report: LoadReport, core: Detector, whole: Detector) -> LoadReport:
     if core is whole:
         return report
     prefix = next(name for name, module in whole.named_modules() if module is core) + "."
-    named = {what: [prefix + name for name in getattr(report, what)] for what in ("kept", "replaced", "missing")}
-    named["missing"] += [name for name in whole.state_dict() if not name.startswith(prefix)]
-    return replace(report, **named)
+    kept, replaced, missing = (
+        [prefix + name for name in names] for names in (report.kept, report.replaced, report.missing)
+    )
+    missing += [name for name in whole.state_dict() if not name.startswith(prefix)]
+    return replace(report, kept=kept, replaced=replaced, missing=missing)
 
 
 def _other_classes(checkpoint: Checkpoint, class_names: Sequence[str] | None) -> str:
