@@ -296,8 +296,12 @@ def described(own: ImageSet, folder: Path) -> Path:
 
 def work_off(todo: list[Task], tell: Callable[[], None]) -> None:
     """Do every task that no other process does; wait for those that need what others are doing."""
+    waits = False
     while left := [task for task in todo if not task.rows.is_file()]:
         if not any(done_now(task) for task in left):
+            if not waits:
+                print(f"waiting for other processes, or for a pretraining: {', '.join(task.rows.stem for task in left)}")
+            waits = True
             time.sleep(WAIT_S)
             continue
         tell()
