@@ -300,7 +300,9 @@ def work_off(todo: list[Task], tell: Callable[[], None]) -> None:
     while left := [task for task in todo if not task.rows.is_file()]:
         if not any(done_now(task) for task in left):
             if not waits:
-                print(f"waiting for other processes, or for a pretraining: {', '.join(task.rows.stem for task in left)}")
+                print(
+                    f"waiting for other processes, or for a pretraining: {', '.join(task.rows.stem for task in left)}"
+                )
             waits = True
             time.sleep(WAIT_S)
             continue
