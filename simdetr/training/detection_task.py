@@ -26,7 +26,7 @@ from simdetr.training.loss_watch import PendingLosses
 from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_groups
 from simdetr.training.random_start import check_start, fixed_parts
 from simdetr.training.run_folder import detector_folder
-from simdetr.training.weights import LoadReport, checkpoint_config, load_weights
+from simdetr.training.weights import LoadReport, checkpoint_config, class_tensors, load_weights
 
 
 class NonFiniteLossError(RuntimeError):
@@ -41,8 +41,8 @@ class DetectionTask(pl.LightningModule):
         criterion: A matching loss with other weights, in place of the detector's own loss.
         lr: Learning rate of encoder, decoder and heads.
         backbone_lr: Learning rate of the backbone; 0 freezes it.
-        new_lr: Learning rate of what ``init_weights`` do not bring, such as the heads of other classes; ``lr`` if left
-            out.
+        new_lr: Learning rate of what ``init_weights`` do not bring, such as the heads of other classes, and of a new
+            detector's class heads; ``lr`` if left out.
         weight_decay: AdamW weight decay of all groups.
         schedule: ``step``, ``cosine`` or ``constant``; see ``lr_factor``.
         drop_at: Fraction of the training after which ``step`` drops the rate.
@@ -217,9 +217,11 @@ class DetectionTask(pl.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def new_optimiser(self) -> Optimizer:
-        """AdamW over the detector's parameters in the recipe's groups."""
+        """AdamW over the detector's parameters in the recipe's groups; of a new detector its class heads are new."""
         started = self.load_report
-        new = () if started is None else (*started.replaced, *started.missing)
+        new: set[str] = set()
+        if self.new_lr is not None:
+            new = class_tensors(self.detector) if started is None else {*started.replaced, *started.missing}
         groups = parameter_groups(self.detector, self.lr, self.backbone_lr, new=new, new_lr=self.new_lr)
         return adamw(groups, self.lr, self.weight_decay)
 

@@ -141,8 +141,12 @@ def test_heads_of_other_classes_learn_with_their_own_rate(make_detector, tmp_pat
     assert new["lr"] == 2e-3
     found = {names[id(parameter)] for parameter in new["params"]}
     assert found and all("class_embed" in name for name in found)
-    alone = DetectionTask(make_detector(5), lr=1e-4, new_lr=2e-3)  # all is new, and learns with lr
-    assert "new" not in {group["name"] for group in alone.new_optimiser().param_groups}
+    alone = DetectionTask(make_detector(5), lr=1e-4, new_lr=2e-3)  # so that both are trained alike
+    names = {id(parameter): name for name, parameter in alone.detector.named_parameters()}
+    new = next(group for group in alone.new_optimiser().param_groups if group["name"] == "new")
+    assert {names[id(parameter)] for parameter in new["params"]} == found
+    without = DetectionTask(make_detector(5), lr=1e-4)
+    assert "new" not in {group["name"] for group in without.new_optimiser().param_groups}
 
 
 def options_of(**changes):
