@@ -31,8 +31,9 @@ def parameter_groups(
     """Trainable parameters in disjoint groups: new, backbone, its vectors, slow (offsets and references), the rest.
 
     The ``new`` ones are chosen by name, such as class heads that the weights to start from did not bring; they learn
-    with ``new_lr`` where there is one. Empty groups are left out. Weight decay is the same for all, as in the recipe of Deformable DETR (Zhu
-    et al. 2021, appendix), but for detectors whose recipe spares the backbone's biases, norms and tokens (ViDT).
+    with ``new_lr`` where there is one. Empty groups are left out. Weight decay is the same for all, as in the recipe of
+    Deformable DETR (Zhu et al. 2021, appendix), but for detectors whose recipe spares the backbone's biases, norms and
+    tokens (ViDT).
     """
     names = ("new", "backbone", "backbone_vectors", "slow", "rest")
     members: dict[str, list[nn.Parameter]] = {name: [] for name in names}
