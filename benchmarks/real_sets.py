@@ -213,11 +213,11 @@ def label_quality(own: ImageSet, stage: int) -> list[dict[str, Any]]:
     truth = read_labels(own.val_labels()).class_agnostic()
     recipe = Recipe(own.configs(CONFIGS), (f"--data.images={own.images / 'val'}", *own.options))
     sections, source = recipe.sections(), open_images(own.images / "val").subset(truth.image_ids)
-    mined = mined_on_val(own, sections, source)
-    found = {"labels": mined}
-    if stage:
-        detected = detected_on_val(own, sections.self_training, source, stage)
-        found = {"detector alone": detected, "labels": stage_labels(mined, detected, sections.self_training)}
+    found = {"labels": mined_on_val(own, sections, source)}
+    for own_stage in range(1, stage + 1):
+        detected = detected_on_val(own, sections.self_training, source, own_stage)
+        labels = stage_labels(found["labels"], detected, sections.self_training)
+        found = {"detector alone": detected, "labels": labels}
     rows = []
     for what, labels in found.items():
         scores = match_boxes(truth, labels, class_agnostic=True, max_boxes=(1, 10, 100))
@@ -244,11 +244,11 @@ def detected_on_val(own: ImageSet, kept: SelfTrainingConfig, source: ImageSource
     return found.class_agnostic()
 
 
-def stage_labels(mined: Labels, detected: Labels, kept: SelfTrainingConfig) -> Labels:
-    """Labels of a stage as relabelling makes them, from what was mined and what its detector found."""
+def stage_labels(before: Labels, detected: Labels, kept: SelfTrainingConfig) -> Labels:
+    """Labels of a stage as relabelling makes them, from those before and what its detector found."""
     if kept.fusion is None:
         return detected
-    return fuse(detected, mined, kept.fusion, max_boxes=kept.max_boxes)
+    return fuse(detected, before, kept.fusion, max_boxes=kept.max_boxes)
 
 
 def finetuned(own: ImageSet, arm: str, budget: str, seed: int, folder: Path) -> dict[str, Any]:

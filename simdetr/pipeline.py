@@ -206,7 +206,6 @@ def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSection
                 run.labels(stage),
                 stage=stage,
                 before=read_labels(run.labels(stage - 1)),
-                mined=read_labels(run.labels(0)),
                 fusion=sections.self_training.fusion,
                 progress=progress,
             )

@@ -81,7 +81,7 @@ class SelfTrainingConfig:
         stages: Rounds; the document found a third to change nothing.
         iou_threshold: Overlap above which the less confident of two boxes goes.
         max_boxes: Most confident boxes kept per image after the overlap filter.
-        fusion: How mined boxes take part in the labels of every stage; null takes the detector's alone.
+        fusion: How the labels before, mined at first, take part in those of a stage; null takes the detector's alone.
         min_certainty: Boxes of a stage's labels that are less certain are background when the next stage is trained.
         sharpening: Exponent on the certainty of the others, which is how much a box counts in training: above 1, a
             detector learns more from what is certain, and is surer itself.

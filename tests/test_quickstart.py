@@ -76,7 +76,7 @@ def test_self_training_and_pretraining_pay(few_scenes, tmp_path):
     truth = read_labels(data.labels)
     mined, first, second = (proposal_recall(truth, read_labels(run.labels(stage)), (5,)) for stage in range(3))
     assert first["recall50@5"] > mined["recall50@5"] + 0.03
-    assert second["recall50@5"] > mined["recall50@5"] + 0.03
+    assert second["recall50@5"] >= first["recall50@5"]
     pretrained, scratch = compared(data, run, tmp_path / "comparison")
     assert (pretrained["initialisation"], scratch["initialisation"]) == ("pretrained", "scratch")
     assert pretrained["AP"] > scratch["AP"] + 0.05

@@ -1,13 +1,14 @@
-"""Detections and mined boxes of the same images in, the labels of a stage that both speak for out.
+"""Detections and the labels before in, the labels of a stage that both speak for out.
 
 Mined boxes follow an image's own edges and know nothing of the set; a detector has seen the whole set and draws its
-boxes less exactly. So a detection takes over part of the mined box that it overlaps, and is as sure as the two
-together; mined boxes that no detection repeats stay, with less trust. A detector repeats what size and borders alone
-explain of the scores that it learned, more of it with every stage, so the fused scores become a certainty again as the
-mined ones did (``simdetr.proposals.certainty``). The document trains stage j + 1 on the detections alone
-(US 2025/0265826, [0040]): ``self_training.fusion: null`` does so.
+boxes less exactly. So a detection takes over part of the labelled box that it overlaps, and is as sure as the two
+together; boxes that no detection repeats stay, with less trust. A detector learned from the labels before and repeats
+what they know, so each stage changes them less, as in a running mean. It also repeats what size and borders alone
+explain of the scores that it learned, more of it with every stage: in stage 1 the fused scores become a certainty again
+as the mined ones did (``simdetr.proposals.certainty``), later those of the detections do. The document trains stage
+j + 1 on the detections alone (US 2025/0265826, [0040]): ``self_training.fusion: null`` does so.
 
-Letters: D detections and M mined boxes of one image.
+Letters: D detections and M boxes of the labels before of one image.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from simdetr.proposals.certainty import certainty
 
 @dataclass(frozen=True)
 class Fusion:
-    """How detections and mined boxes become one set of labels.
+    """How detections and the labels before, mined at first, become one set of labels.
 
     Args:
-        iou: Overlap from which a detection and a mined box mean the same object.
-        mined_box: Part of the mined box in the fused one, 0 to 1.
-        mined_score: Exponent of the mined score in the fused one, 0 to 1; the detection's has the rest.
-        unmatched: Score that stands in for that of a mined box where a detection has none, and the other way round.
+        iou: Overlap from which a detection and a labelled box mean the same object.
+        mined_box: Part of the labelled box in the fused one, 0 to 1.
+        mined_score: Exponent of the mined score in that of stage 1, 0 to 1; the detection's has the rest, in stage j
+            a j-th of it.
+        unmatched: Score that stands in for that of a labelled box where a detection has none, and the other way round.
         max_iou: Of two boxes that overlap more, the less certain goes. Mined boxes that overlap less have lost score in
             mining for that already, and often one of them is the better one.
     """
@@ -49,30 +51,43 @@ class Fusion:
                 raise ValueError(f"fusion.{name}: expected 0 to 1, got {getattr(self, name)}")
 
 
-def fuse(found: Labels, mined: Labels, settings: Fusion, *, max_boxes: int) -> Labels:
+def fuse(found: Labels, before: Labels, settings: Fusion, *, max_boxes: int) -> Labels:
     """Fuse image by image, leave out what overlaps, and compare the scores over the whole set.
 
     Args:
-        found: Detections of a stage with their objectness as scores; their classes, categories and stage stay.
-        mined: Labels T0 with the same categories; of images that it does not hold, detections alone speak.
+        found: Detections of stage 1 or later with their objectness as scores; their classes, categories and stage stay.
+        before: Labels of the stage before, T0 at first, with the same categories; of images that it does not hold,
+            detections alone speak.
         settings: How.
         max_boxes: Most certain boxes kept per image.
     """
+    is_first = found.stage == 1
+    if not is_first:
+        found = _with_certainty(found)
+    power = 1 - (1 - settings.mined_score) / found.stage
     rows = []
     for index, image_id in enumerate(found.image_ids):
         image = found.image(index)
-        has_mined = image_id in mined and len(mined.of(image_id)) > 0
-        rows.append(_fused(image, mined.of(image_id), settings, max_boxes) if has_mined else _alone(image, settings))
+        has_boxes = image_id in before and len(before.of(image_id)) > 0
+        rows.append(
+            _fused(image, before.of(image_id), settings, power, max_boxes)
+            if has_boxes
+            else _alone(image, settings, power)
+        )
     labels = Labels.from_images(rows, found.categories, found.stage)
+    return _with_certainty(labels) if is_first else labels
+
+
+def _with_certainty(labels: Labels) -> Labels:
     return replace(labels, scores=certainty(labels.scores, labels.boxes_xyxy, labels.sizes_hw, labels.offsets))
 
 
-def _fused(found: ImageLabels, mined: ImageLabels, settings: Fusion, max_boxes: int) -> ImageLabels:
-    boxes, own_boxes = torch.from_numpy(found.boxes_xyxy), torch.from_numpy(mined.boxes_xyxy)
-    scores, own_scores = torch.from_numpy(found.scores), torch.from_numpy(mined.scores)
+def _fused(found: ImageLabels, before: ImageLabels, settings: Fusion, power: float, max_boxes: int) -> ImageLabels:
+    boxes, own_boxes = torch.from_numpy(found.boxes_xyxy), torch.from_numpy(before.boxes_xyxy)
+    scores, own_scores = torch.from_numpy(found.scores), torch.from_numpy(before.scores)
     overlaps = pairwise_iou(boxes, own_boxes)
     same = overlaps >= settings.iou
-    # of several mined boxes the one that is both near and certain
+    # of several boxes before the one that is both near and certain
     choice = (overlaps * (own_scores + settings.unmatched)).masked_fill(~same, -1.0)
     partner = choice.argmax(dim=1) if len(boxes) else torch.zeros(0, dtype=torch.int64)
     has_partner = same.any(dim=1)
@@ -82,20 +97,21 @@ def _fused(found: ImageLabels, mined: ImageLabels, settings: Fusion, max_boxes: 
     seconds = same.float() * scores[:, None]
     seen = seconds.max(dim=0).values if len(boxes) else torch.zeros(len(own_boxes))
     together = torch.cat([fused, own_boxes])
-    joint = torch.cat([_joint(scores, partner_scores, settings), _joint(seen, own_scores, settings)])
-    # the fused box comes before the mined one of the same score
+    joint = torch.cat(
+        [_joint(*pair, power, settings.unmatched) for pair in ((scores, partner_scores), (seen, own_scores))]
+    )
+    # the fused box goes first where scores are equal
     kept = nms(together, joint, settings.max_iou)[:max_boxes]
-    classes = np.concatenate([found.classes, mined.classes])[kept.numpy()]
+    classes = np.concatenate([found.classes, before.classes])[kept.numpy()]
     return ImageLabels.build(found.image_id, found.size_hw, together[kept].numpy(), classes, joint[kept].numpy())
 
 
-def _alone(found: ImageLabels, settings: Fusion) -> ImageLabels:
-    """Detections of an image without mined boxes, trusted no more than one without a partner elsewhere."""
+def _alone(found: ImageLabels, settings: Fusion, power: float) -> ImageLabels:
+    """Detections of an image without labels before, trusted no more than one without a partner elsewhere."""
     scores = torch.from_numpy(found.scores)
-    return replace(found, scores=_joint(scores, torch.zeros_like(scores), settings).numpy())
+    return replace(found, scores=_joint(scores, torch.zeros_like(scores), power, settings.unmatched).numpy())
 
 
-def _joint(detected: Tensor, mined: Tensor, settings: Fusion) -> Tensor:
-    """Weighted geometric mean of two scores, neither below ``unmatched``."""
-    power = settings.mined_score
-    return detected.clamp(min=settings.unmatched) ** (1 - power) * mined.clamp(min=settings.unmatched) ** power
+def _joint(detected: Tensor, before: Tensor, power: float, least: float) -> Tensor:
+    """Geometric mean of two scores, neither below ``least``, in which the one before has the weight ``power``."""
+    return detected.clamp(min=least) ** (1 - power) * before.clamp(min=least) ** power

@@ -139,16 +139,14 @@ def relabel(
     *,
     stage: int,
     before: Labels | None = None,
-    mined: Labels | None = None,
     fusion: Fusion | None = None,
     progress: Progress = lambda count: None,
 ) -> Labels:
     """Label every readable image with the detector and write ``out`` (Parquet); resumes part by part.
 
-    With ``mined`` boxes, the labels T0, and a ``fusion`` both speak for the labels, see ``simdetr.training.fusion``.
-
     Unreadable images go to ``quarantine.csv`` beside ``out``. Boxes get the lineage of those of ``before``, the labels
-    that the detector was trained on. ``progress`` hears of every batch of images done.
+    that the detector was trained on; with a ``fusion`` both speak for the labels, see ``simdetr.training.fusion``.
+    ``progress`` hears of every batch of images done.
     """
     parts = out.with_suffix(".parts")
     quarantine = Quarantine(out.with_name("quarantine.csv"), total=len(source))
@@ -174,12 +172,10 @@ def relabel(
     done = [read_labels(name) for name in names]
     rows = (part.image(i) for part in done for i in range(len(part)))
     labels = Labels.from_images(rows, categories, stage)
-    earlier = [] if before is None else [before]
-    if mined is not None and fusion is not None:
-        labels = fuse(labels, mined, fusion, max_boxes=settings.max_boxes)
-        earlier.append(mined)  # what a stage left out may come back
+    if before is not None and fusion is not None:
+        labels = fuse(labels, before, fusion, max_boxes=settings.max_boxes)
     if before is not None:
-        labels = inherit(labels, *earlier)
+        labels = inherit(labels, before)
     write_labels(labels, out)
     shutil.rmtree(parts)
     if len(quarantine):

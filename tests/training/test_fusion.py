@@ -50,10 +50,10 @@ def test_of_several_mined_boxes_the_near_and_certain_one_is_taken():
 
 
 def test_empty_sides_and_limits():
-    none = labels_of([], [], [])
+    none, nothing_mined = labels_of([], [], [], stage=1), labels_of([], [], [])
     mined = labels_of([[0, 0, 10, 10], [50, 50, 60, 60]], [0, 1], [0.9, 0.5])
     settings = Fusion()
-    assert len(fuse(none, none, settings, max_boxes=5).scores) == 0
+    assert len(fuse(none, nothing_mined, settings, max_boxes=5).scores) == 0
     alone = fuse(none, mined, settings, max_boxes=1)
     np.testing.assert_allclose(alone.boxes_xyxy, [[0, 0, 10, 10]])
     elsewhere = labels_of([[0, 0, 10, 10]], [0], [0.7], image_id="other", stage=1)
@@ -63,12 +63,35 @@ def test_empty_sides_and_limits():
 @pytest.mark.usefixtures("as_joined")
 @pytest.mark.parametrize("image_id", ["i", "not mined"])
 def test_a_detection_is_as_sure_where_nothing_was_mined_as_beside_another_object(image_id):
-    found = labels_of([[10, 10, 30, 30]], [1], [0.3], image_id, stage=1)
-    beside = fuse(
-        labels_of([[10, 10, 30, 30]], [1], [0.3]), labels_of([[60, 60, 90, 90]], [0], [0.64]), Fusion(), max_boxes=2
-    )
-    alone = fuse(found, labels_of([], [], []), Fusion(), max_boxes=2)
+    found = labels_of([[10, 10, 30, 30]], [1], [0.3], stage=1)
+    beside = fuse(found, labels_of([[60, 60, 90, 90]], [0], [0.64]), Fusion(), max_boxes=2)
+    here = labels_of([[10, 10, 30, 30]], [1], [0.3], image_id, stage=1)
+    alone = fuse(here, labels_of([], [], []), Fusion(), max_boxes=2)
     assert alone.scores[0] == beside.scores[beside.classes == 1][0] < 0.3
+
+
+@pytest.mark.usefixtures("as_joined")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_later_stages_change_what_is_known_less(stage):
+    """From T0 on, scores are a weighted geometric mean; a detector of stage j counts a j-th of the first."""
+    found = labels_of([[10, 10, 30, 30]], [1], [0.64], stage=stage)
+    before = labels_of([[10, 10, 30, 30]], [0], [0.25], stage=stage - 1)
+    fused = fuse(found, before, Fusion(mined_score=0.7), max_boxes=1)
+    np.testing.assert_allclose(fused.scores, [0.64 ** (0.3 / stage) * 0.25 ** (1 - 0.3 / stage)], rtol=1e-6)
+    assert fused.stage == stage
+
+
+def test_later_stages_take_what_size_explains_off_the_detections_alone():
+    rng = np.random.default_rng(0)
+    images = [
+        ImageLabels.build(f"{n}", (100, 100), [[5, 5, 60, 60], [70, 70, 80, 80]], [0, 0], [0.8, rng.uniform(0.1, 0.3)])
+        for n in range(40)
+    ]
+    found, before = (Labels.from_images(images, CATEGORIES, stage) for stage in (2, 1))
+    fused = fuse(found, before, Fusion(mined_score=0.6), max_boxes=2)
+    sure = certainty(found.scores, found.boxes_xyxy, found.sizes_hw, found.offsets)
+    expected = np.maximum(sure, 0.05) ** 0.2 * before.scores**0.8
+    np.testing.assert_allclose(np.sort(fused.scores), np.sort(expected), rtol=1e-5)
 
 
 def test_fused_scores_lose_what_size_explains(monkeypatch):

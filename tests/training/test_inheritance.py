@@ -53,14 +53,6 @@ def test_of_two_candidates_the_one_that_overlaps_more():
     assert lineages(equal) == [(0, 0, 16, 8, 0)]  # the first: the better one, in stages that are sorted by score
 
 
-def test_a_mined_box_that_a_stage_left_out_may_come_back():
-    kept, left_out = [0, 0, 10, 10], [50, 50, 60, 60]
-    first = mined({"a": [kept, left_out]})
-    second = inherit(stage_labels(1, {"a": [kept]}), first)
-    third = inherit(stage_labels(2, {"a": [[50, 50, 60, 61], kept, [80, 80, 90, 90]]}), second, first)
-    assert lineages(third) == [(0, 1, 16, 8, 1), (0, 0, 16, 8, 0), (2, 2, 0, 0, -1)]
-
-
 def test_two_boxes_may_go_on_from_one():
     labels = inherit(stage_labels(1, {"a": [[0, 0, 10, 9], [0, 1, 10, 10]]}), mined({"a": [[0, 0, 10, 10]]}))
     assert lineages(labels) == [(0, 0, 16, 8, 0)] * 2
