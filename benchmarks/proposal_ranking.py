@@ -34,9 +34,9 @@ from simdetr.proposals.ranking import rank_shapes
 SETS = {"coco256": 128, "fod": 100, "aquarium": 60, "neu_det": 60}
 ENCODERS: dict[str, Callable[[], Encoder]] = {
     "colour-texture": ColourTextureEncoder,
-    "untrained efficientnet-lite0": lambda: TimmEncoder("efficientnet-lite0"),
+    "untrained efficientnet-lite0": lambda: TimmEncoder("efficientnet-lite0", random_weights=True),
     "efficientnet-lite0": lambda: TimmEncoder("efficientnet-lite0", pretrained=True),
-    "untrained augnet-resnet50": lambda: TimmEncoder("augnet-resnet50"),
+    "untrained augnet-resnet50": lambda: TimmEncoder("augnet-resnet50", random_weights=True),
     "augnet-resnet50": lambda: TimmEncoder("augnet-resnet50", pretrained=True),
 }
 
