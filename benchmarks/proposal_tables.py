@@ -118,3 +118,21 @@ def end_to_end(result: dict[str, Any]) -> str:
             f"| {name} | {times['decode_and_encode']:.0f} ms | {times['mine']:.0f} ms | {row['ratio']['median']:.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def ranking(result: dict[str, Any]) -> str:
+    """How well mined boxes are ordered, by encoder: by the image alone, and with what the encoder sees."""
+    lines = [
+        "**Whether the encoder knows objects**: the best mined boxes of validation images, class-agnostic, in percent, "
+        "ordered by the image alone and with the encoder's features, from the same shapes; an untrained network is the "
+        "control:",
+        "",
+        "| set | images | encoder | order | AR@1 | AR@10 | AR@25 | AP50 |",
+        "|---|--:|---|---|--:|--:|--:|--:|",
+    ]
+    names = {"plain": "image alone", "default": "with features"}
+    for row in result["rows"]:
+        numbers = " | ".join(f"{100 * row[key]:.1f}" for key in ("AR@1", "AR@10", "AR@25", "AP50"))
+        order = names[row["ranking"]]
+        lines.append(f"| {row['set']} | {row['images']} | {row['encoder']} | {order} | {numbers} |")
+    return "\n".join(lines) + "\n"

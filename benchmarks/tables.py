@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.detector_tables import deformable_attention, detector_families, inference_speed, matcher, training_step
 from benchmarks.environment import RESULTS
 from benchmarks.head_tables import head_overhead, landmark_query, landmark_study, localisation_study
-from benchmarks.proposal_tables import end_to_end, rivals, scale, sweep
+from benchmarks.proposal_tables import end_to_end, ranking, rivals, scale, sweep
 from benchmarks.real_set_tables import real_sets, stage_labels
 
 README, DOCS = (Path(__file__).parents[1] / name for name in ("README.md", "docs/results.md"))
@@ -138,6 +138,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "real_sets": lambda result: f"{stage_labels(result)}\n{source(result['environment'])}",
     "rivals": lambda result: f"{rivals(result)}\n{source(result['environment'])}",
     "sweep": lambda result: f"{sweep(result)}\n{source(result['environment'])}",
+    "proposal_ranking": lambda result: f"{ranking(result)}\n{source(result)}",
     "proposal_recall": recall,
     "photographs": photographs,
     "mining_speed": speed,
