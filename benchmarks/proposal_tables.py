@@ -123,9 +123,11 @@ def end_to_end(result: dict[str, Any]) -> str:
 def ranking(result: dict[str, Any]) -> str:
     """How well mined boxes are ordered, by encoder: by the image alone, and with what the encoder sees."""
     lines = [
-        "**Whether the encoder knows objects**: the best mined boxes of validation images, class-agnostic, in percent, "
-        "ordered by the image alone and with the encoder's features, from the same shapes; an untrained network is the "
-        "control:",
+        (
+            "**Whether the encoder knows objects**: the best mined boxes of validation images, class-agnostic, in "
+            "percent, ordered by the image alone and with the encoder's features, from the same shapes; an untrained "
+            "network is the control:"
+        ),
         "",
         "| set | images | encoder | order | AR@1 | AR@10 | AR@25 | AP50 |",
         "|---|--:|---|---|--:|--:|--:|--:|",

@@ -103,10 +103,10 @@ def real_sets(result: dict[str, Any]) -> str:
     if part(rows, "finetune"):
         parts.append(
             "COCO's AP in percent on validation images after fine-tuning on few labels, with equal labels, steps, "
-            "rates and architecture; mean ± deviation over seeds. *Backbone only* is an EfficientNet-Lite0 with ImageNet weights "
-            "and a new transformer, what a user has without simdetr; the *stages* were pretrained from it on the "
-            "training images without labels. The difference is paired by seed, with its 95 % interval.\n\n"
-            + finetuning_table(rows)
+            "rates and architecture; mean ± deviation over seeds. *Backbone only* is an EfficientNet-Lite0 with "
+            "ImageNet weights and a new transformer, what a user has without simdetr; the *stages* were pretrained "
+            "from it on the training images without labels. The difference is paired by seed, with its 95 % "
+            "interval.\n\n" + finetuning_table(rows)
         )
     if part(rows, "labels"):
         parts.append(f"The labels of every stage, {_what_labels(rows)}:\n\n" + label_summary(rows))
