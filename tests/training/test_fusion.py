@@ -121,3 +121,9 @@ def test_fused_scores_lose_what_size_explains(monkeypatch):
 def test_settings_are_checked(name):
     with pytest.raises(ValueError, match=f"fusion.{name}: expected 0 to 1, got 2"):
         Fusion(**{name: 2})
+
+
+def test_detections_without_a_stage_are_refused():
+    none = labels_of([], [], [])
+    with pytest.raises(ValueError, match=r"^found: expected detections of stage 1 or later, got stage 0"):
+        fuse(none, none, Fusion(), max_boxes=1)
