@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks.environment import environment, write_result
 from simdetr import evaluate, finetune, predict, pretrain, read_labels
-from simdetr.evaluation.proposal_recall import proposal_recall
+from simdetr.evaluation.recall import proposal_recall
+from simdetr.exchange.weights import load_detector
 from simdetr.training.run_folder import RunFolder
-from simdetr.training.weights import load_detector
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = {

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from simdetr.detectors import DeformableDETR
-from simdetr.detectors.state_dict_names import to_transformers
+from simdetr.exchange.parameter_names import to_transformers
 
 NUM_CLASSES = 91
 OBJECTS = 10

@@ -20,11 +20,10 @@ import yaml
 from environment import DATA, environment, write_result
 
 from simdetr.data.images import ImageSource, open_images
-from simdetr.evaluation.encoder_recall import EncoderRecall, load_encoder_recall
-from simdetr.proposals import ColourTextureEncoder, FittedEncoder, MiningConfig, TimmEncoder
-from simdetr.proposals.features import Encoder
-from simdetr.training.encoder_fit import fit_encoder
-from simdetr.training.encoder_settings import EncoderFitConfig, read_settings
+from simdetr.encoder_training.fit import EncoderFitConfig, fit_encoder, read_settings
+from simdetr.encoder_training.probe import EncoderRecall, load_encoder_recall
+from simdetr.mining import ColourTextureEncoder, FittedEncoder, MiningConfig, TimmEncoder
+from simdetr.mining.encoders import Encoder
 
 REPOSITORY = Path(__file__).parents[1]
 SETS = (("coco256", "train"), ("coco256", "val"), ("fod", "val"))

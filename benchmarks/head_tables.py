@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.environment import RESULTS
-from simdetr.evaluation.loss_flow import draw_flow
+from simdetr.reports.charts import draw_flow
 
 DOCS = Path(__file__).parents[1] / "docs"
 EQUATIONS = {"eq4": "Eq. 4", "eq5": "Eq. 5 (not coupled)", "eq6": "Eq. 6", "eq7": "Eq. 7"}

@@ -29,13 +29,10 @@ import torch.multiprocessing as mp
 from threadpoolctl import threadpool_limits
 
 from benchmarks.environment import RESULTS, environment, write_result
-from simdetr.proposals import pseudo_labels
-from simdetr.proposals.kmeans import _means, fit_kmeans
-from simdetr.proposals.kmeans_assignment import assign_blocks
-from simdetr.proposals.kmeans_starts import sample_rows, spread_starts
-from simdetr.proposals.regions import Regions
-from simdetr.proposals.shards import ProposalRow
-from simdetr.proposals.store import Manifest, ProposalStore
+from simdetr.mining import pseudo_labels
+from simdetr.mining.kmeans import _means, assign_blocks, fit_kmeans, sample_rows, spread_starts
+from simdetr.mining.regions import Regions
+from simdetr.mining.store import Manifest, ProposalRow, ProposalStore
 
 DIMS, CLUSTERS = 256, 2048
 IMAGES_PER_SHARD, REGIONS_PER_IMAGE = 512, 25

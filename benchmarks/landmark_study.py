@@ -16,13 +16,13 @@ import json
 from pathlib import Path
 
 import pandas as pd
+from simdetr.commands.method import json_ready
 
 from benchmarks.environment import RESULTS, environment, write_result
 from simdetr import evaluate
+from simdetr.exchange.weights import is_saved
 from simdetr.recipe import Recipe
-from simdetr.results import json_ready
 from simdetr.training.train import train
-from simdetr.training.weights import is_saved
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {"grid": "landmarks_grid.yaml", "query": "landmarks_traffic_lights.yaml"}

@@ -20,10 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from simdetr.commands.quickstart import FINETUNE_CONFIG, PRETRAIN_CONFIG, SCENE_SIZE_HW
+
 from benchmarks.environment import environment, write_result
+from simdetr.data.machine import THREADS, WAITING, cores
 from simdetr.data.scenes import render_scenes
-from simdetr.machine import THREADS, WAITING, cores
-from simdetr.quickstart import FINETUNE_CONFIG, PRETRAIN_CONFIG, SCENE_SIZE_HW
 
 BAR = 4.0
 """Times as long beside the busy processes as alone, at most."""

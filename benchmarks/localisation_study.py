@@ -20,15 +20,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.environment import RESULTS, environment, write_result
+from simdetr.data.augmentation import eval_transforms
 from simdetr.data.dataset import DetectionDataset, collate
 from simdetr.data.images import open_images
 from simdetr.data.labels import Labels, read_labels, write_labels
-from simdetr.data.transforms import eval_transforms
 from simdetr.evaluation.localisation_metric import LocalisationMetric, centre_gaussian_map, full_image_map
+from simdetr.exchange.weights import is_saved, load_detector
 from simdetr.heads import HeadedBackbone, LocalisationHead
 from simdetr.recipe import Recipe
 from simdetr.training.train import train
-from simdetr.training.weights import is_saved, load_detector
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs/heads/localisation_fod.yaml"

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from benchmarks.environment import DATA, environment, write_result
 from simdetr.data.images import ImageSource, open_images
-from simdetr.proposals import ColourTextureEncoder, MiningConfig, TimmEncoder, mine
-from simdetr.proposals.batch_mining import encode
-from simdetr.proposals.features import Encoder
-from simdetr.proposals.image_loading import ImageLoading
+from simdetr.mining import ColourTextureEncoder, MiningConfig, TimmEncoder, mine
+from simdetr.mining.batch import ImageLoading, encode
+from simdetr.mining.encoders import Encoder
 
 WORKERS = 2
 

@@ -23,9 +23,9 @@ from benchmarks.environment import DATA, environment, write_result
 def mine_once(count: int, image_size: int, out: Path) -> dict[str, float]:
     """Mine ``count`` frames in this process; peak memory in MB and seconds."""
     from simdetr.data.images import open_images
-    from simdetr.proposals.batch_mining import MiningConfig
-    from simdetr.proposals.colour_texture import ColourTextureEncoder
-    from simdetr.proposals.miner import mine
+    from simdetr.mining.batch import MiningConfig
+    from simdetr.mining.colour_texture import ColourTextureEncoder
+    from simdetr.mining.miner import mine
 
     torch.set_num_threads(1)
     source = open_images(DATA / "fod" / "train")

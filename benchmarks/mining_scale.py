@@ -22,8 +22,8 @@ import numpy as np
 
 from benchmarks.environment import DATA, environment, write_result
 from simdetr.data.images import open_images
-from simdetr.proposals.pseudo_labels import count_regions
-from simdetr.proposals.store import ProposalStore
+from simdetr.mining.pseudo_labels import count_regions
+from simdetr.mining.store import ProposalStore
 
 
 def mine(count: int, ranks: int, folder: Path) -> dict[str, float]:

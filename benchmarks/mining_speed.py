@@ -24,10 +24,9 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.environment import DATA, environment, write_result
 from simdetr.data.images import open_images, read_image
-from simdetr.proposals.batch_mining import MiningConfig, cluster_maps, encode, mine_maps
-from simdetr.proposals.features import TimmEncoder
-from simdetr.proposals.image_loading import shrink
-from simdetr.proposals.spectral_clustering import cell_affinity, normalised_cut
+from simdetr.mining.batch import MiningConfig, cluster_maps, encode, mine_maps, shrink
+from simdetr.mining.encoders import TimmEncoder
+from simdetr.mining.spectral_clustering import cell_affinity, normalised_cut
 
 
 def square(image: torch.Tensor, side: int) -> torch.Tensor:

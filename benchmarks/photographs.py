@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.environment import environment, write_result
 from simdetr import open_images, predict, pretrain, read_labels
 from simdetr.data.labels import Category, ImageLabels, Labels
-from simdetr.evaluation.proposal_recall import proposal_recall
+from simdetr.evaluation.recall import proposal_recall
 from simdetr.pipeline import mine_proposals
 
 ROOT = Path(__file__).parent.parent

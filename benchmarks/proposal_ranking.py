@@ -24,12 +24,11 @@ from simdetr.data.coco import read_coco
 from simdetr.data.images import read_image
 from simdetr.data.labels import Category, ImageLabels, Labels
 from simdetr.evaluation.coco_metric import match_boxes
-from simdetr.proposals.batch_mining import MiningConfig, cluster_levels, encode
-from simdetr.proposals.colour_texture import ColourTextureEncoder
-from simdetr.proposals.features import Encoder, TimmEncoder
-from simdetr.proposals.image_loading import shrink
-from simdetr.proposals.level_sets import LevelSets, Shapes, find_shapes
-from simdetr.proposals.ranking import rank_shapes
+from simdetr.mining.batch import MiningConfig, cluster_levels, encode, shrink
+from simdetr.mining.colour_texture import ColourTextureEncoder
+from simdetr.mining.encoders import Encoder, TimmEncoder
+from simdetr.mining.level_sets import LevelSets, Shapes, find_shapes
+from simdetr.mining.ranking import rank_shapes
 
 SETS = {"coco256": 128, "fod": 100, "aquarium": 60, "neu_det": 60}
 ENCODERS: dict[str, Callable[[], Encoder]] = {

@@ -28,13 +28,12 @@ from torch.nn import functional
 from simdetr.data.coco import read_coco
 from simdetr.data.images import read_image
 from simdetr.data.labels import Category, ImageLabels, Labels
-from simdetr.evaluation.proposal_recall import proposal_recall
-from simdetr.proposals.batch_mining import MiningConfig, cluster_maps, encode
-from simdetr.proposals.colour_texture import ColourTextureEncoder
-from simdetr.proposals.features import Encoder, TimmEncoder
-from simdetr.proposals.filters import apply_filters
-from simdetr.proposals.image_loading import shrink
-from simdetr.proposals.regions import Regions, to_regions
+from simdetr.evaluation.recall import proposal_recall
+from simdetr.mining.batch import MiningConfig, cluster_maps, encode, shrink
+from simdetr.mining.colour_texture import ColourTextureEncoder
+from simdetr.mining.encoders import Encoder, TimmEncoder
+from simdetr.mining.filters import apply_filters
+from simdetr.mining.regions import Regions, to_regions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SETS = ("fod", "coco256", "bccd")

@@ -29,25 +29,25 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from simdetr.commands.method import json_ready
 
 from benchmarks.environment import DATA, environment, write_result
 from benchmarks.real_set_tables import paired_differences
 from simdetr import evaluate, finetune, open_images, pretrain, read_labels, split
-from simdetr.data.atomic_files import atomic_path
 from simdetr.data.coco import write_coco
 from simdetr.data.images import ImageSource
 from simdetr.data.labels import Labels
+from simdetr.data.storage import atomic_path
 from simdetr.detectors.predictions import best_per_query
 from simdetr.evaluation.coco_metric import match_boxes
-from simdetr.inference import default_device
-from simdetr.proposals.miner import mine
-from simdetr.proposals.pseudo_labels import make_pseudo_labels
+from simdetr.exchange.weights import load_detector
+from simdetr.mining.miner import mine
+from simdetr.mining.pseudo_labels import make_pseudo_labels
 from simdetr.recipe import PipelineSections, Recipe, SelfTrainingConfig
-from simdetr.results import json_ready
 from simdetr.training.fusion import fuse
+from simdetr.training.inference import default_device
 from simdetr.training.relabel import InferenceSettings, detect
 from simdetr.training.run_folder import RunFolder
-from simdetr.training.weights import load_detector
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = (ROOT / "benchmarks/real_sets.yaml",)

@@ -27,15 +27,13 @@ from benchmarks.proposal_recall import subset
 from simdetr.data.coco import read_coco
 from simdetr.data.images import read_image
 from simdetr.data.labels import Category, ImageLabels, Labels
-from simdetr.evaluation.proposal_recall import proposal_recall
-from simdetr.proposals.baselines import BASELINES, Baseline, objects, search_boxes
-from simdetr.proposals.batch_mining import MiningConfig, encode, mine_pixels
-from simdetr.proposals.colour_texture import ColourTextureEncoder
-from simdetr.proposals.features import Encoder
-from simdetr.proposals.image_loading import shrink
-from simdetr.proposals.level_sets import LevelSets
-from simdetr.proposals.object_masks import mask_cut, token_cut
-from simdetr.proposals.regions import Regions
+from simdetr.evaluation.recall import proposal_recall
+from simdetr.mining.batch import MiningConfig, encode, mine_pixels, shrink
+from simdetr.mining.colour_texture import ColourTextureEncoder
+from simdetr.mining.encoders import Encoder
+from simdetr.mining.level_sets import LevelSets
+from simdetr.mining.regions import Regions
+from simdetr.mining.rivals import BASELINES, Baseline, mask_cut, objects, search_boxes, token_cut
 
 OURS: dict[str, MiningConfig] = {
     "ours": MiningConfig(),

@@ -24,8 +24,8 @@ from benchmarks.proposal_recall import SETS, recall_of, subset
 from simdetr.data.coco import read_coco
 from simdetr.data.images import read_image
 from simdetr.data.labels import Labels
-from simdetr.proposals import ColourTextureEncoder, MiningConfig, mine_batch
-from simdetr.proposals.level_sets import LevelSets
+from simdetr.mining import ColourTextureEncoder, MiningConfig, mine_batch
+from simdetr.mining.level_sets import LevelSets
 
 LIMIT = 25
 KERNEL: dict[str, Any] = {"affinity": "clamp", "centre": False, "cut_steps": 0}

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from simdetr.data.images import ImageSource, open_images
     from simdetr.data.labels import Labels, read_labels, write_labels
     from simdetr.data.protocols import split
+    from simdetr.mining.store import ProposalStore
     from simdetr.pipeline import compare, evaluate, finetune, mine_proposals, predict, pretrain, report
-    from simdetr.proposals.store import ProposalStore
 
 __all__ = [
     "ImageSource",
@@ -40,7 +40,7 @@ _HOMES = {
     "read_labels": "simdetr.data.labels",
     "write_labels": "simdetr.data.labels",
     "split": "simdetr.data.protocols",
-    "ProposalStore": "simdetr.proposals.store",
+    "ProposalStore": "simdetr.mining.store",
 }
 
 

@@ -1,6 +1,6 @@
 """``python -m simdetr`` is the ``simdetr`` command."""
 
-from simdetr.cli import main
+from simdetr.commands.main import main
 
 if __name__ == "__main__":
     main()

@@ -18,47 +18,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from simdetr.batch_choice import fit_to_device, is_chosen
-from simdetr.data.atomic_files import atomic_path
+from simdetr.commands.method import json_ready
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Labels, read_labels, write_labels
+from simdetr.data.machine import cores
+from simdetr.data.storage import atomic_path, locate
 from simdetr.evaluation.compare import BACKBONE_ONLY, SCRATCH
-from simdetr.evaluation.report import write_report
-from simdetr.evaluation.run_folder import collect_run
-from simdetr.inference import default_device, evaluate, predict
-from simdetr.mining_ranks import MiningJob
-from simdetr.mining_steps import cluster_proposals, mine_proposals, preview_mining
-from simdetr.proposals.miner import mine
-from simdetr.proposals.pseudo_labels import count_regions, make_pseudo_labels
-from simdetr.recipe import PipelineSections, Recipe
-from simdetr.recipe_choice import for_finetuning, for_pretraining
-from simdetr.results import json_ready
-from simdetr.rival_comparison import mine_rivals
-from simdetr.run_time import say_time
+from simdetr.exchange.weights import is_saved, load_detector
+from simdetr.mining import preview as mining_preview
+from simdetr.mining.kmeans import Backend, process_group, rank
+from simdetr.mining.miner import Rank, mine
+from simdetr.mining.preview import Machine, preview_record
+from simdetr.mining.processes import MiningJob
+from simdetr.mining.pseudo_labels import count_regions, make_pseudo_labels
+from simdetr.mining.rivals import BASELINES, baseline, mine_rival
+from simdetr.mining.store import Manifest, ProposalStore
+from simdetr.recipe import PipelineSections, Recipe, fit_to_device, is_chosen
+from simdetr.reports.page import write_report
+from simdetr.reports.preview_page import write_preview
+from simdetr.reports.report import collect_run
+from simdetr.reports.rival_recall import rival_folder, rival_labels, rival_rows
 from simdetr.training.auto_batch import Scaling
-from simdetr.training.checkpoints import RESUME
+from simdetr.training.datamodule import read_training_labels
+from simdetr.training.inference import default_device, evaluate
 from simdetr.training.progress import image_progress
+from simdetr.training.recipe_choice import for_finetuning, for_mining, for_pretraining
 from simdetr.training.relabel import InferenceSettings, relabel
 from simdetr.training.run_folder import RunFolder, RunMismatchError, detector_folder, leads
-from simdetr.training.train import train
-from simdetr.training.weights import is_saved, load_detector
+from simdetr.training.run_time import say_time
+from simdetr.training.train import RESUME, train
 
 LOG = logging.getLogger(__name__)
-
-__all__ = [
-    "cluster_proposals",
-    "compare",
-    "evaluate",
-    "finetune",
-    "mine_proposals",
-    "mine_rivals",
-    "predict",
-    "pretrain",
-    "preview_mining",
-    "report",
-]
 
 
 def pretrain(
@@ -343,3 +336,189 @@ def report(run: str | Path, images: str | Path, *, truth: str | Path | None = No
     known = read_labels(Path(truth)) if truth is not None else None
     write_report(collect_run(folder.path, open_images(images), known), folder.report.parent)
     return folder.report
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The first steps of ``pipeline.py`` alone: images in; a proposal store, a preview of one, or the labels T0 out.
+
+
+def mine_proposals(
+    images: str | Path,
+    out: str | Path,
+    config: Sequence[str | Path] = (),
+    *,
+    device: str | None = None,
+    options: Sequence[str] = (),
+    num_ranks: int = 1,
+) -> ProposalStore:
+    """Only the mining of ``pretrain``; arguments as there, without a config too, and ``out`` may be a URL such as ``s3://bucket/run``.
+
+    Returns:
+        The proposal store in ``out``/proposals.
+    """
+    store, chosen = locate(out) / "proposals", for_mining(config, images)
+    job = MiningJob(str(images), str(store), chosen.configs, (*chosen.options, *options), device)
+    progress = sys.stderr.isatty()
+    return job.run(progress=progress) if num_ranks == 1 else job.run_in_ranks(num_ranks, progress=progress)
+
+
+def preview_mining(
+    images: str | Path,
+    out: str | Path,
+    config: Sequence[str | Path] = (),
+    *,
+    count: int = 50,
+    truth: str | Path | None = None,
+    device: str | None = None,
+    options: Sequence[str] = (),
+    num_ranks: int = 1,
+) -> dict[str, Any]:
+    """What ``mine_proposals`` would give and cost, from a few images mined in memory; ``out``/proposals is not touched.
+
+    Args:
+        images: As for ``pretrain``.
+        out: Run folder or URL; ``out``/preview/ gets ``index.html`` and ``preview.json``.
+        config: YAML files, later ones over earlier ones.
+        count: Images to mine, evenly spaced.
+        truth: COCO JSON with boxes for some of these images, for recall; those images are taken first.
+        device: Torch device; the GPU if there is one.
+        options: ``--section.name=value`` strings, over the files.
+        num_ranks: Processes of the full run, for the estimate of its time.
+
+    Returns:
+        The content of ``preview.json``.
+    """
+    if num_ranks < 1 or Rank.from_environment().count > 1:
+        raise ValueError("num_ranks: expected at least 1, and a preview in one process; leave torchrun or srun out")
+    known = None if truth is None else read_training_labels(Path(truth))
+    chosen = for_mining(config, images)
+    job = MiningJob(str(images), "", chosen.configs, (*chosen.options, *options), device)
+    sections, source = job.sections(), open_images(images)
+    preview = mining_preview.preview_mining(
+        source, sections.encoder, sections.mining, count, truth=known, device=job.own_device
+    )
+    record = preview_record(preview, Machine(cores(), torch.cuda.device_count()), num_ranks)
+    write_preview(preview, record, locate(out) / "preview")
+    return record
+
+
+def cluster_proposals(
+    run: str | Path,
+    *,
+    num_classes: int = 2048,
+    seed: int = 0,
+    spherical: bool = True,
+    max_iterations: int = 50,
+    backend: Backend = "torch",
+    device: str | None = None,
+) -> Labels:
+    """Only the global clustering of ``pretrain``: labels T0 from mined proposals, kept in the run folder.
+
+    Under torchrun its processes share the shards, and the first one writes.
+
+    Args:
+        run: Run folder with mined proposals; an unfinished clustering in it is gone on with.
+        num_classes: Pseudo-classes; 1 = class-unaware.
+        seed: Seed of the starting centroids.
+        spherical: Compare features by direction, not by distance.
+        max_iterations: Passes over all features at most.
+        backend: What finds the nearest centroid.
+        device: Torch device; the GPU if there is one.
+
+    Raises:
+        RunMismatchError: A pretraining has begun in ``run``, whose settings and detectors speak of other classes.
+    """
+    folder, device = RunFolder(Path(run)), device or default_device()
+    if folder.config.is_file():
+        raise RunMismatchError(
+            f"run: a pretraining has begun in {folder.path}, which clusters by itself. Go on with `simdetr pretrain`, "
+            f"or copy {folder.proposals} to a new run folder and cluster there."
+        )
+    with process_group(device):
+        labels = make_pseudo_labels(
+            ProposalStore(folder.proposals),
+            num_classes=num_classes,
+            seed=seed,
+            spherical=spherical,
+            max_iterations=max_iterations,
+            backend=backend,
+            device=device,
+            folder=folder.stage(0),
+        )
+        if rank() == 0:
+            write_labels(labels, folder.labels(0))
+    return labels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What other methods find on a run's images: run folder and images in; their stores and the recall of all out.
+#
+# The rivals get the run's own encoder and image size, so that the methods differ and nothing else.
+
+
+def mine_rivals(
+    images: str | Path,
+    run: str | Path,
+    config: Sequence[str | Path] = (),
+    *,
+    methods: Sequence[str] = (),
+    truth: str | Path | None = None,
+    device: str | None = None,
+    options: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Mine a run's images with other methods too, for comparison only.
+
+    Args:
+        images: The run's images.
+        run: Run folder with mined proposals; the rivals' go to ``run``/rivals/<method>. The report shows them.
+        config: YAML files of the mining; those that the run was started with when left out: those it has kept, or
+            the recipe of this machine.
+        methods: Names of rivals; all when left out.
+        truth: COCO JSON with boxes for some of these images, for recall.
+        device: Torch device; the GPU if there is one.
+        options: ``--section.name=value`` strings, over the files.
+
+    Returns:
+        One row per method that the run has proposals of, ours first: ``stage`` (the method), ``images``,
+        ``boxes_per_image`` and, with truth, the recall of `simdetr.evaluation.recall`.
+
+    Raises:
+        StoreError: The run has no mined proposals, or a rival's are of other settings.
+        RunMismatchError: They were mined with other settings or images than these.
+    """
+    for method in methods:
+        baseline(method)
+    folder, source = RunFolder(Path(run)), open_images(images)
+    ours = ProposalStore(folder.proposals).manifest
+    kept = [folder.config] if folder.config.is_file() and not config else []
+    chosen = for_mining((*config, *kept), images)
+    job = MiningJob(str(images), str(folder.proposals), chosen.configs, (*chosen.options, *options), device)
+    sections = job.sections()
+    _check_same(folder.path, ours, sections, source)
+    known = read_labels(Path(truth)) if truth is not None else None
+    for method in methods or BASELINES:
+        mine_rival(
+            method,
+            source,
+            sections.encoder,
+            sections.mining,
+            rival_folder(folder.path, method),
+            device=job.own_device,
+            progress=sys.stderr.isatty(),
+        )
+    return rival_rows(rival_labels(folder.path, source.ids if known is None else known.image_ids), known)
+
+
+def _check_same(run: Path, ours: Manifest, sections: PipelineSections, source: ImageSource) -> None:
+    """The rivals must get what our mining got."""
+    pairs = {
+        "images": (ours.source, source.fingerprint()),
+        "encoder": (ours.encoder, sections.encoder.fingerprint),
+        "image_size": (ours.config["image_size"], sections.mining.image_size),
+    }
+    differing = [f"{name} is {there!r} there, {here!r} asked" for name, (there, here) in pairs.items() if there != here]
+    if differing:
+        raise RunMismatchError(
+            f"run: the proposals of {run} were mined with other settings ({'; '.join(differing)}). Give the images, "
+            "config files and options that they were mined with."
+        )

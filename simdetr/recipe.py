@@ -8,16 +8,21 @@ ignores them.
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import json
 import logging
 import warnings
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
+import timm
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -26,32 +31,32 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 
-from simdetr.constructor_errors import constructors_speak
-from simdetr.data.atomic_files import atomic_path
+from simdetr.data.pretrained_weights import PACKAGED
+from simdetr.data.storage import atomic_path
 from simdetr.detectors.detector import Detector
-from simdetr.evaluation.validation import CocoValidation
-from simdetr.fit_results import write_fit_results
-from simdetr.proposals.batch_mining import MiningConfig
-from simdetr.proposals.features import Encoder
-from simdetr.proposals.kmeans import Backend
-from simdetr.training.checkpoint_files import read_checkpoint
-from simdetr.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
-from simdetr.training.datamodule import DetectionData, sizes_up_to
-from simdetr.training.detection_task import DetectionTask
-from simdetr.training.fusion import Fusion
-from simdetr.training.progress import TrainingProgress
-from simdetr.training.random_start import check_start, fixed_parts
-from simdetr.training.relabel import Throughput
-from simdetr.training.weights import (
+from simdetr.exchange.weights import (
     brings_weights,
     checkpoint_config,
     detector_class,
+    read_checkpoint,
     save_detector,
     without_downloads,
 )
+from simdetr.mining.batch import MiningConfig
+from simdetr.mining.encoders import Encoder, TimmEncoder, read_record
+from simdetr.mining.kmeans import Backend
+from simdetr.reports.prediction_samples import write_fit_results
+from simdetr.training.auto_batch import BatchSettings, Scaling, auto_batch_options
+from simdetr.training.datamodule import DetectionData, sizes_up_to
+from simdetr.training.detection_task import CocoValidation, DetectionTask, check_start, fixed_parts
+from simdetr.training.fusion import Fusion
+from simdetr.training.progress import TrainingProgress
+from simdetr.training.relabel import Throughput
+from simdetr.training.run_folder import RunFolder
+from simdetr.training.train import AtomicCheckpointIO, checkpoint_callbacks
 
 LOG = logging.getLogger(__name__)
-DEFAULT_ENCODER = "simdetr.proposals.colour_texture.ColourTextureEncoder"
+DEFAULT_ENCODER = "simdetr.mining.colour_texture.ColourTextureEncoder"
 
 
 @dataclass(frozen=True)
@@ -359,3 +364,130 @@ class Recipe:
         """Trainer, task and data of one training that writes below ``out`` and can be resumed."""
         arguments = self.arguments(f"--trainer.default_root_dir={out}", *options)
         return RecipeCLI(arguments, run=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a class that a config names says when it is built, without the config parser's own words around it.
+
+
+@contextmanager
+def constructors_speak() -> Iterator[None]:
+    """Let an error of a class that a config names through as it was raised.
+
+    The parser tries every type that an option may have, and wraps what the class said in what it thinks of the others.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__
+        while cause is not None and not _raised_by_constructor(cause):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from cause.__cause__
+
+
+def _raised_by_constructor(error: BaseException) -> bool:
+    """Whether the way from the parser to this error leads through the constructor of another package's class."""
+    called = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)]
+    return any(
+        function in ("__init__", "__post_init__") and not module.startswith("jsonargparse")
+        for module, function in called
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One word for an encoder in (``--encoder``), the config's options that mean it out.
+#
+# A folder of ``simdetr encoder fit``, a timm model with its own weights, or a word for weights that a package carries;
+# anything else is for the config's section ``encoder``.
+
+
+_FOLDER = "a folder of `simdetr encoder fit`"
+_ELSE = "for weights of your own, see TimmEncoder in docs/encoders.md"
+
+
+def encoder_options(encoder: str | None) -> tuple[str, ...]:
+    """Options that put an encoder in place of the config's; later options may still change it.
+
+    Weights of timm are fetched here, once, before any process of the run needs them.
+
+    Args:
+        encoder: a folder, a timm name such as ``resnet50.a1_in1k`` or a word of ``PACKAGED``; None leaves the config's.
+
+    Raises:
+        FileNotFoundError: a folder that is absent, or holds no finished training.
+        ValueError: a name that timm does not know or has no weights for, or weights that cannot be fetched.
+    """
+    if encoder is None:
+        return ()
+    if Path(encoder).is_dir():
+        read_record(encoder)
+        return (_option("FittedEncoder", folder=str(encoder)),)
+    if Path(encoder).exists() or any(separator in encoder for separator in "/\\"):
+        what = "a file" if Path(encoder).exists() else "which is not there"
+        raise FileNotFoundError(f"encoder: expected {_FOLDER} or a timm name, got {encoder}, {what}; {_ELSE}")
+    if encoder in PACKAGED:
+        PACKAGED[encoder].path()
+        return (_option("TimmEncoder", model=encoder, pretrained=True),)
+    _check_name(encoder)
+    try:
+        TimmEncoder(encoder, pretrained=True)
+    except Exception as error:  # fetching fails in all kinds of ways
+        raise ValueError(
+            f"encoder: {encoder} of timm cannot be used: {error} Without a network, give {_FOLDER}; {_ELSE}"
+        ) from error
+    return (_option("TimmEncoder", model=encoder, pretrained=True),)
+
+
+def _option(name: str, **arguments: object) -> str:
+    return f"--encoder={json.dumps({'class_path': f'simdetr.mining.{name}', 'init_args': arguments})}"
+
+
+def _check_name(name: str) -> None:
+    """Whether timm has this model, and weights for it."""
+    known = timm.list_pretrained()
+    models = {full.partition(".")[0] for full in known}
+    if name in known or name in models:
+        return
+    near = difflib.get_close_matches(name, [*PACKAGED, *models, *known], n=3)
+    tags = [full for full in known if full.partition(".")[0] == name.partition(".")[0]]
+    hint = f"; it has {', '.join(tags[:5])}" if tags else f"; did you mean {', '.join(near)}?" if near else ""
+    without = "has no weights for" if timm.is_model(name.partition(".")[0]) and not tags else "does not know"
+    raise ValueError(
+        f"encoder: expected {_FOLDER} or a timm model, got {name!r}, which is no folder here and which timm "
+        f"{without}{hint}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A recipe in, the same recipe with the largest batch that fits the device out; kept with the run.
+#
+# The search is in ``training/auto_batch.py``; this module ties it to recipes and run folders for ``--auto-batch``.
+
+
+AUTO_BATCH = "auto_batch.json"
+
+
+def is_chosen(run: RunFolder) -> bool:
+    """Whether the run has its batch size already."""
+    return (run.path / AUTO_BATCH).is_file()
+
+
+def fit_to_device(recipe: Recipe, run: RunFolder, auto_batch: bool | Scaling, *options: str) -> Recipe:
+    """The recipe with the largest batch that fits the device and learning rates to go with it, found once per run.
+
+    Args:
+        recipe: Of the training.
+        run: Where the choice is kept.
+        auto_batch: How learning rates follow the batch size: ``linear`` (True), ``sqrt``; False changes nothing.
+        options: What the training needs beside the recipe, such as its labels.
+    """
+    if not auto_batch:
+        return recipe
+    config, _ = recipe.resolved(*options)
+    rates = config.model
+    before = BatchSettings(config.data.batch_size, rates.lr, rates.backbone_lr, rates.new_lr)
+    scaling: Scaling = "linear" if isinstance(auto_batch, bool) else auto_batch
+    found = auto_batch_options(run.path / AUTO_BATCH, before, scaling, lambda: recipe.training(run.path, *options))
+    return replace(recipe, options=(*recipe.options, *found))

@@ -182,7 +182,7 @@ def config_of_other():
 @pytest.fixture(scope="session")
 def make_other(config_of_other):
     """Build a small detector of another library with a fixed seed."""
-    from simdetr.training.weights import build_detector
+    from simdetr.exchange.weights import build_detector
 
     def make(name, num_classes=3, seed=0, **changes):
         config = config_of_other(name, num_classes, **changes)

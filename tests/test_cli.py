@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from simdetr.commands.main import COMMANDS, fold_options, main, one_line
 
-from simdetr import cli, pipeline
-from simdetr.cli import COMMANDS, fold_options, main, one_line
+from simdetr import pipeline
+from simdetr.commands import main as cli
 from simdetr.data.labels import read_labels
 from simdetr.training.run_folder import RunFolder
 
@@ -49,7 +50,7 @@ def test_help_of_every_command(command, capsys):
 def test_help_is_fast_and_import_is_quiet():
     start = time.perf_counter()
     heavy = "[name for name in ('torch', 'pytorch_lightning') if name in sys.modules]"
-    code = f"import sys, simdetr, simdetr.cli; simdetr.cli.command_parser([]); print({heavy})"
+    code = f"import sys, simdetr, simdetr.commands.main; simdetr.commands.main.command_parser([]); print({heavy})"
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
     assert time.perf_counter() - start < 10  # seconds less on a machine that does nothing else

@@ -8,10 +8,9 @@ import pytest
 import yaml
 
 import simdetr
-from simdetr.proposals import FittedEncoder, MiningConfig
+from simdetr.encoder_training.fit import fit_encoder, read_settings
+from simdetr.mining import FittedEncoder, MiningConfig
 from simdetr.recipe import Recipe
-from simdetr.training.encoder_fit import fit_encoder
-from simdetr.training.encoder_settings import read_settings
 from simdetr.training.train import train
 
 REPOSITORY = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ def recipe(tiny_config, scenes):
 def test_constructors_are_heard_alone(recipe, tmp_path):
     """Without what the parser thinks of the other types that an option might have had."""
     torch.save({"net.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    encoder = "--encoder.class_path=simdetr.proposals.TimmEncoder"
+    encoder = "--encoder.class_path=simdetr.mining.TimmEncoder"
     weights = (encoder, "--encoder.init_args.model=resnet18", f"--encoder.init_args.weights={tmp_path / 'other.pth'}")
     with pytest.raises(PretrainedWeightsError, match=r"^weights: only 0 of the model's 60"):
         recipe(*weights).sections()

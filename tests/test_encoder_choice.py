@@ -9,10 +9,10 @@ import timm
 import yaml
 from safetensors.torch import save_file
 
-from simdetr import encoder_choice
-from simdetr.encoder_choice import encoder_options
-from simdetr.mining_ranks import MiningJob
-from simdetr.proposals import FittedEncoder, TimmEncoder
+from simdetr import recipe as encoder_choice
+from simdetr.mining import FittedEncoder, TimmEncoder
+from simdetr.mining.processes import MiningJob
+from simdetr.recipe import encoder_options
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def fitted(tmp_path):
 
 @pytest.fixture
 def other_config(tmp_path):
-    encoder = {"class_path": "simdetr.proposals.ColourTextureEncoder", "init_args": {"frequencies": 8}}
+    encoder = {"class_path": "simdetr.mining.ColourTextureEncoder", "init_args": {"frequencies": 8}}
     model = {"detector": {"class_path": "simdetr.detectors.DeformableDETR"}}
     path = tmp_path / "other.yaml"
     path.write_text(yaml.safe_dump({"encoder": encoder, "model": model}))

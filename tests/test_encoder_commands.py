@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from simdetr.commands.main import main
 
-from simdetr.cli import main
-from simdetr.proposals import FittedEncoder
+from simdetr.mining import FittedEncoder
 
 CONFIG = Path(__file__).parents[1] / "configs" / "encoder" / "resnet18.yaml"
 SMALL = ("--model", "test_resnet", "--image_size", "64", "--batch_size", "4", "--max_steps", "1", "--num_workers", "0")

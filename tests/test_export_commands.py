@@ -9,13 +9,13 @@ import types
 
 import pytest
 import torch
+from simdetr.commands.export import detector_arguments
+from simdetr.commands.main import main
 
-from simdetr.cli import main
 from simdetr.data.labels import read_labels
 from simdetr.detectors import DeformableDETR
-from simdetr.detectors.state_dict_names import to_official
-from simdetr.export_commands import detector_arguments
-from simdetr.training.weights import load_detector
+from simdetr.exchange.parameter_names import to_official
+from simdetr.exchange.weights import load_detector
 
 SMALL = {
     "backbone": "resnet18",
@@ -113,7 +113,7 @@ def test_onnx_gets_its_arguments(imported, tmp_path, monkeypatch, capsys):
         seen.update(options, checkpoint=checkpoint, out=out)
         return "equal to 1e-6"
 
-    module = types.ModuleType("simdetr.training.onnx_export")
+    module = types.ModuleType("simdetr.exchange.onnx")
     module.export_onnx = export_onnx
     monkeypatch.setitem(sys.modules, module.__name__, module)
     out = tmp_path / "model.onnx"

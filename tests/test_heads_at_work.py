@@ -14,10 +14,10 @@ import torch
 import yaml
 from PIL import Image
 
-from simdetr import cli
+from simdetr.commands import main as cli
 from simdetr.data.labels import read_labels
-from simdetr.evaluation.score_text import shown_score
-from simdetr.training.weights import checkpoint_config, load_detector, save_detector
+from simdetr.exchange.weights import checkpoint_config, load_detector, save_detector
+from simdetr.reports.prediction_samples import shown_score
 
 SMALLEST = {
     "data": {"batch_size": 4, "short_sides": [64], "max_side": 80, "crop": False, "colour": "none"},

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from simdetr import machine
-from simdetr.machine import cores, default_workers, prepare_openmp
+from simdetr.data import machine
+from simdetr.data.machine import cores, default_workers, prepare_openmp
 
 PROBE = """
 import os, sys
@@ -22,7 +22,7 @@ sys.meta_path.insert(0, Probe())
 """
 STARTS = {
     "python -m": "import runpy; runpy.run_module('simdetr', run_name='__main__')",
-    "command": "from simdetr.cli import main; main()",  # what the installed script does
+    "command": "from simdetr.commands.main import main; main()",  # what the installed script does
 }
 
 
@@ -38,7 +38,7 @@ def test_threads_wait_passively_before_torch_is_imported(start, own, expected, t
 
 
 def test_a_call_of_main_leaves_the_environment_alone(monkeypatch):
-    from simdetr.cli import main
+    from simdetr.commands.main import main
 
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     with pytest.raises(SystemExit):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from simdetr.commands.main import main
 
 from simdetr import pipeline
-from simdetr.cli import main
-from simdetr.proposals.store import ProposalStore
+from simdetr.mining.store import ProposalStore
 
 SMALL = "--mining.image_size 64".split()
 

@@ -12,8 +12,8 @@ import pytest
 
 from simdetr import pipeline
 from simdetr.data.scenes import render_scenes
-from simdetr.mining_ranks import MiningJob
-from simdetr.proposals.store import ProposalStore, StoreError
+from simdetr.mining.processes import MiningJob
+from simdetr.mining.store import ProposalStore, StoreError
 
 OPTIONS = ("--mining.image_size=64", "--mining.shard_size=4", "--mining.batch_size=2")
 

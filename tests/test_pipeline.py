@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from simdetr.commands.method import write_result
 from torchvision.ops import box_iou
 
 from simdetr import pipeline
 from simdetr.data.images import open_images, read_image
 from simdetr.data.labels import Labels, read_labels
 from simdetr.data.quarantine import TooManyUnreadableError
-from simdetr.recipe_choice import for_pretraining
-from simdetr.results import write_result
 from simdetr.training.fusion import Fusion
+from simdetr.training.recipe_choice import for_pretraining
 from simdetr.training.run_folder import LEADER_LOCK, RunFolder, RunMismatchError, detector_folder
 
 

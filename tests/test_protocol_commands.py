@@ -3,8 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from simdetr.cli import main
+from simdetr.commands.main import main
 
 
 def test_split_writes_files_and_says_what_is_short(tmp_path, capsys):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from simdetr.commands.quickstart import LabelledSet, draw_scenes, quickstart
 
 from simdetr import compare, pretrain
-from simdetr import quickstart as module
+from simdetr.commands import quickstart as module
 from simdetr.data.labels import read_labels
-from simdetr.data.packaged_weights import PACKAGED
-from simdetr.data.pretrained_weights import PretrainedWeightsError
+from simdetr.data.pretrained_weights import PACKAGED, PretrainedWeightsError
 from simdetr.evaluation.coco_metric import match_boxes
-from simdetr.quickstart import LabelledSet, draw_scenes, quickstart
 
 QUIET = "--trainer.enable_progress_bar=false"
 MINIATURE = (

@@ -7,12 +7,11 @@ import torch
 import yaml
 from pytorch_lightning.callbacks import EMAWeightAveraging
 
-from simdetr.proposals import ColourTextureEncoder
+from simdetr.exchange.weights import checkpoint_config, load_detector, save_detector
+from simdetr.mining import ColourTextureEncoder
 from simdetr.recipe import Recipe, RecipeCLI, RecipeError
-from simdetr.training.checkpoints import AtomicCheckpointIO, ResumePoint
-from simdetr.training.random_start import RandomStartError
-from simdetr.training.train import train
-from simdetr.training.weights import checkpoint_config, load_detector, save_detector
+from simdetr.training.detection_task import RandomStartError
+from simdetr.training.train import AtomicCheckpointIO, ResumePoint, train
 
 
 @pytest.fixture

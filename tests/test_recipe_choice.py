@@ -11,12 +11,13 @@ import torch
 import yaml
 from PIL import Image
 
-from simdetr import pipeline, recipe_choice
-from simdetr.data import packaged_weights
+from simdetr import pipeline
+from simdetr.data import pretrained_weights as packaged_weights
 from simdetr.data.images import open_images
 from simdetr.data.labels import read_labels
 from simdetr.recipe import Recipe
-from simdetr.recipe_choice import (
+from simdetr.training import recipe_choice
+from simdetr.training.recipe_choice import (
     FINETUNE,
     FINETUNING,
     LAPTOP,

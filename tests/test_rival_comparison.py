@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from simdetr.commands.main import main
 
 from simdetr import pipeline
-from simdetr.cli import main
-from simdetr.proposals.store import ProposalStore, StoreError
+from simdetr.mining.store import ProposalStore, StoreError
 from simdetr.training.run_folder import RunMismatchError
 
 METHODS = ["lost", "random"]

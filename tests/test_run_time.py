@@ -7,11 +7,11 @@ import logging
 import pytest
 import torch
 
-from simdetr import run_time
 from simdetr.data.images import open_images
 from simdetr.recipe import Recipe
-from simdetr.run_time import RunTime, measure, say_time, step_seconds
+from simdetr.training import run_time
 from simdetr.training.run_folder import RunFolder
+from simdetr.training.run_time import RunTime, measure, say_time, step_seconds
 
 
 def test_parts_add_up_and_are_said():

@@ -10,11 +10,10 @@ import pytorch_lightning as pl
 import torch
 
 from simdetr.boxes import clip, denormalise
-from simdetr.evaluation.validation import CocoValidation
-from simdetr.inference import evaluate, predict
+from simdetr.exchange.weights import checkpoint_config, save_detector
 from simdetr.training.datamodule import DetectionData
-from simdetr.training.detection_task import DetectionTask
-from simdetr.training.weights import checkpoint_config, save_detector
+from simdetr.training.detection_task import CocoValidation, DetectionTask
+from simdetr.training.inference import evaluate, predict
 
 BATCH = {"batch_size": 8, "short_sides": [64], "max_side": 80}
 

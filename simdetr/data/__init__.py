@@ -1,20 +1,40 @@
-"""Images and boxes: reading, checking, augmenting and writing them.
+"""Images and labels: what the user brings, read, checked, augmented and written.
 
-In: files of the user's. Out: `ImageSource`, `Labels` and batches for a detector.
+In reading order:
+
+    images              a folder, list, COCO file, tar shards or URL -> ordered images with ids; a file -> pixels
+    quarantine          what could not be read, and when to stop
+    labels              the one table of boxes, classes, scores and lineage
+    points, masks       two of its columns: a point per box, an instance mask per box
+    coco                COCO JSON in and out
+    image_level         classes of whole images
+    protocols           few-label protocols: one COCO file -> smaller ones that everybody draws alike
+    dataset             images and labels -> samples and padded batches
+    augmentation        transforms and mosaics of samples
+    reference_points    the point of an object that a landmark head learns
+    map3d               landmarks of a 3-D map <-> points in images
+    pretrained_weights  checkpoint, package or URL -> the tensors of a backbone
+    doctor              what is wrong with images and labels, before a long run meets it
+    scenes              drawn images with exact boxes
+    storage             paths and URLs; files that are there whole or not at all
+    machine             how many cores, threads and loader processes to use
+
+Names are imported when they are first used (PEP 562): `simdetr.data.machine` must be there before torch.
 """
 
-from simdetr.data.coco import LabelProblems, read_coco, write_coco, write_detections
-from simdetr.data.dataset import Batch, DetectionDataset, collate
-from simdetr.data.doctor import DoctorReport, examine, summary
-from simdetr.data.images import ImageRecord, ImageSource, UnreadableImageError, open_images, read_image
-from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, read_labels, write_labels
-from simdetr.data.lineage import Lineage
-from simdetr.data.map_file import read_map
-from simdetr.data.map_projection import map_targets
-from simdetr.data.mosaic import Mosaic
-from simdetr.data.quarantine import Quarantine, TooManyUnreadableError
-from simdetr.data.reference_points import ReferencePoints, with_reference_points
-from simdetr.data.transforms import eval_transforms, train_transforms
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from simdetr.data.augmentation import Mosaic, eval_transforms, train_transforms
+    from simdetr.data.coco import LabelProblems, read_coco, write_coco, write_detections
+    from simdetr.data.dataset import Batch, DetectionDataset, collate
+    from simdetr.data.doctor import DoctorReport, examine, summary
+    from simdetr.data.images import ImageRecord, ImageSource, UnreadableImageError, open_images, read_image
+    from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, Lineage, read_labels, write_labels
+    from simdetr.data.map3d import map_targets, read_map
+    from simdetr.data.quarantine import Quarantine, TooManyUnreadableError
+    from simdetr.data.reference_points import ReferencePoints, with_reference_points
 
 __all__ = [
     "Batch",
@@ -49,3 +69,45 @@ __all__ = [
     "write_detections",
     "write_labels",
 ]
+
+_HOMES = {
+    "Batch": "dataset",
+    "Category": "labels",
+    "DetectionDataset": "dataset",
+    "DoctorReport": "doctor",
+    "ImageLabels": "labels",
+    "ImageRecord": "images",
+    "ImageSource": "images",
+    "LabelError": "labels",
+    "LabelProblems": "coco",
+    "Labels": "labels",
+    "Lineage": "labels",
+    "Mosaic": "augmentation",
+    "Quarantine": "quarantine",
+    "ReferencePoints": "reference_points",
+    "TooManyUnreadableError": "quarantine",
+    "UnreadableImageError": "images",
+    "collate": "dataset",
+    "eval_transforms": "augmentation",
+    "examine": "doctor",
+    "map_targets": "map3d",
+    "open_images": "images",
+    "read_coco": "coco",
+    "read_image": "images",
+    "read_labels": "labels",
+    "read_map": "map3d",
+    "summary": "doctor",
+    "train_transforms": "augmentation",
+    "with_reference_points": "reference_points",
+    "write_coco": "coco",
+    "write_detections": "coco",
+    "write_labels": "labels",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'simdetr.data' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(f"simdetr.data.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

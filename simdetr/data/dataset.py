@@ -23,8 +23,7 @@ from simdetr.data import masks as mask_codes
 from simdetr.data.images import ImageSource, UnreadableImageError, read_image
 from simdetr.data.labels import LabelError, Labels
 from simdetr.data.quarantine import Quarantine
-from simdetr.data.reference_points import ReferencePoints
-from simdetr.data.sample_points import transformed_points, untransformed_points
+from simdetr.data.reference_points import ReferencePoints, transformed_points, untransformed_points
 
 Target = dict[str, Any]
 Sample = tuple[Tensor, Target]
@@ -61,7 +60,7 @@ class DetectionDataset(Dataset[Sample | None]):
         labels: boxes; row i of the labels is item i. Boxes of crowds are left out. None for prediction: item i is image
             i of the source and the targets are empty.
         transform: called with (tv_tensors.Image uint8 [3, H, W], target), where ``target["boxes"]`` are
-            tv_tensors.BoundingBoxes in pixels; gives the same pair, see `simdetr.data.transforms`.
+            tv_tensors.BoundingBoxes in pixels; gives the same pair, see `simdetr.data.augmentation`.
         quarantine: where unreadable images are recorded; without one they are logged.
         replace_unreadable: take the next readable image in the place of an unreadable one, as training wants, instead
             of giving None, which `collate` leaves out.
@@ -69,7 +68,7 @@ class DetectionDataset(Dataset[Sample | None]):
         masks: give the objects' masks too; then ``target["masks"]`` is a tv_tensors.Mask uint8 [T, H, W] in transforms.
         max_objects: most objects of a sample; the least certain of more are left out. None keeps all.
         reference_points: give the objects' reference points by these rules, read from the transformed boxes or, where
-            they are given ones, carried through the transforms of `simdetr.data.transforms`.
+            they are given ones, carried through the transforms of `simdetr.data.augmentation`.
 
     Raises:
         LabelError: a labelled image is not in the source, masks are asked for and the labels have none, or a landmark

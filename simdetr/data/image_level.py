@@ -16,10 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from simdetr.data.image_labels import Category, ImageLabels, LabelError
-from simdetr.data.image_lists import find_images
-from simdetr.data.images import ImageRecord, ImageSource
-from simdetr.data.labels import Labels
+from simdetr.data.images import ImageRecord, ImageSource, find_images
+from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
 
 LOG = logging.getLogger(__name__)
 

@@ -7,24 +7,32 @@ that a run can put it aside and go on (design.md §11).
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import json
+import logging
+import re
+import tarfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BufferedReader, BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from simdetr.data.image_lists import IMAGE_SUFFIXES, LIST_SUFFIXES, find_images, find_tars, read_list
-from simdetr.data.locations import Location, below, locate
-from simdetr.data.tar_images import TarMembers, index_tars, is_tar, numbered
+from simdetr.data.storage import Location, below, files_below, is_url, locate
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 _EXIF_ORIENTATION = 0x0112
@@ -291,3 +299,211 @@ def _quiet_pillow() -> Iterator[None]:
             _quiet_depth -= 1
             if _quiet_depth == 0:
                 _quiet_blocks.pop().__exit__(None, None, None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A folder or a list file in, a root folder and the image ids under it out (design.md §4, row "image list").
+#
+# A list is a .txt (one path per line, ``#`` starts a comment line), a .csv or .parquet (column ``path``, else the first
+# column) or a COCO .json (the ``file_name`` of its images). An id is the posix path relative to the root; a path that
+# lies outside the root keeps its absolute form, a URL stays as it is.
+
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+LIST_SUFFIXES = (".csv", ".json", ".parquet", ".txt")
+_PROBED_NAMES = 32  # file names looked up when guessing the folder that a COCO file speaks of
+
+
+def find_images(folder: Location) -> list[str]:
+    """Posix paths, relative to the folder and sorted, of all images below it; hidden files and folders are left out."""
+    return sorted(name for name in files_below(folder) if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
+
+
+def find_tars(folder: Location) -> list[str]:
+    """The same of all tar files below it."""
+    return sorted(name for name in files_below(folder) if is_tar(name))
+
+
+def read_list(path: Path, root: Location | None) -> tuple[Location, list[str]]:
+    """Root folder and ids, in the list's order and each once, of a list file.
+
+    Raises:
+        ValueError: the list cannot be read, names no images, or the images of a COCO file are in no folder near it.
+    """
+    folder: Location
+    try:
+        if path.suffix.lower() == ".json":
+            names = coco_file_names(path)
+            folder = root if root is not None else _coco_root(path, names)
+        else:
+            names = {".txt": _txt_names, ".csv": _csv_names, ".parquet": _parquet_names}[path.suffix.lower()](path)
+            folder = root if root is not None else path.parent
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read as an image list: {error}") from error
+    return folder, list(dict.fromkeys(_relative(names, folder)))
+
+
+def coco_file_names(path: Path) -> list[str]:
+    """The ``file_name`` of every image of a COCO file, in the file's order."""
+    content: Any = json.loads(path.read_text(encoding="utf-8"))
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list):
+        raise ValueError(
+            f"{path} is no COCO file: expected an object with a list 'images', got {type(content).__name__}"
+        )
+    try:
+        return [str(image["file_name"]) for image in images]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: every entry of 'images' needs a 'file_name'") from error
+
+
+def _txt_names(path: Path) -> list[str]:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _csv_names(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        rows = [row for row in csv.reader(stream) if row and any(cell.strip() for cell in row)]
+    if not rows:
+        return []
+    header = [cell.strip().lower() for cell in rows[0]]
+    column = header.index("path") if "path" in header else 0
+    has_header = "path" in header or Path(header[0]).suffix not in IMAGE_SUFFIXES
+    body = rows[1:] if has_header else rows
+    if any(len(row) <= column for row in body):
+        raise ValueError(f"{path}: every row needs a value in column {column + 1}, which holds the image paths")
+    return [row[column].strip() for row in body]
+
+
+def _parquet_names(path: Path) -> list[str]:
+    names = pq.read_schema(path).names
+    column = "path" if "path" in names else names[0]
+    return [str(value) for value in pq.read_table(path, columns=[column])[column].to_pylist()]
+
+
+def _relative(names: Iterable[str], root: Location) -> Iterable[str]:
+    for name in names:
+        if is_url(name):
+            yield name
+            continue
+        path = Path(name)
+        if isinstance(root, Path) and path.is_absolute() and path.is_relative_to(root.absolute()):
+            path = path.relative_to(root.absolute())
+        yield path.as_posix()
+
+
+def _coco_root(path: Path, names: list[str]) -> Path:
+    """The folder in which the images of a COCO file lie: its own, or one beside it named like its split."""
+    splits = [part for part in path.stem.split("_") if part]
+    folders = [path.parent, *(path.parent / part for part in (*splits, "images"))]
+    folders += [path.parent.parent / part for part in (*splits, "images")]
+    probed = names[:: max(1, len(names) // _PROBED_NAMES)][:_PROBED_NAMES]
+    hits = [sum((folder / name).is_file() for name in probed) for folder in folders]
+    if probed and max(hits) == 0:
+        tried = ", ".join(str(folder) for folder in folders)
+        raise ValueError(f"{path}: none of its images was found (first: {probed[0]!r}; looked in {tried}); pass root=")
+    return folders[hits.index(max(hits))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tar files of images in, as webdataset lays them out; the ids of the images and where their bytes lie out.
+#
+# An image's id is ``<tar>/<member>``. The headers are read once; an image is then read by its offset, so any number of
+# threads and processes may read the same tar. Members that are no images (labels, captions) are passed over.
+
+
+TAR_SUFFIX = ".tar"
+_BLOCK_BYTES = 512
+_NUMBERED = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TarMembers:
+    """Where images lie in tar files.
+
+    Attributes:
+        tars: paths of the tar files, relative to the root of the source.
+        spans: int64 [N, 3]: for every image the number of its tar, and offset and size of its bytes.
+    """
+
+    tars: Sequence[str]
+    spans: NDArray[np.int64]
+
+    def take(self, positions: Sequence[int]) -> TarMembers:
+        """Those of some images."""
+        return TarMembers(self.tars, self.spans[np.asarray(positions, np.int64)])
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file name is that of a tar."""
+    return name.lower().endswith(TAR_SUFFIX)
+
+
+def numbered(pattern: str) -> tuple[str, list[str]]:
+    """A folder, and the names in it that ``{000..009}`` in a path stands for; one name where there is no such range."""
+    cut = pattern.partition("{")[0].rfind("/") + 1
+    folder, name = pattern[:cut], pattern[cut:]
+    match = _NUMBERED.fullmatch(name)
+    if match is None or int(match[2]) > int(match[3]):
+        return folder, [name]
+    before, first, last, after = match.groups()
+    return folder, [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
+
+
+def index_tars(root: Location, tars: Iterable[str], suffixes: frozenset[str]) -> tuple[list[str], TarMembers]:
+    """Ids and places of all images in tar files, tar by tar in the order in which they lie there.
+
+    Of a damaged tar, or one that is cut short, the images before the damage are kept and a warning tells of it.
+
+    Args:
+        root: folder that the tars are relative to.
+        tars: their paths.
+        suffixes: of image files, lower case.
+
+    Raises:
+        FileNotFoundError: a tar does not exist.
+    """
+    names = list(dict.fromkeys(tars))
+    ids: list[str] = []
+    spans: list[NDArray[np.int64]] = []
+    with ThreadPoolExecutor() as pool:  # remote headers come with a delay
+        found = pool.map(lambda name: _index(below(root, name), suffixes), names)
+        for number, (name, (members, damage)) in enumerate(zip(names, found, strict=True)):
+            if damage:
+                _log.warning(
+                    "%s: %s; its first %d images are used, restore the file for the others", name, damage, len(members)
+                )
+            ids += [f"{name}/{member}" for member in members]
+            places = np.array(list(members.values()), np.int64).reshape(-1, 2)
+            spans.append(np.insert(places, 0, number, axis=1))
+    return ids, TarMembers(tuple(names), np.concatenate([np.zeros((0, 3), np.int64), *spans]))
+
+
+def _index(tar: Location, suffixes: frozenset[str]) -> tuple[dict[str, tuple[int, int]], str]:
+    """Offset and size of every image of a tar by its name, and what is wrong with the tar, if anything."""
+    members: dict[str, tuple[int, int]] = {}
+    total = tar.stat().st_size
+    with tar.open("rb") as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # type: ignore[attr-defined]  # else it keeps every header
+                    name = PurePosixPath(member.name)
+                    if member.offset_data + member.size > total:
+                        return members, f"is cut short within {member.name}"
+                    if member.isreg() and name.suffix.lower() in suffixes and not _is_hidden(name):
+                        members[name.as_posix()] = (
+                            member.offset_data,
+                            member.size,
+                        )  # of two of a name the last, as tar
+                stream.seek(archive.offset)
+        except tarfile.TarError as error:
+            return members, f"is damaged, compressed or no tar ({error})"
+        end = stream.read(_BLOCK_BYTES)
+    return members, "" if end and not any(end) else "is cut short or damaged: it has no end mark"
+
+
+def _is_hidden(name: PurePosixPath) -> bool:
+    return any(part.startswith(".") for part in name.parts)

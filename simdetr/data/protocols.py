@@ -27,8 +27,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from simdetr.data.atomic_files import atomic_path
 from simdetr.data.coco import load_coco
+from simdetr.data.storage import atomic_path
 
 Content = dict[str, Any]
 """A COCO annotation file: ``images``, ``annotations``, ``categories`` and whatever else it holds."""

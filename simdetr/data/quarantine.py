@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from simdetr.data.locations import Location
+from simdetr.data.storage import Location
 
 _HEADER = ("image_id", "reason")
 

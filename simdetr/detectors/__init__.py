@@ -1,4 +1,22 @@
-"""Detection transformers: images and padding masks in, class logits and boxes out; matching, losses, predictions."""
+"""Detection transformers: images and padding masks in, class logits and boxes out; matching, losses, predictions.
+
+In reading order:
+
+    detector               the contract: what training, relabelling, evaluation and heads need of any detector
+    backbone               images -> feature maps
+    position_encoding      where a cell or box is, as a vector
+    deformable_attention   every query reads a few points of every map; `_torch` and `_triton` compute it
+    deformable_transformer encoder, decoder and the two-stage choice of queries
+    deformable_detr        the detector of the method
+    matcher, losses        predictions and targets -> assignment -> scalars
+    predictions            logits and boxes -> detections
+    swin_ram, vidt         ViDT and ViDT+: their body, the detector
+    vidt_losses            their losses
+    mask_vectors           instance masks as short vectors
+    detreg                 DETReg, to compare with
+    transformers_adapter   any DETR of transformers
+    torchvision_adapter    Faster R-CNN, FCOS and RetinaNet of torchvision
+"""
 
 from simdetr.detectors.backbone import Backbone
 from simdetr.detectors.deformable_attention import multi_scale_deformable_attention

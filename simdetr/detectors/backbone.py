@@ -13,14 +13,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.norm import LayerNorm2d
 from timm.layers.norm_act import freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from simdetr.data.packaged_weights import PACKAGED, normalisation, timm_name
-from simdetr.data.pretrained_weights import load_into
-from simdetr.detectors.feature_pyramid import SimpleFeaturePyramid
-from simdetr.detectors.frozen_batch_norm import with_one_pass
+from simdetr.data.pretrained_weights import PACKAGED, load_into, normalisation, timm_name
 
 Between = Callable[[int, Tensor], Tensor]
 
@@ -215,3 +216,125 @@ def _freeze_before(body: nn.Module, first_trainable: str) -> None:
             return
         parameter.requires_grad_(False)
     raise AssertionError(f"no parameter of the backbone is called {first_trainable}...")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A feature pyramid from the one map of a plain vision transformer: [B, D, h, w] in, three maps of C channels out.
+#
+# Source: the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3), its strides 8, 16 and 32 for a patch of
+# 16 px (specs/detectors.md part 2).
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """Maps of twice, once and half the resolution of a transformer's map.
+
+    Args:
+        in_channels: D, width of the transformer.
+        out_channels: C, channels of every map made.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        half = in_channels // 2
+        self.scales = nn.ModuleList(
+            [
+                nn.Sequential(nn.ConvTranspose2d(in_channels, half, 2, stride=2), *_smooth(half, out_channels)),
+                nn.Sequential(*_smooth(in_channels, out_channels)),
+                nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), *_smooth(in_channels, out_channels)),
+            ]
+        )
+
+    def forward(self, tokens: Tensor) -> list[Tensor]:
+        """Map [B, D, h, w] to maps [B, C, 2h, 2w], [B, C, h, w] and [B, C, ceil(h/2), ceil(w/2)]."""
+        return [scale(tokens) for scale in self.scales]
+
+
+def _smooth(in_channels: int, out_channels: int) -> list[nn.Module]:
+    """1x1 and 3x3 convolution, each followed by layer norm over the channels."""
+    return [
+        nn.Conv2d(in_channels, out_channels, 1, bias=False),
+        LayerNorm2d(out_channels),
+        nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+        LayerNorm2d(out_channels),
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Frozen batch norm as one pass over the activations: a map [B, C, H, W] in, the same in its own precision out.
+#
+# torchvision's takes two passes and, under autocast, turns half precision into float32, which doubles the memory of
+# everything up to the next convolution. Names in a state dict are torchvision's and torch's.
+
+
+class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]
+    """Batch norm with fixed statistics and affine parameters, all of them buffers.
+
+    Args:
+        num_features: channels.
+        eps: added to the variance.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift every channel; nothing of ``x`` is kept for the backward pass."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+
+
+def with_one_pass(body: nn.Module) -> nn.Module:
+    """Put `FrozenBatchNorm` in the place of torchvision's frozen batch norms, with their buffers; returns ``body``."""
+    for parent in list(body.modules()):
+        for name, child in parent.named_children():
+            if type(child) is FrozenBatchNorm2d:
+                buffers = dict(child.named_buffers())
+                own = FrozenBatchNorm(len(buffers["weight"]), child.eps)
+                for key, value in buffers.items():
+                    setattr(own, key, value)
+                setattr(parent, name, own)
+    return body
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Padding masks: that of the images in, that of a map of any size out; and more padding where a backbone wants it.
+
+
+def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest resize of bool masks, [B, H, W] to [B, *size].
+
+    The pixels are those that ``F.interpolate(mode="nearest")`` takes, in its float32 arithmetic: spelt out because
+    other runtimes of an exported graph round otherwise where a pixel ends at the border of a cell.
+    """
+    rows, columns = (_nearest(mask.shape[axis + 1], cells, mask.device) for axis, cells in enumerate(size))
+    return mask[:, rows[:, None], columns]
+
+
+def _nearest(pixels: int, cells: int, device: torch.device) -> Tensor:
+    """One pixel for each cell, int64 [cells]."""
+    scale = torch.full((), pixels, dtype=torch.float32, device=device) / cells
+    return (torch.arange(cells, device=device) * scale).long()
+
+
+def pad_to_multiple(images: Tensor, mask: Tensor | None, multiple: int) -> tuple[Tensor, Tensor]:
+    """Zero-pad to sides that are multiples; a mask without padding shrinks to one image to save work.
+
+    Args:
+        images: [B, 3, H, W].
+        mask: bool [B, H, W], True = padding; None if no image is padded.
+        multiple: in pixels.
+
+    Returns:
+        Images, and their mask [B, H, W], or [1, H, W] and all False if no image is padded.
+    """
+    height, width = images.shape[-2:]
+    if mask is None:
+        mask = torch.zeros(1, height, width, dtype=torch.bool, device=images.device)
+    elif mask.shape != (images.shape[0], height, width):
+        raise ValueError(f"mask must be [B, H, W] = {[images.shape[0], height, width]}, got {list(mask.shape)}")
+    elif mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any():
+        mask = mask[:1]
+    extra_h, extra_w = -height % multiple, -width % multiple
+    # a compiled or exported graph pads by 0 where eager mode would not pad: it serves every size
+    if multiple > 1 and (torch.compiler.is_compiling() or extra_h or extra_w):
+        images = F.pad(images, (0, extra_w, 0, extra_h))
+        mask = F.pad(mask.expand(images.shape[0], -1, -1), (0, extra_w, 0, extra_h), value=True)
+    return images, mask

@@ -15,13 +15,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from simdetr.detectors.backbone import Backbone
+from simdetr.detectors.backbone import Backbone, pad_to_multiple, resize_mask
 from simdetr.detectors.deformable_transformer import DeformableTransformer, TransformerOutput
-from simdetr.detectors.detector import DetectorOutput, Prediction
-from simdetr.detectors.features import Features, FeatureSizes, Level, Neck, QueryDetector, levels_of, queries_of
+from simdetr.detectors.detector import (
+    DetectorOutput,
+    Features,
+    FeatureSizes,
+    Level,
+    Neck,
+    Prediction,
+    QueryDetector,
+    levels_of,
+    queries_of,
+)
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.matcher import Target
-from simdetr.detectors.padding_mask import pad_to_multiple, resize_mask
 from simdetr.detectors.position_encoding import LearnedEncoding, SineEncoding
 
 

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simdetr.detectors.deformable_attention import MSDeformAttn
-from simdetr.detectors.deformable_layers import DeformableDecoderLayer, DeformableEncoderLayer, Memory
-from simdetr.detectors.encoder_proposals import Proposals, cell_boxes
 from simdetr.detectors.position_encoding import sine_box_positions
 
 
@@ -267,3 +265,160 @@ class DeformableTransformer(nn.Module):
         embedding = sine_box_positions(reference, tokens.shape[-1] // 2)
         query, target = self.pos_trans_norm(self.pos_trans(embedding)).chunk(2, dim=-1)
         return Proposals(query, target, reference, logits, box_logits.sigmoid())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two kinds of layers of a deformable transformer: memory and queries in, refined states out.
+#
+# Source: Deformable DETR (arXiv 2010.04159), numerics of specs/detectors.md A4 and A5. Post-norm; names of parameters
+# are the original's, so ``norm1`` of a decoder layer belongs to its cross-attention. Letters: B images, C channels, L
+# levels, S cells of all levels together, Q queries.
+
+
+class Memory(NamedTuple):
+    """Flattened feature maps, as decoder layers read them."""
+
+    tokens: Tensor
+    """[B, S, C], level after level, row by row."""
+    shapes: list[tuple[int, int]]
+    """(height, width) of each level."""
+    valid_ratios: Tensor
+    """Valid fraction of width and height, [B, L, 2]."""
+    padding: Tensor | None
+    """Bool [B, S], True = padding; None if no image is padded."""
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Deformable self-attention of all cells, then a two-layer perceptron; each with residual and layer norm (A4).
+
+    Args:
+        dim: C.
+        ffn_dim: width of the perceptron.
+        dropout: probability at every residual and inside the perceptron.
+        num_levels: L.
+        num_heads: attention heads.
+        num_points: points per head and level.
+    """
+
+    def __init__(
+        self, dim: int, ffn_dim: int, dropout: float, num_levels: int, num_heads: int, num_points: int
+    ) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(dim, num_levels, num_heads, num_points)
+        self.norm1 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, memory: Memory, positions: Tensor, references: Tensor) -> Tensor:
+        """New tokens [B, S, C]; positions [B or 1, S, C], references [B, S, L, 2]."""
+        tokens = memory.tokens
+        attended = self.self_attn(tokens + positions, references, tokens, memory.shapes, memory.padding)
+        tokens = self.norm1(tokens + self.dropout(attended))
+        hidden = self.dropout(self.linear1(tokens).relu_())
+        normed: Tensor = self.norm2(tokens + self.dropout(self.linear2(hidden)))
+        return normed
+
+
+class DeformableDecoderLayer(nn.Module):
+    """Self-attention of the queries, deformable attention to the memory, perceptron (A5).
+
+    Args:
+        dim: C.
+        ffn_dim: width of the perceptron.
+        dropout: probability at every residual, inside the perceptron and in self-attention.
+        num_levels: L.
+        num_heads: attention heads.
+        num_points: points per head and level.
+    """
+
+    def __init__(
+        self, dim: int, ffn_dim: int, dropout: float, num_levels: int, num_heads: int, num_points: int
+    ) -> None:
+        super().__init__()
+        self.cross_attn = MSDeformAttn(dim, num_levels, num_heads, num_points)
+        self.norm1 = nn.LayerNorm(dim)
+        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
+        self.norm2 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, target: Tensor, query: Tensor, references: Tensor, memory: Memory) -> Tensor:
+        """New states [B, Q, C]; query positions [B, Q, C], references [B, Q, L, 2 or 4] on the padded maps."""
+        placed = target + query
+        attended = attend(self.self_attn, placed, target)
+        target = self.norm2(target + self.dropout(attended))
+        attended = self.cross_attn(target + query, references, memory.tokens, memory.shapes, memory.padding)
+        target = self.norm1(target + self.dropout(attended))
+        hidden = self.dropout(self.linear1(target).relu_())
+        normed: Tensor = self.norm3(target + self.dropout(self.linear2(hidden)))
+        return normed
+
+
+def attend(attention: nn.MultiheadAttention, placed: Tensor, values: Tensor) -> Tensor:
+    """Self-attention of queries, of which no table of weights is kept: two projections, the fused operator, one more.
+
+    Args:
+        attention: parameters, heads and dropout.
+        placed: contents and positions of the queries [B, Q, C], what they are compared by.
+        values: their contents [B, Q, C].
+    """
+    dim, heads = values.shape[-1], attention.num_heads
+    both, value = attention.in_proj_weight.split_with_sizes((2 * dim, dim))
+    both_bias, value_bias = attention.in_proj_bias.split_with_sizes((2 * dim, dim))
+    asked, found = rearrange(F.linear(placed, both, both_bias), "b q (two m d) -> two b m q d", two=2, m=heads)
+    read = rearrange(F.linear(values, value, value_bias), "b q (m d) -> b m q d", m=heads)
+    dropout = attention.dropout if attention.training else 0.0
+    attended = F.scaled_dot_product_attention(asked, found, read, dropout_p=dropout)
+    return F.linear(rearrange(attended, "b m q d -> b q (m d)"), attention.out_proj.weight, attention.out_proj.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two-stage Deformable DETR: every cell of the encoder's output proposes a box, the best ones become queries.
+#
+# In: padding masks of the levels. Out: one candidate box per cell; the transformer scores them and chooses.
+# Source: Deformable DETR section 4.2, numerics of specs/detectors.md A6.
+# Letters: B images, S cells of all levels, Q queries, C channels.
+
+
+class Proposals(NamedTuple):
+    """Queries chosen among the encoder's cells, with what the encoder's own loss needs."""
+
+    query: Tensor
+    """Positions of the queries [B, Q, C]."""
+    target: Tensor
+    """Content of the queries [B, Q, C]."""
+    reference: Tensor
+    """Boxes of the queries, cxcywh [B, Q, 4], without gradient."""
+    logits: Tensor
+    """Objectness logits of all cells [B, S, 1]."""
+    boxes: Tensor
+    """Boxes of all cells, cxcywh [B, S, 4]; 1 where a cell may not propose."""
+
+
+def cell_boxes(masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One box per cell, centred on it, with sides of 0.05 · 2^level of the image.
+
+    Args:
+        masks: bool [B, H_l, W_l] per level, True = padding.
+
+    Returns:
+        Logits of the boxes cxcywh [B, S, 4] relative to the valid image, +inf for cells that may not propose, and bool
+        [B, S] of those that may: not padding, and all four coordinates within (0.01, 0.99).
+    """
+    boxes = []
+    for level, mask in enumerate(masks):
+        height, width = mask.shape[1:]
+        valid_h = (~mask[:, :, 0]).sum(1)[:, None, None]
+        valid_w = (~mask[:, 0, :]).sum(1)[:, None, None]
+        rows = (torch.arange(height, device=mask.device) + 0.5)[:, None] / valid_h
+        columns = (torch.arange(width, device=mask.device) + 0.5)[None, :] / valid_w
+        side = torch.full_like(columns, 0.05 * 2.0**level).expand(-1, height, -1)
+        boxes.append(torch.stack((columns.expand_as(side), rows.expand_as(side), side, side), dim=-1).flatten(1, 2))
+    cxcywh = torch.cat(boxes, dim=1)
+    padding = torch.cat([mask.flatten(1) for mask in masks], dim=1)
+    usable = ((cxcywh > 0.01) & (cxcywh < 0.99)).all(-1) & ~padding
+    return torch.logit(cxcywh).masked_fill(~usable[..., None], torch.inf), usable

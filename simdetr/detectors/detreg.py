@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from simdetr.boxes import cxcywh_to_xyxy
-from simdetr.detectors.adapters import valid_sizes
 from simdetr.detectors.backbone import Backbone
 from simdetr.detectors.deformable_detr import DeformableDETR
 from simdetr.detectors.detector import Detector
+from simdetr.detectors.losses import valid_sizes
 from simdetr.detectors.matcher import Matches, Target
 
 

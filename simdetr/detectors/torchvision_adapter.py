@@ -23,8 +23,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from simdetr.boxes import denormalise, has_area, normalise
-from simdetr.detectors.adapters import in_graph, likely_objects, valid_sizes
 from simdetr.detectors.detector import Detector, DetectorOutput
+from simdetr.detectors.losses import in_graph, likely_objects, valid_sizes
 from simdetr.detectors.matcher import Target
 
 Architecture = Literal["fasterrcnn_resnet50_fpn", "fcos_resnet50_fpn", "retinanet_resnet50_fpn"]

@@ -13,27 +13,34 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from simdetr.detectors.backbone import resize_mask
+from simdetr.detectors.deformable_attention import MSDeformAttn
 from simdetr.detectors.deformable_detr import BoxHead
-from simdetr.detectors.detector import DetectorOutput, Prediction
-from simdetr.detectors.features import Features, FeatureSizes, Neck, QueryDetector, levels_of, queries_of
+from simdetr.detectors.deformable_transformer import (
+    DeformableDecoder,
+    DeformableDecoderLayer,
+    Memory,
+    cell_boxes,
+    inverse_sigmoid,
+)
+from simdetr.detectors.detector import (
+    DetectorOutput,
+    Features,
+    FeatureSizes,
+    Neck,
+    Prediction,
+    QueryDetector,
+    levels_of,
+    queries_of,
+)
 from simdetr.detectors.mask_vectors import NUM_COEFFICIENTS
 from simdetr.detectors.matcher import Target
-from simdetr.detectors.neck_free_loss import NeckFreeLoss
-from simdetr.detectors.padding_mask import resize_mask
-from simdetr.detectors.pyramid_fusion import PyramidFusion
 from simdetr.detectors.swin_ram import RamFeatures, RamSwin, create_swin
-from simdetr.detectors.vidt_heads import (
-    NeckFreeHead,
-    Perceptron,
-    map_projection,
-    project_tokens,
-    softmax_log_odds,
-    vector_head,
-)
-from simdetr.detectors.vidt_losses import VidtLoss
-from simdetr.detectors.vidt_neck import VidtNeck, flatten_maps
+from simdetr.detectors.vidt_losses import NeckFreeLoss, VidtLoss
 
 
 class ViDT(QueryDetector):
@@ -293,3 +300,286 @@ def _check_sizes(classes: int, dim: int, heads: int, layers: int, queries: int) 
     for name, value in (("num_classes", classes), ("num_decoder_layers", layers), ("num_queries", queries)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ViDT's neck, a decoder without encoder: feature maps and detection tokens in, states and boxes of every layer out.
+#
+# The maps are read as they are, without positions or level embeddings. The first prediction is the body's own; then
+# each layer adds one. Source: ViDT and ViDT+ (arXiv 2110.03921, 2204.07962), numerics and names of specs/detectors.md
+# B3, B4. Letters: B images, C channels, L levels, S cells of all levels together, Q queries (detection tokens), K
+# classes.
+
+
+def flatten_maps(maps: Sequence[Tensor], masks: Sequence[Tensor]) -> Memory:
+    """The maps as a decoder reads them.
+
+    Args:
+        maps: [B, C, h_l, w_l] per level, in any order.
+        masks: bool per level, True = padding: [B, h_l, w_l], or [1, h_l, w_l] and all False if no image is padded.
+    """
+    tokens = torch.cat([rearrange(cells, "b c h w -> b (h w) c") for cells in maps], dim=1)
+    ratios = [torch.stack(((~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)), dim=-1) for m in masks]
+    padded = masks[0].shape[0] == tokens.shape[0]
+    padding = torch.cat([mask.flatten(1) for mask in masks], dim=1) if padded else None
+    return Memory(tokens, [(m.shape[2], m.shape[3]) for m in maps], torch.stack(ratios, dim=1), padding)
+
+
+class VidtNeck(nn.Module):
+    """Decoder layers behind the body's own prediction, and classes of the maps' cells.
+
+    Args:
+        dim: C.
+        num_heads: attention heads.
+        num_layers: layers of the decoder.
+        ffn_dim: width of the perceptrons.
+        dropout: probability of dropout.
+        num_levels: L.
+        num_points: points that a head reads per level.
+        refine: each layer starts from the boxes of the one before.
+        token_classes: K, to learn the classes of cells as well (token labelling); None to leave that out.
+        class_bias: bias of the cells' class logits at the start.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_layers: int,
+        ffn_dim: int,
+        dropout: float,
+        num_levels: int,
+        num_points: int,
+        refine: bool,
+        token_classes: int | None,
+        class_bias: float,
+    ) -> None:
+        super().__init__()
+        sizes = (dim, ffn_dim, dropout, num_levels, num_heads, num_points)
+        self.decoder = DeformableDecoder((DeformableDecoderLayer(*sizes) for _ in range(num_layers)), refine)
+        self.reference_points = nn.Linear(dim, 2)
+        self.token_embed = None
+        if token_classes is not None:
+            self.enc_output = nn.Linear(dim, dim)
+            self.enc_output_norm = nn.LayerNorm(dim)
+            self.token_embed = nn.Linear(dim, token_classes)
+        self._reset_parameters(class_bias)
+
+    def _reset_parameters(self, class_bias: float) -> None:
+        """Initialise as the original does; the bias of the reference points keeps PyTorch's default."""
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        if self.token_embed is not None:
+            nn.init.constant_(self.token_embed.bias, class_bias)
+
+    def forward(
+        self, target: Tensor, query: Tensor, memory: Memory, box_heads: nn.ModuleList, num_layers: int
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """States [B, Q, C] and boxes cxcywh [B, Q, 4] of the body and each layer, 1 + ``num_layers``; points [B, Q, 2].
+
+        The points are where the body's prediction starts, fractions of the valid image.
+
+        Args:
+            target: detection tokens [B, Q, C].
+            query: their positions [B, Q, C].
+            memory: the maps.
+            box_heads: the body's box head, then one per layer.
+            num_layers: how many of the layers to run.
+        """
+        reference = self.reference_points(query).float().sigmoid()
+        offsets = box_heads[0](target).float()
+        boxes = (offsets + F.pad(inverse_sigmoid(reference), (0, 2))).sigmoid()
+        start = boxes.detach() if self.decoder.refine else reference
+        later = self.decoder(target, query, start, memory, box_heads[1 : num_layers + 1])
+        return [target, *later[0]], [boxes, *later[1]], reference
+
+    def label_cells(self, memory: Memory, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Class logits of all cells, [B, h_l, w_l, K] per level; padding and border cells count as zeros."""
+        assert self.token_embed is not None, "built without token labelling"
+        usable = cell_boxes(masks)[1]
+        cells = self.enc_output(memory.tokens.masked_fill(~usable[..., None], 0.0))
+        logits = self.token_embed(self.enc_output_norm(cells))
+        levels = logits.split_with_sizes([height * width for height, width in memory.shapes], dim=1)
+        return [
+            rearrange(level, "b (h w) k -> b h w k", h=height)
+            for level, (height, _) in zip(levels, memory.shapes, strict=True)
+        ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fusion of feature maps from coarse to fine: maps of several widths in, maps of C channels out, the coarsest first.
+#
+# Source: the efficient pyramid feature fusion of ViDT+ (arXiv 2204.07962), numerics and names of specs/detectors.md B4.
+# Letters: B images, C channels, h_l and w_l cells of level l.
+
+
+class ResidualUnit(nn.Module):
+    """Three convolutions through a quarter of the channels, added to their input.
+
+    Args:
+        dim: C, a multiple of 4.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim // 4, 1)
+        self.conv2 = nn.Conv2d(dim // 4, dim // 4, 3, padding=1)
+        self.conv3 = nn.Conv2d(dim // 4, dim, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, h, w] to the same."""
+        hidden = features
+        for convolution in (self.conv1, self.conv2, self.conv3):
+            hidden = convolution(F.relu(hidden))
+        return features + hidden
+
+
+class FusionBlock(nn.Module):
+    """Joins a map with the fused coarser one; names are the original's.
+
+    Args:
+        dim: C.
+        coarsest: there is nothing to join, the map is only refined.
+    """
+
+    def __init__(self, dim: int, coarsest: bool) -> None:
+        super().__init__()
+        self.smoothing = None if coarsest else nn.Conv2d(dim, dim, 1)
+        self.resConfUnit1 = None if coarsest else ResidualUnit(dim)
+        self.resConfUnit2 = ResidualUnit(dim)
+
+    def forward(self, features: Tensor, coarser: Tensor | None) -> Tensor:
+        """Fused map [B, C, h, w]; ``coarser`` is of any size and None at the coarsest level."""
+        if self.smoothing is not None and self.resConfUnit1 is not None and coarser is not None:
+            enlarged = F.interpolate(coarser, size=features.shape[-2:], mode="bilinear", align_corners=True)
+            features = self.smoothing(enlarged) + self.resConfUnit1(features)
+        fused: Tensor = self.resConfUnit2(features)
+        return fused
+
+
+class PyramidFusion(nn.Module):
+    """Projects every map to C channels and hands what coarse maps know to the finer ones.
+
+    Args:
+        channels: channels of the maps, fine to coarse.
+        dim: C, a multiple of 4.
+    """
+
+    def __init__(self, channels: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.num_levels = len(channels)
+        self.multi_scaler = nn.ModuleDict()
+        for level, width in enumerate(channels):
+            self.multi_scaler[f"layer_{level}_rn"] = projection = nn.Conv2d(width, dim, 1)
+            nn.init.xavier_uniform_(projection.weight)
+            assert projection.bias is not None
+            nn.init.zeros_(projection.bias)
+            self.multi_scaler[f"p_norm_{level}"] = nn.GroupNorm(math.gcd(32, dim), dim)
+            self.multi_scaler[f"refinenet_{level}"] = FusionBlock(dim, coarsest=level == len(channels) - 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Fuse the maps of one batch.
+
+        Args:
+            maps: [B, channels[l], h_l, w_l], fine to coarse.
+
+        Returns:
+            [B, C, h_l, w_l], **coarse to fine**.
+        """
+        fused: list[Tensor] = []
+        for level in reversed(range(self.num_levels)):
+            projected = self.multi_scaler[f"p_norm_{level}"](self.multi_scaler[f"layer_{level}_rn"](maps[level]))
+            fused.append(self.multi_scaler[f"refinenet_{level}"](projected, fused[-1] if fused else None))
+        return fused
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Small networks between detection tokens and predictions: projections, perceptrons, softmax classes as logits.
+#
+# Source: ViDT and ViDT+ (arXiv 2110.03921, 2204.07962), specs/detectors.md B2 to B4.
+# Letters: B images, N tokens, C channels, K classes.
+
+
+class Perceptron(nn.Module):
+    """Three linear layers with ReLU between them; names are the original's.
+
+    Args:
+        dim: C, of the input and of both hidden layers.
+        out_dim: width of the output.
+    """
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, out_dim)])
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., C] to [..., out_dim]."""
+        for layer in self.layers[:-1]:
+            states = F.relu(layer(states))
+        out: Tensor = self.layers[-1](states)
+        return out
+
+
+def vector_head(dim: int, num_coefficients: int, bias: float) -> Perceptron:
+    """Head of the masks' coefficients, which starts at 0 for the first two and at ``bias`` for the others."""
+    head = Perceptron(dim, num_coefficients)
+    last = head.layers[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    with torch.no_grad():
+        last.bias.copy_(F.pad(torch.zeros(2), (0, num_coefficients - 2), value=bias))
+    return head
+
+
+def map_projection(in_channels: int, dim: int) -> nn.Sequential:
+    """1x1 convolution to C channels and group norm, for maps [B, in_channels, h, w]."""
+    convolution = nn.Conv2d(in_channels, dim, 1)
+    nn.init.xavier_uniform_(convolution.weight)
+    assert convolution.bias is not None
+    nn.init.zeros_(convolution.bias)
+    return nn.Sequential(convolution, nn.GroupNorm(math.gcd(32, dim), dim))
+
+
+def project_tokens(projection: nn.Sequential, tokens: Tensor) -> Tensor:
+    """A map projection for tokens, [B, N, in_channels] to [B, N, C]; its group norm mixes the tokens of an image."""
+    projected: Tensor = projection(rearrange(tokens, "b n c -> b c n 1"))
+    return rearrange(projected, "b c n 1 -> b n c")
+
+
+class NeckFreeHead(nn.Module):
+    """Softmax classes, "no object" among them, and boxes from the body's tokens alone.
+
+    Args:
+        token_channels: width of the tokens.
+        dim: C.
+        num_classes: K.
+    """
+
+    def __init__(self, token_channels: int, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.input_proj = map_projection(token_channels, dim)
+        self.class_embed = Perceptron(dim, num_classes + 1)
+        self.bbox_embed = Perceptron(dim, 4)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, N, token_channels] to softmax logits [B, N, K + 1] and boxes cxcywh [B, N, 4]."""
+        states = project_tokens(self.input_proj, tokens)
+        return self.class_embed(states), self.bbox_embed(states).float().sigmoid()
+
+
+def softmax_log_odds(logits: Tensor) -> Tensor:
+    """Logits whose sigmoid is the softmax probability of each class.
+
+    Args:
+        logits: [..., K + 1], the last for "no object".
+
+    Returns:
+        float32 [..., K].
+    """
+    log_probability = logits.float().log_softmax(dim=-1)[..., :-1]
+    rest = -torch.expm1(log_probability)
+    return log_probability - rest.clamp(min=torch.finfo(torch.float32).eps).log()

@@ -15,12 +15,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
 
 from simdetr.boxes import cxcywh_to_xyxy, denormalise, paired_iou
+from simdetr.detectors.detector import DetectorOutput
 from simdetr.detectors.losses import DetectionLoss
-from simdetr.detectors.mask_vectors import crop_masks, encode_crops
-from simdetr.detectors.matcher import FOCAL_ALPHA, FOCAL_GAMMA, Matches, Target, at_least_float32
-from simdetr.detectors.token_labels import token_losses, token_targets
+from simdetr.detectors.mask_vectors import crop_masks, encode_crops, portions
+from simdetr.detectors.matcher import (
+    FOCAL_ALPHA,
+    FOCAL_GAMMA,
+    HungarianMatcher,
+    Matches,
+    Target,
+    at_least_float32,
+    pad_targets,
+)
 
 _VECTOR_SCALE = 3.0  # of the original, within its loss
 
@@ -221,3 +230,167 @@ def _target_crops(target: Target, device: torch.device) -> Tensor:
     """Masks of one image within their boxes, [T, S, S]."""
     masks, boxes = (target[name].to(device, non_blocking=True) for name in ("masks", "boxes"))
     return crop_masks(masks, denormalise(boxes, (masks.shape[1], masks.shape[2])))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss of the ViDT without a neck: softmax classes, boxes and the targets of a batch in, a dictionary of scalars out.
+#
+# Source: DETR (arXiv 2005.12872), definitions and weights of specs/detectors.md B2.
+# Letters: N layers, B images, Q queries, K classes, T targets of one image.
+
+
+class ProbabilityMatcher(HungarianMatcher):
+    """A Hungarian matcher whose class term is the probability of the target's class, negative.
+
+    Args:
+        class_cost: weight of the class term.
+        box_cost: weight of the L1 distance of boxes.
+        giou_cost: weight of the generalised IoU.
+    """
+
+    def __init__(self, class_cost: float = 2.0, box_cost: float = 5.0, giou_cost: float = 2.0) -> None:
+        super().__init__(0.0, box_cost, giou_cost)
+        self.probability_cost = class_cost
+
+    @torch.no_grad()
+    def costs(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Sequence[Target]) -> Tensor:
+        """Costs [N, B, Q, T] of all pairs within each image; arguments as ``HungarianMatcher.costs``."""
+        labels = pad_targets(targets)[0].to(logits.device)
+        chosen = labels[None, :, None, :].expand(logits.shape[0], -1, logits.shape[2], -1)
+        probability = at_least_float32(logits).sigmoid().gather(3, chosen)
+        return super().costs(logits, boxes_cxcywh, targets) - self.probability_cost * probability.nan_to_num(0.0)
+
+
+class NeckFreeLoss(nn.Module):
+    """Cross-entropy with a class for "no object", L1 and generalised IoU losses of one layer of predictions.
+
+    Args:
+        class_weight: weight of the cross-entropy in the total.
+        box_weight: weight of the L1 loss of boxes in the total.
+        giou_weight: weight of the generalised IoU loss in the total.
+        no_object_weight: weight of queries without an object in the cross-entropy.
+    """
+
+    def __init__(
+        self,
+        class_weight: float = 1.0,
+        box_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        no_object_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.box_loss = DetectionLoss(0.0, box_weight, giou_weight)
+        self.box_loss.matcher = ProbabilityMatcher()
+        self.class_weight, self.no_object_weight = class_weight, no_object_weight
+
+    def forward(self, class_logits: Tensor, outputs: DetectorOutput, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Match and sum.
+
+        Args:
+            class_logits: softmax logits [B, Q, K + 1], the last for "no object".
+            outputs: ``pred_logits`` with the probabilities of ``class_logits``, and ``pred_boxes``.
+            targets: ``labels`` and ``boxes`` of each image; images may be empty.
+
+        Returns:
+            ``loss``, the weighted total, and its terms unweighted: ``loss_ce``, ``loss_bbox``, ``loss_giou``.
+
+        Raises:
+            ValueError: targets that do not fit the batch or the number of classes.
+        """
+        matched = self.box_loss.match(outputs, targets)
+        terms = self.box_loss.of_matched(outputs, targets, matched)
+        image, query, target = (indices[-1].to(class_logits.device) for indices in matched.decoder)
+        no_object = class_logits.shape[-1] - 1
+        wanted = torch.full(class_logits.shape[:2], no_object, device=class_logits.device)
+        wanted[image, query] = pad_targets(targets)[0].to(class_logits.device)[image, target]
+        weights = torch.ones(no_object + 1, device=class_logits.device)
+        weights[no_object] = self.no_object_weight
+        loss_ce = F.cross_entropy(class_logits.flatten(0, 1).float(), wanted.flatten(), weights)
+        return {**terms, "loss_ce": loss_ce, "loss": terms["loss"] + self.class_weight * loss_ce}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Token labelling: masks and classes of a batch in, the classes that each cell of a feature map covers out; its losses.
+#
+# Channel c of a target is the share of the cell's area that objects of class c cover, so that the channels of a cell
+# sum to the share of foreground. The original has one class too many, 0, which no object has, and uses its channel for
+# the foreground; ``foreground_channel`` does the same, for data whose classes start at 1. Source: ViDT+ (arXiv
+# 2204.07962), after token labelling (arXiv 2104.10858); definitions of specs/detectors.md B4. Letters: B images, T
+# objects of one image, K classes, H and W of the padded batch, h and w of a feature map.
+
+
+@torch.no_grad()
+def token_targets(
+    targets: Sequence[Target],
+    num_classes: int,
+    canvas_hw: tuple[int, int],
+    maps_hw: Sequence[tuple[int, int]],
+    foreground_channel: bool = False,
+) -> list[Tensor]:
+    """Classes that each cell covers.
+
+    Args:
+        targets: ``masks`` bool or uint8 [T, h, w] of each valid image, which lies at the top left of the canvas, and
+            ``labels`` [T]. Where masks overlap, the earlier one counts.
+        num_classes: K.
+        canvas_hw: height and width of the padded batch in pixels.
+        maps_hw: height and width of each feature map; it covers the canvas.
+        foreground_channel: channel 0 is the share of all objects in place of class 0's.
+
+    Returns:
+        float32 [B, h, w, K] of each map, from 0 to 1.
+
+    Raises:
+        ValueError: a mask is larger than the canvas.
+    """
+    images = [_image_targets(target, num_classes, canvas_hw, maps_hw) for target in targets]
+    levels = [torch.stack(level).permute(0, 2, 3, 1) for level in zip(*images, strict=True)]
+    if foreground_channel:
+        for level in levels:
+            level[..., 0] = level.sum(dim=3)
+    return levels
+
+
+def _image_targets(
+    target: Target, num_classes: int, canvas_hw: tuple[int, int], maps_hw: Sequence[tuple[int, int]]
+) -> list[Tensor]:
+    """Shares of one image, float32 [K, h, w] per map: objects are pooled one by one, since K can be thousands."""
+    masks, labels = target["masks"].bool(), target["labels"]
+    below, right = canvas_hw[0] - masks.shape[1], canvas_hw[1] - masks.shape[2]
+    if below < 0 or right < 0:
+        raise ValueError(f"canvas_hw: expected at least the masks' {tuple(masks.shape[1:])}, got {tuple(canvas_hw)}")
+    visible = F.pad(masks & (masks.cumsum(dim=0, dtype=torch.int16) == 1), (0, right, 0, below))
+    found = [torch.zeros(num_classes, *size, device=masks.device) for size in maps_hw]
+    for part in portions(*visible.shape):
+        pixels = visible[part, None].float()
+        for level, size in zip(found, maps_hw, strict=True):
+            level.index_add_(0, labels[part], F.adaptive_avg_pool2d(pixels, size)[:, 0])
+    return found
+
+
+def token_losses(
+    tokens: Sequence[Tensor], targets: Sequence[Tensor], alpha: float = FOCAL_ALPHA, gamma: float = FOCAL_GAMMA
+) -> tuple[Tensor, Tensor]:
+    """Focal and dice loss of feature maps, summed over maps and images, not yet divided by the number of boxes.
+
+    Args:
+        tokens: logits [B, h, w, K] of each map.
+        targets: shares of the same shapes.
+        alpha: weight of positives against negatives in the focal loss.
+        gamma: how much the focal loss plays down easy examples.
+
+    Returns:
+        The focal loss, a mean over cells and a sum over classes, and 1 - dice over all cells and classes.
+    """
+    focal, dice = [], []
+    for cells, shares in zip(tokens, targets, strict=True):
+        logits, wanted = at_least_float32(cells).flatten(1, 2), shares.flatten(1, 2)
+        focal.append(sigmoid_focal_loss(logits, wanted.to(logits), alpha, gamma).mean(dim=1).sum())
+        dice.append(_dice(logits.sigmoid().flatten(1), wanted.flatten(1)).sum())
+    return torch.stack(focal).sum(), torch.stack(dice).sum()
+
+
+def _dice(probabilities: Tensor, shares: Tensor) -> Tensor:
+    """1 - the dice coefficient of rows, [B, n] to [B]; 1 is added to both of its parts, for images without objects."""
+    common = (probabilities * shares).sum(dim=1)
+    return 1.0 - (2.0 * common + 1.0) / (probabilities.sum(dim=1) + shares.sum(dim=1) + 1.0)

@@ -1,37 +1,30 @@
-"""Measures, pictures and the report: labels and predictions in, numbers and pages for people out."""
+"""Numbers: human labels and predictions in, the field's scores out.
+
+In reading order:
+
+    coco_metric          average precision as COCO defines it, overall and per class
+    recall               how many objects are found, whatever their class
+    point_metric         landmarks: accuracy, errors and point-AP
+    heat_map_boxes       score map of an image -> boxes around its high values
+    localisation_metric  MaxBoxAcc, MaxBoxAccV2, PxAP
+    compare              rows of trainings -> means over seeds
+"""
 
 from simdetr.evaluation.coco_metric import coco_metrics, per_class_ap
 from simdetr.evaluation.compare import comparison_table
-from simdetr.evaluation.drawing import class_colour, draw_boxes, draw_points, write_pictures
 from simdetr.evaluation.heat_map_boxes import heat_map_boxes
-from simdetr.evaluation.heat_map_drawing import draw_heat_map
 from simdetr.evaluation.localisation_metric import LocalisationMetric, PixelAveragePrecision
-from simdetr.evaluation.loss_flow import draw_flow
-from simdetr.evaluation.montages import class_montage, contact_sheet
 from simdetr.evaluation.point_metric import per_class_point_metrics, point_metrics
-from simdetr.evaluation.proposal_recall import proposal_recall
-from simdetr.evaluation.report import ReportData, write_report
-from simdetr.evaluation.run_folder import collect_run
+from simdetr.evaluation.recall import proposal_recall
 
 __all__ = [
     "LocalisationMetric",
     "PixelAveragePrecision",
-    "ReportData",
-    "class_colour",
-    "class_montage",
     "coco_metrics",
-    "collect_run",
     "comparison_table",
-    "contact_sheet",
-    "draw_boxes",
-    "draw_flow",
-    "draw_heat_map",
-    "draw_points",
     "heat_map_boxes",
     "per_class_ap",
     "per_class_point_metrics",
     "point_metrics",
     "proposal_recall",
-    "write_pictures",
-    "write_report",
 ]

@@ -1,10 +1,33 @@
-"""Heads on detectors and backbones: the contract, landmarks, weakly supervised localisation."""
+"""Heads on detectors and backbones: the contract, landmarks, weakly supervised localisation.
+
+In reading order:
+
+    head                 the contract of heads
+    headed               a detector or a backbone with a head on it
+    landmarks            landmark head: class and reference point
+    landmark_targets     landmarks of a batch as tensors of one shape
+    landmark_losses      class loss and class-weighted point loss
+    landmark_grid        landmarks by subregions of a map
+    landmark_queries     landmarks by queries of a decoder
+    localisation         localisation from image-level labels
+    attention            what it looks at: non-local attention and the three masks
+    localisation_losses  its losses
+    score_maps           its score maps and their boxes
+    query_mil            localisation by the queries of a detector
+"""
 
 from simdetr.heads.head import Head, HeadLosses
-from simdetr.heads.headed_backbone import HeadedBackbone
-from simdetr.heads.headed_detector import HeadedDetector
+from simdetr.heads.headed import HeadedBackbone, HeadedDetector
 from simdetr.heads.landmarks import LandmarkHead
 from simdetr.heads.localisation import LocalisationHead
 from simdetr.heads.query_mil import QueryMILHead
 
-__all__ = ["Head", "HeadLosses", "HeadedBackbone", "HeadedDetector", "LandmarkHead", "LocalisationHead", "QueryMILHead"]
+__all__ = [
+    "Head",
+    "HeadLosses",
+    "HeadedBackbone",
+    "HeadedDetector",
+    "LandmarkHead",
+    "LocalisationHead",
+    "QueryMILHead",
+]

@@ -7,14 +7,15 @@ Letters: B images, K classes.
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from simdetr.detectors.features import Features, FeatureSizes, Level
+from simdetr.detectors.detector import Features, FeatureSizes, Level
 from simdetr.detectors.matcher import Target
 
 Need = Literal["levels", "queries"]
@@ -148,3 +149,42 @@ def prefixed(name: str, losses: HeadLosses) -> dict[str, Tensor]:
     """Terms and diagnostics under the head's name, for the log."""
     both: Mapping[str, Tensor] = {**losses.terms, **losses.diagnostics}
     return {f"{name}_{key}": value for key, value in both.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts of a headed detector as plain data, and back: ``class_path`` and ``init_args``, as configs have them.
+#
+# Only classes of simdetr are built: a checkpoint must not name arbitrary code.
+
+
+def described(part: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Class and ``init_args`` of a built part, which keeps them."""
+    return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": dict(part.init_args)}
+
+
+def part_class(class_path: str, base: type) -> Callable[..., Any]:
+    """The class that a description names.
+
+    Raises:
+        ValueError: it is no subclass of ``base`` within simdetr.
+    """
+    module_name, _, class_name = class_path.rpartition(".")
+    allowed = module_name.split(".")[0] == "simdetr"
+    found = getattr(importlib.import_module(module_name), class_name, None) if allowed else None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"class_path: expected a {base.__name__} of simdetr, got {class_path!r}.")
+    return found
+
+
+def factory(part: Any, base: type) -> Callable[[Any], Any]:  # noqa: ANN401
+    """A function of the one argument that a description lacks (sizes, or number of classes).
+
+    Args:
+        part: such a function already, or a description.
+        base: what it has to make.
+    """
+    if not isinstance(part, Mapping):
+        made: Callable[[Any], Any] = part
+        return made
+    found, arguments = part_class(part["class_path"], base), dict(part.get("init_args") or {})
+    return lambda first: found(first, **arguments)

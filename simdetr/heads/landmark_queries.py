@@ -15,16 +15,10 @@ from torch import Tensor, nn
 
 from simdetr.boxes import batched_giou, cxcywh_to_xyxy
 from simdetr.detectors.deformable_transformer import inverse_sigmoid
-from simdetr.detectors.features import Features, FeatureSizes, Queries
+from simdetr.detectors.detector import Features, FeatureSizes, Queries
 from simdetr.detectors.matcher import HungarianMatcher, at_least_float32, focal_class_cost
 from simdetr.heads.head import check_finite
-from simdetr.heads.landmark_losses import (
-    LandmarkRule,
-    background_loss,
-    landmark_losses,
-    point_error,
-    record_logits,
-)
+from simdetr.heads.landmark_losses import LandmarkRule, background_loss, landmark_losses, point_error, record_logits
 from simdetr.heads.landmark_targets import LandmarkTargets, Samples, point_units
 
 CLASS_COST, POINT_COST, BOX_COST, GIOU_COST = 2.0, 5.0, 5.0, 2.0

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from simdetr.detectors.features import Level
+from simdetr.detectors.detector import Level
 from simdetr.detectors.matcher import Target, pad_targets, to_device
-from simdetr.heads.landmark_cells import valid_cells
+from simdetr.heads.landmark_grid import valid_cells
 from simdetr.heads.landmark_losses import SampleLosses, Unit
 
 

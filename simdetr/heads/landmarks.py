@@ -14,12 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from simdetr.detectors.features import Features, FeatureSizes
+from simdetr.detectors.detector import Features, FeatureSizes
 from simdetr.detectors.losses import global_mean_count
 from simdetr.detectors.matcher import Target
 from simdetr.heads.head import Head, HeadLosses, check_choice, check_needs, check_targets
-from simdetr.heads.landmark_cells import Selection
-from simdetr.heads.landmark_grid import GridLandmarks, GridOutputs, PointOutput
+from simdetr.heads.landmark_grid import GridLandmarks, GridOutputs, PointOutput, Selection
 from simdetr.heads.landmark_losses import ClassWeight, LandmarkRule, Mode, Unit, WeightGradient
 from simdetr.heads.landmark_queries import QueryLandmarks, QueryOutputs
 from simdetr.heads.landmark_targets import LandmarkTargets

@@ -15,10 +15,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from simdetr.detectors.features import Features, FeatureSizes, Level
+from simdetr.detectors.detector import Features, FeatureSizes, Level
 from simdetr.detectors.matcher import Target, at_least_float32
-from simdetr.heads.attention_tap import AttentionTap, EmbedFrom, Tap, check_level, checked_taps
-from simdetr.heads.foreground_masks import DROPPED, check_thresholds, importance_map
+from simdetr.heads.attention import (
+    DROPPED,
+    AttentionTap,
+    EmbedFrom,
+    Tap,
+    check_level,
+    check_thresholds,
+    checked_taps,
+    importance_map,
+)
 from simdetr.heads.head import Head, HeadLosses, check_choice, check_targets
 from simdetr.heads.localisation_losses import (
     ClassLoss,

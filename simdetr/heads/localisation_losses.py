@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simdetr.detectors.matcher import Target
-from simdetr.heads.foreground_masks import BACKGROUND, DROPPED, FOREGROUND
+from simdetr.heads.attention import BACKGROUND, DROPPED, FOREGROUND
 
 Distance = Literal["euclidean", "cosine"]
 Reduction = Literal["mean", "sum"]

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simdetr.detectors.features import Features, FeatureSizes
+from simdetr.detectors.detector import Features, FeatureSizes
 from simdetr.detectors.matcher import Target, at_least_float32
-from simdetr.heads.attention_tap import AttentionTap, Tap, check_level, checked_taps
-from simdetr.heads.foreground_masks import check_thresholds
+from simdetr.heads.attention import AttentionTap, Tap, check_level, check_thresholds, checked_taps
 from simdetr.heads.head import Head, HeadLosses, check_choice, check_targets
 from simdetr.heads.localisation_losses import (
     Distance,

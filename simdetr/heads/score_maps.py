@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simdetr.boxes import normalise
 from simdetr.evaluation.heat_map_boxes import heat_map_boxes
-from simdetr.heads.foreground_masks import normalised_attention
+from simdetr.heads.attention import normalised_attention
 
 MapSource = Literal["last_attention", "first_attention", "importance", "dropped_foreground", "cam", "product"]
 """What a score map shows.

@@ -1,4 +1,21 @@
-"""Training: labelled images and a detector in, a trained detector and the labels it gives out."""
+"""Training: labelled images and a detector in, a trained detector and the labels it gives out.
+
+In reading order:
+
+    datamodule      images and labels of one training
+    sampler         batches that depend only on (seed, epoch, step)
+    detection_task  one detector learning boxes and classes; validation scores
+    optimisation    parameter groups, schedules, the end at convergence
+    train           one training to its end, from where it stopped
+    run_folder      where a run keeps things, and which of its steps are done
+    progress        bars with rate and time left
+    relabel         detections over a set of images: labels of the next stage, predictions
+    fusion          what becomes of the labels before and the detections
+    inference       predict and evaluate
+    auto_batch      the largest batch that fits the device
+    recipe_choice   no config -> the recipe that fits machine and images
+    run_time        how long a run will take
+"""
 
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.detection_task import DetectionTask, NonFiniteLossError
@@ -6,22 +23,17 @@ from simdetr.training.optimisation import lr_factor, parameter_groups
 from simdetr.training.relabel import InferenceSettings, detect, relabel
 from simdetr.training.run_folder import RunFolder, RunMismatchError
 from simdetr.training.train import train
-from simdetr.training.weights import LoadReport, load_detector, load_weights, save_detector
 
 __all__ = [
     "DetectionData",
     "DetectionTask",
     "InferenceSettings",
-    "LoadReport",
     "NonFiniteLossError",
     "RunFolder",
     "RunMismatchError",
     "detect",
-    "load_detector",
-    "load_weights",
     "lr_factor",
     "parameter_groups",
     "relabel",
-    "save_detector",
     "train",
 ]

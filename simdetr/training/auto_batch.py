@@ -20,8 +20,8 @@ import torch
 from pytorch_lightning.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 
-from simdetr.data.atomic_files import atomic_path
 from simdetr.data.dataset import Batch
+from simdetr.data.storage import atomic_path
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.run_folder import RunFolder
 from simdetr.training.train import Training

@@ -16,19 +16,18 @@ import numpy as np
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
+from simdetr.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Mosaic, eval_transforms, train_transforms
 from simdetr.data.coco import read_coco
 from simdetr.data.dataset import DetectionDataset, collate
 from simdetr.data.image_level import image_level as image_level_of
 from simdetr.data.image_level import read_image_level
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Category, LabelError, Labels, read_labels
-from simdetr.data.mosaic import Mosaic
+from simdetr.data.machine import default_workers
 from simdetr.data.protocols import first_images
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.reference_points import ReferencePoints, with_reference_points
-from simdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transforms, train_transforms
-from simdetr.machine import default_workers
-from simdetr.training.epoch_sampler import EpochBatchSampler, ResumableLoader, ShareBatchSampler
+from simdetr.training.sampler import EpochBatchSampler, ResumableLoader, ShareBatchSampler
 
 LOG = logging.getLogger(__name__)
 SHORT_SIDES, MAX_SIDE = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), 1333

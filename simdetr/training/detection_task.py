@@ -6,27 +6,31 @@ carry what is needed to rebuild the detector. Source: seed 003 Eq. 1-2, specs/de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simdetr.data.dataset import Batch, item_seed
+from simdetr.data.labels import ImageLabels, Labels
 from simdetr.data.pretrained_weights import load_backbone_weights, load_into
 from simdetr.detectors.detector import Detector
 from simdetr.detectors.losses import DetectionLoss
-from simdetr.detectors.predictions import Findings, findings
+from simdetr.detectors.predictions import Detections, Findings, findings
+from simdetr.evaluation.coco_metric import coco_metrics
+from simdetr.evaluation.point_metric import point_metrics
+from simdetr.evaluation.recall import proposal_recall
+from simdetr.exchange.weights import LoadReport, checkpoint_config, class_tensors, load_weights
 from simdetr.training.datamodule import DetectionData
-from simdetr.training.loss_watch import PendingLosses
 from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_groups
-from simdetr.training.random_start import check_start, fixed_parts
 from simdetr.training.run_folder import detector_folder
-from simdetr.training.weights import LoadReport, checkpoint_config, class_tensors, load_weights
 
 
 class NonFiniteLossError(RuntimeError):
@@ -229,3 +233,190 @@ class DetectionTask(pl.LightningModule):
         """Add what rebuilds the detector: its class, arguments, categories and image sizes; plain types only."""
         data: Any = getattr(self.trainer, "datamodule", None)
         checkpoint["simdetr"] = checkpoint_config(self.detector, data)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The losses of a training step on their way to the host, without the host waiting for the GPU.
+#
+# In: the loss tensors of a batch. Out: their values and whether those of all processes are finite, asked for once the
+# backward pass is queued: by then the few numbers have long arrived, while the GPU still has work to do.
+
+
+class PendingLosses:
+    """One asynchronous copy of all losses of a step.
+
+    Args:
+        batch: What the losses are of.
+        losses: Scalars by name, on one device.
+    """
+
+    def __init__(self, batch: Batch, losses: Mapping[str, Tensor]) -> None:
+        self.batch, self._names = batch, tuple(losses)
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        broken = (~values.isfinite()).any().float()[None]
+        if dist.is_available() and dist.is_initialized():
+            # a process alone in stopping would leave the others waiting, or let them step on its broken gradients
+            dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+        on_gpu = values.device.type == "cuda"
+        self._host = torch.cat((values, broken)).to("cpu", non_blocking=on_gpu)
+        self._arrived = torch.cuda.current_stream(values.device).record_event() if on_gpu else None
+
+    def read(self) -> tuple[dict[str, Tensor], bool]:
+        """Values by name, scalars on the CPU, and whether those of all processes are finite."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        *values, broken = self._host.unbind()
+        return dict(zip(self._names, values, strict=True)), not bool(broken)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Is a detector about to learn on a backbone whose random weights it must not change? Detector in, an error out.
+#
+# Frozen batch norm and frozen layers are for weights that were learnt: random ones stay random for good. Whether
+# weights came, by whatever way, is read off the network's normalisation layers, which no training leaves at their
+# start.
+
+
+_NAMES_SHOWN = 2
+
+
+class RandomStartError(ValueError):
+    """A training would start from random weights that are frozen."""
+
+
+def fixed_parts(detector: Detector) -> list[str]:
+    """Names of the feature network's parts that a training does not change: frozen batch norms, frozen parameters."""
+    body = detector.get_submodule(detector.body_name)
+    norms = [name for name, module in body.named_modules() if "FrozenBatchNorm" in type(module).__name__]
+    # positions are often constants by design
+    frozen = [
+        name
+        for name, parameter in body.named_parameters()
+        if not parameter.requires_grad and not name.endswith("pos_embed")
+    ]
+    return [*norms, *frozen]
+
+
+def is_untrained(network: nn.Module) -> bool:
+    """Whether every normalisation layer is as it was made; False for a network without any, which does not tell."""
+    batch_norms = [module for module in network.modules() if hasattr(module, "running_mean")]
+    if batch_norms:
+        return all(_all_are(norm.running_mean, 0.0) and _all_are(norm.running_var, 1.0) for norm in batch_norms)
+    norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)]
+    affine = [norm for norm in norms if norm.weight is not None and norm.bias is not None]
+    return bool(affine) and all(_all_are(norm.weight, 1.0) and _all_are(norm.bias, 0.0) for norm in affine)
+
+
+def _all_are(values: object, wanted: float) -> bool:
+    return isinstance(values, Tensor) and bool((values == wanted).all())
+
+
+def check_start(detector: Detector, fixed: list[str]) -> None:
+    """Refuse a training that would keep random weights.
+
+    Args:
+        detector: With the weights that the training starts from.
+        fixed: Its ``fixed_parts``.
+
+    Raises:
+        RandomStartError: Some parts are fixed, and the feature network was never trained.
+    """
+    if not fixed or not is_untrained(detector.get_submodule(detector.body_name)):
+        return
+    shown = ", ".join(fixed[:_NAMES_SHOWN]) + (", …" if len(fixed) > _NAMES_SHOWN else "")
+    options = thawing(detector)
+    or_learn = f", or let all of it learn ({', '.join(options)})" if options else ""
+    raise RandomStartError(
+        f"detector: its backbone starts from random weights, and {len(fixed)} of its parts are frozen ({shown}) and "
+        "would stay random. Give it weights (pretrained_backbone: true, --model.backbone_weights FILE, or a trained "
+        f"detector to start from){or_learn}."
+    )
+
+
+def thawing(detector: Detector) -> list[str]:
+    """The arguments that would leave nothing of its backbone fixed, as ``name: value``, if it has others."""
+    thawed = detector.thawed(detector.init_args)
+    return [f"{name}: {str(value).lower()}" for name, value in _changed(detector.init_args, thawed).items()]
+
+
+def _changed(before: dict[str, object], after: dict[str, object]) -> dict[str, object]:
+    """What differs in nested arguments, by the innermost names."""
+    found: dict[str, object] = {}
+    for name, value in after.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            found |= _changed(old, value)
+        elif value != old:
+            found[name] = value
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores of a validation run: detections of ``DetectionTask.validation_step`` in, COCO numbers in the log out.
+#
+# A callback, so that the task knows nothing of metrics. Detections of all ranks are gathered; every rank logs the same.
+
+
+class CocoValidation(Callback):
+    """Logs AP (or class-agnostic recall) of the validation images after each validation epoch, and scores of points.
+
+    Args:
+        class_agnostic: Log recall whatever the class, for pretraining on pseudo-classes.
+    """
+
+    def __init__(self, class_agnostic: bool = False) -> None:
+        self.class_agnostic = class_agnostic
+        self._rows: list[tuple[ImageLabels, ImageLabels]] = []
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the last epoch."""
+        self._rows = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch's detections."""
+        image_ids = _validation_labels(trainer).image_ids
+        for target, found in zip(batch.targets if batch is not None else [], outputs, strict=True):
+            image_id = image_ids[int(target["image_index"])]
+            size_hw = (int(target["orig_size"][0]), int(target["orig_size"][1]))
+            self._rows.append((_as_labels(image_id, size_hw, found[0]), _as_labels(image_id, size_hw, found[1])))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gather, score and log."""
+        if trainer.sanity_checking:
+            return
+        truth = _validation_labels(trainer)
+        rows = self._gathered(trainer)
+        categories = trainer.datamodule.categories  # type: ignore[attr-defined]
+        found, objects = (Labels.from_images((row[index] for row in rows), categories) for index in range(2))
+        scores = proposal_recall(truth, objects) if self.class_agnostic else coco_metrics(truth, found)
+        if truth.points is not None and found.points is not None:
+            scores = scores | point_metrics(truth, found, objects)
+        for name, value in scores.items():
+            # every rank has the same value; without sync_dist Lightning warns
+            pl_module.log(f"val/{name}", value, prog_bar=name in ("AP", "AR@100"), sync_dist=True)
+
+    def _gathered(self, trainer: pl.Trainer) -> list[tuple[ImageLabels, ImageLabels]]:
+        if trainer.world_size == 1:
+            return self._rows
+        parts: list[list[tuple[ImageLabels, ImageLabels]]] = [[] for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(parts, self._rows)
+        return [row for part in parts for row in part]
+
+
+def _as_labels(image_id: str, size_hw: tuple[int, int], found: Detections) -> ImageLabels:
+    columns = (found[name].float().cpu().numpy() for name in ("boxes_xyxy", "labels", "scores"))
+    points = found["points"].float().cpu().numpy() if "points" in found else None
+    return ImageLabels.build(image_id, size_hw, *columns, points=points)
+
+
+def _validation_labels(trainer: pl.Trainer) -> Labels:
+    labels: Labels = trainer.datamodule.val_labels  # type: ignore[attr-defined]
+    return labels

@@ -22,16 +22,15 @@ from torchvision import tv_tensors
 
 from simdetr import boxes as box_ops
 from simdetr.data import masks as mask_codes
+from simdetr.data.augmentation import eval_transforms
 from simdetr.data.dataset import DetectionDataset, collate, pixel_boxes
 from simdetr.data.images import ImageSource
 from simdetr.data.labels import Category, ImageLabels, Labels, read_labels, write_labels
+from simdetr.data.machine import default_workers
 from simdetr.data.quarantine import Quarantine
-from simdetr.data.transforms import eval_transforms
 from simdetr.detectors.mask_vectors import decode_masks, portions
 from simdetr.detectors.predictions import Detections, best_per_query, postprocess
-from simdetr.machine import default_workers
-from simdetr.training.fusion import Fusion, fuse
-from simdetr.training.inheritance import inherit
+from simdetr.training.fusion import Fusion, fuse, inherit
 
 LOG = logging.getLogger(__name__)
 Progress = Callable[[int], None]

@@ -20,8 +20,8 @@ import yaml
 from filelock import FileLock, Timeout
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from simdetr.data.atomic_files import atomic_path
-from simdetr.training.weights import is_saved
+from simdetr.data.storage import atomic_path
+from simdetr.exchange.weights import is_saved
 
 LOG = logging.getLogger(__name__)
 

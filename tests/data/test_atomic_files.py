@@ -1,6 +1,6 @@
 import pytest
 
-from simdetr.data.atomic_files import atomic_path
+from simdetr.data.storage import atomic_path
 
 
 def test_target_appears_only_when_the_block_ends_well(tmp_path):

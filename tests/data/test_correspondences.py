@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from simdetr.data.correspondences import COLUMNS, correspondences
 from simdetr.data.labels import Category, ImageLabels, Labels
-from simdetr.data.map_projection import Camera, MapLandmarks, Pose, View, map_targets
+from simdetr.data.map3d import COLUMNS, Camera, MapLandmarks, Pose, View, correspondences, map_targets
 
 CAMERA = Camera.from_field_of_view(60, 1280, 720)
 MAP = (Category(1, "mark"), Category(2, "sign"))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from simdetr.data.images import ImageSource, UnreadableImageError, open_images, read_image
-from simdetr.data.locations import locate
+from simdetr.data.storage import locate
 
 GREY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
 

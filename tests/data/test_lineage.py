@@ -6,8 +6,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from simdetr.data.coco import read_coco, write_coco
-from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, read_labels, write_labels
-from simdetr.data.lineage import LINEAGE_COLUMNS, Lineage
+from simdetr.data.labels import (
+    LINEAGE_COLUMNS,
+    Category,
+    ImageLabels,
+    LabelError,
+    Labels,
+    Lineage,
+    read_labels,
+    write_labels,
+)
 
 BOX = [0, 0, 5, 5]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from simdetr.data.locations import below, files_below, locate, write_whole
+from simdetr.data.storage import below, files_below, locate, write_whole
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from simdetr.data.labels import LabelError
-from simdetr.data.map_file import read_map
-from simdetr.data.map_projection import map_targets
+from simdetr.data.map3d import map_targets, read_map
 
 EYE = np.eye(3).tolist()
 

@@ -5,7 +5,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from simdetr.data.labels import Category, read_labels, write_labels
-from simdetr.data.map_projection import Camera, MapLandmarks, Pose, View, back_project, map_targets, project
+from simdetr.data.map3d import Camera, MapLandmarks, Pose, View, back_project, map_targets, project
 
 IDENTITY = Pose(np.eye(3), np.zeros(3))
 CATEGORIES = (Category(1, "mark"), Category(2, "sign"))

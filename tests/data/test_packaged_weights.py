@@ -12,13 +12,20 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from simdetr.data import packaged_weights
+from simdetr.data import pretrained_weights as packaged_weights
 from simdetr.data.images import open_images, read_image
-from simdetr.data.packaged_weights import PACKAGED, PackagedWeights, in_order_of, normalisation, timm_name
-from simdetr.data.pretrained_weights import PretrainedWeightsError, load_into
+from simdetr.data.pretrained_weights import (
+    PACKAGED,
+    PackagedWeights,
+    PretrainedWeightsError,
+    in_order_of,
+    load_into,
+    normalisation,
+    timm_name,
+)
 from simdetr.detectors import DeformableDETR
-from simdetr.proposals import TimmEncoder
-from simdetr.training.weights import checkpoint_config, load_detector, save_detector
+from simdetr.exchange.weights import checkpoint_config, load_detector, save_detector
+from simdetr.mining import TimmEncoder
 
 
 def installed(word: str) -> PackagedWeights:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simdetr.data.scene_drawing import SHAPES, TEXTURES
-from simdetr.data.scenes import PLAIN_CLASSES, SCENE_CLASSES, draw_scene, render_scenes
+from simdetr.data.scenes import PLAIN_CLASSES, SCENE_CLASSES, SHAPES, TEXTURES, draw_scene, render_scenes
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from simdetr.data.dataset import pixel_boxes
-from simdetr.data.transforms import (
+from simdetr.data.augmentation import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     DropSmallBoxes,
@@ -17,6 +16,7 @@ from simdetr.data.transforms import (
     eval_transforms,
     train_transforms,
 )
+from simdetr.data.dataset import pixel_boxes
 
 COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
 

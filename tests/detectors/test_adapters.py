@@ -11,9 +11,9 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from simdetr.data.pretrained_weights import load_into
-from simdetr.detectors.adapters import in_graph, valid_sizes
+from simdetr.detectors.losses import in_graph, valid_sizes
 from simdetr.detectors.predictions import postprocess
-from simdetr.training.weights import build_detector
+from simdetr.exchange.weights import build_detector
 
 TRANSFORMERS = ("deformable_detr", "conditional_detr", "detr", "rt_detr_v2", "d_fine")
 TORCHVISION = ("faster_rcnn", "fcos", "retinanet")

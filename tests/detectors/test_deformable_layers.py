@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simdetr.detectors.deformable_layers import DeformableDecoderLayer, DeformableEncoderLayer, Memory
+from simdetr.detectors.deformable_transformer import DeformableDecoderLayer, DeformableEncoderLayer, Memory
 
 SHAPES = [(4, 3), (2, 2)]
 CELLS = 16

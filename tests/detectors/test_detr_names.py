@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from simdetr.detectors.detr_names import from_detr
+from simdetr.exchange.parameter_names import from_detr
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from torchvision.transforms.v2 import functional as transforms
 from simdetr.detectors import DeformableDETR, DETReg
 from simdetr.detectors.detreg import EmbeddingHead, _finest_map, embedding_loss
 from simdetr.detectors.matcher import Matches
-from simdetr.detectors.state_dict_names import to_official
+from simdetr.exchange.parameter_names import to_official
+from simdetr.exchange.weights import load_detector, load_weights
 from simdetr.recipe import Recipe
 from simdetr.training.train import train
-from simdetr.training.weights import load_detector, load_weights
 
 CONFIG = Path(__file__).parents[2] / "configs" / "pretrain" / "detreg_r50.yaml"
 SMALL = {

@@ -2,7 +2,7 @@
 
 import torch
 
-from simdetr.detectors.encoder_proposals import cell_boxes
+from simdetr.detectors.deformable_transformer import cell_boxes
 
 
 def test_boxes_of_two_levels_with_padding():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from simdetr.detectors.feature_pyramid import SimpleFeaturePyramid
+from simdetr.detectors.backbone import SimpleFeaturePyramid
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (1, 3)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from simdetr.detectors import DeformableDETR, ViDT
-from simdetr.detectors.features import levels_of, queries_of
+from simdetr.detectors.detector import levels_of, queries_of
 
 SMALL = {"hidden_dim": 32, "num_heads": 2, "num_decoder_layers": 3, "ffn_dim": 32, "num_queries": 5, "dropout": 0.0}
 

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from simdetr.detectors.backbone import Backbone
-from simdetr.detectors.frozen_batch_norm import FrozenBatchNorm, with_one_pass
+from simdetr.detectors.backbone import Backbone, FrozenBatchNorm, with_one_pass
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from simdetr.boxes import cxcywh_to_xyxy, paired_giou, pairwise_giou
-from simdetr.detectors.neck_free_loss import NeckFreeLoss
-from simdetr.detectors.vidt_heads import softmax_log_odds
+from simdetr.detectors.vidt import softmax_log_odds
+from simdetr.detectors.vidt_losses import NeckFreeLoss
 
 
 def make_case(queries=5, classes=3, counts=(2, 0, 1)):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simdetr.detectors.padding_mask import _nearest, resize_mask
+from simdetr.detectors.backbone import _nearest, resize_mask
 
 
 @pytest.mark.parametrize("stride", [4, 8, 14, 16, 32, 64])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simdetr.detectors.point_predictions import distinct_points
+from simdetr.detectors.predictions import distinct_points
 
 SIZE = (720, 1280)
 DIAGONAL = (720**2 + 1280**2) ** 0.5

@@ -5,12 +5,7 @@ import math
 import pytest
 import torch
 
-from simdetr.detectors.position_encoding import (
-    LearnedEncoding,
-    SineEncoding,
-    sine_box_positions,
-    sine_cell_positions,
-)
+from simdetr.detectors.position_encoding import LearnedEncoding, SineEncoding, sine_box_positions, sine_cell_positions
 
 
 def scalar_features(radians, count):

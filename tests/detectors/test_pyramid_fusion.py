@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from simdetr.detectors.pyramid_fusion import FusionBlock, PyramidFusion, ResidualUnit
+from simdetr.detectors.vidt import FusionBlock, PyramidFusion, ResidualUnit
 
 SIZES = [(12, 10), (6, 5), (3, 3), (2, 2)]
 

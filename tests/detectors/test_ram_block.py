@@ -7,7 +7,7 @@ import torch
 from timm.layers import DropPath
 from timm.models.swin_transformer import SwinTransformerBlock
 
-from simdetr.detectors.ram_block import HIDDEN, PatchAccess, attend_windows, ram_block, shift_mask
+from simdetr.detectors.swin_ram import HIDDEN, PatchAccess, attend_windows, ram_block, shift_mask
 
 HEIGHT, WIDTH, TOKENS, DIM, HEADS = 3, 4, 5, 8, 2
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simdetr.detectors import DeformableDETR
-from simdetr.detectors.state_dict_names import (
+from simdetr.exchange.parameter_names import (
     add_objectness,
     drop_copies,
     fit_to,

@@ -9,8 +9,7 @@ from timm.layers import DropPath
 from timm.models.swin_transformer import SwinTransformer
 
 from simdetr.detectors.position_encoding import sine_cell_positions
-from simdetr.detectors.ram_block import HIDDEN
-from simdetr.detectors.swin_ram import RamSwin, create_swin, resize_mask
+from simdetr.detectors.swin_ram import HIDDEN, RamSwin, create_swin, resize_mask
 
 
 def make_ram(name="swin_pico", num_tokens=6, tail=16, **changes):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from simdetr.detectors import mask_vectors
-from simdetr.detectors.token_labels import token_losses, token_targets
+from simdetr.detectors.vidt_losses import token_losses, token_targets
 
 
 def rectangles(*boxes, size_hw=(24, 32)):

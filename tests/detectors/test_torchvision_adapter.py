@@ -8,8 +8,8 @@ from torch import nn
 
 from simdetr.boxes import has_area
 from simdetr.detectors import TorchvisionDetector, postprocess
+from simdetr.exchange.weights import checkpoint_config, load_detector, load_weights, save_detector
 from simdetr.training.optimisation import parameter_groups
-from simdetr.training.weights import checkpoint_config, load_detector, load_weights, save_detector
 
 FAMILIES = ("faster_rcnn", "fcos", "retinanet")
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from simdetr.detectors import TransformersDetector
 from simdetr.detectors.losses import DetectionLoss
-from simdetr.detectors.state_dict_names import plain_heads, to_transformers
 from simdetr.detectors.transformers_adapter import per_class
-from simdetr.training.weights import checkpoint_config, load_detector, load_weights, save_detector
+from simdetr.exchange.parameter_names import plain_heads, to_transformers
+from simdetr.exchange.weights import checkpoint_config, load_detector, load_weights, save_detector
 
 pytest.importorskip("transformers", reason="an optional dependency")
 

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers", reason="an optional dependency")
 
-from simdetr.detectors.transformers_models import (
+from simdetr.detectors.transformers_adapter import (
     backbone_names,
     boxes_are_of,
     build_model,

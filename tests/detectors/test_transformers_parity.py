@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simdetr.detectors import DetectionLoss
-from simdetr.detectors.state_dict_names import (
+from simdetr.exchange.parameter_names import (
     drop_copies,
     fit_to,
     from_transformers,

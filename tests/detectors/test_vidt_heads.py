@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from simdetr.detectors.vidt_heads import (
+from simdetr.detectors.vidt import (
     NeckFreeHead,
     Perceptron,
     map_projection,

@@ -9,8 +9,7 @@ import torch
 from simdetr.boxes import cxcywh_to_xyxy, denormalise, pairwise_iou
 from simdetr.detectors import DetectionLoss
 from simdetr.detectors.mask_vectors import decode_crops, encode_masks
-from simdetr.detectors.token_labels import token_losses, token_targets
-from simdetr.detectors.vidt_losses import VidtLoss
+from simdetr.detectors.vidt_losses import VidtLoss, token_losses, token_targets
 
 CANVAS = (48, 64)
 SIZES = ((48, 56), (40, 64))

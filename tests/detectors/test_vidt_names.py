@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from simdetr.detectors import ViDT
-from simdetr.detectors.vidt_names import from_official_vidt, has_neck, to_official_vidt
+from simdetr.exchange.parameter_names import from_official_vidt, has_neck, to_official_vidt
 
 VARIANTS = {
     "vidt plus": {},

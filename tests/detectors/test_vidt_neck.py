@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from simdetr.detectors.deformable_detr import BoxHead
-from simdetr.detectors.deformable_transformer import inverse_sigmoid
-from simdetr.detectors.encoder_proposals import cell_boxes
-from simdetr.detectors.vidt_neck import VidtNeck, flatten_maps
+from simdetr.detectors.deformable_transformer import cell_boxes, inverse_sigmoid
+from simdetr.detectors.vidt import VidtNeck, flatten_maps
 
 SIZES = [(2, 3), (4, 5)]
 

@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from simdetr.data.lineage import Lineage
-from simdetr.evaluation.box_origins import birth_colour, birth_colours, births, origin_rows
+from simdetr.data.labels import Lineage
+from simdetr.reports.report import birth_colour, birth_colours, births, origin_rows
 
 BOX = (0, 0, 9, 9, 0)
 

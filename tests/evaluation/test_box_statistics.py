@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from simdetr.evaluation.box_statistics import ASPECT_EDGES, SIZE_EDGES, BoxStatistics
+from simdetr.mining.preview import ASPECT_EDGES, SIZE_EDGES, BoxStatistics
 
 
 def boxes(*rows):

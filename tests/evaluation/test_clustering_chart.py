@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from simdetr.evaluation.clustering_chart import draw_clustering, size_histogram
+from simdetr.reports.charts import draw_clustering, size_histogram
 
 
 def test_histogram_counts_every_class_once():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simdetr.evaluation import encoder_recall
-from simdetr.evaluation.encoder_recall import load_encoder_recall
-from simdetr.proposals import ColourTextureEncoder, MiningConfig
-from simdetr.proposals.regions import Regions
+from simdetr.encoder_training import probe as encoder_recall
+from simdetr.encoder_training.probe import load_encoder_recall
+from simdetr.mining import ColourTextureEncoder, MiningConfig
+from simdetr.mining.regions import Regions
 from simdetr.training.datamodule import read_training_labels
 
 CONFIG = MiningConfig(image_size=96)  # the scenes have 64 x 80 pixels

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from simdetr.evaluation.heat_map_drawing import FOUND, HUMAN, draw_heat_map
+from simdetr.reports.drawing import FOUND, HUMAN, draw_heat_map
 
 
 def grey_image(height: int, width: int) -> torch.Tensor:

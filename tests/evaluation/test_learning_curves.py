@@ -3,7 +3,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from simdetr.evaluation.learning_curves import MAX_POINTS, Curve, draw_curve, panels, read_curve
+from simdetr.reports.charts import MAX_POINTS, Curve, draw_curve, panels, read_curve
 
 CSV = """epoch,lr-AdamW,step,train/loss,train/loss_ce_0,val/AP
 0,0.1,0,,,

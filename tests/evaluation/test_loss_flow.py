@@ -3,8 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from simdetr.evaluation.learning_curves import to_svg
-from simdetr.evaluation.loss_flow import STARTS, TITLES, class_first_border, draw_flow, flow, gradient, half_times
+from simdetr.reports.charts import STARTS, TITLES, class_first_border, draw_flow, flow, gradient, half_times, to_svg
 
 
 def total(u: float, v: float, equation: str) -> float:

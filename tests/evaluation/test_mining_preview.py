@@ -12,13 +12,13 @@ from simdetr.data.coco import read_coco
 from simdetr.data.images import open_images
 from simdetr.data.labels import Category, Labels
 from simdetr.data.scenes import render_scenes
-from simdetr.evaluation.mining_preview import choose_images, preview_mining
-from simdetr.evaluation.proposal_recall import proposal_recall
-from simdetr.evaluation.rival_recall import best_first
-from simdetr.proposals.batch_mining import MiningConfig
-from simdetr.proposals.colour_texture import ColourTextureEncoder
-from simdetr.proposals.level_sets import LevelSets
-from simdetr.proposals.miner import mine
+from simdetr.evaluation.recall import proposal_recall
+from simdetr.mining.batch import MiningConfig
+from simdetr.mining.colour_texture import ColourTextureEncoder
+from simdetr.mining.level_sets import LevelSets
+from simdetr.mining.miner import mine
+from simdetr.mining.preview import choose_images, preview_mining
+from simdetr.reports.rival_recall import best_first
 
 CONFIG = MiningConfig(image_size=64, batch_size=8, level_sets=LevelSets(max_boxes=5))
 PLAIN = replace(CONFIG, level_sets=None)

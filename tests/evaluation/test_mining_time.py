@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from simdetr.data.images import open_images
-from simdetr.evaluation import mining_time
-from simdetr.evaluation.mining_time import MiningTime, mine_timed, warm_up
-from simdetr.proposals.batch_mining import MiningConfig
-from simdetr.proposals.colour_texture import ColourTextureEncoder
+from simdetr.mining import preview as mining_time
+from simdetr.mining.batch import MiningConfig
+from simdetr.mining.colour_texture import ColourTextureEncoder
+from simdetr.mining.preview import MiningTime, mine_timed, warm_up
 
 CONFIG = MiningConfig(image_size=64, batch_size=4)
 LATE_S = 0.05
@@ -35,7 +35,7 @@ def test_the_encoder_is_timed(scenes):
 
 
 def test_slow_decoding_is_waited_for(scenes, monkeypatch):
-    from simdetr.proposals import image_loading
+    from simdetr.mining import batch as image_loading
 
     read = image_loading.read_image
     monkeypatch.setattr(image_loading, "read_image", lambda record: (time.sleep(LATE_S), read(record))[1])

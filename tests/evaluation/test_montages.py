@@ -3,8 +3,7 @@ import pytest
 from PIL import Image
 
 from simdetr.data.images import ImageSource
-from simdetr.evaluation.drawing import PAPER
-from simdetr.evaluation.montages import class_montage, contact_sheet
+from simdetr.reports.drawing import PAPER, class_montage, contact_sheet
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

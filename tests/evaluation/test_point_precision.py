@@ -7,7 +7,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from simdetr.evaluation.point_precision import point_precisions
+from simdetr.evaluation.point_metric import point_precisions
 
 TOLERANCES = (0.01, 0.02, 0.05)
 DIAGONAL = 640 * math.sqrt(2)

@@ -12,14 +12,13 @@ import pytest
 
 from simdetr.data.coco import read_coco
 from simdetr.data.images import open_images
-from simdetr.data.locations import locate
-from simdetr.evaluation import preview_page
-from simdetr.evaluation.mining_preview import preview_mining
-from simdetr.evaluation.preview_page import BEST, OTHER, TRUE, preview_table, render_preview, write_preview
-from simdetr.evaluation.preview_record import Machine, preview_record
-from simdetr.proposals.batch_mining import MiningConfig
-from simdetr.proposals.colour_texture import ColourTextureEncoder
-from simdetr.proposals.regions import Regions
+from simdetr.data.storage import locate
+from simdetr.mining.batch import MiningConfig
+from simdetr.mining.colour_texture import ColourTextureEncoder
+from simdetr.mining.preview import Machine, preview_mining, preview_record
+from simdetr.mining.regions import Regions
+from simdetr.reports import preview_page
+from simdetr.reports.preview_page import BEST, OTHER, TRUE, preview_table, render_preview, write_preview
 
 CONFIG = MiningConfig(image_size=64)
 VOID = {"meta", "br", "img", "path", "use", "rect"}

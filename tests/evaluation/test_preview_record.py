@@ -9,12 +9,9 @@ import pytest
 
 from simdetr.data.coco import read_coco
 from simdetr.data.images import open_images
-from simdetr.evaluation.box_statistics import BoxStatistics
-from simdetr.evaluation.mining_preview import preview_mining
-from simdetr.evaluation.mining_time import MiningTime
-from simdetr.evaluation.preview_record import Machine, full_run, preview_record
-from simdetr.proposals.batch_mining import MiningConfig
-from simdetr.proposals.colour_texture import ColourTextureEncoder
+from simdetr.mining.batch import MiningConfig
+from simdetr.mining.colour_texture import ColourTextureEncoder
+from simdetr.mining.preview import BoxStatistics, Machine, MiningTime, full_run, preview_mining, preview_record
 
 TAKEN = MiningTime(images=4, total=2.0, decoding=1.0, waiting=0.2, encoder=0.8, cpu=3.0, batches=2)
 

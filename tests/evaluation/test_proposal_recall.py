@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from simdetr.evaluation.proposal_recall import proposal_recall
+from simdetr.evaluation.recall import proposal_recall
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 SIZE_LIMITS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}

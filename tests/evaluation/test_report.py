@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from simdetr.evaluation.learning_curves import Curve
-from simdetr.evaluation.report import (
+from simdetr.mining.kmeans import clustering_record, fit_kmeans
+from simdetr.reports.charts import Curve
+from simdetr.reports.page import (
     NOT_GIVEN,
     ReportData,
     Sample,
@@ -19,8 +20,6 @@ from simdetr.evaluation.report import (
     render_report,
     write_report,
 )
-from simdetr.proposals.kmeans import fit_kmeans
-from simdetr.proposals.kmeans_balance import clustering_record
 
 VOID = {"img", "meta", "br", "path", "use", "rect"}
 

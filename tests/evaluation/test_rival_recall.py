@@ -7,12 +7,11 @@ from simdetr.data.coco import read_coco
 from simdetr.data.images import open_images
 from simdetr.data.labels import Category, ImageLabels, Labels
 from simdetr.data.scenes import render_scenes
-from simdetr.evaluation import rival_recall
-from simdetr.evaluation.proposal_recall import proposal_recall
-from simdetr.evaluation.rival_recall import rival_labels, rival_rows, rival_samples, rival_table
-from simdetr.proposals.regions import Regions
-from simdetr.proposals.shards import ProposalRow
-from simdetr.proposals.store import Manifest, ProposalStore
+from simdetr.evaluation.recall import proposal_recall
+from simdetr.mining.regions import Regions
+from simdetr.mining.store import Manifest, ProposalRow, ProposalStore
+from simdetr.reports import rival_recall
+from simdetr.reports.rival_recall import rival_labels, rival_rows, rival_samples, rival_table
 
 
 @pytest.fixture(scope="module")

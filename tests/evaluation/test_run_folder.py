@@ -7,19 +7,16 @@ import torch
 
 from simdetr.data.coco import read_coco
 from simdetr.data.images import open_images
-from simdetr.data.labels import write_labels
-from simdetr.data.lineage import Lineage
+from simdetr.data.labels import Lineage, write_labels
 from simdetr.data.scenes import render_scenes
-from simdetr.evaluation import run_folder
-from simdetr.evaluation.proposal_recall import proposal_recall
-from simdetr.evaluation.report import StepRow, render_report
-from simdetr.evaluation.run_folder import collect_run
-from simdetr.proposals.kmeans import fit_kmeans
-from simdetr.proposals.kmeans_balance import clustering_record
-from simdetr.proposals.regions import Regions
-from simdetr.proposals.shards import ProposalRow
-from simdetr.proposals.store import Manifest, ProposalStore
-from simdetr.training.inheritance import inherit
+from simdetr.evaluation.recall import proposal_recall
+from simdetr.mining.kmeans import clustering_record, fit_kmeans
+from simdetr.mining.regions import Regions
+from simdetr.mining.store import Manifest, ProposalRow, ProposalStore
+from simdetr.reports import report as run_folder
+from simdetr.reports.page import StepRow, render_report
+from simdetr.reports.report import collect_run
+from simdetr.training.fusion import inherit
 
 
 @pytest.fixture(scope="module")

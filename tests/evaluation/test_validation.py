@@ -8,7 +8,7 @@ import torch
 from simdetr.data.labels import Category, ImageLabels, Labels
 from simdetr.detectors.predictions import Findings
 from simdetr.evaluation.coco_metric import coco_metrics
-from simdetr.evaluation.validation import CocoValidation
+from simdetr.training.detection_task import CocoValidation
 
 CATEGORIES = (Category("a", "a"), Category(5, "b"))
 TRUTH = Labels.from_images(

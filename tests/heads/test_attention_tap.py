@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simdetr.detectors.features import Level
-from simdetr.heads.attention_tap import AttentionTap, check_level, checked_taps
-from simdetr.heads.foreground_masks import foreground_masks, normalised_attention
+from simdetr.detectors.detector import Level
+from simdetr.heads.attention import AttentionTap, check_level, checked_taps, foreground_masks, normalised_attention
 
 
 def make_level(padded=False):

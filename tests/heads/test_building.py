@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from simdetr.detectors import DeformableDETR
-from simdetr.detectors.features import QueryDetector
-from simdetr.heads.building import described, factory, part_class
-from simdetr.heads.head import Head
+from simdetr.detectors.detector import QueryDetector
+from simdetr.heads.head import Head, described, factory, part_class
 
 
 def test_a_description_builds_the_same_again():

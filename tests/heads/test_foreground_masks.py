@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simdetr.heads.foreground_masks import (
+from simdetr.heads.attention import (
     BACKGROUND,
     DROPPED,
     FOREGROUND,

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from simdetr.detectors.features import FeatureSizes, Level
+from simdetr.detectors.detector import FeatureSizes, Level
 from simdetr.heads import HeadedBackbone, HeadedDetector
 from simdetr.heads.head import (
     HeadLosses,

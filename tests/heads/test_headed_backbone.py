@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from simdetr.detectors import DeformableDETR
+from simdetr.exchange.weights import checkpoint_config, load_weights, save_detector
 from simdetr.heads import HeadedBackbone
-from simdetr.training.weights import checkpoint_config, load_weights, save_detector
 
 UNFROZEN = {"frozen_batch_norm": False, "freeze_stem": False}
 

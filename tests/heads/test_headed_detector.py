@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from simdetr.detectors import DeformableDETR
+from simdetr.exchange.weights import checkpoint_config, load_weights, save_detector
 from simdetr.heads import HeadedDetector
 from simdetr.training.detection_task import DetectionTask
-from simdetr.training.weights import checkpoint_config, load_weights, save_detector
 
 KINDS = ["detr", "refined", "two-stage", "vidt"]
 

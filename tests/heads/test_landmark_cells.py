@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simdetr.heads.landmark_cells import (
+from simdetr.heads.landmark_grid import (
     BACKGROUND_ALONE,
     anchor_positions,
     cell_owners,

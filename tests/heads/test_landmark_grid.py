@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from simdetr.detectors.features import Features, FeatureSizes, Level, Queries
+from simdetr.detectors.detector import Features, FeatureSizes, Level, Queries
 from simdetr.heads import LandmarkHead
-from simdetr.heads.landmark_cells import anchor_positions
-from simdetr.heads.landmark_grid import GridLandmarks, GridOutputs
+from simdetr.heads.landmark_grid import GridLandmarks, GridOutputs, anchor_positions
 from simdetr.heads.landmark_losses import point_error
 
 SIZES = FeatureSizes(2, (6, 8, 10), (8, 16, 32))

@@ -11,13 +11,7 @@ import math
 import pytest
 import torch
 
-from simdetr.heads.landmark_losses import (
-    LandmarkRule,
-    background_loss,
-    landmark_losses,
-    point_error,
-    record_logits,
-)
+from simdetr.heads.landmark_losses import LandmarkRule, background_loss, landmark_losses, point_error, record_logits
 
 LITERAL = {"point_weight": 1.0, "beta": 1.0, "weight_gradient": "coupled"}
 MODES = ["eq4", "eq5", "eq6", "eq7"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from simdetr.boxes import cxcywh_to_xyxy, paired_giou
-from simdetr.detectors.features import Features, FeatureSizes, Level, Queries
+from simdetr.detectors.detector import Features, FeatureSizes, Level, Queries
 from simdetr.detectors.matcher import HungarianMatcher
 from simdetr.heads import LandmarkHead
 from simdetr.heads.landmark_losses import LandmarkRule, background_loss, landmark_losses, point_error, record_logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simdetr.detectors.features import Level
+from simdetr.detectors.detector import Level
 from simdetr.heads.landmark_targets import LandmarkTargets, point_units
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from simdetr.detectors.features import Features, FeatureSizes, Level
+from simdetr.detectors.detector import Features, FeatureSizes, Level
 from simdetr.heads import LandmarkHead
 
 SIDE = 32

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from simdetr.detectors.features import FeatureSizes
+from simdetr.detectors.detector import FeatureSizes
 from simdetr.heads import HeadedBackbone, HeadedDetector, LandmarkHead
-from simdetr.heads.building import described
+from simdetr.heads.head import described
 
 KINDS = ["detr", "refined", "two-stage", "vidt"]
 SMALL_BACKBONE = {"backbone": "test_resnet", "frozen_batch_norm": False, "freeze_stem": False}

@@ -11,9 +11,9 @@ import torch
 
 from simdetr.data.images import open_images
 from simdetr.data.labels import Category
-from simdetr.detectors.features import Features, FeatureSizes, Level
+from simdetr.detectors.detector import Features, FeatureSizes, Level
 from simdetr.heads import HeadedBackbone, HeadedDetector, LocalisationHead
-from simdetr.heads.foreground_masks import DROPPED, importance_map
+from simdetr.heads.attention import DROPPED, importance_map
 from simdetr.heads.localisation_losses import contrastive_attention_loss, foreground_consistency_loss
 from simdetr.heads.score_maps import MapSource, upsampled_map
 from simdetr.training.relabel import InferenceSettings, detect

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simdetr.heads.non_local_attention import NonLocalAttention, averaged
+from simdetr.heads.attention import NonLocalAttention, averaged
 
 
 def block(channels=6, seed=0, **widths):

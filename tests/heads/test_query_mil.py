@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from simdetr.data.images import open_images
 from simdetr.data.labels import Category
-from simdetr.detectors.features import Features, FeatureSizes, Level, Queries
+from simdetr.detectors.detector import Features, FeatureSizes, Level, Queries
 from simdetr.heads import HeadedBackbone, HeadedDetector, QueryMILHead
 from simdetr.heads.localisation_losses import contrastive_attention_loss
 from simdetr.training.relabel import InferenceSettings, detect

@@ -6,13 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simdetr.heads.score_maps import (
-    chosen_classes,
-    class_activation,
-    score_map_boxes,
-    stretched,
-    upsampled_map,
-)
+from simdetr.heads.score_maps import chosen_classes, class_activation, score_map_boxes, stretched, upsampled_map
 
 
 def random_maps(batch=2, size=(4, 6), seed=0):

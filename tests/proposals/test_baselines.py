@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from simdetr.proposals.baselines import (
+from simdetr.mining.batch import encode, shrink
+from simdetr.mining.regions import Regions, find_candidates
+from simdetr.mining.rivals import (
     BASELINES,
     LARGEST_ASPECT,
     SMALLEST_SIDE,
@@ -15,9 +17,6 @@ from simdetr.proposals.baselines import (
     search_boxes,
     selective_search,
 )
-from simdetr.proposals.batch_mining import encode
-from simdetr.proposals.image_loading import shrink
-from simdetr.proposals.regions import Regions, find_candidates
 
 OF_MASKS = ("lost", "token_cut", "mask_cut")
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from simdetr.proposals.batch_mining import UNLIMITED, MiningConfig, cluster_maps, mine_batch, mine_maps
-from simdetr.proposals.features import TimmEncoder
-from simdetr.proposals.level_sets import LevelSets
+from simdetr.mining.batch import UNLIMITED, MiningConfig, cluster_maps, mine_batch, mine_maps
+from simdetr.mining.encoders import TimmEncoder
+from simdetr.mining.level_sets import LevelSets
 
 SMALL = MiningConfig(image_size=128)
 

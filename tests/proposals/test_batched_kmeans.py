@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from simdetr.proposals.batched_kmeans import batched_kmeans, number_by_first_member, take_lowest
+from simdetr.mining.spectral_clustering import batched_kmeans, number_by_first_member, take_lowest
 
 
 def inertia(points, labels):

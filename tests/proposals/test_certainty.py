@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from simdetr.proposals.certainty import ABSOLUTE_POWER, SIZE_SHARE, certainty
+from simdetr.mining.pseudo_labels import ABSOLUTE_POWER, SIZE_SHARE, certainty
 
 
 def boxes_of(sides, image_side=256, places=None):

@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from simdetr.proposals.colour_texture import ColourTextureEncoder, cell_statistics, rgb_to_lab
-from simdetr.proposals.features import Encoder
-from simdetr.proposals.spectral_clustering import spectral_clustering
+from simdetr.mining.colour_texture import ColourTextureEncoder, cell_statistics, rgb_to_lab
+from simdetr.mining.encoders import Encoder
+from simdetr.mining.spectral_clustering import spectral_clustering
 
 
 @pytest.fixture(scope="module")

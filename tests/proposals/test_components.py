@@ -5,12 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from simdetr.proposals.components import (
-    _components_on_device,
-    _number_on_device,
-    connected_components,
-    mask_components,
-)
+from simdetr.mining.regions import _components_on_device, _number_on_device, connected_components, mask_components
 
 
 def scipy_components(labels, connectivity):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from simdetr.proposals.eigenvectors import leading_eigenvectors, symmetric_eigh
+from simdetr.mining.spectral_clustering import leading_eigenvectors, symmetric_eigh
 
 
 def with_spectrum(values, nodes, seed=0):

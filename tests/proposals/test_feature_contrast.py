@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from simdetr.proposals.feature_contrast import feature_contrast
+from simdetr.mining.ranking import feature_contrast
 
 GRID = (32, 48)
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional
 
 from simdetr.data.pretrained_weights import PretrainedWeightsError
-from simdetr.proposals.features import Encoder, TimmEncoder
+from simdetr.mining.encoders import Encoder, TimmEncoder
 
 
 def images(height=96, width=128, batch=2):

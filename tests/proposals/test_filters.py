@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from simdetr.proposals.filters import (
+from simdetr.mining.filters import (
     FILTERS,
     apply_filters,
     drop_duplicate_boxes,
@@ -13,7 +13,7 @@ from simdetr.proposals.filters import (
     keep_most_diverse,
     merge_similar_clusters,
 )
-from simdetr.proposals.regions import find_candidates
+from simdetr.mining.regions import find_candidates
 
 
 def draw(*clusterings, directions=None, connectivity=4):

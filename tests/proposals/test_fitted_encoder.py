@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from simdetr.data.pretrained_weights import PretrainedWeightsError
-from simdetr.proposals import Encoder, FittedEncoder, TimmEncoder
+from simdetr.mining import Encoder, FittedEncoder, TimmEncoder
 
 RECORD = {"model": "test_resnet", "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.25, 0.125], "steps": 7}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from simdetr.data.images import open_images
-from simdetr.proposals import image_loading
-from simdetr.proposals.image_loading import ImageLoading, shrink
+from simdetr.mining import batch as image_loading
+from simdetr.mining.batch import ImageLoading, shrink
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,7 @@ import torch.multiprocessing as mp
 from sklearn.cluster import KMeans as SklearnKMeans
 from sklearn.exceptions import ConvergenceWarning
 
-from simdetr.proposals.kmeans import _means, fit_kmeans
-from simdetr.proposals.kmeans_assignment import assign_blocks
-from simdetr.proposals.kmeans_journal import Journal
-from simdetr.proposals.kmeans_starts import sample_rows, spread_starts
+from simdetr.mining.kmeans import Journal, _means, assign_blocks, fit_kmeans, sample_rows, spread_starts
 
 
 def blobs(clusters=12, rows=3000, dims=10, spread=0.35, seed=0):
@@ -237,8 +234,8 @@ def test_two_ranks_equal_one(tmp_path):
 RUN_SLOWLY = """
 import sys, time, torch
 from pathlib import Path
-from simdetr.proposals.kmeans import fit_kmeans
-from simdetr.proposals.kmeans_journal import Journal
+from simdetr.mining.kmeans import fit_kmeans
+from simdetr.mining.kmeans import Journal
 
 def tell(step):
     sys.stdout.write(f"{step.number}\\n")

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from simdetr.proposals import kmeans_assignment
-from simdetr.proposals.kmeans_assignment import assign_blocks, faiss_nearest, nearest_cluster, torch_nearest
+from simdetr.mining import kmeans as kmeans_assignment
+from simdetr.mining.kmeans import assign_blocks, faiss_nearest, nearest_cluster, torch_nearest
 
 
 def made(rows, dims, seed):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from simdetr.proposals.kmeans import fit_kmeans
-from simdetr.proposals.kmeans_balance import cluster_balance, clustering_record
+from simdetr.mining.kmeans import cluster_balance, clustering_record, fit_kmeans
 
 
 def test_equal_clusters():

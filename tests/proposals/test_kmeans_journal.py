@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from simdetr.proposals.kmeans_journal import Iteration, Journal
+from simdetr.mining.kmeans import Iteration, Journal
 
 HISTORY = (Iteration(0, 12.5, 1, 0.25), Iteration(1, 1 / 3, 0, 0.2))
 
@@ -54,7 +54,7 @@ def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("simdetr.proposals.kmeans_journal.save_file", full)
+    monkeypatch.setattr("simdetr.mining.kmeans.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         journal.keep(torch.zeros(2, 2), HISTORY, "C=2")
     assert torch.equal(journal.restore("C=2")[0], torch.ones(2, 2))

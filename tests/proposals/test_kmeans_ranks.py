@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from simdetr.proposals.kmeans_ranks import from_first, gather, process_group, rank, sum_over_ranks, world_size
+from simdetr.mining.kmeans import from_first, gather, process_group, rank, sum_over_ranks, world_size
 
 
 def test_one_process_is_a_group_of_itself(monkeypatch):

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from simdetr.proposals.kmeans_threads import in_order
+from simdetr.mining.kmeans import in_order
 
 
 @pytest.mark.parametrize("threads", [1, 3])

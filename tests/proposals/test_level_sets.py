@@ -6,15 +6,7 @@ import torch
 from scipy import ndimage
 from scipy.stats import norm
 
-from simdetr.proposals.level_sets import (
-    SMOOTHING,
-    LevelSets,
-    _erode,
-    colours,
-    edge_strength,
-    find_shapes,
-    memberships,
-)
+from simdetr.mining.level_sets import SMOOTHING, LevelSets, _erode, colours, edge_strength, find_shapes, memberships
 
 
 def scene(boxes, size=(64, 96), seed=0):

@@ -14,10 +14,11 @@ import pytest
 
 from simdetr.data.images import ImageSource, open_images, read_image
 from simdetr.data.quarantine import TooManyUnreadableError
-from simdetr.proposals import miner, shard_mining
-from simdetr.proposals.batch_mining import MiningConfig, mine_batch
-from simdetr.proposals.miner import mine
-from simdetr.proposals.store import StoreError
+from simdetr.mining import miner
+from simdetr.mining import miner as shard_mining
+from simdetr.mining.batch import MiningConfig, mine_batch
+from simdetr.mining.miner import mine
+from simdetr.mining.store import StoreError
 
 CONFIG = MiningConfig(image_size=128, shard_size=4, batch_size=3)
 
@@ -74,8 +75,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import CellColours
 from simdetr.data.images import open_images
-from simdetr.proposals.batch_mining import MiningConfig
-from simdetr.proposals.miner import mine
+from simdetr.mining.batch import MiningConfig
+from simdetr.mining.miner import mine
 
 class Slow(CellColours):
     def __call__(self, images):

@@ -15,11 +15,10 @@ from PIL import Image
 
 from simdetr.data.images import open_images
 from simdetr.data.quarantine import TooManyUnreadableError
-from simdetr.proposals.batch_mining import MiningConfig
-from simdetr.proposals.colour_texture import ColourTextureEncoder
-from simdetr.proposals.miner import mine
-from simdetr.proposals.shard_claims import Rank
-from simdetr.proposals.store import ProposalStore, StoreError
+from simdetr.mining.batch import MiningConfig
+from simdetr.mining.colour_texture import ColourTextureEncoder
+from simdetr.mining.miner import Rank, mine
+from simdetr.mining.store import ProposalStore, StoreError
 
 CONFIG = MiningConfig(image_size=128, shard_size=2, batch_size=3)
 WORKER = """
@@ -27,9 +26,9 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from conftest import CellColours
 from simdetr.data.images import open_images
-from simdetr.proposals.batch_mining import MiningConfig
-from simdetr.proposals.miner import mine
-from simdetr.proposals.store import ProposalStore
+from simdetr.mining.batch import MiningConfig
+from simdetr.mining.miner import mine
+from simdetr.mining.store import ProposalStore
 
 class Slow(CellColours):
     def __call__(self, images):
@@ -216,7 +215,7 @@ def test_full_disk_stops_with_nothing_half_written_and_goes_on_when_there_is_roo
     whole = mine(source, encoder, CONFIG, tmp_path / "whole")
     out, ballast = small_disk / "out", small_disk / "ballast"
     free = type("Usage", (), {"free": 1 << 30})  # past the check before the work
-    monkeypatch.setattr("simdetr.proposals.miner.shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("simdetr.mining.miner.shutil.disk_usage", lambda _: free)
     out.mkdir()
     one_shard = whole.shard_path(0).stat().st_size
     left = 4 * one_shard  # with the manifest: room for two or three shards of seven
@@ -290,9 +289,7 @@ def test_store_on_another_storage_is_that_of_the_disk(image_folder, encoder, tmp
 
 def test_ranks_share_a_storage_without_locks(image_folder, encoder, tmp_path):
     """The share of a rank that is not there is waited for, not taken: whoever has no lock must not guess."""
-    from simdetr.proposals.miner import begin
-    from simdetr.proposals.shard_claims import ShardClaims
-    from simdetr.proposals.shard_mining import mine_free_shards
+    from simdetr.mining.miner import ShardClaims, begin, mine_free_shards
 
     source, url = open_images(image_folder), f"memory://{tmp_path.name}/there"
     store = begin(source, encoder, CONFIG, url)

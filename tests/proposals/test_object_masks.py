@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from scipy import ndimage
 
-from simdetr.proposals.object_masks import WEAK, lost, mask_cut, second_eigenvector, token_cut
+from simdetr.mining.rivals import WEAK, lost, mask_cut, second_eigenvector, token_cut
 
 METHODS = {"lost": lost, "token_cut": token_cut, "mask_cut": mask_cut}
 

@@ -9,12 +9,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors import safe_open
 
-from simdetr.proposals import region_blocks
-from simdetr.proposals.certainty import certainty
-from simdetr.proposals.pseudo_labels import cluster_regions, make_pseudo_labels
-from simdetr.proposals.regions import Regions
-from simdetr.proposals.shards import read_table
-from simdetr.proposals.store import Manifest, ProposalRow, ProposalStore, StoreError
+from simdetr.mining import pseudo_labels as region_blocks
+from simdetr.mining.pseudo_labels import certainty, cluster_regions, make_pseudo_labels
+from simdetr.mining.regions import Regions
+from simdetr.mining.store import Manifest, ProposalRow, ProposalStore, StoreError, read_table
 
 KINDS, DIMS = 4, 6
 
@@ -96,7 +94,7 @@ def test_streaming_and_faiss_find_the_same_classes(store, monkeypatch):
     store, _ = store
     whole = make_pseudo_labels(store, KINDS, seed=1)
     with monkeypatch.context() as patch:
-        patch.setattr("simdetr.proposals.pseudo_labels._KEEP_IN_MEMORY_BYTES", 0)
+        patch.setattr("simdetr.mining.pseudo_labels._KEEP_IN_MEMORY_BYTES", 0)
         streamed = make_pseudo_labels(store, KINDS, seed=1)
     np.testing.assert_array_equal(whole.classes, streamed.classes)
     faiss = make_pseudo_labels(store, KINDS, seed=1, backend="faiss")
@@ -112,7 +110,7 @@ def columns_read(monkeypatch):
         asked.append((path.stem, tuple(columns)))
         return read_table(path, columns)
 
-    monkeypatch.setattr("simdetr.proposals.region_blocks.read_table", read)
+    monkeypatch.setattr("simdetr.mining.pseudo_labels.read_table", read)
     return asked
 
 
@@ -124,7 +122,7 @@ def test_one_class_reads_no_features(store, columns_read):
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_features_are_read_once_in_memory_and_once_per_pass_otherwise(store, columns_read, monkeypatch, in_memory):
-    monkeypatch.setattr("simdetr.proposals.pseudo_labels._KEEP_IN_MEMORY_BYTES", 10**6 if in_memory else 0)
+    monkeypatch.setattr("simdetr.mining.pseudo_labels._KEEP_IN_MEMORY_BYTES", 10**6 if in_memory else 0)
     clustering = cluster_regions(store[0], KINDS)
     times = Counter(shard for shard, columns in columns_read if columns == ("features",))
     passes = 1 if in_memory else clustering.iterations + 2

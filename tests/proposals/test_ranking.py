@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional
 
 from simdetr.boxes import pairwise_iou
-from simdetr.proposals.level_sets import LevelSets, Shapes
-from simdetr.proposals.ranking import rank_shapes, shapes_to_regions
+from simdetr.mining.level_sets import LevelSets, Shapes
+from simdetr.mining.ranking import rank_shapes, shapes_to_regions
 
 
 def shapes_with(boxes, image, edge=1.0, grid=(20, 30)):

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from simdetr.proposals import region_blocks
-from simdetr.proposals.region_blocks import RegionBlocks, count_regions, own_shards
-from simdetr.proposals.regions import Regions
-from simdetr.proposals.store import Manifest, ProposalRow, ProposalStore
+from simdetr.mining import pseudo_labels as region_blocks
+from simdetr.mining.pseudo_labels import RegionBlocks, count_regions, own_shards
+from simdetr.mining.regions import Regions
+from simdetr.mining.store import Manifest, ProposalRow, ProposalStore
 
 REGIONS = [5, 0, 7, 9, 3, 0, 8, 6, 4]
 

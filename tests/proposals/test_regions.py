@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from simdetr.proposals.regions import Regions, find_candidates, to_regions
+from simdetr.mining.regions import Regions, find_candidates, to_regions
 
 
 def scipy_components(labels, connectivity):

@@ -8,13 +8,11 @@ import pytest
 
 from simdetr.data.images import open_images
 from simdetr.data.quarantine import TooManyUnreadableError
-from simdetr.proposals import rivals
-from simdetr.proposals.baselines import baseline
-from simdetr.proposals.batch_mining import MiningConfig, encode
-from simdetr.proposals.image_loading import load_image
-from simdetr.proposals.pseudo_labels import make_pseudo_labels
-from simdetr.proposals.rivals import mine_rival
-from simdetr.proposals.store import ProposalStore, StoreError
+from simdetr.mining import rivals
+from simdetr.mining.batch import MiningConfig, encode, load_image
+from simdetr.mining.pseudo_labels import make_pseudo_labels
+from simdetr.mining.rivals import baseline, mine_rival
+from simdetr.mining.store import ProposalStore, StoreError
 
 CONFIG = MiningConfig(image_size=128, shard_size=4, seed=5)
 

@@ -8,10 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
-from simdetr.proposals.regions import Regions
-from simdetr.proposals.shard_claims import Rank, ShardClaims, tidy
-from simdetr.proposals.shards import ProposalRow
-from simdetr.proposals.store import Manifest, ProposalStore, StoreError
+from simdetr.mining.miner import Rank, ShardClaims, tidy
+from simdetr.mining.regions import Regions
+from simdetr.mining.store import Manifest, ProposalRow, ProposalStore, StoreError
 
 MANIFEST = Manifest(config={}, encoder="e", source="s", num_images=20, shard_size=2, region_dim=3)
 
@@ -79,8 +78,8 @@ def test_what_is_held_is_given_back_at_the_end(store):
 def test_the_lock_of_a_killed_process_is_free(store):
     code = f"""
 import time
-from simdetr.proposals.shard_claims import Rank, ShardClaims
-from simdetr.proposals.store import ProposalStore
+from simdetr.mining.miner import Rank, ShardClaims
+from simdetr.mining.store import ProposalStore
 claims = ShardClaims(ProposalStore({str(store.folder)!r}), Rank())
 print([*claims.free()], flush=True)
 time.sleep(600)
@@ -152,6 +151,6 @@ def test_a_folder_that_cannot_be_locked_is_told(store, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("simdetr.proposals.shard_claims.FileLock.acquire", full)
+    monkeypatch.setattr("simdetr.mining.miner.FileLock.acquire", full)
     with ShardClaims(store, Rank()) as claims, pytest.raises(StoreError, match=r"cannot lock .* No space left"):
         next(claims.free())

@@ -6,8 +6,8 @@ import torch
 from sklearn.cluster import SpectralClustering
 from sklearn.metrics import adjusted_rand_score
 
-from simdetr.proposals.features import TimmEncoder
-from simdetr.proposals.spectral_clustering import (
+from simdetr.mining.encoders import TimmEncoder
+from simdetr.mining.spectral_clustering import (
     cell_affinity,
     cluster_graphs,
     lower_cut,

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from simdetr.proposals.regions import Regions
-from simdetr.proposals.shards import ProposalRow
-from simdetr.proposals.store import Manifest, ProposalStore, StoreError
+from simdetr.mining.regions import Regions
+from simdetr.mining.store import Manifest, ProposalRow, ProposalStore, StoreError
 
 MANIFEST = Manifest(
     config={"seed": 0, "clusters": {32: [2, 4]}}, encoder="e", source="s", num_images=7, shard_size=3, region_dim=4

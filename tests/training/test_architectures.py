@@ -6,15 +6,8 @@ import pytest
 import torch
 
 from simdetr.detectors import DeformableDETR, ViDT
-from simdetr.detectors.state_dict_names import from_official, to_official
-from simdetr.detectors.vidt_names import from_official_vidt, to_official_vidt
-from simdetr.training.architectures import (
-    UnknownArchitectureError,
-    deformable_detr_of,
-    resnet_of,
-    swin_of,
-    vidt_of,
-)
+from simdetr.exchange.formats import UnknownArchitectureError, deformable_detr_of, resnet_of, swin_of, vidt_of
+from simdetr.exchange.parameter_names import from_official, from_official_vidt, to_official, to_official_vidt
 
 DEFORMABLE = {
     "base": {},

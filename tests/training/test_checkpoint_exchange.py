@@ -11,14 +11,14 @@ from torch import nn
 
 from simdetr.data.labels import Category
 from simdetr.detectors import DeformableDETR, DETReg, TorchvisionDetector, ViDT
-from simdetr.training.checkpoint_exchange import (
+from simdetr.exchange.convert import (
     export_official,
     export_safetensors,
     export_transformers,
     import_checkpoint,
     name_classes,
 )
-from simdetr.training.weights import LoadedDetector, checkpoint_config, load_detector, load_weights, save_detector
+from simdetr.exchange.weights import LoadedDetector, checkpoint_config, load_detector, load_weights, save_detector
 
 CATEGORIES = tuple(Category(3 * number, f"thing {number}") for number in range(7))
 IMAGES = {"short_side": 64, "max_side": 90, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.2]}

@@ -7,8 +7,7 @@ import argparse
 import pytest
 import torch
 
-from simdetr.training.checkpoint_files import WEIGHTS_NAME, averaged_state, read_checkpoint
-from simdetr.training.weights import checkpoint_config, save_detector
+from simdetr.exchange.weights import WEIGHTS_NAME, averaged_state, checkpoint_config, read_checkpoint, save_detector
 
 
 @pytest.fixture

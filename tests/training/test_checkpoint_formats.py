@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from simdetr.detectors import DeformableDETR, ViDT
-from simdetr.detectors.state_dict_names import drop_copies, to_official, to_transformers
-from simdetr.detectors.vidt_names import to_official_vidt
-from simdetr.training.checkpoint_formats import FORMATS, OWN, recognise
+from simdetr.exchange.formats import FORMATS, OWN, recognise
+from simdetr.exchange.parameter_names import drop_copies, to_official, to_official_vidt, to_transformers
 
 
 @pytest.fixture(scope="module")

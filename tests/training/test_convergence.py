@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from simdetr.training.convergence import StopOnConvergence
+from simdetr.training.optimisation import StopOnConvergence
 
 
 class Scripted(pl.LightningModule):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from simdetr.data.dataset import Batch
+from simdetr.exchange.weights import checkpoint_config, load_detector, save_detector
 from simdetr.training.detection_task import DetectionTask, NonFiniteLossError
 from simdetr.training.train import train
-from simdetr.training.weights import checkpoint_config, load_detector, save_detector
 
 TWO_RANKS = ("--trainer.devices=2", "--trainer.strategy=ddp_spawn")
 STEADY = ("--data.mosaic=0", "--data.colour=none", "--trainer.log_every_n_steps=1", "--model.schedule=constant")

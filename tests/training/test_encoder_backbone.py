@@ -7,8 +7,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from simdetr.proposals.features import TimmEncoder
-from simdetr.training.encoder_backbone import LearningEncoder, timm_weights
+from simdetr.encoder_training.objectives import LearningEncoder, timm_weights
+from simdetr.mining.encoders import TimmEncoder
 
 MODELS = ("test_resnet", "test_convnext", "test_vit", "test_efficientnet")
 

@@ -8,7 +8,7 @@ import torch
 
 from simdetr.data.images import open_images
 from simdetr.data.quarantine import Quarantine, TooManyUnreadableError
-from simdetr.training.encoder_data import EncoderData, Views
+from simdetr.encoder_training.crops import EncoderData, Views
 
 lightly = pytest.importorskip("lightly")
 

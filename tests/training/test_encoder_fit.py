@@ -19,14 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from simdetr.data.images import open_images, read_image
-from simdetr.proposals import FittedEncoder, MiningConfig, TimmEncoder, mine_batch
-from simdetr.training.checkpoints import ResumePoint
+from simdetr.encoder_training.fit import EncoderFitConfig, fit_encoder
+from simdetr.encoder_training.objectives import LearningEncoder, timm_weights
+from simdetr.encoder_training.probe import read_rows
+from simdetr.mining import FittedEncoder, MiningConfig, TimmEncoder, mine_batch
 from simdetr.training.detection_task import NonFiniteLossError
-from simdetr.training.encoder_backbone import LearningEncoder, timm_weights
-from simdetr.training.encoder_fit import fit_encoder
-from simdetr.training.encoder_probe import read_rows
-from simdetr.training.encoder_settings import EncoderFitConfig
 from simdetr.training.run_folder import RunMismatchError
+from simdetr.training.train import ResumePoint
 
 # three batches of four images per epoch
 TINY = EncoderFitConfig(
@@ -98,7 +97,7 @@ def test_killed_process_resumes(scenes, tmp_path):
     fit_encoder(scenes, whole, config, device="cpu")
     script = (
         "import sys, time, torch; torch.set_num_threads(1)\n"
-        "from simdetr.training import encoder_fit; from simdetr.training.encoder_settings import EncoderFitConfig\n"
+        "from simdetr.training import encoder_fit; from simdetr.encoder_training.fit import EncoderFitConfig\n"
         "step = encoder_fit.EncoderTask.training_step\n"
         "encoder_fit.EncoderTask.training_step = lambda *a: (time.sleep(0.3), step(*a))[1]\n"  # time to kill it
         f"encoder_fit.fit_encoder(sys.argv[1], sys.argv[2], EncoderFitConfig(**{config.settled()!r}, num_workers=0,\n"
@@ -166,7 +165,7 @@ def test_learning_lowers_the_loss_and_spreads_the_features(scenes, tmp_path):
 def test_unreadable_images_are_put_aside(own_scenes, tmp_path, monkeypatch, caplog):
     source = open_images(own_scenes)
     source.path_of(source.ids[1]).write_bytes(b"")
-    monkeypatch.setattr("simdetr.training.encoder_data.Quarantine.__init__.__defaults__", (0.5,))
+    monkeypatch.setattr("simdetr.encoder_training.crops.Quarantine.__init__.__defaults__", (0.5,))
     fit_encoder(own_scenes, tmp_path / "out", replace(DINO, max_steps=2), device="cpu")
     assert source.ids[1] in (tmp_path / "out" / "quarantine.csv").read_text()
     assert "1 of 6 images are unreadable" in caplog.text
@@ -188,7 +187,7 @@ def test_bar_counts_what_is_left_and_is_closed(lr, scenes, tmp_path, monkeypatch
         yield happened.append
         happened.append("closed")
 
-    monkeypatch.setattr("simdetr.training.encoder_fit.image_progress", bar)
+    monkeypatch.setattr("simdetr.encoder_training.fit.image_progress", bar)
     with pytest.raises(NonFiniteLossError) if lr > 1 else nullcontext():
         fit_encoder(scenes, tmp_path, replace(DINO, warmup=0.0, lr=lr), device="cpu")
     assert happened[0] == 24 and happened[-1] == "closed" and happened.count("closed") == 1

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from simdetr.training.encoder_backbone import LearningEncoder
-from simdetr.training.encoder_data import CropWithPlaces
-from simdetr.training.encoder_objectives import (
+from simdetr.encoder_training.crops import CropWithPlaces
+from simdetr.encoder_training.objectives import (
     OBJECTIVES,
+    LearningEncoder,
     MissingExtraError,
     Objective,
     build_objective,
@@ -136,7 +136,7 @@ def test_pooled_is_the_mean_of_the_last_map():
 
 def test_an_objective_of_ones_own_by_class_path(tmp_path, monkeypatch):
     (tmp_path / "own_objective.py").write_text(
-        "from simdetr.training.encoder_objectives import Objective, pooled\n"
+        "from simdetr.encoder_training.objectives import Objective, pooled\n"
         "class Flat(Objective):\n"
         "    def __init__(self, encoder, scale):\n"
         "        super().__init__()\n"
@@ -155,7 +155,7 @@ def test_an_objective_of_ones_own_by_class_path(tmp_path, monkeypatch):
 
 def test_an_unfinished_objective_is_told_what_it_lacks(tmp_path, monkeypatch):
     (tmp_path / "half_objective.py").write_text(
-        "from simdetr.training.encoder_objectives import Objective\n"
+        "from simdetr.encoder_training.objectives import Objective\n"
         "class Half(Objective):\n"
         "    def forward(self, encoder, views):\n"
         "        return 0\n"

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from simdetr.data.images import open_images
-from simdetr.proposals.features import TimmEncoder
-from simdetr.training.encoder_probe import (
+from simdetr.encoder_training.probe import (
     effective_rank,
     feature_spread,
     probe_images,
@@ -18,6 +17,7 @@ from simdetr.training.encoder_probe import (
     warn_of_collapse,
     write_row,
 )
+from simdetr.mining.encoders import TimmEncoder
 
 
 class Constant(torch.nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simdetr.training.encoder_settings import EncoderFitConfig, read_settings
+from simdetr.encoder_training.fit import EncoderFitConfig, read_settings
 
 
 def test_options_go_over_files_and_later_files_over_earlier_ones(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from simdetr.training.epoch_sampler import EpochBatchSampler, ResumableLoader, ShareBatchSampler
+from simdetr.training.sampler import EpochBatchSampler, ResumableLoader, ShareBatchSampler
 
 
 class Numbers(Dataset):

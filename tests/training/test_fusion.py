@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from simdetr.data.labels import Category, ImageLabels, Labels
-from simdetr.proposals.certainty import certainty
+from simdetr.mining.pseudo_labels import certainty
 from simdetr.training import fusion
 from simdetr.training.fusion import Fusion, fuse
 

@@ -3,9 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from simdetr.data.labels import Category, ImageLabels, Labels
-from simdetr.data.lineage import LINEAGE_COLUMNS, Lineage
-from simdetr.training.inheritance import inherit
+from simdetr.data.labels import LINEAGE_COLUMNS, Category, ImageLabels, Labels, Lineage
+from simdetr.training.fusion import inherit
 
 
 def stage_labels(stage, boxes):

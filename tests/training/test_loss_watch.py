@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simdetr.data.dataset import Batch
 from simdetr.detectors import DetectionLoss, matcher
-from simdetr.training.detection_task import DetectionTask
-from simdetr.training.loss_watch import PendingLosses
+from simdetr.training.detection_task import DetectionTask, PendingLosses
 
 NOTHING = Batch(torch.zeros(0, 3, 1, 1), torch.zeros(0, 1, 1, dtype=torch.bool), [])
 

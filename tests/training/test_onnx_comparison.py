@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from simdetr.training.onnx_comparison import agreement, compare, compare_with_file, example_batch
+from simdetr.exchange.onnx import agreement, compare, compare_with_file, example_batch
 
 SIZE = (64, 80)
 

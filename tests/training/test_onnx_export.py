@@ -12,9 +12,9 @@ import torch
 
 from simdetr.data.labels import Category
 from simdetr.detectors import DeformableDETR, TorchvisionDetector, TransformersDetector, ViDT
-from simdetr.training import onnx_export
-from simdetr.training.onnx_export import OnnxExportError, export_onnx
-from simdetr.training.weights import checkpoint_config, load_detector, save_detector
+from simdetr.exchange import onnx as onnx_export
+from simdetr.exchange.onnx import OnnxExportError, export_onnx
+from simdetr.exchange.weights import checkpoint_config, load_detector, save_detector
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason="the extra onnx is not installed")

@@ -8,7 +8,7 @@ import torch
 
 from simdetr.detectors import TorchvisionDetector, TransformersDetector
 from simdetr.heads import HeadedDetector
-from simdetr.training.random_start import RandomStartError, check_start, fixed_parts, is_untrained, thawing
+from simdetr.training.detection_task import RandomStartError, check_start, fixed_parts, is_untrained, thawing
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])

@@ -11,8 +11,7 @@ from torch import nn
 from simdetr.boxes import normalise, pairwise_iou
 from simdetr.data import masks
 from simdetr.data.images import open_images
-from simdetr.data.labels import Category, read_labels
-from simdetr.data.lineage import LINEAGE_COLUMNS
+from simdetr.data.labels import LINEAGE_COLUMNS, Category, read_labels
 from simdetr.detectors.mask_vectors import encode_crops
 from simdetr.detectors.predictions import best_per_query
 from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, Throughput, detect, detect_array, relabel

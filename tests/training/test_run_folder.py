@@ -9,8 +9,8 @@ import time
 import pytest
 import yaml
 
+from simdetr.exchange.weights import CONFIG_NAME, WEIGHTS_NAME
 from simdetr.training.run_folder import RunFolder, RunInUseError, RunMismatchError
-from simdetr.training.weights import CONFIG_NAME, WEIGHTS_NAME
 
 CONFIG = {"clustering": {"num_classes": 4, "seed": 0}, "data": {"images": "a", "short_sides": [1, 2]}, "model": {}}
 

@@ -16,8 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from simdetr.training.checkpoints import ResumePoint
-from simdetr.training.train import train
+from simdetr.training.train import ResumePoint, train
 
 # three batches of two images per epoch, two optimiser steps of them; dropout, mosaic and colour are on
 HARD = (
@@ -165,7 +164,7 @@ def test_a_second_call_of_a_finished_training_only_reads(recipe, tmp_path):
 
 def test_best_validated_weights_are_kept(recipe, tmp_path, validation, monkeypatch):
     scores = iter([0.2, 0.9, 0.1])
-    monkeypatch.setattr("simdetr.evaluation.validation.coco_metrics", lambda *a: {"AP": next(scores)})
+    monkeypatch.setattr("simdetr.training.detection_task.coco_metrics", lambda *a: {"AP": next(scores)})
     options = ("--data.label_fraction=0.34", "--model.schedule=constant")
     three = recipe(*options, *validation, "--trainer.max_steps=-1", "--trainer.max_epochs=3")
     train(three.training(tmp_path / "three"), tmp_path / "three")

@@ -9,7 +9,7 @@ import torch
 
 from simdetr.data.labels import Category
 from simdetr.detectors import DeformableDETR
-from simdetr.training.transformers_config import (
+from simdetr.exchange.formats import (
     config_from_transformers,
     config_to_transformers,
     images_from_transformers,

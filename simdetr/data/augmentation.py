@@ -1,0 +1,358 @@
+"""Plain numbers in, augmentation and preparation of (image, target) pairs out; torchvision.transforms.v2 does the work.
+
+Source: multi-scale resize, flip and crop of Deformable DETR (Zhu et al. 2021, appendix; specs A9); strong colour
+changes of seed 003 [0066], [0068] at the strength of MoCo v2 (Chen et al. 2020, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from simdetr.data.dataset import DetectionDataset, Sample, item_randomness, pixel_boxes
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# published for a largest short side of 800: resize to 400, 500 or 600, cut 384 to 600; other sizes keep the ratios
+_CROP_SHORT_SIDES = (400 / 800, 500 / 800, 600 / 800)
+_CROP_SIDES = (384 / 800, 600 / 800)
+_MAX_CROP_ASPECT = 4  # bounds the memory that a strip of an image takes before it is cropped
+_COLOUR_STRENGTH = {"none": 0.0, "light": 0.4, "strong": 1.0}
+_BLUR_KERNEL_PX = 9
+
+Colour = Literal["none", "light", "strong"]
+
+
+class ResizeShortSide(nn.Module):
+    """Resize so that the short side has one of the given lengths, drawn at random; the long side stays in bounds.
+
+    Args:
+        short_sides: lengths in pixels.
+        max_side: longest side in pixels; the short side gives way to it, down to one pixel.
+    """
+
+    def __init__(self, short_sides: Sequence[int], max_side: int) -> None:
+        super().__init__()
+        if not short_sides or min(short_sides) < 1 or max_side < 1:
+            raise ValueError(
+                f"expected lengths of at least 1 pixel, got short_sides={short_sides}, max_side={max_side}"
+            )
+        self.short_sides = tuple(int(side) for side in short_sides)
+        self.max_side = int(max_side)
+
+    def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Resize image, boxes, masks and points alike."""
+        height, width = F.get_size(image)
+        chosen = self.short_sides[int(torch.randint(len(self.short_sides), ()))]
+        scale = min(chosen / min(height, width), self.max_side / max(height, width))
+        size = [max(1, round(height * scale)), max(1, round(width * scale))]
+        return _on_all(
+            image,
+            target,
+            lambda value: F.resize(value, size, antialias=True),
+            lambda points: points * points.new_tensor([size[1] / width, size[0] / height]),
+        )
+
+
+class RandomSizeCrop(nn.Module):
+    """Cut out a window whose height and width are drawn independently; boxes and masks are cut with it, points moved.
+
+    Args:
+        min_side: smallest side of the window in pixels; smaller images are not cut along that side.
+        max_side: largest side of the window in pixels.
+    """
+
+    def __init__(self, min_side: int, max_side: int) -> None:
+        super().__init__()
+        if not 1 <= min_side <= max_side:
+            raise ValueError(f"expected 1 <= min_side <= max_side, got {min_side} and {max_side}")
+        self.min_side, self.max_side = int(min_side), int(max_side)
+
+    def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Cut all alike; boxes may come out empty, `DropSmallBoxes` drops them with what belongs to them."""
+        full_height, full_width = F.get_size(image)
+        height, width = self._draw(full_height), self._draw(full_width)
+        top = int(torch.randint(full_height - height + 1, ()))
+        left = int(torch.randint(full_width - width + 1, ()))
+        return _on_all(
+            image,
+            target,
+            lambda value: F.crop(value, top, left, height, width),
+            lambda points: points - points.new_tensor([left, top]),
+        )
+
+    def _draw(self, side: int) -> int:
+        low, high = min(self.min_side, side), min(self.max_side, side)
+        return int(torch.randint(low, high + 1, ()))
+
+
+class RandomMirror(nn.Module):
+    """Mirror left and right, but no sample with a landmark whose point would then be on the wrong side of its object.
+
+    Such a landmark (``target["one_sided"]``) has a class whose reference point is a left or right one, and no box to
+    find the other side's by. A refusal is told as ``target["flip_refused"]``.
+
+    Args:
+        probability: share of samples that are mirrored.
+    """
+
+    def __init__(self, probability: float = 0.5) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Mirror all alike, or nothing."""
+        if torch.rand(1) >= self.probability:
+            return image, target
+        if "one_sided" in target and target["one_sided"].any():
+            return image, target | {"flip_refused": True}
+        width = F.get_size(image)[1]
+        return _on_all(
+            image, target, F.horizontal_flip, lambda points: torch.stack([width - points[:, 0], points[:, 1]], dim=1)
+        )
+
+
+class DropSmallBoxes(nn.Module):
+    """Leave out boxes below one pixel with their labels, masks and points; landmarks that never had a box stay."""
+
+    def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Select the rows of all that goes by box."""
+        boxes = target["boxes"].as_subclass(Tensor)
+        kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
+        if "only_point" in target:
+            kept |= target["only_point"]
+        names = [name for name in ("boxes", "labels", "scores", "masks", "points", "only_point") if name in target]
+        return image, target | {name: tv_tensors.wrap(target[name][kept], like=target[name]) for name in names}
+
+
+def _on_all(
+    image: Tensor, target: dict[str, Any], change: Callable[[Any], Any], move: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Change the image and what lies on it; points [T, 2] move exactly, torchvision >= 0.19 may not know them."""
+    changed: dict[str, Any] = {name: change(target[name]) for name in ("boxes", "masks") if name in target}
+    if "points" in target:
+        changed["points"] = move(target["points"])
+    return change(image), target | changed
+
+
+def train_transforms(
+    short_sides: Sequence[int],
+    max_side: int,
+    crop: bool = True,
+    colour: Colour | float = "strong",
+    flip: bool = True,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> nn.Module:
+    """Augmentation for training.
+
+    Args:
+        short_sides: lengths in pixels, one of which the short side gets.
+        max_side: longest side in pixels.
+        crop: in half of the images, cut out a random window before resizing.
+        colour: strength of the colour changes, or 0 (none) to 1 (strong).
+        flip: mirror half of the images.
+        mean: channel means of the normalisation.
+        std: channel deviations of the normalisation.
+    """
+    largest = max(short_sides, default=0)
+    resize: nn.Module = ResizeShortSide(short_sides, max_side)
+    if crop:
+        cut = v2.Compose(
+            [
+                ResizeShortSide([round(part * largest) for part in _CROP_SHORT_SIDES], _MAX_CROP_ASPECT * largest),
+                RandomSizeCrop(*(round(part * largest) for part in _CROP_SIDES)),
+                ResizeShortSide(short_sides, max_side),
+            ]
+        )
+        resize = v2.RandomChoice([resize, cut])
+    steps = [*([RandomMirror(0.5)] if flip else []), resize, *_colour_changes(colour)]
+    composed: nn.Module = v2.Compose([*steps, *_preparation(mean, std)])
+    return composed
+
+
+def eval_transforms(
+    short_side: int, max_side: int, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> nn.Module:
+    """Preparation for validation and prediction: resize and normalise; nothing is random."""
+    composed: nn.Module = v2.Compose([ResizeShortSide([short_side], max_side), *_preparation(mean, std)])
+    return composed
+
+
+def _preparation(mean: Sequence[float], std: Sequence[float]) -> list[nn.Module]:
+    return [
+        v2.ClampBoundingBoxes(),
+        DropSmallBoxes(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(mean), list(std)),
+        v2.ToPureTensor(),
+    ]
+
+
+def _colour_changes(colour: Colour | float) -> list[nn.Module]:
+    if isinstance(colour, str) and colour not in _COLOUR_STRENGTH:
+        raise ValueError(f"colour: expected {', '.join(_COLOUR_STRENGTH)} or a number from 0 to 1, got {colour!r}")
+    strength = _COLOUR_STRENGTH[colour] if isinstance(colour, str) else float(colour)
+    if not 0 <= strength <= 1:
+        raise ValueError(f"colour: expected a number from 0 (none) to 1 (strong), got {colour}")
+    if strength == 0:
+        return []
+    jitter = v2.ColorJitter(0.4 * strength, 0.4 * strength, 0.4 * strength, 0.1 * strength)
+    return [
+        v2.RandomApply([jitter], p=0.8),
+        v2.RandomGrayscale(0.2 * strength),
+        v2.RandomApply([v2.GaussianBlur(_BLUR_KERNEL_PX, sigma=(0.1, 2.0))], p=0.5 * strength),
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A dataset in, the same dataset with some items composed of four images out.
+#
+# Source: seed 003 [0065]-[0067]: images are put side by side, some of them at a lower resolution, so that their boxes
+# shrink; without it a detector that is pretrained on pictures of single large objects does not learn to find small
+# ones.
+
+
+_FILL_RGB = (124, 116, 104)  # ImageNet's mean colour: near zero after the normalisation, as the padding is
+_CENTRE_RANGE = (0.35, 0.65)  # where the four tiles meet, as a fraction of the canvas
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one image lies on the canvas, in pixels: its top left corner and its resized height and width."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Mosaic(Dataset[Sample | None]):
+    """A detection dataset whose items are, with some probability, mosaics of 2 × 2 images.
+
+    The item's own image comes first, three others are drawn from the set. Each is resized to fit its tile (its shape is
+    kept), some to a fraction of that, and laid somewhere in the tile. A mosaic goes through the dataset's transform
+    as any image does; its ``orig_size`` is the canvas and its ``image_index`` the first image's.
+
+    Args:
+        dataset: the images and labels.
+        probability: share of items that become mosaics.
+        canvas_px: side of the square canvas in pixels; 0 takes the size of the item's own image.
+        low_resolution: share of tiles that are put in at a lower resolution.
+        scale_range: smallest and largest factor of a lower resolution.
+        seed: seed of the draws; the dataset's own by default.
+    """
+
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        probability: float = 0.5,
+        canvas_px: int = 0,
+        low_resolution: float = 0.5,
+        scale_range: tuple[float, float] = (0.4, 0.8),
+        seed: int | None = None,
+    ) -> None:
+        if not 0 <= probability <= 1 or not 0 <= low_resolution <= 1:
+            raise ValueError(f"expected shares from 0 to 1, got {probability=} and {low_resolution=}")
+        if not 0 < scale_range[0] <= scale_range[1] <= 1:
+            raise ValueError(f"scale_range: expected 0 < smallest <= largest <= 1, got {tuple(scale_range)}")
+        if canvas_px < 0:
+            raise ValueError(f"canvas_px: expected a side in pixels, or 0 for the image's own size, got {canvas_px}")
+        self.dataset = dataset
+        self.probability = probability
+        self.canvas_px = canvas_px
+        self.low_resolution = low_resolution
+        self.scale_range = (float(scale_range[0]), float(scale_range[1]))
+        self.seed = dataset.seed if seed is None else seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that everything random is drawn for; also seen by workers that already run."""
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample | None:
+        with item_randomness(self.seed, self.dataset.epoch, index):
+            sample = self.compose(index) if float(torch.rand(())) < self.probability else self.dataset.load(index)
+            return None if sample is None else self.dataset.finish(sample)
+
+    def compose(self, index: int) -> Sample | None:
+        """The untransformed mosaic of an item, drawn from torch's default generator; None where none is readable."""
+        indices = [index, *torch.randint(len(self), (3,)).tolist()]
+        samples = [sample for sample in map(self.dataset.load, indices) if sample is not None]
+        if not samples:
+            return None
+        own_height, own_width = samples[0][0].shape[-2:]
+        canvas_hw = (max(2, self.canvas_px or own_height), max(2, self.canvas_px or own_width))
+        tiles = self._tiles(canvas_hw)
+        placements = [
+            self._place(tile, (sample[0].shape[-2], sample[0].shape[-1]))
+            for tile, sample in zip(tiles, samples, strict=False)  # fewer samples than tiles where some are unreadable
+        ]
+        return compose_tiles(samples, placements, canvas_hw)
+
+    def _tiles(self, canvas_hw: tuple[int, int]) -> list[Placement]:
+        height, width = canvas_hw
+        low, high = _CENTRE_RANGE
+        fractions = (torch.rand(2) * (high - low) + low).tolist()
+        y, x = max(1, int(fractions[0] * height)), max(1, int(fractions[1] * width))
+        below, right = height - y, width - x
+        return [
+            Placement(0, 0, y, x),
+            Placement(0, x, y, right),
+            Placement(y, 0, below, x),
+            Placement(y, x, below, right),
+        ]
+
+    def _place(self, tile: Placement, size_hw: tuple[int, int]) -> Placement:
+        """Fit an image of (height, width) into a tile, perhaps at a lower resolution, at a random place."""
+        scale = min(tile.height / size_hw[0], tile.width / size_hw[1])
+        if float(torch.rand(())) < self.low_resolution:
+            low, high = self.scale_range
+            scale *= low + (high - low) * float(torch.rand(()))
+        height = min(max(1, round(size_hw[0] * scale)), tile.height)
+        width = min(max(1, round(size_hw[1] * scale)), tile.width)
+        top = tile.top + int(torch.randint(tile.height - height + 1, ()))
+        left = tile.left + int(torch.randint(tile.width - width + 1, ()))
+        return Placement(top, left, height, width)
+
+
+def compose_tiles(samples: list[Sample], placements: list[Placement], canvas_hw: tuple[int, int]) -> Sample:
+    """Draw samples (uint8 images with pixel boxes) at their placements on one canvas, with all that goes by box."""
+    canvas = torch.tensor(_FILL_RGB, dtype=torch.uint8).view(3, 1, 1).repeat(1, *canvas_hw)
+    boxes: list[Tensor] = []
+    masks: list[Tensor] = []
+    points: list[Tensor] = []
+    for (image, target), place in zip(samples, placements, strict=True):
+        rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
+        canvas[:, rows, columns] = F.resize(image.as_subclass(Tensor), [place.height, place.width], antialias=True)
+        factors = torch.tensor([place.width / image.shape[-1], place.height / image.shape[-2]]).repeat(2)
+        shift = torch.tensor([place.left, place.top]).repeat(2)
+        boxes.append(target["boxes"].as_subclass(Tensor) * factors + shift)
+        if "masks" in target:
+            resized = F.resize(target["masks"], [place.height, place.width]).as_subclass(Tensor)
+            masks.append(resized.new_zeros(len(resized), *canvas_hw))
+            masks[-1][:, rows, columns] = resized
+        if "points" in target:
+            points.append(target["points"] * factors[:2] + shift[:2])
+    extra: dict[str, Tensor] = {"masks": tv_tensors.Mask(torch.cat(masks))} if masks else {}
+    if points:
+        flags = {name: torch.cat([target[name] for _, target in samples]) for name in ("only_point", "one_sided")}
+        extra |= {"points": torch.cat(points), **flags}
+    return tv_tensors.Image(canvas), {
+        "boxes": pixel_boxes(torch.cat(boxes), canvas_hw),
+        "labels": torch.cat([target["labels"] for _, target in samples]),
+        "scores": torch.cat([target["scores"] for _, target in samples]),
+        "orig_size": torch.tensor(canvas_hw),
+        "image_index": samples[0][1]["image_index"],
+        **extra,
+    }

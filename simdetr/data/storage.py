@@ -1,0 +1,100 @@
+"""A path or URL in, something with pathlib's methods out; bytes in, a file that is there whole or not at all out.
+
+Local paths (also as ``file://``) become :class:`pathlib.Path`, every other URL that fsspec knows (``s3://bucket/folder``,
+``memory://x``) a :class:`upath.UPath` with the same methods.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from upath import UPath
+
+Location = Path | UPath
+
+
+def locate(path: str | Location) -> Location:
+    """The place that a path or URL speaks of."""
+    if isinstance(path, Path) or not is_url(str(path)):
+        return Path(str(path))
+    url = UPath(path)
+    return Path(url.path) if url.protocol in ("file", "local") else url
+
+
+def is_url(text: str) -> bool:
+    """Whether it names its storage: ``s3://bucket``, ``simplecache::s3://bucket``."""
+    return "://" in text
+
+
+def below(root: Location, name: str) -> Location:
+    """The place of a relative name below a root; absolute paths and URLs stand for themselves."""
+    return locate(name) if is_url(name) else root / name
+
+
+def files_below(folder: Location) -> Iterator[str]:
+    """Posix paths, relative to the folder, of all files below it; hidden files and folders are left out.
+
+    Links to folders are followed once, so that a link to a parent folder does no harm.
+    """
+    if not isinstance(folder, Path):
+        prefix = folder.path.rstrip("/") + "/"
+        names = (name.removeprefix(prefix) for name in folder.fs.find(folder.path))
+        yield from (name for name in names if not any(part.startswith(".") for part in name.split("/")))
+        return
+    seen: set[str] = set()
+    for directory, subfolders, names_here in os.walk(folder, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        relative = Path(directory).relative_to(folder)
+        yield from ((relative / name).as_posix() for name in names_here if not name.startswith("."))
+
+
+def write_whole(location: Location, content: Any) -> None:  # noqa: ANN401 (bytes or a pyarrow buffer)
+    """Write a file that appears whole or not at all: locally by flushing and renaming, elsewhere as one object.
+
+    Raises:
+        OSError: it cannot be written; the temporary file is removed.
+    """
+    if not isinstance(location, Path):
+        location.fs.pipe_file(location.path, bytes(content))
+        return
+    temporary = location.with_name(f".{location.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(location)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A target path in, a temporary path out; the target appears whole or not at all (design.md §4).
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` to write to, and rename it to ``path`` when the block ends well.
+
+    Missing parent folders are made. The temporary name holds the process id, so that two processes never write the
+    same file, and keeps the suffix, because some writers choose the format by it. When the block raises, the temporary
+    file is removed and ``path`` stays as it was.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

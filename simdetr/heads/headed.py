@@ -1,0 +1,217 @@
+"""A detector with a head: both read the same features, train in the same step, and predict together.
+
+In and out as any ``Detector``. A landmark head leaves the detector's predictions as they are and puts its own beside
+them; what a localisation head finds in the whole image takes their place.
+Source: specs/heads.md section 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from simdetr.detectors.backbone import Backbone, pad_to_multiple, resize_mask
+from simdetr.detectors.detector import Detector, DetectorOutput, Features, FeatureSizes, Level, QueryDetector
+from simdetr.detectors.matcher import Target
+from simdetr.heads.head import Head, check_images, check_needs, described, factory, part_class, prefixed
+
+
+class HeadedDetector(Detector):
+    """A Deformable DETR or ViDT with a head on it.
+
+    Args:
+        num_classes: K.
+        head: the head, made for the detector's sizes; in a config its class and options.
+        detector: the detector, made for K classes; in a config its class and options.
+        detector_weight: weight of the detector's own loss; 0 where the targets have no boxes to learn.
+
+    Raises:
+        ValueError: the head reads something that the detector lacks, or a negative weight.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        head: Callable[[FeatureSizes], Head],
+        detector: Callable[[int], QueryDetector],
+        detector_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if detector_weight < 0:
+            raise ValueError(f"detector_weight must be at least 0, got {detector_weight}")
+        self.num_classes, self.detector_weight = num_classes, detector_weight
+        self.detector = detector(num_classes)
+        self.head = head(self.detector.feature_sizes)
+        check_needs(self.head, self.detector.feature_sizes)
+        inner = described(self.detector)
+        del inner["init_args"]["num_classes"]
+        self.init_args = {
+            "num_classes": num_classes,
+            "head": described(self.head),
+            "detector": inner,
+            "detector_weight": detector_weight,
+        }
+        self.backbone_name = f"detector.{self.detector.backbone_name}"
+        self.body_name = f"detector.{self.detector.body_name}"
+        self.slow_names = self.detector.slow_names
+        self.decays_backbone_vectors = self.detector.decays_backbone_vectors
+
+    @classmethod
+    def from_init_args(cls, init_args: Mapping[str, Any]) -> HeadedDetector:
+        """Build it anew; the parts may be described as ``init_args`` does."""
+        arguments = dict(init_args)
+        head, detector = factory(arguments.pop("head"), Head), factory(arguments.pop("detector"), QueryDetector)
+        return cls(head=head, detector=detector, **arguments)
+
+    @classmethod
+    def thawed(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments with which the whole backbone of the detector learns."""
+        part = init_args["detector"]
+        inner = cast(type[QueryDetector], part_class(part["class_path"], QueryDetector))
+        thawed = inner.thawed(part.get("init_args") or {})
+        return {**init_args, "detector": {**part, "init_args": thawed}}
+
+    @property
+    def core(self) -> Detector:
+        """The detector without the head."""
+        return self.detector
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
+        """The detector's predictions, and the head's beside them; arguments as in ``Detector``."""
+        outputs, features = self._decoded(images, mask)
+        return cast(DetectorOutput, {**outputs, **self.head.predictions(self.head(features), features)})
+
+    def read(self, images: Tensor, mask: Tensor | None = None) -> tuple[Any, Features]:
+        """The head's raw outputs, and what they were made of."""
+        features = self._decoded(images, mask)[1]
+        return self.head(features), features
+
+    def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """The detector's losses and, under its name, the head's."""
+        outputs, features = self._decoded(images, mask)
+        found = self.head.losses(self.head(features), features, targets)
+        if self.detector_weight == 0:
+            # without its loss what it predicts would have no gradient, which several processes do not forgive
+            watched = 0.0 * torch.stack([values.sum() for values in _tensors_in(outputs)]).sum()
+            return {"loss": found.total + watched, **prefixed(self.head.name, found)}
+        losses = self.detector.losses_of(outputs, images, [boxed(target) for target in targets])
+        losses["loss"] = self.detector_weight * losses["loss"] + found.total
+        return losses | prefixed(self.head.name, found)
+
+    def _decoded(self, images: Tensor, mask: Tensor | None) -> tuple[DetectorOutput, Features]:
+        check_images(images, mask, self)
+        return self.detector.decoded(images, mask, self.head.pass_level if self.head.is_neck else None)
+
+
+def _tensors_in(part: Any) -> Iterator[Tensor]:  # noqa: ANN401
+    """All tensors of a detector's output, which has dictionaries and lists in it."""
+    if isinstance(part, Tensor):
+        yield part
+    else:
+        for inner in part.values() if isinstance(part, Mapping) else part:
+            yield from _tensors_in(inner)
+
+
+def boxed(target: Target) -> Target:
+    """The objects of a target that have a box: landmarks of which only the point is known have none."""
+    if "points" not in target:
+        return target
+    kept = (target["boxes"][:, 2:] > 0).all(dim=1)
+    return {name: target[name][kept] for name in ("labels", "boxes", "masks") if name in target}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A head on a backbone alone, without transformer or decoder: images in, what the head predicts out.
+#
+# The smallest detector of this package; a head that changes features (``is_neck``) sees each stage's before the next
+# one. Source: specs/heads.md section 0 ("standalone").
+
+
+class HeadedBackbone(Detector):
+    """A timm backbone with a head on its maps.
+
+    Args:
+        num_classes: K.
+        head: the head, made for the backbone's sizes; in a config its class and options.
+        backbone: timm name of the feature network.
+        pretrained_backbone: load timm's pretrained weights into it.
+        output_stride: pixels per cell of the last map; 16 or 8 keep later stages at that stride.
+        frozen_batch_norm: fix batch norm; set False to train a batch-norm backbone from random weights.
+        freeze_stem: fix the backbone before its stage of stride 8.
+
+    Raises:
+        ValueError: the head reads something that a backbone lacks, or an unsuitable backbone.
+    """
+
+    takes_backbones = True
+
+    def __init__(
+        self,
+        num_classes: int,
+        head: Callable[[FeatureSizes], Head],
+        backbone: str = "resnet50",
+        pretrained_backbone: bool = False,
+        output_stride: Literal[8, 16, 32] = 32,
+        frozen_batch_norm: bool = True,
+        freeze_stem: bool = True,
+    ) -> None:
+        own = {name: value for name, value in locals().items() if name not in ("self", "__class__", "head")}
+        super().__init__()
+        self.num_classes = num_classes
+        self.backbone = Backbone(
+            backbone,
+            output_stride=output_stride,
+            frozen_batch_norm=frozen_batch_norm,
+            freeze_stem=freeze_stem,
+            pretrained=pretrained_backbone,
+        )
+        sizes = FeatureSizes(num_classes, tuple(self.backbone.channels), tuple(self.backbone.strides))
+        self.head = head(sizes)
+        check_needs(self.head, sizes)
+        self.init_args = {**own, "head": described(self.head)}
+
+    @classmethod
+    def from_init_args(cls, init_args: Mapping[str, Any]) -> HeadedBackbone:
+        """Build it anew; the head may be described as ``init_args`` does."""
+        arguments = dict(init_args)
+        return cls(head=factory(arguments.pop("head"), Head), **arguments)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
+        """What the head predicts; arguments as in ``Detector``."""
+        outputs, features = self.read(images, mask)
+        return cast(DetectorOutput, self.head.predictions(outputs, features))
+
+    def read(self, images: Tensor, mask: Tensor | None = None) -> tuple[Any, Features]:
+        """The head's raw outputs, and what they were made of."""
+        features = self.features(images, mask)
+        return self.head(features), features
+
+    def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """The head's losses under its name."""
+        outputs, features = self.read(images, mask)
+        found = self.head.losses(outputs, features, targets)
+        # stages that the head does not read must have a gradient too, if only for several processes
+        unread = 0.0 * sum(level.features.sum() for level in features.levels)
+        return {"loss": found.total + unread, **prefixed(self.head.name, found)}
+
+    def features(self, images: Tensor, mask: Tensor | None = None) -> Features:
+        """The backbone's maps, seen by the head on their way if it is a neck; arguments as in ``forward``."""
+        check_images(images, mask, self)
+        images, mask = pad_to_multiple(images, mask, self.backbone.pad_multiple)
+        mask = mask.expand(images.shape[0], -1, -1)
+        taps: list[Any] = []
+
+        def between(index: int, features: Tensor) -> Tensor:
+            size = (features.shape[2], features.shape[3])
+            changed, tap = self.head.pass_level(index, Level(features, strides[index], resize_mask(mask, size)))
+            taps.append(tap)
+            return changed
+
+        strides = self.backbone.strides
+        maps = self.backbone(images, between if self.head.is_neck else None)
+        sized = zip(maps, strides, strict=True)
+        levels = [Level(found, stride, resize_mask(mask, (found.shape[2], found.shape[3]))) for found, stride in sized]
+        return Features(levels, None, taps)

@@ -1,0 +1,355 @@
+"""Mined proposals -> training labels T0: every region's box, and the cluster of its feature as its class.
+
+Seed 003 [0054]-[0055], Algorithm 1 lines 8-9. Of several ranks each clusters the regions of its own shards, and all end
+with the same labels. Beside the labels lie ``clustering.safetensors`` (the centroids, after every iteration) and
+``clustering.json`` (inertia of every iteration, sizes of the clusters, their balance).
+
+Letters: N images, M regions, D feature dimensions, C classes. Labels take 44 bytes per region in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simdetr.data.labels import Category, Labels, Lineage
+from simdetr.data.storage import atomic_path
+from simdetr.mining.kmeans import (
+    Backend,
+    Iteration,
+    Journal,
+    KMeans,
+    clustering_record,
+    fit_kmeans,
+    gather,
+    in_order,
+    rank,
+    world_size,
+)
+from simdetr.mining.store import ProposalStore, StoreError, read_table
+
+_log = logging.getLogger(__name__)
+_KEEP_IN_MEMORY_BYTES = 1 << 30  # fp16 features of all ranks up to here are read once, more in every pass
+CENTROIDS, RECORD = "clustering.safetensors", "clustering.json"
+_NUMBERS = {"area": np.float32, "score": np.float32, "stride": np.int16, "k": np.int16, "cluster": np.int16}
+_BOX_COLUMNS = ["image_id", "height", "width", "boxes_xyxy", *_NUMBERS]
+
+
+def make_pseudo_labels(
+    store: ProposalStore,
+    num_classes: int = 2048,
+    *,
+    seed: int = 0,
+    spherical: bool = True,
+    max_iterations: int = 50,
+    backend: Backend = "torch",
+    device: str | torch.device = "cpu",
+    folder: Path | None = None,
+) -> Labels:
+    """Cluster all regions of a store into pseudo-classes.
+
+    Args:
+        store: mined proposals.
+        num_classes: C; 1 makes class-unaware labels and needs no clustering.
+        seed: of k-means.
+        spherical: compare features by direction, not by distance.
+        max_iterations: of k-means, each one pass over the features.
+        backend: of k-means, see :func:`simdetr.mining.kmeans.fit_kmeans`.
+        device: where to cluster.
+        folder: keeps the clustering, so that the same call goes on after the last iteration of a killed one.
+
+    Returns:
+        Labels of stage 0 with C categories; images without regions are among its images.
+
+    Raises:
+        ValueError: when there are no regions, or fewer than classes.
+        StoreError: at a damaged shard.
+    """
+    if num_classes == 1:
+        if folder is not None and rank() == 0:
+            for name in (CENTROIDS, RECORD):  # of a clustering whose labels are replaced
+                (folder / name).unlink(missing_ok=True)
+        return to_labels(store, count_regions(store), None)
+    clustering = cluster_regions(
+        store,
+        num_classes,
+        seed=seed,
+        spherical=spherical,
+        max_iterations=max_iterations,
+        backend=backend,
+        device=device,
+        folder=folder,
+    )
+    if folder is not None and rank() == 0:
+        settings = {"num_classes": num_classes, "seed": seed, "spherical": spherical, "backend": backend}
+        with atomic_path(folder / RECORD) as temporary:
+            record = clustering_record(clustering, settings | {"max_iterations": max_iterations})
+            temporary.write_text(json.dumps(record), encoding="utf-8")
+    return to_labels(store, int(clustering.counts.sum()), clustering)
+
+
+def cluster_regions(
+    store: ProposalStore,
+    num_classes: int,
+    *,
+    seed: int = 0,
+    spherical: bool = True,
+    max_iterations: int = 50,
+    backend: Backend = "torch",
+    device: str | torch.device = "cpu",
+    folder: Path | None = None,
+) -> KMeans:
+    """K-means over all region features; arguments and errors as in :func:`make_pseudo_labels`."""
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {num_classes}; 1 makes class-unaware labels")
+    regions = count_regions(store)
+    if regions < num_classes:
+        raise ValueError(
+            f"num_classes: got {num_classes} classes for {regions} mined regions, expected at least as many regions "
+            f"as classes; mine more images, lower num_classes to {regions} or less, or set it to 1 (class-unaware)"
+        )
+    in_memory = 2 * regions * store.manifest.region_dim <= _KEEP_IN_MEMORY_BYTES
+
+    def tell(iteration: Iteration) -> None:
+        left = (max_iterations - iteration.number) * iteration.seconds
+        _log.info(
+            "iteration %d of at most %d: inertia %.5f per region, %d empty, %.1f s, at most %.0f s left",
+            iteration.number,
+            max_iterations,
+            iteration.inertia / regions,
+            iteration.empty,
+            iteration.seconds,
+            left,
+        )
+
+    return fit_kmeans(
+        RegionBlocks(store, device, in_memory=in_memory),
+        num_classes,
+        seed=seed,
+        spherical=spherical,
+        max_iterations=max_iterations,
+        backend=backend,
+        journal=Journal(folder and folder / CENTROIDS, _fingerprint(store), tell),
+    )
+
+
+def _fingerprint(store: ProposalStore) -> str:
+    """What a store holds, in few letters: how it was mined and the sizes of its shards."""
+    shards = [(shard, store.shard_path(shard).stat().st_size) for shard in store.written()]
+    return hashlib.sha256(json.dumps([vars(store.manifest), shards]).encode()).hexdigest()[:16]
+
+
+def to_labels(store: ProposalStore, regions: int, clustering: KMeans | None) -> Labels:
+    """Boxes, areas and lineage as mined, classes from the clustering; without one all regions are one class.
+
+    Scores become how likely each box is an object, see :mod:`simdetr.mining.pseudo_labels`.
+    Boxes are a tenth of what a shard holds: every rank reads those of all shards. Features are not read again.
+
+    Args:
+        store: mined proposals.
+        regions: M.
+        clustering: of these regions, by all ranks.
+    """
+    ids: list[str] = []
+    sizes, counts = [], [np.zeros(1, np.int64)]
+    boxes, classes = np.empty((regions, 4), np.float32), np.zeros(regions, np.int64)
+    numbers = {name: np.empty(regions, dtype) for name, dtype in _NUMBERS.items()}
+    clusters_of = gather(clustering.labels.numpy()) if clustering is not None else []
+    read_of = [0] * len(clusters_of)
+    begin = 0
+    for place, shard in enumerate(store.written()):
+        table = read_columns(store, shard, _BOX_COLUMNS)
+        own = {name: table[name].combine_chunks() for name in _NUMBERS}
+        rows = slice(begin, begin + len(own["area"].flatten()))
+        begin = rows.stop
+        ids += table["image_id"].to_pylist()
+        sizes.append(np.stack([table["height"].to_numpy(), table["width"].to_numpy()], axis=1))
+        counts.append(own["area"].value_lengths().to_numpy())
+        for name, column in own.items():
+            numbers[name][rows] = column.flatten().to_numpy()
+        boxes[rows] = table["boxes_xyxy"].combine_chunks().flatten().flatten().to_numpy().reshape(-1, 4)
+        if clusters_of:
+            owner = place % len(clusters_of)  # as own_shards deals them out
+            at = read_of[owner]
+            read_of[owner] += rows.stop - rows.start
+            classes[rows] = clusters_of[owner][at : read_of[owner]]
+    offsets = np.cumsum(np.concatenate(counts), dtype=np.int64)
+    sizes_hw = np.concatenate(sizes).astype(np.int64)
+    found_in = {name: numbers[name] for name in ("stride", "k", "cluster")}
+    return Labels(
+        image_ids=tuple(ids),
+        sizes_hw=sizes_hw,
+        offsets=offsets,
+        boxes_xyxy=boxes,
+        classes=classes,
+        scores=certainty(numbers["score"], boxes, sizes_hw, offsets),
+        categories=_categories(clustering),
+        areas=numbers["area"],
+        crowd=np.zeros(regions, bool),
+        stage=0,
+        lineage=replace(Lineage.first_seen(0, offsets), **found_in),
+    )
+
+
+def _categories(clustering: KMeans | None) -> tuple[Category, ...]:
+    """One per cluster; the name says which clustering too, for those of another one are other classes."""
+    if clustering is None:
+        return (Category(1, "object"),)
+    which = hashlib.sha256(clustering.centroids.cpu().contiguous().numpy().tobytes()).hexdigest()[:4]
+    return tuple(Category(i + 1, f"cluster {i:04d} of {which}") for i in range(len(clustering.centroids)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A proposal store -> the region features of this rank's shards, block by block, again and again.
+#
+# Every rank reads its own shards only. Features stay in memory as they are stored (fp16) up to a limit; beyond it they
+# are read anew in every pass, the next shard by a thread while the last one is worked on.
+#
+# Letters: M regions, D feature dimensions, n regions of a shard.
+
+
+def own_shards(store: ProposalStore) -> list[int]:
+    """Numbers of the written shards that are this rank's: every world_size-th."""
+    return store.written()[rank() :: world_size()]
+
+
+def read_columns(store: ProposalStore, shard: int, columns: list[str]) -> pa.Table:
+    """Some columns of one shard and nothing else of it.
+
+    Raises:
+        StoreError: if it is damaged.
+    """
+    path = store.shard_path(shard)
+    try:
+        return read_table(path, columns)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} is damaged ({error}); run the mining command again to redo it") from error
+
+
+def count_regions(store: ProposalStore) -> int:
+    """Regions of all images, M.
+
+    Raises:
+        ValueError: when there are none.
+    """
+    own = (read_columns(store, shard, ["area"])["area"] for shard in own_shards(store))
+    regions = sum(gather(sum(len(chunk.flatten()) for column in own for chunk in column.chunks)))
+    if regions == 0:
+        raise ValueError(
+            f"store: expected proposals in {store.folder}, got none in {len(store)} images; loosen the filters, take "
+            "larger images or another encoder, and mine again"
+        )
+    return regions
+
+
+class RegionBlocks:
+    """This rank's region features, one block fp16 [n, D] per shard; every iteration starts anew.
+
+    Args:
+        store: mined proposals.
+        device: where the blocks go.
+        in_memory: read the shards once and keep their features.
+    """
+
+    def __init__(self, store: ProposalStore, device: str | torch.device = "cpu", *, in_memory: bool = False) -> None:
+        self.store = store
+        self.device = torch.device(device)
+        self._kept = list(self._read_all()) if in_memory else None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._read_all() if self._kept is None else iter(self._kept)
+
+    def _read_all(self) -> Iterator[Tensor]:
+        shards = own_shards(self.store)
+        if not shards:  # more ranks than shards; the device is told all the same
+            yield torch.zeros(0, self.store.manifest.region_dim, dtype=torch.float16, device=self.device)
+        for block in in_order(self._read, shards, threads=1):
+            yield block.to(self.device)
+
+    def _read(self, shard: int) -> Tensor:
+        features = read_columns(self.store, shard, ["features"])["features"].combine_chunks().flatten()
+        values = np.array(features.flatten().to_numpy(zero_copy_only=False))  # a copy that may be written to
+        return torch.from_numpy(values.reshape(len(features), self.store.manifest.region_dim))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores of all mined boxes of a set in, how likely each is an object out: the scores of the labels T0.
+#
+# A mined score orders the boxes of one image, and no more: large boxes and those at the image's border score higher
+# wherever they are, and images with strong edges higher than others. A detector that learns such scores averages over
+# the set, which leaves exactly these biases, and grows sure of the ground. What tells an object is a score that is high
+#
+# - among boxes of its size and its touch with the borders *in this set*, which a table of the set gives,
+# - among the boxes of its image,
+# - among the best boxes of all images.
+#
+# On labelled sets the result is close to the frequency of IoU 0.5 with an object (the log of benchmarks has the
+# numbers).
+#
+# Letters: N images, M boxes of all images.
+
+
+SIZE_SHARE = 0.5
+"""How much of what size and borders alone explain is taken off."""
+ABSOLUTE_POWER = 0.25
+"""How much the comparison with other images counts beside that within the image."""
+_OCTAVES = 16  # of a box's share of the image
+_PRIOR_BOXES = 20  # of the whole set, added to every cell of the table
+_LEAST = 1e-9
+
+
+def certainty(
+    scores: NDArray[np.float32],
+    boxes_xyxy: NDArray[np.float32],
+    sizes_hw: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """How likely each box is an object, in (0, 1].
+
+    Args:
+        scores: mined scores [M] >= 0 of any scale. Where they are all equal, as the document's filters leave them,
+            nothing is known and all are 1.
+        boxes_xyxy: [M, 4] in pixels.
+        sizes_hw: [N, 2] in pixels.
+        offsets: [N + 1]; image i owns the boxes offsets[i] to offsets[i + 1].
+    """
+    if len(scores) == 0 or scores.min() == scores.max():
+        return np.ones(len(scores), np.float32)
+    owner = np.repeat(np.arange(len(sizes_hw)), np.diff(offsets))
+    surprise = np.log(scores.astype(np.float64) + _LEAST)
+    surprise -= SIZE_SHARE * _expected(surprise, boxes_xyxy, sizes_hw[owner])
+    best = np.full(len(sizes_hw), -np.inf)
+    np.maximum.at(best, owner, surprise)
+    typical = np.median(best[np.isfinite(best)])
+    within_image = np.exp(surprise - best[owner])
+    within_set = 1 / (1 + np.exp(typical - surprise))
+    found: NDArray[np.float32] = (within_image * within_set**ABSOLUTE_POWER).astype(np.float32)
+    return found
+
+
+def _expected(
+    values: NDArray[np.float64], boxes_xyxy: NDArray[np.float32], sizes_hw: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Mean value of the set's boxes of the same size, to an octave, that touch as many borders; for each box [M]."""
+    height, width = sizes_hw.astype(np.float64).T
+    left, top, right, bottom = boxes_xyxy.astype(np.float64).T
+    share = (right - left) * (bottom - top) / (width * height)
+    octave = np.clip(np.floor(np.log2(np.maximum(share, 2.0**-_OCTAVES))) + _OCTAVES, 0, _OCTAVES).astype(np.int64)
+    touched = (left <= 1).astype(np.int64) + (top <= 1) + (right >= width - 1) + (bottom >= height - 1)
+    cell = octave * 5 + touched
+    cells = 5 * (_OCTAVES + 1)
+    counts = np.bincount(cell, minlength=cells)
+    sums = np.bincount(cell, weights=values, minlength=cells)
+    table = (sums + _PRIOR_BOXES * values.mean()) / (counts + _PRIOR_BOXES)
+    means: NDArray[np.float64] = table[cell]
+    return means

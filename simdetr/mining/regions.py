@@ -1,0 +1,362 @@
+"""Cluster labels in, regions out: connected components, their boxes, areas and pooled features.
+
+Source: seed 003 [0033]. Letters: B images of one shape, L clusterings (level and K), H x W cells of the finest grid,
+N = H W, R region rows per image (padded), C channels of the last level's map. A coarser level's labels are repeated on
+the finest grid, so that all masks of an image can be compared cell by cell. No loop goes over images or regions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Proposals of one image, N rows.
+
+    Attributes:
+        boxes_xyxy: float32 [N, 4], pixels of the upright original.
+        features: float32 [N, D], average of the last level's map over the region; D may be 0 where they were not read.
+        area: float32 [N], of the region (not of its box), square pixels of the original.
+        stride: int16 [N], level whose clustering found the region.
+        k: int16 [N], number of clusters of that clustering.
+        cluster: int16 [N], which of its clusters the region is a part of.
+        score: float32 [N], how sure the miner is of it, higher is better; 1 where it gives none.
+    """
+
+    boxes_xyxy: NDArray[np.float32]
+    features: NDArray[np.float32]
+    area: NDArray[np.float32]
+    stride: NDArray[np.int16]
+    k: NDArray[np.int16]
+    cluster: NDArray[np.int16]
+    score: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        rows = len(self.boxes_xyxy)
+        expected: dict[str, tuple[tuple[int, ...], type[np.generic]]]
+        expected = {"boxes_xyxy": ((rows, 4), np.float32), "area": ((rows,), np.float32)}
+        expected |= dict.fromkeys(("stride", "k", "cluster"), ((rows,), np.int16))
+        expected |= {"score": ((rows,), np.float32)}
+        expected |= {"features": ((rows, self.features.shape[-1] if self.features.ndim else 0), np.float32)}
+        for name, (shape, dtype) in expected.items():
+            column = getattr(self, name)
+            if column.shape != shape or column.dtype != dtype:
+                raise ValueError(
+                    f"{name}: expected {np.dtype(dtype)} of shape {shape}, got {column.dtype} of shape {column.shape}"
+                )
+        sides = self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]
+        if not (np.isfinite(self.boxes_xyxy).all() and (sides > 0).all()):
+            raise ValueError("boxes_xyxy: expected finite boxes with x1 > x0 and y1 > y0, in pixels")
+
+    def __len__(self) -> int:
+        return len(self.boxes_xyxy)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Regions of a batch of images of one shape, on their way through the filters.
+
+    Attributes:
+        labels: int64 [B, L, H, W], cluster of every cell of the finest grid in every clustering.
+        strides, ks: level and K of the L clusterings.
+        maps: the feature maps by stride, [B, C, H_l, W_l].
+        connectivity: 4 or 8 neighbours join cells to a region.
+        centre: whether similarities are taken after subtracting the image's mean feature.
+        components: int64 [B, L, H, W], number of the region, within its image, that a cell belongs to.
+        ids: int64 [B, R], the region numbers that are still candidates; -1 pads.
+        clustering, cluster: int64 [B, R], which clustering and which of its clusters a region comes from.
+        cells: int64 [B, R], size in cells of the finest grid; 0 for padding.
+        boxes: int64 [B, R, 4], x0, y0, x1, y1 in cells of the finest grid, far edges exclusive.
+        scores: float32 [B, R], higher is better; 1 until a filter ranks the regions.
+    """
+
+    labels: Tensor
+    strides: tuple[int, ...]
+    ks: tuple[int, ...]
+    maps: Mapping[int, Tensor]
+    connectivity: int
+    centre: bool
+    components: Tensor
+    ids: Tensor
+    clustering: Tensor
+    cluster: Tensor
+    cells: Tensor
+    boxes: Tensor
+    scores: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def valid(self) -> Tensor:
+        """Which rows are regions and not padding, bool [B, R]."""
+        return self.ids >= 0
+
+    @cached_property
+    def masks(self) -> Tensor:
+        """Cells of every region, bool [B, R, N]."""
+        return self._cells_of(rearrange(self.components, "b l h w -> b l (h w)"))
+
+    @cached_property
+    def features(self) -> Tensor:
+        """Average of the last level's map over every region, float32 [B, R, C]; 0 for padding.
+
+        The map is resampled (bilinear) to the grid of the region's own level. Averaging is linear, so the regions'
+        masks are carried to the last level's grid instead, which is far smaller than the resampled map.
+        """
+        last = max(self.maps)
+        cells = rearrange(self.maps[last], "b c h w -> b (h w) c").float()
+        finest = self.labels.shape[-2:]
+        weights = cells.new_zeros(*self.ids.shape, cells.shape[1])
+        stride_of = torch.tensor(self.strides, device=self.ids.device)[self.clustering]
+        for stride in sorted(set(self.strides)):
+            grid = self.maps[stride].shape[-2:]
+            step = finest[0] // grid[0]
+            on_grid = rearrange(self.components[:, :, ::step, ::step], "b l h w -> b l (h w)")
+            member = self._cells_of(on_grid) & (stride_of == stride)[:, :, None]
+            weights = weights + member.float() @ _resampling(self.maps[last].shape[-2:], grid).to(cells)
+        return torch.bmm(weights / weights.sum(dim=2, keepdim=True).clamp(min=1e-6), cells)
+
+    @cached_property
+    def directions(self) -> Tensor:
+        """Region features as unit vectors for cosine similarity, [B, R, C]; centred if ``centre``."""
+        features = self.features
+        if self.centre:
+            features = features - self.maps[max(self.maps)].float().mean(dim=(2, 3))[:, None]
+        return functional.normalize(features, dim=2) * self.valid[:, :, None]
+
+    def where(self, keep: Tensor) -> Candidates:
+        """The candidates without the rows in which ``keep``, bool [B, R], is false; order is kept."""
+        keep = keep & self.valid
+        rows = int(keep.sum(dim=1).max()) if keep.numel() else 0
+        order = (~keep).int().argsort(dim=1, stable=True)[:, :rows]
+        kept = keep.gather(1, order)
+        columns = {
+            name: getattr(self, name).gather(1, order) for name in ("ids", "clustering", "cluster", "cells", "scores")
+        }
+        columns["ids"] = columns["ids"].masked_fill(~kept, -1)
+        columns["cells"] = columns["cells"].masked_fill(~kept, 0)
+        boxes = self.boxes.gather(1, order[:, :, None].expand(-1, -1, 4)) * kept[:, :, None]
+        return replace(self, boxes=boxes, **columns)
+
+    def relabelled(self, labels: Tensor) -> Candidates:
+        """The candidates of other cluster labels [B, L, H, W] over the same maps."""
+        return find_candidates(
+            labels, self.strides, self.ks, self.maps, connectivity=self.connectivity, centre=self.centre
+        )
+
+    def _cells_of(self, components: Tensor) -> Tensor:
+        """Compare [B, L, M] region numbers with every row's own, to bool [B, R, M]."""
+        own = components.gather(1, self.clustering[:, :, None].expand(-1, -1, components.shape[2]))
+        return own == self.ids[:, :, None]
+
+
+def find_candidates(
+    labels: Tensor,
+    strides: Sequence[int],
+    ks: Sequence[int],
+    maps: Mapping[int, Tensor],
+    *,
+    connectivity: int = 4,
+    centre: bool = True,
+) -> Candidates:
+    """Connected components of all cluster masks of a batch.
+
+    Args:
+        labels: int64 [B, L, H, W] on the finest grid.
+        strides: level of each clustering, L values.
+        ks: K of each clustering, L values.
+        maps: feature maps by stride.
+        connectivity: 4 or 8.
+        centre: see :class:`Candidates`.
+
+    Returns:
+        Every region of every clustering, in the order of clustering and first cell.
+    """
+    batch, levels, height, width = labels.shape
+    roots = connected_components(labels, connectivity=connectivity)
+    firsts, numbers = torch.unique(roots, return_inverse=True)
+    image = firsts // (levels * height * width)
+    counts = torch.bincount(image, minlength=batch)
+    offsets = counts.cumsum(0) - counts
+    row = torch.arange(len(firsts), device=labels.device) - offsets[image]
+    rows = int(counts.max()) if batch else 0
+
+    def padded(values: Tensor, fill: int) -> Tensor:
+        table = torch.full((batch, rows), fill, device=labels.device)
+        table[image, row] = values
+        return table
+
+    flat = numbers.flatten()
+    y = repeat(torch.arange(height, device=labels.device), "h -> b l h w", b=batch, l=levels, w=width).flatten()
+    x = repeat(torch.arange(width, device=labels.device), "w -> b l h w", b=batch, l=levels, h=height).flatten()
+    zeros = torch.zeros_like(firsts)
+    edges = [zeros.scatter_reduce(0, flat, v, "amin", include_self=False) for v in (x, y)]
+    edges += [zeros.scatter_reduce(0, flat, v, "amax", include_self=False) + 1 for v in (x, y)]
+    return Candidates(
+        labels=labels,
+        strides=tuple(strides),
+        ks=tuple(ks),
+        maps=maps,
+        connectivity=connectivity,
+        centre=centre,
+        components=numbers - offsets[:, None, None, None],
+        ids=padded(row, -1),
+        clustering=padded(firsts // (height * width) % levels, 0),
+        cluster=padded(labels.flatten()[firsts], 0),
+        cells=padded(torch.bincount(flat, minlength=len(firsts)), 0),
+        boxes=torch.stack([padded(edge, 0) for edge in edges], dim=2),
+        scores=torch.ones(batch, rows, device=labels.device),
+    )
+
+
+def to_regions(candidates: Candidates, sizes_hw: Sequence[tuple[int, int]]) -> list[Regions]:
+    """Boxes and areas in pixels of each image, features on the host; one record per image.
+
+    Args:
+        candidates: what the filters left, B images.
+        sizes_hw: (height, width) of the B upright originals in pixels.
+    """
+    height, width = candidates.labels.shape[-2:]
+    strides, ks = np.asarray(candidates.strides, np.int16), np.asarray(candidates.ks, np.int16)
+    counts = candidates.valid.sum(dim=1).tolist()
+    features = candidates.features.cpu().numpy()
+    boxes = candidates.boxes.cpu().numpy()
+    cells = candidates.cells.cpu().numpy()
+    clustering = candidates.clustering.cpu().numpy()
+    cluster = candidates.cluster.cpu().numpy().astype(np.int16)
+    scores = candidates.scores.cpu().numpy()
+    regions = []
+    for image, (count, (image_height, image_width)) in enumerate(zip(counts, sizes_hw, strict=True)):
+        cell_px = np.array([image_width / width, image_height / height])
+        regions.append(
+            Regions(
+                boxes_xyxy=(boxes[image, :count] * np.tile(cell_px, 2)).astype(np.float32),
+                features=features[image, :count].copy(),
+                area=(cells[image, :count] * cell_px.prod()).astype(np.float32),
+                stride=strides[clustering[image, :count]],
+                k=ks[clustering[image, :count]],
+                cluster=cluster[image, :count],
+                score=scores[image, :count],
+            )
+        )
+    return regions
+
+
+def _resampling(coarse_hw: tuple[int, ...], fine_hw: tuple[int, ...]) -> Tensor:
+    """Weights [N_fine, N_coarse] with which bilinear resampling takes each fine cell from the coarse cells."""
+    height, width = coarse_hw
+    units = torch.eye(height * width).reshape(1, -1, height, width)
+    fine = functional.interpolate(units, size=tuple(fine_hw), mode="bilinear", align_corners=False)
+    return rearrange(fine, "1 c h w -> (h w) c")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Connected components: label grids or masks in, one number per contiguous region out (seed 003 [0033]).
+
+
+def connected_components(labels: Tensor, *, connectivity: int = 4) -> Tensor:
+    """Join neighbouring cells of equal label; int64 [..., H, W] to the flat index of each component's first cell.
+
+    Grids along the leading dimensions are independent. On the host scipy labels all masks of all grids in one call,
+    with a structure that does not reach from one mask to the next; on other devices cells are joined where they are.
+
+    Raises:
+        ValueError: if connectivity is neither 4 nor 8.
+    """
+    if connectivity not in (4, 8):
+        raise ValueError(f"connectivity must be 4 or 8, got {connectivity}")
+    if not labels.numel():
+        return labels.clone()
+    return _components_on_host(labels, connectivity) if labels.is_cpu else _components_on_device(labels, connectivity)
+
+
+def mask_components(masks: Tensor, *, connectivity: int = 4) -> Tensor:
+    """Join neighbouring set cells of each mask, bool [M, H, W].
+
+    Returns:
+        The number of each cell's component, int32 [M, H, W], counted from 1 over all masks in the order of first cells;
+        0 for cells that are not set.
+
+    Raises:
+        ValueError: if connectivity is neither 4 nor 8.
+    """
+    if connectivity not in (4, 8):
+        raise ValueError(f"connectivity must be 4 or 8, got {connectivity}")
+    if masks.is_cpu:
+        within = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
+        numbers, _ = ndimage.label(masks.numpy(), np.stack([0 * within, within, 0 * within]))
+        return torch.from_numpy(numbers.astype(np.int32, copy=False))
+    return _number_on_device(masks, connectivity)
+
+
+def _number_on_device(masks: Tensor, connectivity: int) -> Tensor:
+    cells = masks.flatten().nonzero()[:, 0]
+    dense = torch.zeros(masks.numel(), dtype=torch.int64, device=masks.device)
+    dense[cells] = torch.arange(len(cells), device=masks.device)
+    roots = _join(len(cells), dense[_neighbour_pairs(masks, connectivity, only=masks)])
+    numbers = torch.zeros(masks.numel(), dtype=torch.int32, device=masks.device)
+    numbers[cells] = torch.unique(roots, return_inverse=True)[1].int() + 1
+    return numbers.reshape(masks.shape)
+
+
+def _components_on_host(labels: Tensor, connectivity: int) -> Tensor:
+    grids = rearrange(labels, "... h w -> (...) 1 h w").numpy()
+    masks = grids == np.arange(grids.max() + 1)[:, None, None]
+    within = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
+    numbers, count = ndimage.label(masks.reshape(-1, *grids.shape[2:]), np.stack([0 * within, within, 0 * within]))
+    numbers = numbers.reshape(masks.shape).max(axis=1).ravel()
+    first = np.empty(count + 1, np.int64)
+    first[numbers[::-1]] = np.arange(numbers.size)[::-1]
+    return torch.from_numpy(first[numbers]).reshape(labels.shape)
+
+
+def _components_on_device(labels: Tensor, connectivity: int) -> Tensor:
+    pairs = _neighbour_pairs(labels, connectivity)
+    return _join(labels.numel(), pairs).reshape(labels.shape)
+
+
+def _join(count: int, pairs: Tensor) -> Tensor:
+    """Lowest member of each of ``count`` nodes' component, where pairs [2, P] of nodes are joined; int64 [count].
+
+    In each round a node takes over the lowest pointer among its neighbours (hooking) and follows it (jumping), as
+    parallel algorithms do (Shiloach and Vishkin 1982), so the number of rounds grows with the logarithm of a
+    component's extent.
+    """
+    pointers = torch.arange(count, device=pairs.device)
+    while True:
+        ends = pointers[pairs]
+        low = ends.amin(dim=0)
+        hooked = pointers.scatter_reduce(0, ends.flatten(), low.repeat(2), "amin")
+        hooked = hooked[hooked]
+        hooked = hooked[hooked]
+        if torch.equal(hooked, pointers):
+            return pointers
+        pointers = hooked
+
+
+def _neighbour_pairs(labels: Tensor, connectivity: int, only: Tensor | None = None) -> Tensor:
+    """Flat indices of all neighbouring cells with equal labels, int64 [2, P]; of the cells in a mask only, if given."""
+    index = torch.arange(labels.numel(), device=labels.device).reshape(labels.shape)
+    height, width = labels.shape[-2:]
+    shifts = [(0, 1), (1, 0)] + ([(1, 1), (1, -1)] if connectivity == 8 else [])
+    pairs = []
+    for down, right in shifts:
+        here = (..., slice(0, height - down), slice(max(-right, 0), width - max(right, 0)))
+        there = (..., slice(down, height), slice(max(right, 0), width - max(-right, 0)))
+        equal = labels[here] == labels[there]
+        if only is not None:
+            equal = equal & only[here]
+        pairs.append(torch.stack([index[here][equal], index[there][equal]]))
+    return torch.cat(pairs, dim=1)

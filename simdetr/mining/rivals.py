@@ -1,0 +1,429 @@
+"""Rivals that cut objects out of one feature map: features [D, H, W] of an image in, masks bool [M, H, W] out.
+
+LOST (Siméoni et al. 2021, "Localizing Objects with Self-Supervised Transformers and no Labels"), TokenCut (Wang et al.
+2022, "Self-supervised Transformers for Unsupervised Object Discovery using Normalized Cut") and MaskCut (Wang et al.
+2023, CutLER, section 3.2), from the papers' descriptions. They were made for the keys of a DINO transformer, whose
+products have both signs; so that any encoder serves, an image's mean feature is subtracted first, as our own mining
+does (``centre``). MaskCut is without the conditional random field that sharpens its masks afterwards.
+
+Letters: D channels, H x W cells, N = H W, M masks. For comparison only: one image at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import einsum, rearrange
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.ops import masks_to_boxes
+
+from simdetr.data.images import ImageSource
+from simdetr.mining.batch import ImageLoading, MiningConfig, encode
+from simdetr.mining.encoders import Encoder
+from simdetr.mining.miner import finish
+from simdetr.mining.regions import Regions, connected_components
+from simdetr.mining.spectral_clustering import FLAT, NO_GROUP, leading_eigenvectors
+from simdetr.mining.store import Manifest, ProposalRow, ProposalStore
+
+WEAK = 1e-5  # weight of an edge between cells that are not similar; above zero, so that the graph hangs together
+SOLVED_TOGETHER = 4  # eigenvectors asked for: the two that are wanted converge sooner in a larger basis
+
+
+def lost(features: Tensor, expansion: int = 100) -> Tensor:
+    """The one object of LOST.
+
+    The seed is the cell with the fewest cells of positive product. Of the ``expansion`` cells with the fewest, those of
+    positive product with the seed grow it; the object is what has a positive product with their sum, as far as it hangs
+    together with the seed.
+
+    Args:
+        features: float [D, H, W].
+        expansion: cells that may grow the seed.
+
+    Returns:
+        Bool [1, H, W].
+    """
+    cells = _centred(features)
+    products = cells @ cells.T
+    ascending = (products >= 0).sum(dim=1).argsort(stable=True)
+    seed, candidates = ascending[0], ascending[:expansion]
+    grown = candidates[products[seed, candidates] >= 0]
+    mask = products[:, grown].sum(dim=1) >= 0
+    return _around(mask.reshape(features.shape[-2:]), int(seed))[None]
+
+
+def token_cut(features: Tensor, threshold: float = 0.2, *, centre: bool = True) -> Tensor:
+    """The one object of TokenCut: the prominent side of the best normalised cut, around its most prominent cell.
+
+    Args:
+        features: float [D, H, W].
+        threshold: cosine from which two cells are joined.
+        centre: subtract the image's mean feature before the cosine.
+
+    Returns:
+        Bool [1, H, W], or [0, H, W] where the map has no two groups.
+    """
+    value, vector = second_eigenvector(_similar(_directions(features, centre), threshold))
+    if value <= NO_GROUP:
+        return torch.zeros(0, *features.shape[-2:], dtype=torch.bool, device=features.device)
+    side = _prominent_side(vector).reshape(features.shape[-2:])
+    return _around(side, int(vector.abs().argmax()))[None]
+
+
+def mask_cut(features: Tensor, threshold: float = 0.15, masks: int = 3, *, centre: bool = True) -> Tensor:
+    """Several objects: TokenCut again and again, with the cells of the objects found so far taken out of the graph.
+
+    A side with two or more of the map's corners is the background, however prominent, and the other one is taken.
+
+    Args:
+        features: float [D, H, W].
+        threshold: cosine from which two cells are joined.
+        masks: most objects.
+        centre: subtract the image's mean feature before the cosine.
+
+    Returns:
+        Bool [M, H, W], M at most ``masks``, in the order in which they were found; fewer where nothing is left to cut.
+    """
+    height, width = features.shape[-2:]
+    directions = _directions(features, centre)
+    found = torch.zeros(height * width, dtype=torch.bool, device=features.device)
+    objects = []
+    for _ in range(masks):
+        value, vector = second_eigenvector(_similar(directions * ~found[:, None], threshold))
+        side = _prominent_side(vector)
+        if side[[0, width - 1, -width, -1]].sum() >= 2:
+            side = ~side
+        side = side & ~found
+        if value <= NO_GROUP or not bool(side.any()):
+            break
+        seed = vector.abs().masked_fill(~side, -1).argmax()
+        objects.append(_around(side.reshape(height, width), int(seed)))
+        found |= objects[-1].flatten()
+    return torch.stack(objects) if objects else found.new_zeros(0, height, width)
+
+
+def second_eigenvector(weights: Tensor) -> tuple[float, Tensor]:
+    """Second smallest eigenvector x of (D - W) x = lambda D x, the relaxed normalised cut (Shi and Malik 2000).
+
+    Args:
+        weights: W, float [N, N], symmetric and positive; D is the diagonal of its row sums.
+
+    Returns:
+        1 - lambda, and x as float [N] of either sign. 1 - lambda is positive only where the graph has two groups.
+    """
+    if len(weights) < 2:
+        return 0.0, weights.new_zeros(len(weights))
+    scale = weights.sum(dim=1).rsqrt()
+    values, vectors = leading_eigenvectors((weights * scale[:, None] * scale)[None], SOLVED_TOGETHER, tolerance=1e-6)
+    return float(values[0, 1]), vectors[0, :, 1] * scale
+
+
+def _centred(features: Tensor) -> Tensor:
+    """Cells [N, D] less their mean; zero where a cell equals the mean but for rounding."""
+    cells: Tensor = rearrange(features, "d h w -> (h w) d").float()
+    centred = cells - cells.mean(dim=0)
+    lengths, before = (torch.linalg.vector_norm(vectors, dim=1) for vectors in (centred, cells))
+    has_direction: Tensor = lengths > FLAT * before
+    return centred * has_direction[:, None]
+
+
+def _directions(features: Tensor, centre: bool) -> Tensor:
+    cells = _centred(features) if centre else rearrange(features, "d h w -> (h w) d").float()
+    return functional.normalize(cells, dim=1)
+
+
+def _similar(directions: Tensor, threshold: float) -> Tensor:
+    """The graph of TokenCut: weight 1 between cells at least so similar, nearly none between others; double [N, N].
+
+    In double precision, where the device has it: the first eigenvalues of a graph in pieces differ by no more than the
+    weak edges.
+    """
+    precision = torch.float32 if directions.device.type == "mps" else torch.float64
+    return (directions @ directions.T >= threshold).to(precision).clamp(min=WEAK)
+
+
+def _prominent_side(vector: Tensor) -> Tensor:
+    """The vector cut at its mean, bool [N]: the side with the entry of largest absolute value."""
+    above = vector > vector.mean()
+    return above == above[vector.abs().argmax()]
+
+
+def _around(mask: Tensor, seed: int) -> Tensor:
+    """The part of a mask [H, W] that hangs together with one of its cells, by 4 neighbours."""
+    parts = connected_components(mask.long())
+    return torch.eq(parts, parts.flatten()[seed])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other people's proposals, to compare ours with: images and their feature maps in, Regions out, best first.
+#
+# Every rival has one signature, :data:`Baseline`, and a name in :data:`BASELINES`. Selective Search (Uijlings et al.
+# 2013) looks at pixels only, random boxes at nothing, and LOST, TokenCut and MaskCut at the very maps that our mining
+# clusters (:mod:`simdetr.mining.rivals`). Features are averaged from the last level's map as ours are, so that
+# a rival's regions can go wherever ours go. The score only gives the order: 1 for the first box of an image, then less.
+#
+# Letters: B images, D channels, n boxes of one image. Relative boxes are xyxy in 0..1 of width and height.
+
+
+Baseline = Callable[[Sequence[Tensor], Mapping[int, Tensor], Sequence[tuple[int, int]], int, int], list[Regions]]
+"""Shrunk images uint8 [3, h, w], maps [B, D, H_l, W_l] by stride, (height, width) of the originals, most boxes per
+image, seed -> one record per image, boxes in pixels of the original."""
+
+SMALLEST_SIDE = 1 / 32  # of random boxes: the geometric mean of their relative sides is at least this
+LARGEST_ASPECT = 3.0  # of random boxes: one relative side is at most so many times the other
+
+
+def selective_search(
+    images: Sequence[Tensor],
+    maps: Mapping[int, Tensor],
+    sizes_hw: Sequence[tuple[int, int]],
+    max_boxes: int,
+    seed: int,
+    *,
+    side: int = 128,
+) -> list[Regions]:
+    """Selective Search in fast mode on the image resized to ``side`` x ``side`` pixels, in OpenCV's own order.
+
+    Raises:
+        RuntimeError: if OpenCV's contrib modules are not installed.
+    """
+    results = []
+    for index, (image, size_hw) in enumerate(zip(images, sizes_hw, strict=True)):
+        boxes = search_boxes(image, side, seed=_own_seed(image, seed))[:max_boxes]
+        results.append(_of_boxes(boxes, maps, index, size_hw))
+    return results
+
+
+def search_boxes(image: Tensor, side: int = 128, *, seed: int = 0) -> NDArray[np.float64]:
+    """All boxes of OpenCV's Selective Search, fast mode, best first.
+
+    Args:
+        image: uint8 [3, H, W], RGB.
+        side: the image is resized to a square of so many pixels, as is usual.
+        seed: of the order, which is drawn at random with the regions merged first before the others, more or less.
+
+    Returns:
+        Relative boxes, double [n, 4].
+
+    Raises:
+        RuntimeError: if OpenCV's contrib modules are not installed.
+    """
+    try:
+        import cv2
+        from cv2.ximgproc import segmentation
+    except ImportError as error:
+        raise RuntimeError(
+            "selective_search: expected OpenCV with its contrib modules (cv2.ximgproc), which is not installed; "
+            "run pip install 'simdetr[bench]', or leave this method out"
+        ) from error
+    # INTER_AREA averages; OpenCV works on blue, green, red
+    square = cv2.resize(image.permute(1, 2, 0).numpy(), (side, side), interpolation=cv2.INTER_AREA)
+    search = segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(np.ascontiguousarray(square[:, :, ::-1]))
+    search.switchToSelectiveSearchFast()
+    # OpenCV orders the boxes by the C library's rand() and has no seed of its own. Nothing else here draws from it.
+    ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None).srand(ctypes.c_uint(seed))
+    xywh = np.asarray(search.process(), np.float64).reshape(-1, 4)
+    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1) / side
+
+
+def random_boxes(
+    images: Sequence[Tensor],
+    maps: Mapping[int, Tensor],
+    sizes_hw: Sequence[tuple[int, int]],
+    max_boxes: int,
+    seed: int,
+) -> list[Regions]:
+    """Boxes that know nothing: sizes and aspects log-uniform, places uniform within the image."""
+    results = []
+    for index, (image, size_hw) in enumerate(zip(images, sizes_hw, strict=True)):
+        rng = np.random.default_rng(_own_seed(image, seed))
+        size, aspect, place = np.split(rng.uniform(size=(max_boxes, 4)), [1, 2], axis=1)
+        root, stretch = SMALLEST_SIDE**size, LARGEST_ASPECT ** (aspect - 0.5)
+        sides = np.concatenate([root * stretch, root / stretch], axis=1).clip(max=1)
+        corners = place * (1 - sides)
+        results.append(_of_boxes(np.concatenate([corners, corners + sides], axis=1), maps, index, size_hw))
+    return results
+
+
+def objects(
+    find: Callable[[Tensor], Tensor],
+    images: Sequence[Tensor],
+    maps: Mapping[int, Tensor],
+    sizes_hw: Sequence[tuple[int, int]],
+    max_boxes: int,
+    seed: int,
+    *,
+    stride: int = 16,
+) -> list[Regions]:
+    """Regions of the masks [M, H, W] that ``find`` cuts out of each map [D, H, W] of one stride; no random numbers.
+
+    Raises:
+        ValueError: if there is no map of that stride.
+    """
+    if stride not in maps:
+        raise ValueError(f"stride: expected one of the encoder's, {sorted(maps)}, got {stride}")
+    return [
+        _of_masks(find(level)[:max_boxes], maps, index, size_hw, stride)
+        for index, (level, size_hw) in enumerate(zip(maps[stride], sizes_hw, strict=True))
+    ]
+
+
+BASELINES: dict[str, Baseline] = {
+    "selective_search": selective_search,
+    "lost": partial(objects, lost),
+    "token_cut": partial(objects, token_cut),
+    "mask_cut": partial(objects, mask_cut),
+    "random": random_boxes,
+}
+
+
+def baseline(name: str) -> Baseline:
+    """The rival of a name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"methods: expected some of {', '.join(BASELINES)}, got {name!r}")
+    return BASELINES[name]
+
+
+def _own_seed(image: Tensor, seed: int) -> int:
+    """A seed of the pixels, so that a result does not depend on what else is in the batch."""
+    return zlib.crc32(image.contiguous().numpy().tobytes(), seed)
+
+
+def _of_boxes(
+    relative: NDArray[np.float64], maps: Mapping[int, Tensor], index: int, size_hw: tuple[int, int]
+) -> Regions:
+    """Regions of boxes without a mask: averages over the box, stride 0 because no level has found them."""
+    last = maps[max(maps)][index].float()
+    down, across = (
+        _overlaps(relative[:, axis::2], cells).to(last) for axis, cells in ((1, last.shape[1]), (0, last.shape[2]))
+    )
+    features = einsum(down, across, last, "n h, n w, d h w -> n d") / einsum(down, across, "n h, n w -> n")[:, None]
+    boxes_px = relative * np.tile(np.array(size_hw[::-1], np.float64), 2)
+    return _regions(boxes_px, features, (boxes_px[:, 2:] - boxes_px[:, :2]).prod(axis=1), 0)
+
+
+def _overlaps(spans: NDArray[np.float64], cells: int) -> Tensor:
+    """How much of each of so many equal cells of 0..1 lies within the spans [n, 2], double [n, cells]."""
+    edges = np.linspace(0, 1, cells + 1)
+    inside = np.minimum(spans[:, 1:], edges[1:]) - np.maximum(spans[:, :1], edges[:-1])
+    return torch.from_numpy(inside.clip(min=0) * cells)
+
+
+def _of_masks(masks: Tensor, maps: Mapping[int, Tensor], index: int, size_hw: tuple[int, int], stride: int) -> Regions:
+    """Regions of masks bool [n, H, W]: averages over the mask of the last level's map, resampled to the masks' grid."""
+    height, width = masks.shape[-2:]
+    last = functional.interpolate(
+        maps[max(maps)][index : index + 1].float(), (height, width), mode="bilinear", align_corners=False
+    )[0]
+    cells = masks.sum(dim=(1, 2))
+    features = einsum(masks.to(last), last, "n h w, d h w -> n d") / cells[:, None]
+    corners = masks_to_boxes(masks) + masks.new_tensor([0, 0, 1, 1], dtype=torch.float32)
+    cell_px = np.array([size_hw[1] / width, size_hw[0] / height])
+    boxes_px = corners.double().cpu().numpy() * np.tile(cell_px, 2)
+    return _regions(boxes_px, features, cells.cpu().numpy() * cell_px.prod(), stride)
+
+
+def _regions(boxes_px: NDArray[np.float64], features: Tensor, area: NDArray[np.float64], stride: int) -> Regions:
+    rows = len(boxes_px)
+    return Regions(
+        boxes_xyxy=boxes_px.astype(np.float32),
+        features=features.cpu().numpy().astype(np.float32),
+        area=area.astype(np.float32),
+        stride=np.full(rows, stride, np.int16),
+        k=np.zeros(rows, np.int16),
+        cluster=np.arange(rows, dtype=np.int16),
+        score=(1 - np.arange(rows) / max(rows, 1)).astype(np.float32),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A rival's proposals for a whole image source: images and a frozen encoder in, a resumable store of regions out.
+#
+# The same store as our own mining writes, so that recall, report and clustering read either. The rival's name lies in
+# the manifest's settings: stores of different methods are never mixed. Images go one by one, as these methods do.
+
+
+MAX_BOXES = 100  # per image; recall is reported up to here
+_WORKERS = 2  # threads that decode; the methods themselves are far slower
+
+
+@torch.no_grad()
+def mine_rival(
+    method: str,
+    source: ImageSource,
+    encoder: Encoder,
+    config: MiningConfig,
+    out: str | Path,
+    *,
+    max_boxes: int = MAX_BOXES,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> ProposalStore:
+    """Mine every image of a source with a rival; the same call again goes on where it stopped.
+
+    Args:
+        method: name in :data:`simdetr.mining.rivals.BASELINES`.
+        source: the images.
+        encoder: frozen; moved to ``device``. Methods that look at pixels only take the regions' features from it.
+        config: settings of our own mining; image size, seed, shard size and the share of unreadable images count.
+        out: folder of the store; also holds ``quarantine.csv``.
+        max_boxes: of an image, the best.
+        device: where encoding and graph methods run.
+        progress: show a bar.
+
+    Returns:
+        The complete store.
+
+    Raises:
+        ValueError: for an unknown method, or an empty source.
+        StoreError: if the store is of another method, images or settings, or cannot be written.
+        TooManyUnreadableError: past ``max_unreadable``.
+        RuntimeError: for selective_search without OpenCV's contrib modules.
+    """
+    find = baseline(method)
+    if not len(source):
+        raise ValueError("source: expected at least one image, got none; check the folder or list")
+    manifest = Manifest(
+        config={"method": method, "max_boxes": max_boxes, "image_size": config.image_size, "seed": config.seed},
+        encoder=encoder.fingerprint,
+        source=source.fingerprint(),
+        num_images=len(source),
+        shard_size=config.shard_size,
+        region_dim=encoder.region_dim,
+    )
+    store = ProposalStore.create(out, manifest)
+    if isinstance(encoder, nn.Module):
+        encoder.to(device).eval()
+    missing = store.missing_shards()
+    positions = [position for shard in missing for position in manifest.images_of(shard)]
+    with ImageLoading(source, positions, config.image_size, _WORKERS, ahead=config.batch_size) as loading:
+        console = Console(stderr=True)
+        loaded = iter(track(loading, method, len(positions), console=console, disable=not progress))
+        for shard in missing:
+            rows, unreadable = [], {}
+            for image in islice(loaded, len(manifest.images_of(shard))):
+                if image.pixels is None:
+                    unreadable[image.image_id] = image.reason
+                    continue
+                maps = encode(image.pixels[None].to(device), encoder)
+                regions = find([image.pixels], maps, [image.size_hw], max_boxes, config.seed)[0]
+                rows.append(ProposalRow(image.image_id, *image.size_hw, regions))
+            store.write_shard(shard, rows, unreadable)
+    return finish(store, config.max_unreadable)

@@ -1,0 +1,408 @@
+"""Mined regions on disk or on another storage: Parquet shards and a manifest in one folder; rows in, rows out.
+
+Layout: ``manifest.json`` (what was mined, how, from which images), ``shard-00000.parquet`` and so on, one row per image
+with its size and regions, features in fp16; the notes of a shard name its unreadable images. Files appear whole or not
+at all; a shard that is missing, cut short or damaged is named by :meth:`ProposalStore.missing_shards` and mined again.
+Reading streams one shard at a time, so memory does not grow with the number of images. The folder may be local or a URL
+that fsspec knows, such as ``s3://bucket/photos``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from simdetr.data.storage import Location, locate, write_whole
+from simdetr.mining.regions import Regions
+
+FORMAT = 3
+MANIFEST = "manifest.json"
+_SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
+
+
+class StoreError(RuntimeError):
+    """A store that cannot be read, written or continued; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds; two runs may share a store only if theirs are equal.
+
+    Attributes:
+        config: settings that change the result, as plain values.
+        encoder: the encoder's fingerprint.
+        source: fingerprint of the image ids.
+        num_images: of the source.
+        shard_size: images per shard.
+        region_dim: channels of a region feature.
+    """
+
+    config: Mapping[str, Any]
+    encoder: str
+    source: str
+    num_images: int
+    shard_size: int
+    region_dim: int
+    format: int = field(default=FORMAT)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the complete store."""
+        return -(-self.num_images // self.shard_size)
+
+    def images_of(self, shard: int) -> range:
+        """Positions in the source of a shard's images."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
+
+
+class ProposalStore:
+    """A folder of mined proposals.
+
+    Args:
+        folder: path or URL of a folder with a manifest, as :meth:`create` writes it.
+
+    Raises:
+        StoreError: if there is no manifest or it cannot be read.
+    """
+
+    def __init__(self, folder: str | Location) -> None:
+        self.folder = locate(folder)
+        path = self.folder / MANIFEST
+        try:
+            self.manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise StoreError(
+                f"{self.folder} holds no proposals ({MANIFEST} is missing); run `simdetr mine` first"
+            ) from None
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"{path} is not a manifest of proposals ({error}); mine into a new folder") from error
+
+    @classmethod
+    def create(cls, folder: str | Location, manifest: Manifest) -> ProposalStore:
+        """Begin a store, or continue one that was begun with an equal manifest, maybe by another process just now.
+
+        Raises:
+            StoreError: if the folder holds proposals of other settings, images or weights, or cannot be written.
+        """
+        folder = locate(folder)
+        if not (folder / MANIFEST).exists():
+            if any(folder.glob("shard-*.parquet")):
+                raise StoreError(f"{folder} holds shards without {MANIFEST}; delete them or mine into a new folder")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with FileLock(folder / ".manifest.lock") if isinstance(folder, Path) else nullcontext():
+                    if not (folder / MANIFEST).exists():
+                        write_whole(folder / MANIFEST, (json.dumps(vars(manifest), indent=2) + "\n").encode())
+            except OSError as error:
+                raise StoreError(f"cannot write to {folder}: {error}; choose another output folder") from error
+        store = cls(folder)
+        differences = _differences(vars(store.manifest), json.loads(json.dumps(vars(manifest))))
+        if differences:
+            raise StoreError(
+                f"{folder} holds proposals of another run: {'; '.join(differences)}. Mine into a new folder, or delete "
+                f"this one, or go back to its settings"
+            )
+        return store
+
+    def shard_path(self, shard: int) -> Location:
+        """File of a shard."""
+        return self.folder / f"shard-{shard:05d}.parquet"
+
+    def write_shard(self, shard: int, rows: Sequence[ProposalRow], unreadable: Mapping[str, str] | None = None) -> None:
+        """Write one shard atomically.
+
+        Args:
+            shard: its number.
+            rows: its readable images, in source order.
+            unreadable: reasons by id of its other images, which have no row.
+
+        Raises:
+            StoreError: if the disk is full or read-only; nothing half-written is left.
+        """
+        table = to_table(rows, self.manifest.region_dim, {"shard": shard, "unreadable": dict(unreadable or {})})
+        path = self.shard_path(shard)
+        try:
+            write_whole(path, to_bytes(table))
+        except OSError as error:
+            raise StoreError(
+                f"cannot write {path}: {error}. {len(self.written())} of {self.manifest.num_shards} shards are safe; "
+                f"make room or restore write access and run the same command to go on"
+            ) from error
+
+    def written(self) -> list[int]:
+        """Numbers of the shards whose files are there, sound or not, ascending; one look at the folder."""
+        if not isinstance(self.folder, Path):
+            self.folder.fs.invalidate_cache(self.folder.path)  # other processes write there
+        named = (_SHARD_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(number for name in named if name and (number := int(name[1])) < self.manifest.num_shards)
+
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards that are absent, cut short or damaged (checksums of all pages are verified)."""
+        return [shard for shard in range(self.manifest.num_shards) if not self.is_sound(shard)]
+
+    def unreadable(self, shards: Iterable[int] | None = None) -> dict[str, str]:
+        """Reasons by id of the unreadable images of some shards; of all written ones when left out."""
+        found: dict[str, str] = {}
+        for shard in self.written() if shards is None else shards:
+            found |= read_notes(read_footer(self.shard_path(shard)).metadata)["unreadable"]
+        return found
+
+    def __len__(self) -> int:
+        """Images that have a row, in all written shards."""
+        return sum(read_footer(self.shard_path(shard)).num_rows for shard in self.written())
+
+    def iter_shards(self, columns: Sequence[str] | None = None) -> Iterator[ProposalShard]:
+        """Stream the shards in order.
+
+        Args:
+            columns: region columns to read; None reads all. Only leaving out ``features`` saves much.
+
+        Raises:
+            StoreError: at a damaged shard, or for an unknown column.
+        """
+        unknown = set(columns or ()) - set(REGION_COLUMNS)
+        if unknown:
+            raise StoreError(f"columns: expected some of {', '.join(REGION_COLUMNS)}, got {', '.join(sorted(unknown))}")
+        wanted = ["image_id", "height", "width", *REGION_COLUMNS]
+        if columns is not None and "features" not in columns:
+            wanted.remove("features")
+        for shard in self.written():
+            yield self._read(shard, wanted)
+
+    def iter_rows(self, columns: Sequence[str] | None = None) -> Iterator[ProposalRow]:
+        """Stream the images in source order, one shard in memory at a time; ``columns`` as in :meth:`iter_shards`."""
+        for shard in self.iter_shards(columns):
+            yield from map(shard.row, range(len(shard)))
+
+    def is_sound(self, shard: int, *, whole: bool = True) -> bool:
+        """Whether a shard is there and undamaged.
+
+        Args:
+            shard: its number.
+            whole: verify the checksums of all pages; else only that it was not cut short.
+        """
+        try:
+            footer = read_footer(self.shard_path(shard))
+            notes = read_notes(footer.metadata)
+            if whole:
+                read_table(self.shard_path(shard))
+            expected = len(self.manifest.images_of(shard))
+            return bool(notes["shard"] == shard) and footer.num_rows + len(notes["unreadable"]) == expected
+        except Exception:  # the reader raises all kinds of errors on damaged files
+            return False
+
+    def _read(self, shard: int, columns: list[str]) -> ProposalShard:
+        path = self.shard_path(shard)
+        try:
+            return to_shard(read_table(path, columns))
+        except Exception as error:
+            raise StoreError(f"{path} is damaged ({error}); run the mining command again to redo it") from error
+
+
+def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two manifests, in words, one entry per value."""
+    found = []
+    for name in sorted({*there, *wanted}):
+        old, new = there.get(name), wanted.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} is {old!r} there and {new!r} now")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One shard of proposals between memory and Parquet: rows to a table, a table to columns.
+#
+# One table row per image: id, size, and lists over its regions: boxes float32, features fp16, area, and where they came
+# from (level, K, cluster, score). What the rows cannot say (the shard's number, ids of unreadable images) lies in the
+# schema's metadata.
+
+
+REGION_COLUMNS = ("boxes_xyxy", "features", "area", "stride", "k", "cluster", "score")
+
+
+@dataclass(frozen=True)
+class ProposalRow:
+    """One image of a store: its id, its upright size in pixels and its regions."""
+
+    image_id: str
+    height: int
+    width: int
+    regions: Regions
+
+
+@dataclass(frozen=True)
+class ProposalShard:
+    """One shard by column; image i owns region rows ``offsets[i]:offsets[i + 1]``.
+
+    Attributes:
+        image_ids: N ids.
+        sizes_hw: int64 [N, 2], pixels.
+        offsets: int64 [N + 1].
+        boxes_xyxy: float32 [M, 4], pixels.
+        features: float16 [M, D]; D is 0 when features were not asked for.
+        area: float32 [M], square pixels.
+        stride, k, cluster: int16 [M].
+        score: float32 [M].
+    """
+
+    image_ids: tuple[str, ...]
+    sizes_hw: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    boxes_xyxy: NDArray[np.float32]
+    features: NDArray[np.float16]
+    area: NDArray[np.float32]
+    stride: NDArray[np.int16]
+    k: NDArray[np.int16]
+    cluster: NDArray[np.int16]
+    score: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def row(self, index: int) -> ProposalRow:
+        """The row of image ``index``."""
+        own = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        regions = Regions(
+            boxes_xyxy=self.boxes_xyxy[own],
+            features=self.features[own].astype(np.float32),
+            area=self.area[own],
+            stride=self.stride[own],
+            k=self.k[own],
+            cluster=self.cluster[own],
+            score=self.score[own],
+        )
+        height, width = self.sizes_hw[index].tolist()
+        return ProposalRow(self.image_ids[index], height, width, regions)
+
+
+def _schema(dim: int, notes: Mapping[str, Any]) -> pa.Schema:
+    return pa.schema(
+        [
+            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("height", pa.int32(), nullable=False),
+            pa.field("width", pa.int32(), nullable=False),
+            pa.field("boxes_xyxy", pa.list_(pa.list_(pa.float32(), 4)), nullable=False),
+            pa.field("features", pa.list_(pa.list_(pa.float16(), dim)), nullable=False),
+            pa.field("area", pa.list_(pa.float32()), nullable=False),
+            pa.field("stride", pa.list_(pa.int16()), nullable=False),
+            pa.field("k", pa.list_(pa.int16()), nullable=False),
+            pa.field("cluster", pa.list_(pa.int16()), nullable=False),
+            pa.field("score", pa.list_(pa.float32()), nullable=False),
+        ],
+        metadata={"simdetr": json.dumps(notes)},
+    )
+
+
+def to_table(rows: Sequence[ProposalRow], dim: int, notes: Mapping[str, Any]) -> pa.Table:
+    """The table of a shard's rows.
+
+    Args:
+        rows: in source order.
+        dim: channels of a region feature.
+        notes: plain values to keep with the table.
+
+    Raises:
+        ValueError: if a feature does not fit into fp16.
+    """
+    schema = _schema(dim, notes)
+    regions = [row.regions for row in rows]
+    for row in rows:
+        if row.regions.features.size and np.abs(row.regions.features).max() > np.finfo(np.float16).max:
+            raise ValueError(
+                f"features: expected values within fp16 (65504), {row.image_id} has larger; scale the maps"
+            )
+    offsets = pa.array(np.cumsum([0, *map(len, regions)]), pa.int32())
+
+    def column(name: str, dtype: type[np.generic]) -> pa.Array:
+        parts = [getattr(r, name).ravel() for r in regions]
+        values = pa.array(np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype))
+        kind = schema.field(name).type
+        if pa.types.is_fixed_size_list(kind.value_type):
+            values = pa.FixedSizeListArray.from_arrays(values, kind.value_type.list_size)
+        return pa.ListArray.from_arrays(offsets, values).cast(kind)
+
+    return pa.table(
+        [
+            pa.array([row.image_id for row in rows], pa.string()),
+            pa.array([row.height for row in rows], pa.int32()),
+            pa.array([row.width for row in rows], pa.int32()),
+            column("boxes_xyxy", np.float32),
+            column("features", np.float16),
+            column("area", np.float32),
+            column("stride", np.int16),
+            column("k", np.int16),
+            column("cluster", np.int16),
+            column("score", np.float32),
+        ],
+        schema=schema,
+    )
+
+
+def to_bytes(table: pa.Table) -> pa.Buffer:
+    """The file of a shard, in memory."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=["image_id"], write_page_checksum=True, store_schema=True
+    )
+    return sink.getvalue()
+
+
+def read_table(path: Location, columns: list[str] | None = None) -> pa.Table:
+    """Read a shard and verify the checksums of what is read; OSError or ValueError if it is damaged."""
+    with path.open("rb") as stream:
+        return pq.read_table(stream, columns=columns, page_checksum_verification=True)
+
+
+def read_footer(path: Location) -> pq.FileMetaData:
+    """Number of rows and notes of a shard, a few bytes of it; OSError or ValueError if it is cut short."""
+    with path.open("rb") as stream:
+        return pq.read_metadata(stream)
+
+
+def read_notes(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """The values that :func:`to_table` kept; KeyError or TypeError if the file is not of a store."""
+    notes: dict[str, Any] = json.loads((metadata or {})[b"simdetr"])
+    return notes
+
+
+def _values(column: pa.ChunkedArray) -> NDArray[Any]:
+    values = column.combine_chunks().flatten()
+    while pa.types.is_fixed_size_list(values.type):
+        values = values.flatten()
+    array: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    return array
+
+
+def to_shard(table: pa.Table) -> ProposalShard:
+    """Columns of a table that was read with or without its features."""
+    names = [name for name in REGION_COLUMNS if name in table.column_names]
+    dim = table.schema.field("features").type.value_type.list_size if "features" in names else 0
+    flat = {name: _values(table[name]) for name in names}
+    regions = len(flat["area"])
+    counts = pc.list_value_length(table["area"]).to_numpy()
+    return ProposalShard(
+        image_ids=tuple(table["image_id"].to_pylist()),
+        sizes_hw=np.stack([table["height"].to_numpy(), table["width"].to_numpy()], axis=1).astype(np.int64),
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        boxes_xyxy=flat["boxes_xyxy"].reshape(regions, 4),
+        features=flat.get("features", np.zeros(0, np.float16)).reshape(regions, dim),
+        area=flat["area"],
+        stride=flat["stride"],
+        k=flat["k"],
+        cluster=flat["cluster"],
+        score=flat["score"],
+    )

@@ -1,0 +1,220 @@
+"""What a run found, as data -> one HTML file that needs nothing else: pictures inside, no scripts, no network.
+
+`simdetr.reports.report.collect_run` fills the data from a run's folder; anything else may fill it as well.
+A part without data is shown with the reason, never left out silently.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
+from PIL import Image
+
+from simdetr.data.storage import atomic_path
+from simdetr.evaluation.compare import format_mean, summarise_seeds
+from simdetr.reports.charts import MAX_POINTS, Curve, draw_clustering, draw_curve
+from simdetr.reports.drawing import Colour
+
+JPEG_QUALITY = 80
+BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+NOT_GIVEN = {
+    "steps": "no step has been recorded.",
+    "samples": "no sample images were given.",
+    "origins": "nothing is known of where the boxes come from.",
+    "montages": "no pseudo-classes were given.",
+    "clustering": "no clustering was given.",
+    "recall": "there is no ground truth to compare the boxes with.",
+    "curves": "no training run has logged its metrics.",
+    "comparison": "no comparison of initialisations has been run.",
+    "config": "no configuration was given.",
+}
+# key of a recall row -> (heading, explanation); keys that no row has are not shown
+RECALL_COLUMNS = {
+    "AR@1": ("AR@1", "average recall over IoU 0.50 to 0.95, best box of each image"),
+    "AR@10": ("AR@10", "average recall, 10 boxes per image"),
+    "AR@25": ("AR@25", "average recall, 25 boxes per image"),
+    "AR@100": ("AR@100", "average recall, 100 boxes per image"),
+    "recall50@100": ("recall at IoU 0.5", "share of objects that one of 100 boxes covers with IoU of at least 0.5"),
+    "AR@100s": ("small", "AR@100 of objects below 32² px²"),
+    "AR@100m": ("medium", "AR@100 of objects from 32² to 96² px²"),
+    "AR@100l": ("large", "AR@100 of objects above 96² px²"),
+}
+# the same for methods that are compared: sizes at 25 boxes, because ours are no more
+RIVAL_COLUMNS = {
+    **{key: RECALL_COLUMNS[key] for key in ("AR@1", "AR@10", "AR@25")},
+    "AR@30": ("AR@30", "average recall, 30 boxes per image"),
+    "AR@100": RECALL_COLUMNS["AR@100"],
+    "recall50@25": ("IoU 0.5", "share of objects that one of 25 boxes covers with IoU of at least 0.5"),
+    "AR@25s": ("small", "AR@25 of objects below 32² px²"),
+    "AR@25m": ("medium", "AR@25 of objects from 32² to 96² px²"),
+    "AR@25l": ("large", "AR@25 of objects above 96² px²"),
+}
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One finished step of the flow: what it made ("812 proposals"), how long it took, and a remark."""
+
+    name: str
+    count: str
+    seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as every stage sees it: (caption, picture with boxes) in the order of the stages."""
+
+    image_id: str
+    pictures: list[tuple[str, Image.Image]]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything the page shows.
+
+    Attributes:
+        title: heading of the page.
+        created: date and time, as text.
+        command: the command line that made the run; empty if unknown.
+        steps: the flow in order.
+        samples: images with their boxes per stage.
+        births: what the colours of these boxes say, (title, RGB); empty if a colour is a class.
+        origins: one dict per stage, as `simdetr.reports.report.origin_rows` gives.
+        montages: (title, sheet of crops) per pseudo-class.
+        clustering: how the pseudo-classes were made, as `simdetr.mining.kmeans.clustering_record` says it.
+        recall: one dict per stage: ``stage``, ``images``, ``boxes_per_image`` and what `proposal_recall` gives.
+        rivals: one dict per method, ours first, as ``recall``; the page has this part only if there are any.
+        rival_samples: images with the boxes of every method.
+        scores: name and text of the scores of a trained head; the page has this part only if there are any.
+        predictions: images with what the head found on them.
+        curves: learning curves.
+        comparison: one row per fine-tuning run as `simdetr.evaluation.compare` describes, or None.
+        config: the resolved configuration as text.
+        missing: reason per part (attribute name) that is empty; a general one is shown where none is given.
+    """
+
+    title: str
+    created: str
+    command: str = ""
+    steps: list[StepRow] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    births: list[tuple[str, Colour]] = field(default_factory=list)
+    origins: list[dict[str, Any]] = field(default_factory=list)
+    montages: list[tuple[str, Image.Image]] = field(default_factory=list)
+    clustering: Mapping[str, Any] | None = None
+    recall: list[dict[str, Any]] = field(default_factory=list)
+    rivals: list[dict[str, Any]] = field(default_factory=list)
+    rival_samples: list[Sample] = field(default_factory=list)
+    scores: Mapping[str, str] = field(default_factory=dict)
+    predictions: list[Sample] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    comparison: list[dict[str, Any]] | None = None
+    config: str = ""
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+def render_report(data: ReportData) -> str:
+    """The page as HTML text.
+
+    Raises:
+        ValueError: a curve without anything to draw, or comparison rows that lack a key.
+    """
+    comparison = summarise_seeds(data.comparison or [])
+    seconds = [step.seconds for step in data.steps if step.seconds is not None]
+    return page_template("report.html.jinja").render(
+        data=data,
+        reasons={**NOT_GIVEN, **data.missing},
+        total_seconds=sum(seconds) if seconds else None,
+        origin_columns=list(dict.fromkeys(title for row in data.origins for title in row["shares"])),
+        recall_columns=_columns_of(data.recall, RECALL_COLUMNS),
+        rival_columns=_columns_of(data.rivals, RIVAL_COLUMNS),
+        drawn_clustering=draw_clustering(data.clustering) if data.clustering else "",
+        drawn_curves=[(curve.name, draw_curve(curve)) for curve in data.curves],
+        max_points=MAX_POINTS,
+        comparison=comparison,
+        comparison_metrics=list(comparison[0].mean) if comparison else [],
+        comparison_top=max((s.mean["AP"] for s in comparison if s.mean["AP"] > 0), default=0.0),
+    )
+
+
+def write_report(data: ReportData, folder: Path) -> Path:
+    """Write ``index.html`` in ``folder``, which is made if absent, whole or not at all; returns the page's path.
+
+    Raises:
+        ValueError: as `render_report`.
+        OSError: the folder cannot be written.
+    """
+    page, path = render_report(data), folder / "index.html"
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def _columns_of(rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    return {key: column for key, column in columns.items() if any(key in row for row in rows)}
+
+
+@functools.cache
+def page_template(name: str) -> Template:
+    """A template of this folder; the pages share ``page_style.html.jinja``."""
+    environment = Environment(
+        loader=FunctionLoader(lambda file: resources.files("simdetr.evaluation").joinpath(file).read_text("utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "bytes": format_bytes,
+        "data_uri": data_uri,
+        "duration": format_duration,
+        "mean_std": format_mean,
+        "percent": _percent,
+    }
+    return environment.get_template(name)
+
+
+def data_uri(image: Image.Image) -> str:
+    """The picture as a JPEG inside a ``data:`` address."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def format_duration(seconds: float | None) -> str:
+    """``0.4 s``, ``12 s``, ``3 min 05 s``, ``2 h 07 min``; a dash for None."""
+    if seconds is None:
+        return "–"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(whole / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_bytes(count: float | None) -> str:
+    """``950 B``, ``1.3 kB``, ``14 MB``; a dash for None."""
+    if count is None:
+        return "–"
+    power = 0
+    while count >= 999.5 and power < len(BYTE_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.1f} {BYTE_UNITS[power]}" if power and count < 9.95 else f"{count:.0f} {BYTE_UNITS[power]}"
+
+
+def _percent(fraction: float) -> str:
+    return "–" if math.isnan(fraction) else f"{100 * fraction:.1f}"

@@ -1,0 +1,132 @@
+"""What a trained head found on validation images: the files of a run in, pictures and numbers for its report out.
+
+The folder ``predictions`` of a run: ``labels.parquet`` (boxes, points, scores), ``scores.json`` and, of localisation
+heads, ``heat_maps/``. `simdetr.reports.prediction_samples` writes it at the end of ``simdetr fit``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from PIL import Image
+
+from simdetr.commands.method import write_scores
+from simdetr.data.images import ImageSource, UnreadableImageError, read_image
+from simdetr.data.labels import Labels, read_labels, write_labels
+from simdetr.data.reference_points import ReferencePoints
+from simdetr.detectors.detector import Detector
+from simdetr.exchange.weights import LoadedDetector
+from simdetr.heads.headed import HeadedBackbone, HeadedDetector
+from simdetr.reports.drawing import draw_labels, picture_path
+from simdetr.reports.page import Sample
+from simdetr.training.datamodule import DetectionData
+from simdetr.training.inference import default_device, localisation_head, score, write_heat_maps
+from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings
+
+FOLDER, MIN_SCORE, MAX_BOXES = "predictions", 0.3, 15
+LEFT_OUT = ("AR", "recall50", "AP7", "APs", "APm", "APl")
+"""Beginnings of scores that the page leaves to the file; AR@100 is shown."""
+
+
+def prediction_scores(run_dir: Path) -> dict[str, str]:
+    """Name and text of the scores of a run that its page shows; empty if it has none."""
+    path = run_dir / FOLDER / "scores.json"
+    if not path.is_file():
+        return {}
+    scores = json.loads(path.read_text(encoding="utf-8"))
+    shown = {name: value for name, value in scores.items() if name == "AR@100" or not name.startswith(LEFT_OUT)}
+    return {name: shown_score(name, math.nan if value is None else value).strip() for name, value in shown.items()}
+
+
+def prediction_samples(run_dir: Path, source: ImageSource, truth: Labels | None, count: int) -> list[Sample]:
+    """Images with what the run's detector found on them, beside what people labelled and the score map.
+
+    Args:
+        run_dir: The run's folder.
+        source: Where its validation images are.
+        truth: Human labels of some of them.
+        count: Images shown, spread evenly over those that have predictions.
+    """
+    path = run_dir / FOLDER / "labels.parquet"
+    if not path.is_file():
+        return []
+    found = read_labels(path)
+    ids = [name for name in found.image_ids if name in source]
+    samples = []
+    for name in ids[:: max(1, len(ids) // count)][:count]:
+        try:
+            image = read_image(source.record(name))
+        except UnreadableImageError:
+            continue
+        own = found.of(name)
+        good = int((own.scores >= MIN_SCORE).sum())
+        shown = max(1, min(good, MAX_BOXES)) if len(own) else 0
+        pictures = [(f"predicted: best {shown} of {len(own)}", draw_labels(image, own, found.categories, shown))]
+        if truth is not None and name in truth:
+            human = truth.of(name)
+            drawn = draw_labels(image, human, truth.categories, MAX_BOXES)
+            pictures.append((f"labelled by people: {len(human)}", drawn))
+        heat_map = picture_path(run_dir / FOLDER / "heat_maps", name)
+        if heat_map.is_file():
+            with Image.open(heat_map) as picture:
+                pictures.append(("what the head looks at", picture.convert("RGB")))
+        samples.append(Sample(name, pictures))
+    return samples
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What ``simdetr fit`` leaves of a detector with a head: its finds on validation images, for store and report.
+
+
+NUM_HEAT_MAPS = 12
+MAX_SCORED = 500
+"""Validation images that are scored, spread evenly; `simdetr evaluate` takes them all."""
+
+
+def write_fit_results(root: Path, detector: Detector, data: DetectionData) -> None:
+    """Write ``predictions/`` below ``root``: labels, scores and some heat maps of the validation images.
+
+    Nothing is written for detectors without a head, or without validation images.
+
+    Args:
+        root: The run's folder.
+        detector: As trained.
+        data: Its images and labels.
+    """
+    if not isinstance(detector, HeadedBackbone | HeadedDetector) or data.val_source is None or data.val_labels is None:
+        return
+    rules: ReferencePoints | None = data.reference_points
+    table = dict(rules.table) if rules is not None else None
+    loaded = LoadedDetector(detector.eval(), data.categories, dict(data.image_settings), table)
+    labelled = [name for name in data.val_source.ids if name in data.val_labels]
+    source = data.val_source.subset(labelled[:: max(1, -(-len(labelled) // MAX_SCORED))])
+    settings = InferenceSettings.of(loaded.image_settings, **OF_THE_MACHINE.on(default_device(), len(source)))
+    found, scores = score(loaded, source, data.val_labels.select(source.ids), settings)
+    folder = root / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    write_labels(found, folder / "labels.parquet")
+    write_scores(scores, folder / "scores.json")
+    if localisation_head(detector) is not None:
+        chosen = source.subset(source.ids[:: max(1, len(source) // NUM_HEAT_MAPS)][:NUM_HEAT_MAPS])
+        write_heat_maps(detector, chosen, settings, folder / "heat_maps", data.val_labels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A score's name and value in, text for people out.
+
+
+def shown_score(name: str, value: float) -> str:
+    """A score for people: fractions in percent, distances and counts as they are, a dash for what is not known."""
+    if math.isnan(value):
+        return "    –"
+    if "_px" in name:
+        return f"{value:5.1f} px"
+    if "error_percent" in name:
+        return f"{value:5.1f} % of the diagonal"
+    if name in ("points", "images", "constant_maps"):
+        return f"{value:5.0f}"
+    if name == "threshold":
+        return f"{value:5.3f}"
+    return f"{100 * value:5.1f} %"

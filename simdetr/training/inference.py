@@ -1,0 +1,374 @@
+"""A trained detector at work: images in, detections or COCO's numbers out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from simdetr.data.augmentation import eval_transforms
+from simdetr.data.dataset import DetectionDataset, collate
+from simdetr.data.images import ImageSource, open_images, read_image
+from simdetr.data.labels import Labels, read_labels
+from simdetr.data.quarantine import Quarantine
+from simdetr.data.reference_points import ReferencePoints, with_reference_points
+from simdetr.detectors.detector import Detector
+from simdetr.detectors.predictions import best_per_query, postprocess
+from simdetr.evaluation.coco_metric import coco_metrics
+from simdetr.evaluation.heat_map_boxes import heat_map_boxes
+from simdetr.evaluation.localisation_metric import LocalisationMetric, centre_gaussian_map
+from simdetr.evaluation.point_metric import point_metrics
+from simdetr.evaluation.recall import proposal_recall
+from simdetr.exchange.weights import LoadedDetector, load_detector
+from simdetr.heads.headed import HeadedBackbone, HeadedDetector
+from simdetr.heads.localisation import LocalisationHead
+from simdetr.heads.score_maps import MapSource
+from simdetr.reports.drawing import draw_heat_map, picture_path
+from simdetr.training.progress import image_progress
+from simdetr.training.relabel import (
+    OF_THE_MACHINE,
+    InferenceSettings,
+    Progress,
+    Throughput,
+    detect,
+    detect_array,
+    detect_for_scoring,
+)
+from simdetr.training.run_folder import detector_folder
+
+LOG = logging.getLogger(__name__)
+
+
+def predict(
+    images: str | Path | ImageSource | torch.Tensor | NDArray[np.uint8],
+    checkpoint: str | Path,
+    *,
+    min_score: float = 0.0,
+    iou_threshold: float = 1.0,
+    max_boxes: int = 100,
+    device: str | None = None,
+    quarantine: Path | None = None,
+    masks: bool = False,
+    point_radius: float | None = None,
+    one_class: bool = False,
+    throughput: Throughput = OF_THE_MACHINE,
+) -> Labels:
+    """Detections on a path, a folder, a list or one image array.
+
+    They are the best pairs of query and class, which COCO's numbers are made of: a box may come several times, with
+    several classes.
+
+    Args:
+        images: What ``open_images`` takes, or one RGB image: a uint8 tensor [3, H, W] or array [H, W, 3].
+        checkpoint: Run folder, detector folder or checkpoint.
+        min_score: Boxes with a lower score are left out.
+        iou_threshold: Of two boxes of a class that overlap more, the less confident goes; 1 keeps both.
+        max_boxes: Most confident boxes kept per image.
+        device: Torch device; the GPU if there is one.
+        quarantine: File that lists unreadable images; without it they are only logged.
+        masks: Draw each object's mask too, with detectors that predict masks (ViDT+).
+        point_radius: Of landmarks of a class closer than this part of the image's diagonal, the less confident go; 0
+            keeps all, None those that are no duplicates of a grid's.
+        one_class: Every box once, with its best class, and overlaps whatever the class: the labels of self-training.
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
+
+    Returns:
+        Labels with scores, boxes in pixels, best first; categories as the training labels named them.
+
+    Raises:
+        ValueError: Masks are asked for and the detector draws none.
+        TooManyUnreadableError: More than 5 % of the images cannot be read (with ``quarantine``).
+    """
+    source = open_images(images) if isinstance(images, str | Path) else images
+    loaded = load_detector(detector_folder(checkpoint))
+    settings = InferenceSettings.of(
+        loaded.image_settings,
+        score_threshold=min_score,
+        iou_threshold=iou_threshold,
+        max_boxes=max_boxes,
+        masks=masks,
+        **throughput.on(device or default_device(), len(source) if isinstance(source, ImageSource) else 1),
+        point_radius=point_radius,
+    )
+    reading = best_per_query if one_class else postprocess
+    if not isinstance(source, ImageSource):
+        pixels = torch.from_numpy(source).permute(2, 0, 1) if isinstance(source, np.ndarray) else source
+        return detect_array(loaded.detector, pixels, loaded.categories, settings, reading=reading)
+    aside = Quarantine(quarantine, total=len(source)) if quarantine is not None else None
+    with image_progress("predicting", len(source)) as progress:
+        found = detect(
+            loaded.detector,
+            source,
+            loaded.categories,
+            settings,
+            reading=reading,
+            quarantine=aside,
+            progress=progress,
+        )
+    if len(found) < len(source):
+        LOG.warning("%d of %d images could not be read%s", len(source) - len(found), len(source), _listed(quarantine))
+    return found
+
+
+def _listed(quarantine: Path | None) -> str:
+    return f", see {quarantine}" if quarantine is not None else ""
+
+
+def evaluate(
+    images: str | Path,
+    labels: str | Path,
+    checkpoint: str | Path,
+    *,
+    device: str | None = None,
+    point_radius: float | None = None,
+    throughput: Throughput = OF_THE_MACHINE,
+) -> dict[str, float]:
+    """COCO's AP family and class-agnostic recall of a detector, fractions in 0..1; of heads their own scores too.
+
+    AP is of the 100 best pairs of query and class of each image, recall whatever the class (``AR@k``) of its 100 best
+    queries; validation during training scores alike.
+
+    Landmark heads add those of `simdetr.evaluation.point_metric`, localisation heads MaxBoxAcc and its like.
+
+    Args:
+        images: Images to evaluate on; those without labels are left out.
+        labels: COCO JSON with their boxes; labelled images that are not there count as missed.
+        checkpoint: Run folder, detector folder or checkpoint.
+        device: Torch device; the GPU if there is one.
+        point_radius: As for ``predict``.
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
+
+    Raises:
+        ValueError: No image has labels.
+    """
+    truth, source, loaded = read_labels(Path(labels)), open_images(images), load_detector(detector_folder(checkpoint))
+    shared = [image_id for image_id in source.ids if image_id in truth]
+    if not shared:
+        raise ValueError(
+            f"images: none of the {len(source)} images of {images} is in {labels} (ids like {source.ids[0]!r} there, "
+            f"{next(iter(truth.image_ids), None)!r} here); give the folder that the labels' file names are relative to."
+        )
+    if len(shared) < len(truth):
+        LOG.warning("%d of %d labelled images are not in %s", len(truth) - len(shared), len(truth), images)
+    settings = InferenceSettings.of(
+        loaded.image_settings, point_radius=point_radius, **throughput.on(device or default_device(), len(shared))
+    )
+    return score(loaded, source.subset(shared), truth, settings)[1]
+
+
+def score(
+    loaded: LoadedDetector, source: ImageSource, truth: Labels, settings: InferenceSettings
+) -> tuple[Labels, dict[str, float]]:
+    """Detections on images, and all scores of them that ``evaluate`` knows.
+
+    Args:
+        loaded: The detector.
+        source: Images, all of them labelled.
+        truth: Their boxes, and those of images that are not there, which count as missed.
+        settings: How images are prepared and detections are kept.
+    """
+    with image_progress("predicting", len(source)) as progress:
+        found, objects = detect_for_scoring(loaded.detector, source, loaded.categories, settings, progress=progress)
+    if loaded.reference_points is not None and truth.points is None:
+        rules = ReferencePoints(loaded.reference_points, loaded.categories)
+        truth = with_reference_points(truth, rules.of(truth.categories))
+    scores = coco_metrics(truth, found) | proposal_recall(truth, objects)
+    if truth.points is not None and found.points is not None:
+        scores |= point_metrics(truth, found, objects)
+    if localisation_head(loaded.detector) is not None:
+        numbered = truth.with_categories(loaded.categories)
+        scores |= localisation_scores(loaded.detector, source, numbered, settings)  # type: ignore[arg-type]
+    return found, scores
+
+
+def heat_maps(
+    images: str | Path,
+    checkpoint: str | Path,
+    folder: Path,
+    *,
+    labels: Path | None = None,
+    device: str | None = None,
+    throughput: Throughput = OF_THE_MACHINE,
+) -> int:
+    """Write copies of images with what a localisation head looks at laid over them; returns how many.
+
+    Args:
+        images: What ``open_images`` takes.
+        checkpoint: Run folder, detector folder or checkpoint of a detector with a localisation head.
+        folder: Where the copies go.
+        labels: COCO JSON with human boxes to draw beside the found ones.
+        device: Torch device; the GPU if there is one.
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
+
+    Raises:
+        ValueError: The detector has no localisation head.
+    """
+    loaded = load_detector(detector_folder(checkpoint))
+    if localisation_head(loaded.detector) is None:
+        raise ValueError(
+            f"checkpoint: {checkpoint} has no simdetr.heads.LocalisationHead, so there are no score maps to draw"
+        )
+    source = open_images(images)
+    settings = InferenceSettings.of(loaded.image_settings, **throughput.on(device or default_device(), len(source)))
+    truth = read_labels(labels) if labels is not None else None
+    return write_heat_maps(loaded.detector, source, settings, folder, truth)  # type: ignore[arg-type]
+
+
+def default_device() -> str:
+    """The GPU if there is one; of several processes on a machine (``LOCAL_RANK``) each takes its own."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    return "cuda" if local_rank is None else f"cuda:{int(local_rank) % torch.cuda.device_count()}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Score maps of a trained localisation head over a set of images: pictures, and the numbers of the field, out.
+#
+# Beside the head's own map stand, in every scoring, the class activation map of the same network and a Gaussian in the
+# image's centre: a method that does not beat them has learned nothing of where. Source: specs/heads.md section 2.7.
+
+
+THRESHOLD_STEP = 0.01
+"""Between the thresholds that are tried, as on the public code's command line; 0.001 takes three times as long."""
+
+
+class Localised(NamedTuple):
+    """What a head says of one image."""
+
+    image_id: str
+    size_hw: tuple[int, int]
+    """Height and width of the original in pixels."""
+    predicted_class: int
+    score_map: NDArray[np.float32]
+    """[S, S] in [0, 1] over the whole image, of the predicted class unless another was asked for."""
+
+
+def localisation_head(detector: Detector) -> LocalisationHead | None:
+    """The localisation head of a detector, None if it has none."""
+    head = detector.head if isinstance(detector, HeadedBackbone | HeadedDetector) else None
+    return head if isinstance(head, LocalisationHead) else None
+
+
+@torch.inference_mode()
+def localise(
+    detector: HeadedBackbone | HeadedDetector,
+    source: ImageSource,
+    settings: InferenceSettings,
+    *,
+    wanted: Callable[[str], int] | None = None,
+    map_source: MapSource | None = None,
+    progress: Progress = lambda count: None,
+) -> Iterator[Localised]:
+    """Score maps image by image, without the unreadable ones.
+
+    Args:
+        detector: With a localisation head.
+        source: The images.
+        settings: How they are prepared; batch size and device.
+        wanted: The class to look for, by the image's id (GT-known); None for the predicted one.
+        map_source: What the map shows; None for the head's own choice.
+        progress: Hears of every batch of images done.
+    """
+    head = localisation_head(detector)
+    if head is None:
+        raise ValueError("detector: expected one with a simdetr.heads.LocalisationHead, which draws score maps")
+    transform = eval_transforms(settings.short_side, settings.max_side, mean=settings.mean, std=settings.std)
+    dataset = DetectionDataset(source, None, transform)
+    detector.to(settings.device).eval()
+    own, head.map_source = head.map_source, map_source or head.map_source
+    try:
+        for batch in DataLoader(dataset, settings.batch_size, collate_fn=collate, num_workers=settings.num_workers):
+            if batch is None:
+                continue
+            ids = [source.ids[int(target["image_index"])] for target in batch.targets]
+            with settings.autocast():
+                logits, features = detector.read(batch.images.to(settings.device), batch.mask.to(settings.device))
+            classes = None if wanted is None else torch.tensor([wanted(name) for name in ids], device=logits.device)
+            maps = head.score_map(logits, features, classes)[:, 0].float().cpu().numpy()
+            for name, target, found, values in zip(ids, batch.targets, logits.argmax(dim=1), maps, strict=True):
+                height, width = (int(side) for side in target["orig_size"])
+                yield Localised(name, (height, width), int(found), values)
+            progress(len(ids))
+    finally:
+        head.map_source = own
+
+
+def localisation_scores(
+    detector: HeadedBackbone | HeadedDetector, source: ImageSource, truth: Labels, settings: InferenceSettings
+) -> dict[str, float]:
+    """MaxBoxAcc, MaxBoxAccV2, GT-known and Top-1 localisation, and those of class activation and of the image's centre.
+
+    The class whose map is read is that of the image's first box, and the boxes of this class are the truth.
+
+    Args:
+        detector: With a localisation head.
+        source: Images with boxes.
+        truth: Their boxes; images without any are left out.
+        settings: How images are prepared.
+
+    Returns:
+        Fractions in 0..1; ``threshold`` too.
+    """
+    boxed = source.subset([name for name in source.ids if len(truth.of(name))])
+    own, cam, centre = (LocalisationMetric(step=THRESHOLD_STEP) for _ in range(3))
+    gaussian = centre_gaussian_map()
+
+    def wanted(image_id: str) -> int:
+        return int(truth.of(image_id).classes[0])
+
+    passes: tuple[tuple[LocalisationMetric, MapSource | None], ...] = ((own, None), (cam, "cam"))
+    with image_progress("scoring maps", len(passes) * len(boxed)) as progress:
+        for metric, shown in passes:
+            for found in localise(detector, boxed, settings, wanted=wanted, map_source=shown, progress=progress):
+                image = truth.of(found.image_id)
+                boxes = image.boxes_xyxy[image.classes == image.classes[0]]
+                right = found.predicted_class in image.classes
+                metric.update(found.score_map, boxes, image.size_hw, class_correct=right)
+                if metric is own:
+                    centre.update(gaussian, boxes, image.size_hw)
+    scores = {name: value for name, value in own.compute().items() if name not in ("images", "constant_maps")}
+    for title, other in (("CAM", cam), ("centre", centre)):
+        scores |= {f"{title} {name}": other.compute()[name] for name in ("MaxBoxAcc", "MaxBoxAccV2")}
+    return scores
+
+
+def write_heat_maps(
+    detector: HeadedBackbone | HeadedDetector,
+    source: ImageSource,
+    settings: InferenceSettings,
+    folder: Path,
+    truth: Labels | None = None,
+) -> int:
+    """Write a copy of every image with its score map laid over it and the box that is read off it.
+
+    Args:
+        detector: With a localisation head.
+        source: The images.
+        settings: How they are prepared.
+        folder: Where the copies go, under the images' relative paths.
+        truth: Human boxes, drawn in red; none if left out.
+
+    Returns:
+        Number of pictures written.
+    """
+    head, written = localisation_head(detector), 0
+    for found in localise(detector, source, settings):
+        assert head is not None
+        box = heat_map_boxes(found.score_map, head.box_threshold)[:1]
+        side = found.score_map.shape[0]
+        scale = np.array([found.size_hw[1], found.size_hw[0]] * 2) / side
+        human = truth.of(found.image_id).boxes_xyxy if truth is not None and found.image_id in truth else None
+        image = read_image(source.record(found.image_id))
+        target = picture_path(folder, found.image_id)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw_heat_map(image, found.score_map, (box * scale).astype(np.float32), human).save(target)
+        written += 1
+    return written
