@@ -31,6 +31,7 @@ from threadpoolctl import threadpool_limits
 from benchmarks.environment import RESULTS, environment, write_result
 from simdetr.mining import pseudo_labels
 from simdetr.mining.kmeans import _means, assign_blocks, fit_kmeans, sample_rows, spread_starts
+from simdetr.mining.pseudo_labels import ClusteringConfig
 from simdetr.mining.regions import Regions
 from simdetr.mining.store import Manifest, ProposalRow, ProposalStore
 
@@ -192,7 +193,7 @@ def cluster_once(folder: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     pseudo_labels._KEEP_IN_MEMORY_BYTES = 0
     imported, started = peak_mb(), time.perf_counter()
-    clustering = pseudo_labels.cluster_regions(ProposalStore(folder), CLUSTERS, max_iterations=1)
+    clustering = pseudo_labels.cluster_regions(ProposalStore(folder), ClusteringConfig(CLUSTERS, max_iterations=1))
     seconds, clustered = time.perf_counter() - started, peak_mb()
     labels = pseudo_labels.to_labels(ProposalStore(folder), len(clustering.labels), clustering)
     columns = (labels.offsets, labels.boxes_xyxy, labels.classes, labels.scores, labels.areas, labels.crowd)

@@ -16,10 +16,10 @@ import json
 from pathlib import Path
 
 import pandas as pd
-from simdetr.commands.method import json_ready
 
 from benchmarks.environment import RESULTS, environment, write_result
 from simdetr import evaluate
+from simdetr.data.storage import json_ready
 from simdetr.exchange.weights import is_saved
 from simdetr.recipe import Recipe
 from simdetr.training.train import train

@@ -20,9 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from simdetr.commands.quickstart import FINETUNE_CONFIG, PRETRAIN_CONFIG, SCENE_SIZE_HW
-
 from benchmarks.environment import environment, write_result
+from simdetr.commands.quickstart import FINETUNE_CONFIG, PRETRAIN_CONFIG, SCENE_SIZE_HW
 from simdetr.data.machine import THREADS, WAITING, cores
 from simdetr.data.scenes import render_scenes
 

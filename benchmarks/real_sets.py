@@ -29,7 +29,6 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from simdetr.commands.method import json_ready
 
 from benchmarks.environment import DATA, environment, write_result
 from benchmarks.real_set_tables import paired_differences
@@ -37,15 +36,15 @@ from simdetr import evaluate, finetune, open_images, pretrain, read_labels, spli
 from simdetr.data.coco import write_coco
 from simdetr.data.images import ImageSource
 from simdetr.data.labels import Labels
-from simdetr.data.storage import atomic_path
+from simdetr.data.machine import default_device
+from simdetr.data.storage import atomic_path, json_ready
 from simdetr.detectors.predictions import best_per_query
 from simdetr.evaluation.coco_metric import match_boxes
 from simdetr.exchange.weights import load_detector
 from simdetr.mining.miner import mine
-from simdetr.mining.pseudo_labels import make_pseudo_labels
+from simdetr.mining.pseudo_labels import ClusteringConfig, make_pseudo_labels
 from simdetr.recipe import PipelineSections, Recipe, SelfTrainingConfig
 from simdetr.training.fusion import fuse
-from simdetr.training.inference import default_device
 from simdetr.training.relabel import InferenceSettings, detect
 from simdetr.training.run_folder import RunFolder
 
@@ -232,7 +231,7 @@ def mined_on_val(own: ImageSet, sections: PipelineSections, source: ImageSource)
     """Boxes mined on the validation images as on the training images; their scores are the confidence."""
     with FileLock(own.folder / "val.lock"):
         store = mine(source, sections.encoder, sections.mining, own.folder / "val", default_device())
-        return make_pseudo_labels(store, num_classes=1)
+        return make_pseudo_labels(store, ClusteringConfig(num_classes=1))
 
 
 def detected_on_val(own: ImageSet, kept: SelfTrainingConfig, source: ImageSource, stage: int) -> Labels:

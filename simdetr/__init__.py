@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from simdetr.data.labels import Labels, read_labels, write_labels
     from simdetr.data.protocols import split
     from simdetr.mining.store import ProposalStore
-    from simdetr.pipeline import compare, evaluate, finetune, mine_proposals, predict, pretrain, report
+    from simdetr.pipeline import compare, finetune, mine_proposals, pretrain, report
+    from simdetr.training.inference import evaluate, predict
 
 __all__ = [
     "ImageSource",
@@ -40,6 +41,8 @@ _HOMES = {
     "read_labels": "simdetr.data.labels",
     "write_labels": "simdetr.data.labels",
     "split": "simdetr.data.protocols",
+    "evaluate": "simdetr.training.inference",
+    "predict": "simdetr.training.inference",
     "ProposalStore": "simdetr.mining.store",
 }
 

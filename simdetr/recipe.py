@@ -8,21 +8,18 @@ ignores them.
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import json
 import logging
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-import timm
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -31,51 +28,36 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 
-from simdetr.data.pretrained_weights import PACKAGED
+from simdetr.data.images import ImageSource, open_images
+from simdetr.data.machine import default_device
 from simdetr.data.storage import atomic_path
 from simdetr.detectors.detector import Detector
 from simdetr.exchange.weights import (
     brings_weights,
-    checkpoint_config,
     detector_class,
     read_checkpoint,
-    save_detector,
     without_downloads,
 )
 from simdetr.mining.batch import MiningConfig
-from simdetr.mining.encoders import Encoder, TimmEncoder, read_record
-from simdetr.mining.kmeans import Backend
-from simdetr.reports.prediction_samples import write_fit_results
+from simdetr.mining.encoders import Encoder
+from simdetr.mining.miner import mine
+from simdetr.mining.processes import Job, mine_in_processes
+from simdetr.mining.pseudo_labels import ClusteringConfig
+from simdetr.mining.store import ProposalStore
 from simdetr.training.auto_batch import BatchSettings, Scaling, auto_batch_options
 from simdetr.training.datamodule import DetectionData, sizes_up_to
 from simdetr.training.detection_task import CocoValidation, DetectionTask, check_start, fixed_parts
 from simdetr.training.fusion import Fusion
 from simdetr.training.progress import TrainingProgress
 from simdetr.training.relabel import Throughput
-from simdetr.training.run_folder import RunFolder
+from simdetr.training.run_folder import RunFolder, leads
+from simdetr.training.run_time import QUERIES, measure
 from simdetr.training.train import AtomicCheckpointIO, checkpoint_callbacks
 
 LOG = logging.getLogger(__name__)
+_MINE = "from simdetr.mining.processes import work; from simdetr.recipe import MiningJob; work(MiningJob.build)"
+_DETECTOR = "--model.detector=simdetr.detectors.DeformableDETR"  # a recipe wants one; mining does not use it
 DEFAULT_ENCODER = "simdetr.mining.colour_texture.ColourTextureEncoder"
-
-
-@dataclass(frozen=True)
-class ClusteringConfig:
-    """Global clustering of region features into pseudo-classes.
-
-    Args:
-        num_classes: Pseudo-classes; 1 = class-unaware.
-        seed: Seed of the starting centroids.
-        spherical: Compare features by direction, not by distance.
-        max_iterations: Passes over all features at most.
-        backend: What finds the nearest centroid; torch is the faster on CPUs.
-    """
-
-    num_classes: int = 2048
-    seed: int = 0
-    spherical: bool = True
-    max_iterations: int = 50
-    backend: Backend = "torch"
 
 
 @dataclass(frozen=True)
@@ -102,6 +84,10 @@ class SelfTrainingConfig:
     sharpening: float = 1.5
     from_scratch: bool = False
     checkpoint_every_steps: int = 500
+
+    def data_options(self) -> tuple[str, ...]:
+        """How much of a stage's labels the next stage learns, as options of its training."""
+        return (f"--data.min_score={self.min_certainty}", f"--data.score_power={self.sharpening}")
 
 
 class RecipeError(ValueError):
@@ -179,14 +165,6 @@ class RecipeCLI(LightningCLI):
         if not self._parse_only:
             super().instantiate_classes()
             self.datamodule.follow(self.model.image_settings)
-
-    def after_fit(self) -> None:
-        """Under ``simdetr fit``: leave the detector where the pipeline would, in ``detector/`` below the root."""
-        if self.trainer.is_global_zero and self.trainer.state.finished:
-            config = checkpoint_config(self.model.detector, self.datamodule)
-            root = Path(self.trainer.default_root_dir)
-            save_detector(self.model.detector, config, root / "detector")
-            write_fit_results(root, self.model.detector, self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # noqa: ANN401
         """A Trainer that logs and checkpoints below its root and scores validations, unless told otherwise."""
@@ -403,63 +381,6 @@ def _raised_by_constructor(error: BaseException) -> bool:
 # anything else is for the config's section ``encoder``.
 
 
-_FOLDER = "a folder of `simdetr encoder fit`"
-_ELSE = "for weights of your own, see TimmEncoder in docs/encoders.md"
-
-
-def encoder_options(encoder: str | None) -> tuple[str, ...]:
-    """Options that put an encoder in place of the config's; later options may still change it.
-
-    Weights of timm are fetched here, once, before any process of the run needs them.
-
-    Args:
-        encoder: a folder, a timm name such as ``resnet50.a1_in1k`` or a word of ``PACKAGED``; None leaves the config's.
-
-    Raises:
-        FileNotFoundError: a folder that is absent, or holds no finished training.
-        ValueError: a name that timm does not know or has no weights for, or weights that cannot be fetched.
-    """
-    if encoder is None:
-        return ()
-    if Path(encoder).is_dir():
-        read_record(encoder)
-        return (_option("FittedEncoder", folder=str(encoder)),)
-    if Path(encoder).exists() or any(separator in encoder for separator in "/\\"):
-        what = "a file" if Path(encoder).exists() else "which is not there"
-        raise FileNotFoundError(f"encoder: expected {_FOLDER} or a timm name, got {encoder}, {what}; {_ELSE}")
-    if encoder in PACKAGED:
-        PACKAGED[encoder].path()
-        return (_option("TimmEncoder", model=encoder, pretrained=True),)
-    _check_name(encoder)
-    try:
-        TimmEncoder(encoder, pretrained=True)
-    except Exception as error:  # fetching fails in all kinds of ways
-        raise ValueError(
-            f"encoder: {encoder} of timm cannot be used: {error} Without a network, give {_FOLDER}; {_ELSE}"
-        ) from error
-    return (_option("TimmEncoder", model=encoder, pretrained=True),)
-
-
-def _option(name: str, **arguments: object) -> str:
-    return f"--encoder={json.dumps({'class_path': f'simdetr.mining.{name}', 'init_args': arguments})}"
-
-
-def _check_name(name: str) -> None:
-    """Whether timm has this model, and weights for it."""
-    known = timm.list_pretrained()
-    models = {full.partition(".")[0] for full in known}
-    if name in known or name in models:
-        return
-    near = difflib.get_close_matches(name, [*PACKAGED, *models, *known], n=3)
-    tags = [full for full in known if full.partition(".")[0] == name.partition(".")[0]]
-    hint = f"; it has {', '.join(tags[:5])}" if tags else f"; did you mean {', '.join(near)}?" if near else ""
-    without = "has no weights for" if timm.is_model(name.partition(".")[0]) and not tags else "does not know"
-    raise ValueError(
-        f"encoder: expected {_FOLDER} or a timm model, got {name!r}, which is no folder here and which timm "
-        f"{without}{hint}"
-    )
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # A recipe in, the same recipe with the largest batch that fits the device out; kept with the run.
 #
@@ -491,3 +412,80 @@ def fit_to_device(recipe: Recipe, run: RunFolder, auto_batch: bool | Scaling, *o
     scaling: Scaling = "linear" if isinstance(auto_batch, bool) else auto_batch
     found = auto_batch_options(run.path / AUTO_BATCH, before, scaling, lambda: recipe.training(run.path, *options))
     return replace(recipe, options=(*recipe.options, *found))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a recipe means for this machine: how long its run takes, and one mining as plain values that processes are told.
+
+
+def say_time(
+    recipe: Recipe, sections: PipelineSections, source: ImageSource, run: RunFolder, device: str, num_ranks: int = 1
+) -> None:
+    """Log what is left of a run and how long it takes; nothing where all stages are trained or no image can be read."""
+    stages = sum(not run.has_detector(stage) for stage in range(1, sections.self_training.stages + 1))
+    if not leads() or stages == 0:
+        return
+    config, _ = recipe.resolved()
+    found = measure(
+        source,
+        sections.encoder,
+        sections.mining,
+        recipe.check_detector(sections.clustering.num_classes, config.data.num_queries or QUERIES),
+        config,
+        device,
+        objects=sections.self_training.max_boxes,
+        stages=stages,
+        mined=run.labels(0).is_file(),
+        num_ranks=num_ranks,
+    )
+    if found is not None:
+        LOG.info("%s; the same command goes on where it was stopped", found)
+
+
+@dataclass(frozen=True)
+class MiningJob:
+    """What to mine and how, as plain values that another process can be told.
+
+    Attributes:
+        images: what ``open_images`` takes.
+        out: folder or URL of the store.
+        config: YAML files, later ones over earlier ones; without any the defaults.
+        options: ``--section.name=value`` strings, over the files.
+        device: Torch device; the GPU if there is one, each process its own.
+    """
+
+    images: str
+    out: str
+    config: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    device: str | None = None
+
+    def sections(self) -> PipelineSections:
+        """The settings, checked and built."""
+        options = self.options if self.config else (_DETECTOR, *self.options)
+        return Recipe(self.config, (f"--data.images={self.images}", *options)).sections()
+
+    @property
+    def own_device(self) -> str:
+        """The device of this process: of several GPUs the one of its local rank."""
+        anyone = self.device is None or (self.device == "cuda" and torch.cuda.is_available())
+        return default_device() if anyone else str(self.device)
+
+    @staticmethod
+    def build(order: dict[str, Any]) -> Job:
+        """The job of a process that was told the values of this class."""
+        job = MiningJob(**order | {name: tuple(order[name]) for name in ("config", "options")})
+        sections = job.sections()
+        return Job(open_images(job.images), sections.encoder, sections.mining, job.out, job.own_device)
+
+    def run(self, num_ranks: int = 1, *, progress: bool) -> ProposalStore:
+        """Mine in this process, together with others that mine into the same store, or in ``num_ranks`` new ones.
+
+        Raises:
+            ValueError: ``num_ranks`` where these are several processes already.
+            StoreError: A process died and the others could not do all of its work; the same call goes on.
+        """
+        job = self.build(asdict(self))
+        if num_ranks != 1:
+            return mine_in_processes(job, _MINE, asdict(self), num_ranks, progress=progress)
+        return mine(job.source, job.encoder, job.config, job.out, job.device, progress=progress)

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import yaml
-from simdetr.commands.main import main
 
 from simdetr import pipeline
+from simdetr.commands.main import main
 from simdetr.recipe import Recipe, fit_to_device, is_chosen
 from simdetr.training import auto_batch
 from simdetr.training.run_folder import RunFolder, RunMismatchError

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from simdetr.commands.main import COMMANDS, fold_options, main, one_line
 
 from simdetr import pipeline
 from simdetr.commands import main as cli
+from simdetr.commands.main import COMMANDS, fold_options, main, one_line
 from simdetr.data.labels import read_labels
 from simdetr.training.run_folder import RunFolder
 

@@ -5,8 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from simdetr.commands.main import LIGHTNING, command_parser, fold_options
 
+from simdetr.commands.main import LIGHTNING, command_parser, fold_options
 from simdetr.recipe import Recipe, RecipeCLI
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from simdetr import recipe as encoder_choice
 from simdetr.mining import FittedEncoder, TimmEncoder
-from simdetr.mining.processes import MiningJob
-from simdetr.recipe import encoder_options
+from simdetr.recipe import MiningJob
+from simdetr.training.recipe_choice import encoder_options
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from simdetr.commands.main import main
 
+from simdetr.commands.main import main
 from simdetr.mining import FittedEncoder
 
 CONFIG = Path(__file__).parents[1] / "configs" / "encoder" / "resnet18.yaml"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from simdetr.commands.main import main
 
-from simdetr import pipeline
+from simdetr.commands.main import main
 from simdetr.mining.store import ProposalStore
+from simdetr.reports import preview_page
 
 SMALL = "--mining.image_size 64".split()
 
@@ -48,7 +48,7 @@ def test_preview_beside_a_mined_run_changes_nothing_of_it(scenes, tiny_config, t
 
 
 def test_the_record_comes_back_from_python(scenes, tmp_path):
-    record = pipeline.preview_mining(scenes, tmp_path, count=2, options=["--mining.image_size=64"])
+    record = preview_page.preview(scenes, tmp_path, count=2, options=["--mining.image_size=64"])
     assert record == json.loads((tmp_path / "preview" / "preview.json").read_text(encoding="utf-8"))
     assert record["recall"] is None and record["images"]["previewed"] == 2
 

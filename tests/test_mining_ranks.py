@@ -12,8 +12,8 @@ import pytest
 
 from simdetr import pipeline
 from simdetr.data.scenes import render_scenes
-from simdetr.mining.processes import MiningJob
 from simdetr.mining.store import ProposalStore, StoreError
+from simdetr.recipe import MiningJob
 
 OPTIONS = ("--mining.image_size=64", "--mining.shard_size=4", "--mining.batch_size=2")
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from simdetr.commands.method import write_result
 from torchvision.ops import box_iou
 
 from simdetr import pipeline
+from simdetr.data.coco import write_result
 from simdetr.data.images import open_images, read_image
 from simdetr.data.labels import Labels, read_labels
 from simdetr.data.quarantine import TooManyUnreadableError
+from simdetr.mining.pseudo_labels import ClusteringConfig
 from simdetr.training.fusion import Fusion
 from simdetr.training.recipe_choice import for_pretraining
 from simdetr.training.run_folder import LEADER_LOCK, RunFolder, RunMismatchError, detector_folder
@@ -174,20 +175,22 @@ def test_too_few_regions_name_both_numbers_and_can_be_put_right(scenes, tiny_con
 def test_mining_and_clustering_alone(run, scenes, tiny_config, tmp_path):
     store = pipeline.mine_proposals(scenes, tmp_path, [tiny_config])
     assert len(store) == 12
-    assert same_labels(pipeline.cluster_proposals(tmp_path, num_classes=3), read_labels(run.labels(0)))
+    assert same_labels(
+        pipeline.cluster_proposals(tmp_path, ClusteringConfig(num_classes=3)), read_labels(run.labels(0))
+    )
 
 
 def test_clustering_of_its_own_and_pretraining_agree(run, scenes, tiny_config, tmp_path):
     shutil.copytree(run.proposals, tmp_path / "proposals")
     with pytest.raises(RunMismatchError, match=r"pretraining has begun in .*clusters by itself"):
-        pipeline.cluster_proposals(run.path, num_classes=4)
-    pipeline.cluster_proposals(tmp_path, num_classes=4, seed=2)
+        pipeline.cluster_proposals(run.path, ClusteringConfig(num_classes=4))
+    pipeline.cluster_proposals(tmp_path, ClusteringConfig(num_classes=4, seed=2))
     with pytest.raises(RunMismatchError, match=r"stage0 holds 4 pseudo-classes, 3 asked. Give --clustering.num_cl"):
         pipeline.pretrain(scenes, tmp_path, [tiny_config])
     assert not (tmp_path / "config.yaml").exists()
     chosen = for_pretraining((), open_images(scenes), RunFolder(tmp_path))
     assert {"--clustering.num_classes=4", "--clustering.seed=2", "--clustering.spherical=true"} <= set(chosen.options)
-    pipeline.cluster_proposals(tmp_path, num_classes=1)
+    pipeline.cluster_proposals(tmp_path, ClusteringConfig(num_classes=1))
     assert "--clustering.num_classes=1" in for_pretraining((), open_images(scenes), RunFolder(tmp_path)).options
 
 

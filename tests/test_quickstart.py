@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from simdetr.commands.quickstart import LabelledSet, draw_scenes, quickstart
 
 from simdetr import compare, pretrain
 from simdetr.commands import quickstart as module
+from simdetr.commands.quickstart import LabelledSet, draw_scenes, quickstart
 from simdetr.data.labels import read_labels
 from simdetr.data.pretrained_weights import PACKAGED, PretrainedWeightsError
 from simdetr.evaluation.coco_metric import match_boxes

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from simdetr.data.images import open_images
-from simdetr.recipe import Recipe
+from simdetr.recipe import Recipe, say_time
 from simdetr.training import run_time
 from simdetr.training.run_folder import RunFolder
-from simdetr.training.run_time import RunTime, measure, say_time, step_seconds
+from simdetr.training.run_time import RunTime, measure, step_seconds
 
 
 def test_parts_add_up_and_are_said():

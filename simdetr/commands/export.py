@@ -68,7 +68,7 @@ def labels(run: Path, stage: int, out: Path) -> None:
         stage: 0 = mined, j = relabelled by the detector of stage j.
         out: File to write: .json or .parquet.
     """
-    from simdetr.commands.method import write_result
+    from simdetr.data.coco import write_result
     from simdetr.data.labels import read_labels
     from simdetr.training.run_folder import RunFolder
 
@@ -113,7 +113,7 @@ def official(checkpoint: Path, out: Path) -> None:
         checkpoint: Run folder, detector folder or checkpoint.
         out: File to write, .pth; its tensors are in the entry ``model``.
     """
-    from simdetr.commands.method import check_writable
+    from simdetr.data.storage import check_writable
     from simdetr.exchange.convert import export_official
     from simdetr.training.run_folder import detector_folder
 
@@ -137,7 +137,7 @@ def onnx(
         image_size: Height and width in pixels that all images have, as ``[800, 1088]``; any size when left out.
         opset: Version of ONNX's operators, 18 by default.
     """
-    from simdetr.commands.method import check_writable
+    from simdetr.data.storage import check_writable
     from simdetr.exchange.onnx import export_onnx
     from simdetr.training.run_folder import detector_folder
 

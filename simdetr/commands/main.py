@@ -20,12 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from simdetr.commands import export as export_commands
-from simdetr.commands import method as commands
-from simdetr.commands import method as protocol_commands
-from simdetr.commands import mine as encoder_commands
-from simdetr.commands import mine as mining_commands
-from simdetr.commands import mine as rival_commands
+from simdetr.commands import export, method, mine
 from simdetr.data.machine import prepare_openmp
 
 Command = Callable[..., None]
@@ -35,28 +30,28 @@ FLAGS = ("--auto-batch", "--masks", "--verify")
 """Options that stand without a value and mean true."""
 LIGHTNING = ("fit", "validate", "test")
 COMMANDS: dict[str, Command | dict[str, Command]] = {
-    "quickstart": commands.quickstart,
-    "doctor": commands.doctor,
-    "mine": mining_commands.mine,
-    "cluster": mining_commands.cluster,
-    "pretrain": commands.pretrain,
-    "relabel": commands.relabel,
-    "split": protocol_commands.split,
-    "finetune": commands.finetune,
-    "evaluate": commands.evaluate,
-    "compare": commands.compare,
-    "predict": commands.predict,
-    "encoder": {"fit": encoder_commands.fit},
-    "import": export_commands.import_detector,
+    "quickstart": method.quickstart,
+    "doctor": method.doctor,
+    "mine": mine.mine,
+    "cluster": mine.cluster,
+    "pretrain": method.pretrain,
+    "relabel": method.relabel,
+    "split": method.split,
+    "finetune": method.finetune,
+    "evaluate": method.evaluate,
+    "compare": method.compare,
+    "predict": method.predict,
+    "encoder": {"fit": mine.fit},
+    "import": export.import_detector,
     "export": {
-        "labels": export_commands.labels,
-        "safetensors": export_commands.safetensors,
-        "transformers": export_commands.transformers,
-        "official": export_commands.official,
-        "onnx": export_commands.onnx,
+        "labels": export.labels,
+        "safetensors": export.safetensors,
+        "transformers": export.transformers,
+        "official": export.official,
+        "onnx": export.onnx,
     },
-    "report": commands.report,
-    "rivals": rival_commands.rivals,
+    "report": method.report,
+    "rivals": mine.rivals,
 }
 GROUPS = {
     "encoder": "Train an encoder for mining on your own images: fit.",
@@ -84,9 +79,9 @@ def main(args: Sequence[str] | None = None) -> None:
         prepare_openmp()
     try:
         if arguments[:1] and arguments[0] in LIGHTNING:
-            from simdetr.recipe import RecipeCLI  # here, because Lightning takes seconds to import
+            from simdetr.commands.fit import FitCLI  # here, because Lightning takes seconds to import
 
-            RecipeCLI(arguments)
+            FitCLI(arguments)
         else:
             run(fold_options(arguments))
     except KeyboardInterrupt:

@@ -5,32 +5,15 @@ Heavy packages are imported inside the functions, so that ``simdetr --help`` ans
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from simdetr.data.coco import write_coco
-from simdetr.data.labels import Labels, write_labels
-from simdetr.data.storage import atomic_path
-from simdetr.detectors.deformable_attention import (
-    ENVIRONMENT_VARIABLE,
-    IMPLEMENTATIONS,
-    choose_implementation,
-    obstacle,
-)
-
 if TYPE_CHECKING:
     from simdetr.data.labels import Labels
-
 
 OUT = Console()
 
@@ -80,11 +63,11 @@ def doctor(path: Path, labels: Path | None = None) -> None:
         path: Folder, list file or COCO JSON of images.
         labels: COCO JSON of their boxes.
     """
-    from simdetr.commands import method as acceleration
+    from simdetr.commands import devices
     from simdetr.data.doctor import examine, summary
 
     result = examine(path, labels)
-    for lines in (summary(result), acceleration.summary()):
+    for lines in (summary(result), devices.summary()):
         OUT.print(lines, markup=False, highlight=False, soft_wrap=True)
     if result.fatal:
         sys.exit(1)
@@ -120,7 +103,7 @@ def pretrain(
             or the square root of it (`--auto-batch=sqrt`).
     """
     from simdetr import pipeline
-    from simdetr.recipe import encoder_options
+    from simdetr.training.recipe_choice import encoder_options
 
     run = pipeline.pretrain(
         images,
@@ -243,6 +226,7 @@ def evaluate(
         num_workers: Processes that decode images; on a GPU the cores of this process but one, on a CPU none.
         precision: Of the forward pass: fp32, or bf16, which GPUs that have it compute faster.
     """
+    from simdetr.data.storage import check_writable, write_scores
     from simdetr.reports.prediction_samples import shown_score
     from simdetr.training import inference
     from simdetr.training.relabel import Throughput
@@ -334,7 +318,6 @@ def predict(
     """
     from simdetr.data.images import open_images
     from simdetr.reports.drawing import write_pictures
-    from simdetr.training import inference
     from simdetr.training.relabel import Throughput
 
     throughput = Throughput(batch_size, num_workers, precision)
@@ -353,12 +336,16 @@ def predict(
     if pictures is not None:
         write_pictures(open_images(images), found, pictures)
     if heat_maps is not None:
-        drawn = inference.heat_maps(images, checkpoint, heat_maps, device=device, throughput=throughput)
+        from simdetr.reports.prediction_samples import heat_maps as draw
+
+        drawn = draw(images, checkpoint, heat_maps, device=device, throughput=throughput)
         OUT.print(f"{drawn:,} heat maps in {heat_maps}", soft_wrap=True)
 
 
 def _write_found(images: Path, checkpoint: Path, out: Path, **choices: Any) -> Labels:  # noqa: ANN401
     """Write what ``inference.predict`` finds, and what cannot be read beside it."""
+    from simdetr.data.coco import write_result
+    from simdetr.data.storage import check_writable
     from simdetr.training import inference
 
     check_writable(out)
@@ -380,51 +367,6 @@ def report(run: Path, images: Path, truth: Path | None = None) -> None:
     from simdetr import pipeline
 
     OUT.print(f"report: {pipeline.report(run, images, truth=truth)}", soft_wrap=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The devices of this machine in; which fast implementations can be used on them, and why not the others, out.
-
-
-def summary() -> str:
-    """Lines of text: torch and its devices, then for each device the implementations of deformable attention."""
-    devices = _devices()
-    cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
-    named = ", ".join(f"{device} ({detail})" for device, detail in devices.items())
-    lines = [f"torch {torch.__version__}{cuda}; devices: {named}"]
-    for device in devices:
-        lines += _attention_lines(device)
-    return "\n".join(lines)
-
-
-def _devices() -> dict[torch.device, str]:
-    """Every device and a word about it."""
-    found = {torch.device("cpu"): f"{torch.get_num_threads()} threads"}
-    for index in range(torch.cuda.device_count()):
-        found[torch.device("cuda", index)] = torch.cuda.get_device_name(index)
-    if torch.backends.mps.is_available():
-        found[torch.device("mps")] = "Apple GPU"
-    return found
-
-
-def _attention_lines(device: torch.device) -> list[str]:
-    set_by = f" (set by {ENVIRONMENT_VARIABLE})" if os.environ.get(ENVIRONMENT_VARIABLE) else ""
-    try:
-        chosen = choose_implementation(device.type, device.index, torch.float32)
-    except ValueError as error:
-        return [f"deformable attention on {device}: none: {error}"]
-    lines = [f"deformable attention on {device}: {chosen}{set_by}"]
-    for name in IMPLEMENTATIONS:
-        problem = obstacle(name, device.type, device.index)
-        if name != chosen:
-            lines.append(f"  {name}: {'can be used too' if problem is None else f'cannot be used: {problem}'}")
-    return lines
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What ``simdetr split`` does: a label file in, those of a few-label protocol out.
-#
-# Heavy packages are imported inside the function, so that ``simdetr --help`` answers at once.
 
 
 def split(
@@ -455,44 +397,3 @@ def split(
         fewer = ", ".join(f"{name} ({count})" for name, count in short.items())
         line = f"{path}: {len(drawn['images']):,} images, {len(drawn['annotations']):,} boxes"
         OUT.print(line + (f"; classes with fewer: {fewer}" if fewer else ""), soft_wrap=True, markup=False)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Results of a command in, files for other tools out.
-
-
-def check_writable(out: Path) -> None:
-    """Fail before the work if its result could not be written.
-
-    Raises:
-        OSError: The folder cannot be made or written to, or ``out`` is a folder.
-    """
-    if out.is_dir():
-        raise IsADirectoryError(f"out: expected a file name such as {out / 'labels.json'}, got the folder {out}.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"out: {out.parent} cannot be written to ({error}); choose another place.") from error
-
-
-def write_result(labels: Labels, out: Path) -> str:
-    """Write labels as COCO JSON, or as Parquet if ``out`` ends so.
-
-    Returns:
-        What was written, in one line.
-    """
-    (write_labels if out.suffix == ".parquet" else write_coco)(labels, out)
-    return f"{len(labels.boxes_xyxy):,} boxes on {len(labels):,} images in {out}"
-
-
-def write_scores(scores: Mapping[str, float], out: Path) -> None:
-    """Write scores as JSON."""
-    with atomic_path(out) as temporary:
-        temporary.write_text(json.dumps(json_ready(scores), indent=1), encoding="utf-8")
-
-
-def json_ready(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """Scores with None in place of nan, which JSON does not know."""
-    return {name: None if math.isnan(value) else value for name, value in scores.items()}

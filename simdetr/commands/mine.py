@@ -11,6 +11,8 @@ from typing import Literal
 
 from rich.console import Console
 
+from simdetr.reports.rival_recall import mine_rivals
+
 OUT = Console()
 
 
@@ -42,17 +44,17 @@ def mine(
     from simdetr import pipeline
     from simdetr.data.storage import locate
     from simdetr.mining.pseudo_labels import count_regions
-    from simdetr.recipe import encoder_options
-    from simdetr.reports.preview_page import preview_table
+    from simdetr.reports import preview_page
+    from simdetr.training.recipe_choice import encoder_options
 
     if truth is not None and preview is None:
         raise ValueError("truth: expected --preview beside it; mining does not look at labels")
     options = (*encoder_options(encoder), *options)
     if preview is not None:
-        record = pipeline.preview_mining(
+        record = preview_page.preview(
             images, out, config, count=preview, truth=truth, device=device, options=options, num_ranks=num_ranks
         )
-        OUT.print(preview_table(record), markup=False, highlight=False, soft_wrap=True)
+        OUT.print(preview_page.preview_table(record), markup=False, highlight=False, soft_wrap=True)
         OUT.print(f"page: {locate(out) / 'preview' / 'index.html'}", highlight=False, soft_wrap=True)
         return
     store = pipeline.mine_proposals(images, out, config, device=device, options=options, num_ranks=num_ranks)
@@ -83,17 +85,11 @@ def cluster(
         device: Torch device; the GPU if there is one.
     """
     from simdetr import pipeline
+    from simdetr.mining.pseudo_labels import ClusteringConfig
     from simdetr.training.run_folder import leads
 
-    labels = pipeline.cluster_proposals(
-        run,
-        num_classes=num_classes,
-        seed=seed,
-        spherical=spherical,
-        max_iterations=max_iterations,
-        backend=backend,
-        device=device,
-    )
+    clustering = ClusteringConfig(num_classes, seed, spherical, max_iterations, backend)
+    labels = pipeline.cluster_proposals(run, clustering, device=device)
     if leads():
         OUT.print(f"{len(labels.boxes_xyxy):,} boxes in {labels.num_classes:,} pseudo-classes")
 
@@ -124,10 +120,9 @@ def rivals(
         device: Torch device; the GPU if there is one.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
     """
-    from simdetr import pipeline
     from simdetr.reports.rival_recall import rival_table
 
-    rows = pipeline.mine_rivals(images, run, config, methods=methods, truth=truth, device=device, options=options)
+    rows = mine_rivals(images, run, config, methods=methods, truth=truth, device=device, options=options)
     judged = max(row["images"] for row in rows)
     OUT.print(f"Boxes per image and, with truth, recall in percent, on {judged:,} images; sizes at 25 boxes:\n")
     OUT.print(rival_table(rows), markup=False, highlight=False, soft_wrap=True)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from simdetr.data import masks as mask_codes
 from simdetr.data import points as point_columns
-from simdetr.data.labels import LINEAGE_COLUMNS, Category, ImageLabels, LabelError, Labels, Lineage
+from simdetr.data.labels import LINEAGE_COLUMNS, Category, ImageLabels, LabelError, Labels, Lineage, write_labels
 from simdetr.data.storage import atomic_path
 
 _ROUNDING_PX = 0.1  # a box may leave the image by this much without being called wrong: COCO writes two decimals
@@ -439,3 +439,13 @@ def _origins(labels: Labels) -> Iterator[dict[str, int]]:
         return
     for values in zip(*(getattr(labels.lineage, name).tolist() for name in LINEAGE_COLUMNS), strict=True):
         yield {"stage": labels.stage, **dict(zip(LINEAGE_COLUMNS, values, strict=True))}
+
+
+def write_result(labels: Labels, out: Path) -> str:
+    """Write labels as COCO JSON, or as Parquet if ``out`` ends so.
+
+    Returns:
+        What was written, in one line.
+    """
+    (write_labels if out.suffix == ".parquet" else write_coco)(labels, out)
+    return f"{len(labels.boxes_xyxy):,} boxes on {len(labels):,} images in {out}"

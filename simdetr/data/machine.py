@@ -65,3 +65,13 @@ def prepare_openmp(environment: MutableMapping[str, str] = os.environ, busy: boo
         return
     environment[THREADS] = str(available - 1)
     LOG.info("the machine is busy: computing on %d of %d cores; set %s to choose", available - 1, available, THREADS)
+
+
+def default_device() -> str:
+    """The GPU if there is one; of several processes on a machine (``LOCAL_RANK``) each takes its own."""
+    import torch  # here, because this module must be there before torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    return "cuda" if local_rank is None else f"cuda:{int(local_rank) % torch.cuda.device_count()}"

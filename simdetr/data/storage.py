@@ -6,10 +6,13 @@ Local paths (also as ``file://``) become :class:`pathlib.Path`, every other URL 
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from upath import UPath
@@ -98,3 +101,30 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(out: Path) -> None:
+    """Fail before the work if its result could not be written.
+
+    Raises:
+        OSError: The folder cannot be made or written to, or ``out`` is a folder.
+    """
+    if out.is_dir():
+        raise IsADirectoryError(f"out: expected a file name such as {out / 'labels.json'}, got the folder {out}.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"out: {out.parent} cannot be written to ({error}); choose another place.") from error
+
+
+def write_scores(scores: Mapping[str, float], out: Path) -> None:
+    """Write scores as JSON."""
+    with atomic_path(out) as temporary:
+        temporary.write_text(json.dumps(json_ready(scores), indent=1), encoding="utf-8")
+
+
+def json_ready(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """Scores with None in place of nan, which JSON does not know."""
+    return {name: None if math.isnan(value) else value for name, value in scores.items()}

@@ -8,15 +8,22 @@ benchmark results, and shown in the report.
 
 from __future__ import annotations
 
+import itertools
+import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from simdetr.data.storage import atomic_path, json_ready
+
+LOG = logging.getLogger(__name__)
 METRICS = ("AP", "AP50", "AR100", "AR@100")
-SCRATCH, BACKBONE_ONLY = "scratch", "backbone only"
+PRETRAINED, SCRATCH, BACKBONE_ONLY = "pretrained", "scratch", "backbone only"
 """What pretraining is compared with: a detector from random weights, or a new one on a backbone that has some."""
 
 
@@ -34,6 +41,37 @@ class SeedSummary:
     mean: dict[str, float]
     std: dict[str, float]
     gain: float | None
+
+
+class ComparisonRows:
+    """The rows of a comparison, kept in a JSON file that grows with every training.
+
+    Args:
+        path: The file; its rows are taken up where it is there already.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+    def missing(
+        self, fractions: Sequence[float], seeds: Sequence[int], baseline: str
+    ) -> Iterator[tuple[str, float, int]]:
+        """Initialisation, part of the labels and seed of every training that has no row yet."""
+        trainings = list(itertools.product(map(float, fractions), seeds, (PRETRAINED, baseline)))
+        done = {(row["label_budget"], row["seed"], row["initialisation"]) for row in self.rows}
+        for number, (fraction, seed, start) in enumerate(trainings, 1):
+            if (fraction, seed, start) not in done:
+                place = f"{number} of {len(trainings)}"
+                LOG.info("%s: %s, %g %% of the labels, seed %d", place, start, 100 * fraction, seed)
+                yield start, fraction, seed
+
+    def add(self, initialisation: str, label_budget: float, seed: int, scores: Mapping[str, float]) -> None:
+        """Keep the scores of one more training."""
+        key = {"initialisation": initialisation, "label_budget": label_budget, "seed": seed}
+        self.rows.append(key | json_ready(scores))
+        with atomic_path(self.path) as temporary:
+            temporary.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
 
 
 def summarise_seeds(rows: Sequence[Mapping[str, Any]], *, baseline: str | None = None) -> list[SeedSummary]:

@@ -27,8 +27,7 @@ from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.batch import ImageLoading, LoadedImage, MiningConfig, load_image
 from simdetr.mining.encoders import Encoder
 from simdetr.mining.miner import mine_rows
-from simdetr.mining.store import REGION_COLUMNS, ProposalRow, to_bytes, to_table
-from simdetr.reports.rival_recall import best_first
+from simdetr.mining.store import REGION_COLUMNS, ProposalRow, best_first, to_bytes, to_table
 
 MAX_BOXES = (1, 10, 25, 100)
 

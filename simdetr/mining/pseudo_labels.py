@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,14 +45,29 @@ _NUMBERS = {"area": np.float32, "score": np.float32, "stride": np.int16, "k": np
 _BOX_COLUMNS = ["image_id", "height", "width", "boxes_xyxy", *_NUMBERS]
 
 
+@dataclass(frozen=True)
+class ClusteringConfig:
+    """Global clustering of region features into pseudo-classes.
+
+    Args:
+        num_classes: Pseudo-classes; 1 = class-unaware.
+        seed: Seed of the starting centroids.
+        spherical: Compare features by direction, not by distance.
+        max_iterations: Passes over all features at most.
+        backend: What finds the nearest centroid; torch is the faster on CPUs.
+    """
+
+    num_classes: int = 2048
+    seed: int = 0
+    spherical: bool = True
+    max_iterations: int = 50
+    backend: Backend = "torch"
+
+
 def make_pseudo_labels(
     store: ProposalStore,
-    num_classes: int = 2048,
+    config: ClusteringConfig,
     *,
-    seed: int = 0,
-    spherical: bool = True,
-    max_iterations: int = 50,
-    backend: Backend = "torch",
     device: str | torch.device = "cpu",
     folder: Path | None = None,
 ) -> Labels:
@@ -60,56 +75,38 @@ def make_pseudo_labels(
 
     Args:
         store: mined proposals.
-        num_classes: C; 1 makes class-unaware labels and needs no clustering.
-        seed: of k-means.
-        spherical: compare features by direction, not by distance.
-        max_iterations: of k-means, each one pass over the features.
-        backend: of k-means, see :func:`simdetr.mining.kmeans.fit_kmeans`.
+        config: of the clustering; a single class needs none.
         device: where to cluster.
         folder: keeps the clustering, so that the same call goes on after the last iteration of a killed one.
 
     Returns:
-        Labels of stage 0 with C categories; images without regions are among its images.
+        Labels of stage 0 with a category for every class; images without regions are among its images.
 
     Raises:
         ValueError: when there are no regions, or fewer than classes.
         StoreError: at a damaged shard.
     """
-    if num_classes == 1:
+    if config.num_classes == 1:
         if folder is not None and rank() == 0:
             for name in (CENTROIDS, RECORD):  # of a clustering whose labels are replaced
                 (folder / name).unlink(missing_ok=True)
         return to_labels(store, count_regions(store), None)
-    clustering = cluster_regions(
-        store,
-        num_classes,
-        seed=seed,
-        spherical=spherical,
-        max_iterations=max_iterations,
-        backend=backend,
-        device=device,
-        folder=folder,
-    )
+    clustering = cluster_regions(store, config, device=device, folder=folder)
     if folder is not None and rank() == 0:
-        settings = {"num_classes": num_classes, "seed": seed, "spherical": spherical, "backend": backend}
         with atomic_path(folder / RECORD) as temporary:
-            record = clustering_record(clustering, settings | {"max_iterations": max_iterations})
-            temporary.write_text(json.dumps(record), encoding="utf-8")
+            temporary.write_text(json.dumps(clustering_record(clustering, asdict(config))), encoding="utf-8")
     return to_labels(store, int(clustering.counts.sum()), clustering)
 
 
 def cluster_regions(
     store: ProposalStore,
-    num_classes: int,
+    config: ClusteringConfig,
     *,
-    seed: int = 0,
-    spherical: bool = True,
-    max_iterations: int = 50,
-    backend: Backend = "torch",
     device: str | torch.device = "cpu",
     folder: Path | None = None,
 ) -> KMeans:
     """K-means over all region features; arguments and errors as in :func:`make_pseudo_labels`."""
+    num_classes = config.num_classes
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}; 1 makes class-unaware labels")
     regions = count_regions(store)
@@ -121,11 +118,11 @@ def cluster_regions(
     in_memory = 2 * regions * store.manifest.region_dim <= _KEEP_IN_MEMORY_BYTES
 
     def tell(iteration: Iteration) -> None:
-        left = (max_iterations - iteration.number) * iteration.seconds
+        left = (config.max_iterations - iteration.number) * iteration.seconds
         _log.info(
             "iteration %d of at most %d: inertia %.5f per region, %d empty, %.1f s, at most %.0f s left",
             iteration.number,
-            max_iterations,
+            config.max_iterations,
             iteration.inertia / regions,
             iteration.empty,
             iteration.seconds,
@@ -135,10 +132,10 @@ def cluster_regions(
     return fit_kmeans(
         RegionBlocks(store, device, in_memory=in_memory),
         num_classes,
-        seed=seed,
-        spherical=spherical,
-        max_iterations=max_iterations,
-        backend=backend,
+        seed=config.seed,
+        spherical=config.spherical,
+        max_iterations=config.max_iterations,
+        backend=config.backend,
         journal=Journal(folder and folder / CENTROIDS, _fingerprint(store), tell),
     )
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from simdetr.data.labels import ImageLabels
 from simdetr.data.storage import Location, locate, write_whole
 from simdetr.mining.regions import Regions
 
@@ -406,3 +407,9 @@ def to_shard(table: pa.Table) -> ProposalShard:
         cluster=flat["cluster"],
         score=flat["score"],
     )
+
+
+def best_first(row: ProposalRow) -> ImageLabels:
+    """Boxes in the order of their scores, which may have any range; scores of labels end at 1."""
+    boxes = row.regions.boxes_xyxy[np.argsort(-row.regions.score, kind="stable")]
+    return ImageLabels.build(row.image_id, (row.height, row.width), boxes, np.zeros(len(boxes)))

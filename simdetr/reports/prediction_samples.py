@@ -10,20 +10,24 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from simdetr.commands.method import write_scores
-from simdetr.data.images import ImageSource, UnreadableImageError, read_image
+from simdetr.data.images import ImageSource, UnreadableImageError, open_images, read_image
 from simdetr.data.labels import Labels, read_labels, write_labels
+from simdetr.data.machine import default_device
 from simdetr.data.reference_points import ReferencePoints
+from simdetr.data.storage import write_scores
 from simdetr.detectors.detector import Detector
-from simdetr.exchange.weights import LoadedDetector
+from simdetr.evaluation.heat_map_boxes import heat_map_boxes
+from simdetr.exchange.weights import LoadedDetector, load_detector
 from simdetr.heads.headed import HeadedBackbone, HeadedDetector
-from simdetr.reports.drawing import draw_labels, picture_path
+from simdetr.reports.drawing import draw_heat_map, draw_labels, picture_path
 from simdetr.reports.page import Sample
 from simdetr.training.datamodule import DetectionData
-from simdetr.training.inference import default_device, localisation_head, score, write_heat_maps
-from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings
+from simdetr.training.inference import localisation_head, localise, score
+from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, Throughput
+from simdetr.training.run_folder import detector_folder
 
 FOLDER, MIN_SCORE, MAX_BOXES = "predictions", 0.3, 15
 LEFT_OUT = ("AR", "recall50", "AP7", "APs", "APm", "APl")
@@ -130,3 +134,70 @@ def shown_score(name: str, value: float) -> str:
     if name == "threshold":
         return f"{value:5.3f}"
     return f"{100 * value:5.1f} %"
+
+
+def heat_maps(
+    images: str | Path,
+    checkpoint: str | Path,
+    folder: Path,
+    *,
+    labels: Path | None = None,
+    device: str | None = None,
+    throughput: Throughput = OF_THE_MACHINE,
+) -> int:
+    """Write copies of images with what a localisation head looks at laid over them; returns how many.
+
+    Args:
+        images: What ``open_images`` takes.
+        checkpoint: Run folder, detector folder or checkpoint of a detector with a localisation head.
+        folder: Where the copies go.
+        labels: COCO JSON with human boxes to draw beside the found ones.
+        device: Torch device; the GPU if there is one.
+        throughput: Batch size, decoding processes and precision; by default what suits the machine.
+
+    Raises:
+        ValueError: The detector has no localisation head.
+    """
+    loaded = load_detector(detector_folder(checkpoint))
+    if localisation_head(loaded.detector) is None:
+        raise ValueError(
+            f"checkpoint: {checkpoint} has no simdetr.heads.LocalisationHead, so there are no score maps to draw"
+        )
+    source = open_images(images)
+    settings = InferenceSettings.of(loaded.image_settings, **throughput.on(device or default_device(), len(source)))
+    truth = read_labels(labels) if labels is not None else None
+    return write_heat_maps(loaded.detector, source, settings, folder, truth)  # type: ignore[arg-type]
+
+
+def write_heat_maps(
+    detector: HeadedBackbone | HeadedDetector,
+    source: ImageSource,
+    settings: InferenceSettings,
+    folder: Path,
+    truth: Labels | None = None,
+) -> int:
+    """Write a copy of every image with its score map laid over it and the box that is read off it.
+
+    Args:
+        detector: With a localisation head.
+        source: The images.
+        settings: How they are prepared.
+        folder: Where the copies go, under the images' relative paths.
+        truth: Human boxes, drawn in red; none if left out.
+
+    Returns:
+        Number of pictures written.
+    """
+    head, written = localisation_head(detector), 0
+    for found in localise(detector, source, settings):
+        assert head is not None
+        box = heat_map_boxes(found.score_map, head.box_threshold)[:1]
+        side = found.score_map.shape[0]
+        scale = np.array([found.size_hw[1], found.size_hw[0]] * 2) / side
+        human = truth.of(found.image_id).boxes_xyxy if truth is not None and found.image_id in truth else None
+        image = read_image(source.record(found.image_id))
+        target = picture_path(folder, found.image_id)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw_heat_map(image, found.score_map, (box * scale).astype(np.float32), human).save(target)
+        written += 1
+    return written

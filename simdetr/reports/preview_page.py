@@ -6,8 +6,9 @@ Looks as the report does: same style, charts as SVG, pictures inside.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,18 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from simdetr.boxes import pairwise_iou
-from simdetr.data.images import UnreadableImageError, read_image
-from simdetr.data.storage import Location, write_whole
-from simdetr.mining.preview import MAX_BOXES, MiningPreview
+from simdetr.data.images import UnreadableImageError, open_images, read_image
+from simdetr.data.machine import cores
+from simdetr.data.storage import Location, locate, write_whole
+from simdetr.mining.miner import Rank
+from simdetr.mining.preview import MAX_BOXES, Machine, MiningPreview, preview_mining, preview_record
 from simdetr.mining.store import ProposalRow
+from simdetr.recipe import MiningJob
 from simdetr.reports.charts import INK, LINE_COLOURS, new_figure, style_panel, to_svg
 from simdetr.reports.drawing import Colour, draw_boxes
 from simdetr.reports.page import format_bytes, format_duration, page_template
+from simdetr.training.datamodule import read_training_labels
+from simdetr.training.recipe_choice import for_mining
 
 PICTURE_PX = 360  # longer side
 MAX_PICTURES = 24
@@ -216,3 +222,41 @@ def _found(mined: NDArray[np.float32], true: NDArray[np.float32]) -> int:
         return 0
     overlaps = pairwise_iou(torch.as_tensor(true), torch.as_tensor(mined))
     return int((overlaps.amax(dim=1) >= FOUND_IOU).sum())
+
+
+def preview(
+    images: str | Path,
+    out: str | Path,
+    config: Sequence[str | Path] = (),
+    *,
+    count: int = 50,
+    truth: str | Path | None = None,
+    device: str | None = None,
+    options: Sequence[str] = (),
+    num_ranks: int = 1,
+) -> dict[str, Any]:
+    """What mining would give and cost, from a few images mined in memory; ``out``/proposals is not touched.
+
+    Args:
+        images: As for ``pretrain``.
+        out: Run folder or URL; ``out``/preview/ gets ``index.html`` and ``preview.json``.
+        config: YAML files, later ones over earlier ones.
+        count: Images to mine, evenly spaced.
+        truth: COCO JSON with boxes for some of these images, for recall; those images are taken first.
+        device: Torch device; the GPU if there is one.
+        options: ``--section.name=value`` strings, over the files.
+        num_ranks: Processes of the full run, for the estimate of its time.
+
+    Returns:
+        The content of ``preview.json``.
+    """
+    if num_ranks < 1 or Rank.from_environment().count > 1:
+        raise ValueError("num_ranks: expected at least 1, and a preview in one process; leave torchrun or srun out")
+    known = None if truth is None else read_training_labels(Path(truth))
+    chosen = for_mining(config, images)
+    job = MiningJob(str(images), "", chosen.configs, (*chosen.options, *options), device)
+    sections, source = job.sections(), open_images(images)
+    found = preview_mining(source, sections.encoder, sections.mining, count, truth=known, device=job.own_device)
+    record = preview_record(found, Machine(cores(), torch.cuda.device_count()), num_ranks)
+    write_preview(found, record, locate(out) / "preview")
+    return record

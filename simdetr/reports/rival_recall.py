@@ -7,19 +7,23 @@ judged on the same images, those that every store holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simdetr.data.images import ImageSource, UnreadableImageError, read_image
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.images import ImageSource, UnreadableImageError, open_images, read_image
+from simdetr.data.labels import Category, ImageLabels, Labels, read_labels
 from simdetr.evaluation.recall import proposal_recall
-from simdetr.mining.rivals import BASELINES
-from simdetr.mining.store import MANIFEST, ProposalRow, ProposalStore
+from simdetr.mining.rivals import BASELINES, baseline, mine_rival
+from simdetr.mining.store import MANIFEST, Manifest, ProposalStore, best_first
+from simdetr.recipe import MiningJob, PipelineSections
 from simdetr.reports.drawing import draw_boxes
 from simdetr.reports.page import RIVAL_COLUMNS, Sample
+from simdetr.training.recipe_choice import for_mining
+from simdetr.training.run_folder import RunFolder, RunMismatchError
 
 OURS = "ours"
 TITLES = {
@@ -135,7 +139,69 @@ def _boxes_of(store: ProposalStore, wanted: frozenset[str]) -> dict[str, ImageLa
     return {row.image_id: best_first(row) for row in rows if row.image_id in wanted}
 
 
-def best_first(row: ProposalRow) -> ImageLabels:
-    """Boxes in the order of their scores, which may have any range; scores of labels end at 1."""
-    boxes = row.regions.boxes_xyxy[np.argsort(-row.regions.score, kind="stable")]
-    return ImageLabels.build(row.image_id, (row.height, row.width), boxes, np.zeros(len(boxes)))
+def mine_rivals(
+    images: str | Path,
+    run: str | Path,
+    config: Sequence[str | Path] = (),
+    *,
+    methods: Sequence[str] = (),
+    truth: str | Path | None = None,
+    device: str | None = None,
+    options: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Mine a run's images with other methods too, for comparison only.
+
+    Args:
+        images: The run's images.
+        run: Run folder with mined proposals; the rivals' go to ``run``/rivals/<method>. The report shows them.
+        config: YAML files of the mining; those that the run was started with when left out: those it has kept, or
+            the recipe of this machine.
+        methods: Names of rivals; all when left out.
+        truth: COCO JSON with boxes for some of these images, for recall.
+        device: Torch device; the GPU if there is one.
+        options: ``--section.name=value`` strings, over the files.
+
+    Returns:
+        One row per method that the run has proposals of, ours first: ``stage`` (the method), ``images``,
+        ``boxes_per_image`` and, with truth, the recall of `simdetr.evaluation.recall`.
+
+    Raises:
+        StoreError: The run has no mined proposals, or a rival's are of other settings.
+        RunMismatchError: They were mined with other settings or images than these.
+    """
+    for method in methods:
+        baseline(method)
+    folder, source = RunFolder(Path(run)), open_images(images)
+    ours = ProposalStore(folder.proposals).manifest
+    kept = [folder.config] if folder.config.is_file() and not config else []
+    chosen = for_mining((*config, *kept), images)
+    job = MiningJob(str(images), str(folder.proposals), chosen.configs, (*chosen.options, *options), device)
+    sections = job.sections()
+    _check_same(folder.path, ours, sections, source)
+    known = read_labels(Path(truth)) if truth is not None else None
+    for method in methods or BASELINES:
+        mine_rival(
+            method,
+            source,
+            sections.encoder,
+            sections.mining,
+            rival_folder(folder.path, method),
+            device=job.own_device,
+            progress=sys.stderr.isatty(),
+        )
+    return rival_rows(rival_labels(folder.path, source.ids if known is None else known.image_ids), known)
+
+
+def _check_same(run: Path, ours: Manifest, sections: PipelineSections, source: ImageSource) -> None:
+    """The rivals must get what our mining got."""
+    pairs = {
+        "images": (ours.source, source.fingerprint()),
+        "encoder": (ours.encoder, sections.encoder.fingerprint),
+        "image_size": (ours.config["image_size"], sections.mining.image_size),
+    }
+    differing = [f"{name} is {there!r} there, {here!r} asked" for name, (there, here) in pairs.items() if there != here]
+    if differing:
+        raise RunMismatchError(
+            f"run: the proposals of {run} were mined with other settings ({'; '.join(differing)}). Give the images, "
+            "config files and options that they were mined with."
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +14,14 @@ from torch.utils.data import DataLoader
 
 from simdetr.data.augmentation import eval_transforms
 from simdetr.data.dataset import DetectionDataset, collate
-from simdetr.data.images import ImageSource, open_images, read_image
+from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Labels, read_labels
+from simdetr.data.machine import default_device
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.reference_points import ReferencePoints, with_reference_points
 from simdetr.detectors.detector import Detector
 from simdetr.detectors.predictions import best_per_query, postprocess
 from simdetr.evaluation.coco_metric import coco_metrics
-from simdetr.evaluation.heat_map_boxes import heat_map_boxes
 from simdetr.evaluation.localisation_metric import LocalisationMetric, centre_gaussian_map
 from simdetr.evaluation.point_metric import point_metrics
 from simdetr.evaluation.recall import proposal_recall
@@ -30,7 +29,6 @@ from simdetr.exchange.weights import LoadedDetector, load_detector
 from simdetr.heads.headed import HeadedBackbone, HeadedDetector
 from simdetr.heads.localisation import LocalisationHead
 from simdetr.heads.score_maps import MapSource
-from simdetr.reports.drawing import draw_heat_map, picture_path
 from simdetr.training.progress import image_progress
 from simdetr.training.relabel import (
     OF_THE_MACHINE,
@@ -188,47 +186,6 @@ def score(
     return found, scores
 
 
-def heat_maps(
-    images: str | Path,
-    checkpoint: str | Path,
-    folder: Path,
-    *,
-    labels: Path | None = None,
-    device: str | None = None,
-    throughput: Throughput = OF_THE_MACHINE,
-) -> int:
-    """Write copies of images with what a localisation head looks at laid over them; returns how many.
-
-    Args:
-        images: What ``open_images`` takes.
-        checkpoint: Run folder, detector folder or checkpoint of a detector with a localisation head.
-        folder: Where the copies go.
-        labels: COCO JSON with human boxes to draw beside the found ones.
-        device: Torch device; the GPU if there is one.
-        throughput: Batch size, decoding processes and precision; by default what suits the machine.
-
-    Raises:
-        ValueError: The detector has no localisation head.
-    """
-    loaded = load_detector(detector_folder(checkpoint))
-    if localisation_head(loaded.detector) is None:
-        raise ValueError(
-            f"checkpoint: {checkpoint} has no simdetr.heads.LocalisationHead, so there are no score maps to draw"
-        )
-    source = open_images(images)
-    settings = InferenceSettings.of(loaded.image_settings, **throughput.on(device or default_device(), len(source)))
-    truth = read_labels(labels) if labels is not None else None
-    return write_heat_maps(loaded.detector, source, settings, folder, truth)  # type: ignore[arg-type]
-
-
-def default_device() -> str:
-    """The GPU if there is one; of several processes on a machine (``LOCAL_RANK``) each takes its own."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    return "cuda" if local_rank is None else f"cuda:{int(local_rank) % torch.cuda.device_count()}"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Score maps of a trained localisation head over a set of images: pictures, and the numbers of the field, out.
 #
@@ -338,37 +295,3 @@ def localisation_scores(
     for title, other in (("CAM", cam), ("centre", centre)):
         scores |= {f"{title} {name}": other.compute()[name] for name in ("MaxBoxAcc", "MaxBoxAccV2")}
     return scores
-
-
-def write_heat_maps(
-    detector: HeadedBackbone | HeadedDetector,
-    source: ImageSource,
-    settings: InferenceSettings,
-    folder: Path,
-    truth: Labels | None = None,
-) -> int:
-    """Write a copy of every image with its score map laid over it and the box that is read off it.
-
-    Args:
-        detector: With a localisation head.
-        source: The images.
-        settings: How they are prepared.
-        folder: Where the copies go, under the images' relative paths.
-        truth: Human boxes, drawn in red; none if left out.
-
-    Returns:
-        Number of pictures written.
-    """
-    head, written = localisation_head(detector), 0
-    for found in localise(detector, source, settings):
-        assert head is not None
-        box = heat_map_boxes(found.score_map, head.box_threshold)[:1]
-        side = found.score_map.shape[0]
-        scale = np.array([found.size_hw[1], found.size_hw[0]] * 2) / side
-        human = truth.of(found.image_id).boxes_xyxy if truth is not None and found.image_id in truth else None
-        image = read_image(source.record(found.image_id))
-        target = picture_path(folder, found.image_id)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw_heat_map(image, found.score_map, (box * scale).astype(np.float32), human).save(target)
-        written += 1
-    return written

@@ -7,6 +7,7 @@ options go over all of it.
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -22,6 +24,7 @@ from PIL import Image
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import read_labels
 from simdetr.data.pretrained_weights import PACKAGED, PretrainedWeightsError
+from simdetr.mining.encoders import TimmEncoder, read_record
 from simdetr.mining.pseudo_labels import RECORD
 from simdetr.training.run_folder import RunFolder, leads
 
@@ -210,3 +213,62 @@ def _clustering_options(run: RunFolder) -> tuple[str, ...]:
 
 def _read(path: Path) -> Any:  # noqa: ANN401
     return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+_FOLDER = "a folder of `simdetr encoder fit`"
+
+
+_ELSE = "for weights of your own, see TimmEncoder in docs/encoders.md"
+
+
+def encoder_options(encoder: str | None) -> tuple[str, ...]:
+    """Options that put an encoder in place of the config's; later options may still change it.
+
+    Weights of timm are fetched here, once, before any process of the run needs them.
+
+    Args:
+        encoder: a folder, a timm name such as ``resnet50.a1_in1k`` or a word of ``PACKAGED``; None leaves the config's.
+
+    Raises:
+        FileNotFoundError: a folder that is absent, or holds no finished training.
+        ValueError: a name that timm does not know or has no weights for, or weights that cannot be fetched.
+    """
+    if encoder is None:
+        return ()
+    if Path(encoder).is_dir():
+        read_record(encoder)
+        return (_option("FittedEncoder", folder=str(encoder)),)
+    if Path(encoder).exists() or any(separator in encoder for separator in "/\\"):
+        what = "a file" if Path(encoder).exists() else "which is not there"
+        raise FileNotFoundError(f"encoder: expected {_FOLDER} or a timm name, got {encoder}, {what}; {_ELSE}")
+    if encoder in PACKAGED:
+        PACKAGED[encoder].path()
+        return (_option("TimmEncoder", model=encoder, pretrained=True),)
+    _check_name(encoder)
+    try:
+        TimmEncoder(encoder, pretrained=True)
+    except Exception as error:  # fetching fails in all kinds of ways
+        raise ValueError(
+            f"encoder: {encoder} of timm cannot be used: {error} Without a network, give {_FOLDER}; {_ELSE}"
+        ) from error
+    return (_option("TimmEncoder", model=encoder, pretrained=True),)
+
+
+def _option(name: str, **arguments: object) -> str:
+    return f"--encoder={json.dumps({'class_path': f'simdetr.mining.{name}', 'init_args': arguments})}"
+
+
+def _check_name(name: str) -> None:
+    """Whether timm has this model, and weights for it."""
+    known = timm.list_pretrained()
+    models = {full.partition(".")[0] for full in known}
+    if name in known or name in models:
+        return
+    near = difflib.get_close_matches(name, [*PACKAGED, *models, *known], n=3)
+    tags = [full for full in known if full.partition(".")[0] == name.partition(".")[0]]
+    hint = f"; it has {', '.join(tags[:5])}" if tags else f"; did you mean {', '.join(near)}?" if near else ""
+    without = "has no weights for" if timm.is_model(name.partition(".")[0]) and not tags else "does not know"
+    raise ValueError(
+        f"encoder: expected {_FOLDER} or a timm model, got {name!r}, which is no folder here and which timm "
+        f"{without}{hint}"
+    )

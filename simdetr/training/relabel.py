@@ -30,7 +30,9 @@ from simdetr.data.machine import default_workers
 from simdetr.data.quarantine import Quarantine
 from simdetr.detectors.mask_vectors import decode_masks, portions
 from simdetr.detectors.predictions import Detections, best_per_query, postprocess
+from simdetr.exchange.weights import LoadedDetector
 from simdetr.training.fusion import Fusion, fuse, inherit
+from simdetr.training.progress import image_progress
 
 LOG = logging.getLogger(__name__)
 Progress = Callable[[int], None]
@@ -130,47 +132,45 @@ class InferenceSettings:
 
 
 def relabel(
-    detector: nn.Module,
+    loaded: LoadedDetector,
     source: ImageSource,
-    categories: tuple[Category, ...],
     settings: InferenceSettings,
     out: Path,
     *,
     stage: int,
     before: Labels | None = None,
     fusion: Fusion | None = None,
-    progress: Progress = lambda count: None,
 ) -> Labels:
     """Label every readable image with the detector and write ``out`` (Parquet); resumes part by part.
 
     Unreadable images go to ``quarantine.csv`` beside ``out``. Boxes get the lineage of those of ``before``, the labels
     that the detector was trained on; with a ``fusion`` both speak for the labels, see ``simdetr.training.fusion``.
-    ``progress`` hears of every batch of images done.
     """
     parts = out.with_suffix(".parts")
     quarantine = Quarantine(out.with_name("quarantine.csv"), total=len(source))
     names = []
-    for start in range(0, len(source), PART_SIZE):
-        ids = source.ids[start : start + PART_SIZE]
-        part = parts / f"part-{start // PART_SIZE:05d}.parquet"
-        names.append(part)
-        if part.is_file():
-            progress(len(ids))
-            continue
-        labels = detect(
-            detector,
-            source.subset(ids),
-            categories,
-            settings,
-            reading=best_per_query,
-            stage=stage,
-            quarantine=quarantine,
-            progress=progress,
-        )
-        write_labels(labels, part)
+    with image_progress("relabelling", len(source)) as progress:
+        for start in range(0, len(source), PART_SIZE):
+            ids = source.ids[start : start + PART_SIZE]
+            part = parts / f"part-{start // PART_SIZE:05d}.parquet"
+            names.append(part)
+            if part.is_file():
+                progress(len(ids))
+                continue
+            labels = detect(
+                loaded.detector,
+                source.subset(ids),
+                loaded.categories,
+                settings,
+                reading=best_per_query,
+                stage=stage,
+                quarantine=quarantine,
+                progress=progress,
+            )
+            write_labels(labels, part)
     done = [read_labels(name) for name in names]
     rows = (part.image(i) for part in done for i in range(len(part)))
-    labels = Labels.from_images(rows, categories, stage)
+    labels = Labels.from_images(rows, loaded.categories, stage)
     if before is not None and fusion is not None:
         labels = fuse(labels, before, fusion, max_boxes=settings.max_boxes)
     if before is not None:

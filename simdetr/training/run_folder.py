@@ -20,6 +20,7 @@ import yaml
 from filelock import FileLock, Timeout
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from simdetr.data.labels import Labels, read_labels
 from simdetr.data.storage import atomic_path
 from simdetr.exchange.weights import is_saved
 
@@ -225,6 +226,11 @@ class RunFolder:
                 )
             time.sleep(poll_s)
 
+    def labels_once(self, stage: int, make: Callable[[], object]) -> Labels:
+        """The labels of a stage, which the leader makes if they do not exist yet; see :meth:`made_once`."""
+        self.made_once(self.labels(stage), make)
+        return read_labels(self.labels(stage))
+
     @contextmanager
     def step(self, name: str, what: str) -> Iterator[StepResult]:
         """Time a step and write its line when it ends without an error."""
@@ -239,6 +245,29 @@ class RunFolder:
             return
         with self.steps.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def settled(self) -> tuple[str, ...] | None:
+        """Sections of the config that a started pretraining cannot change, None for all; the store guards its own."""
+        if not self.labels(0).is_file():
+            return ()
+        return None if self.stage(1).is_dir() else ("encoder", "mining", "clustering", "data.images")
+
+    def check_classes(self, asked: int) -> None:
+        """Whether the labels T0 have the number of pseudo-classes that is asked for.
+
+        Raises:
+            RunMismatchError: They have another one.
+        """
+        there = read_labels(self.labels(0)).num_classes
+        if there != asked:
+            raise RunMismatchError(
+                f"clustering.num_classes: {self.stage(0)} holds {there:,} pseudo-classes, {asked:,} asked. Give "
+                f"--clustering.num_classes={there}, or delete that folder to cluster anew."
+            )
+
+    def is_newer_than_report(self) -> bool:
+        """Whether a step was finished after the report was written, or there is no report."""
+        return not self.report.is_file() or self.report.stat().st_mtime < self.steps.stat().st_mtime
 
 
 def detector_folder(path: str | Path) -> Path:

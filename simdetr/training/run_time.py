@@ -1,29 +1,28 @@
-"""A recipe and images in; about how long mining, trainings and relabellings will take on this machine, out.
+"""The parts of a run in; about how long mining, trainings and relabellings will take on this machine, out.
 
 Measured on the spot: a few images are mined, and one training step is done on noise of the images' size.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jsonargparse import Namespace
 from torch import Tensor
 
 from simdetr.data.images import ImageSource
 from simdetr.detectors.detector import Detector
+from simdetr.mining.batch import MiningConfig
+from simdetr.mining.encoders import Encoder
 from simdetr.mining.preview import mine_timed, warm_up
-from simdetr.recipe import PipelineSections, Recipe
 from simdetr.training.datamodule import MAX_SIDE, SHORT_SIDES
 from simdetr.training.recipe_choice import typical_sides
-from simdetr.training.run_folder import RunFolder, leads
 
-LOG = logging.getLogger(__name__)
 _MINED = 3
-_QUERIES, _OBJECTS = 100, 25  # of a training whose labels are not known yet
+QUERIES, _OBJECTS = 100, 25  # of a training whose labels are not known yet
 _FORWARD = 1 / 3  # of a training step
 
 
@@ -59,59 +58,50 @@ class RunTime:
         return f"about {_minutes(self.total)}: {', '.join(parts)}"
 
 
-def say_time(
-    recipe: Recipe, sections: PipelineSections, source: ImageSource, run: RunFolder, device: str, num_ranks: int = 1
-) -> None:
-    """Log what is left of a run and how long it takes; nothing where all stages are trained or no image can be read."""
-    stages = sum(not run.has_detector(stage) for stage in range(1, sections.self_training.stages + 1))
-    if not leads() or stages == 0:
-        return
-    mined = run.labels(0).is_file()
-    found = measure(recipe, sections, source, device, stages=stages, mined=mined, num_ranks=num_ranks)
-    if found is not None:
-        LOG.info("%s; the same command goes on where it was stopped", found)
-
-
 def measure(
-    recipe: Recipe,
-    sections: PipelineSections,
     source: ImageSource,
+    encoder: Encoder,
+    mining: MiningConfig,
+    detector: Detector,
+    config: Namespace,
     device: str,
     *,
+    objects: int,
     stages: int,
     mined: bool = False,
     num_ranks: int = 1,
 ) -> RunTime | None:
-    """How long a run of a recipe takes; None where none of the sampled images can be read.
+    """How long a run takes; None where none of the sampled images can be read.
 
     Args:
-        recipe: Of the run.
-        sections: Its sections, built.
         source: The images.
+        encoder: Of the mining.
+        mining: Its settings.
+        detector: To train.
+        config: Of the training: its sections ``data``, ``model`` and ``trainer`` are read.
         device: Of mining and training.
+        objects: In each image, where that is known already.
         stages: To train.
         mined: Whether mining is done.
         num_ranks: Processes that mine.
     """
     sides = typical_sides(source)
     positions = sorted({round(index * (len(source) - 1) / (_MINED - 1)) for index in range(_MINED)})
-    warm_up(source, positions[:1], sections.encoder, sections.mining, device)
-    _, _, taken = mine_timed(source, positions, sections.encoder, sections.mining, device)
+    warm_up(source, positions[:1], encoder, mining, device)
+    _, _, taken = mine_timed(source, positions, encoder, mining, device)
     if sides is None or taken.images == 0:
         return None
     decoding = taken.decoding / taken.images
-    config, _ = recipe.resolved()
     batch_size, steps = config.data.batch_size, config.trainer.max_steps
     if steps == -1:
         steps = (config.trainer.max_epochs or 1) * -(-len(source) // batch_size)
-    detector = recipe.check_detector(sections.clustering.num_classes, config.data.num_queries or _QUERIES)
     memory_format = torch.channels_last if config.model.channels_last else torch.contiguous_format
     detector.get_submodule(detector.backbone_name).to(memory_format=memory_format)
     images = _noise(sides, batch_size, config.data.short_sides or SHORT_SIDES, config.data.max_side or MAX_SIDE)
     step = step_seconds(
         detector,
         images.contiguous(memory_format=memory_format),
-        min(sections.self_training.max_boxes, _OBJECTS),
+        min(objects, _OBJECTS),
         device,
         half="bf16" in str(config.trainer.precision),
     )

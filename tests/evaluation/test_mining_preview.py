@@ -18,7 +18,7 @@ from simdetr.mining.colour_texture import ColourTextureEncoder
 from simdetr.mining.level_sets import LevelSets
 from simdetr.mining.miner import mine
 from simdetr.mining.preview import choose_images, preview_mining
-from simdetr.reports.rival_recall import best_first
+from simdetr.mining.store import best_first
 
 CONFIG = MiningConfig(image_size=64, batch_size=8, level_sets=LevelSets(max_boxes=5))
 PLAIN = replace(CONFIG, level_sets=None)

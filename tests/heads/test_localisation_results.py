@@ -11,7 +11,8 @@ from simdetr.data.images import open_images
 from simdetr.data.labels import Category, ImageLabels, Labels
 from simdetr.evaluation.localisation_metric import LocalisationMetric, centre_gaussian_map
 from simdetr.heads import HeadedBackbone, LocalisationHead
-from simdetr.training.inference import localisation_head, localisation_scores, localise, write_heat_maps
+from simdetr.reports.prediction_samples import write_heat_maps
+from simdetr.training.inference import localisation_head, localisation_scores, localise
 from simdetr.training.relabel import InferenceSettings
 
 SETTINGS = InferenceSettings(short_side=64, max_side=96, batch_size=2)

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from safetensors import safe_open
 
 from simdetr.mining import pseudo_labels as region_blocks
-from simdetr.mining.pseudo_labels import certainty, cluster_regions, make_pseudo_labels
+from simdetr.mining.pseudo_labels import ClusteringConfig, certainty, cluster_regions, make_pseudo_labels
 from simdetr.mining.regions import Regions
 from simdetr.mining.store import Manifest, ProposalRow, ProposalStore, StoreError, read_table
 
@@ -50,7 +50,7 @@ def store(tmp_path):
 
 def test_classes_are_the_planted_kinds_and_columns_are_as_mined(store):
     store, rows = store
-    labels = make_pseudo_labels(store, KINDS)
+    labels = make_pseudo_labels(store, ClusteringConfig(KINDS))
     assert labels.stage == 0 and labels.num_classes == KINDS
     assert labels.image_ids == tuple(row.image_id for row in rows)
     assert [category.id for category in labels.categories] == [1, 2, 3, 4]
@@ -70,14 +70,14 @@ def test_classes_are_the_planted_kinds_and_columns_are_as_mined(store):
 
 def test_scores_are_how_likely_each_box_is_an_object(tmp_path):
     store, rows = make_store(tmp_path / "proposals", [5, 0, 7], best_score=4)
-    labels = make_pseudo_labels(store, 1)
+    labels = make_pseudo_labels(store, ClusteringConfig(1))
     mined = np.concatenate([row.regions.score for row in rows])
     np.testing.assert_array_equal(
         labels.scores, certainty(mined, labels.boxes_xyxy, labels.sizes_hw, np.array([0, 5, 5, 12]))
     )
     assert labels.scores.max() <= 1 and (np.diff(labels.scores[:5]) < 0).all()
     store, _ = make_store(tmp_path / "the document's filters", [5, 0, 7], best_score=1)
-    assert set(make_pseudo_labels(store, 1).scores) == {1}
+    assert set(make_pseudo_labels(store, ClusteringConfig(1)).scores) == {1}
 
 
 def test_spherical_or_not(store):
@@ -85,19 +85,19 @@ def test_spherical_or_not(store):
     store, _ = store
     pairs = {}
     for spherical in (True, False):
-        labels = make_pseudo_labels(store, KINDS, spherical=spherical)
+        labels = make_pseudo_labels(store, ClusteringConfig(KINDS, spherical=spherical))
         pairs[spherical] = len(set(zip(labels.boxes_xyxy[:, 0].tolist(), labels.classes.tolist(), strict=True)))
     assert pairs[True] == KINDS < pairs[False]
 
 
 def test_streaming_and_faiss_find_the_same_classes(store, monkeypatch):
     store, _ = store
-    whole = make_pseudo_labels(store, KINDS, seed=1)
+    whole = make_pseudo_labels(store, ClusteringConfig(KINDS, seed=1))
     with monkeypatch.context() as patch:
         patch.setattr("simdetr.mining.pseudo_labels._KEEP_IN_MEMORY_BYTES", 0)
-        streamed = make_pseudo_labels(store, KINDS, seed=1)
+        streamed = make_pseudo_labels(store, ClusteringConfig(KINDS, seed=1))
     np.testing.assert_array_equal(whole.classes, streamed.classes)
-    faiss = make_pseudo_labels(store, KINDS, seed=1, backend="faiss")
+    faiss = make_pseudo_labels(store, ClusteringConfig(KINDS, seed=1, backend="faiss"))
     assert len(set(zip(whole.classes.tolist(), faiss.classes.tolist(), strict=True))) == KINDS
 
 
@@ -115,7 +115,7 @@ def columns_read(monkeypatch):
 
 
 def test_one_class_reads_no_features(store, columns_read):
-    labels = make_pseudo_labels(store[0], 1)
+    labels = make_pseudo_labels(store[0], ClusteringConfig(1))
     assert labels.num_classes == 1 and not labels.classes.any() and len(labels.boxes_xyxy) == 42
     assert columns_read and not any("features" in columns for _, columns in columns_read)
 
@@ -123,7 +123,7 @@ def test_one_class_reads_no_features(store, columns_read):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_features_are_read_once_in_memory_and_once_per_pass_otherwise(store, columns_read, monkeypatch, in_memory):
     monkeypatch.setattr("simdetr.mining.pseudo_labels._KEEP_IN_MEMORY_BYTES", 10**6 if in_memory else 0)
-    clustering = cluster_regions(store[0], KINDS)
+    clustering = cluster_regions(store[0], ClusteringConfig(KINDS))
     times = Counter(shard for shard, columns in columns_read if columns == ("features",))
     passes = 1 if in_memory else clustering.iterations + 2
     assert times == {f"shard-0000{shard}": passes for shard in range(3)}
@@ -131,7 +131,7 @@ def test_features_are_read_once_in_memory_and_once_per_pass_otherwise(store, col
 
 def test_the_clustering_is_kept_beside_the_labels(store, tmp_path):
     store, _ = store
-    labels = make_pseudo_labels(store, KINDS, seed=1, folder=tmp_path / "stage0")
+    labels = make_pseudo_labels(store, ClusteringConfig(KINDS, seed=1), folder=tmp_path / "stage0")
     record = json.loads((tmp_path / "stage0" / "clustering.json").read_text())
     assert record["settings"] == {
         "num_classes": KINDS, "seed": 1, "spherical": True, "backend": "torch", "max_iterations": 50,
@@ -141,21 +141,21 @@ def test_the_clustering_is_kept_beside_the_labels(store, tmp_path):
         centroids = file.get_tensor("centroids")
     features = np.concatenate([shard.features for shard in store.iter_shards(["features"])]).astype(np.float32)
     assert ((features @ centroids.T).argmax(axis=1) == labels.classes).all()
-    make_pseudo_labels(store, 1, folder=tmp_path / "stage0")
+    make_pseudo_labels(store, ClusteringConfig(1), folder=tmp_path / "stage0")
     assert not list((tmp_path / "stage0").iterdir())  # nothing speaks of classes that are no more
 
 
 def test_the_same_call_goes_on_and_one_of_another_store_begins_anew(store, tmp_path, caplog):
     store, _ = store
-    first = make_pseudo_labels(store, KINDS, folder=tmp_path)
+    first = make_pseudo_labels(store, ClusteringConfig(KINDS), folder=tmp_path)
     with caplog.at_level(logging.INFO, logger="simdetr"):
-        again = make_pseudo_labels(store, KINDS, folder=tmp_path)
+        again = make_pseudo_labels(store, ClusteringConfig(KINDS), folder=tmp_path)
     assert "going on after iteration" in caplog.text and "iteration 0 of" not in caplog.text
     np.testing.assert_array_equal(first.classes, again.classes)
     other, _ = make_store(tmp_path / "other", [5, 0, 7, 9, 3, 0, 8, 6, 5])
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="simdetr"):
-        make_pseudo_labels(other, KINDS, folder=tmp_path)
+        make_pseudo_labels(other, ClusteringConfig(KINDS), folder=tmp_path)
     assert "of other regions or settings" in caplog.text
     assert re.search(
         r"iteration 0 of at most 50: inertia 0\.\d+ per region, 0 empty, [\d.]+ s, at most \d+ s left", caplog.text
@@ -167,21 +167,21 @@ def test_a_damaged_shard_is_named(store):
     path = store.shard_path(1)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(StoreError, match=r"shard-00001.parquet is damaged .* run the mining command again"):
-        make_pseudo_labels(store, KINDS)
+        make_pseudo_labels(store, ClusteringConfig(KINDS))
 
 
 def test_fewer_regions_than_classes_names_both_numbers_and_the_fix(store):
     with pytest.raises(ValueError, match=r"got 2048 classes for 42 mined regions.*lower num_classes to 42 or less"):
-        make_pseudo_labels(store[0])
+        make_pseudo_labels(store[0], ClusteringConfig())
     with pytest.raises(ValueError, match="num_classes: expected at least 1, got 0"):
-        make_pseudo_labels(store[0], 0)
+        make_pseudo_labels(store[0], ClusteringConfig(0))
 
 
 @pytest.mark.parametrize("num_classes", [1, 5])
 def test_no_proposals_is_an_error(tmp_path, num_classes):
     store, _ = make_store(tmp_path / "empty", [0, 0, 0])
     with pytest.raises(ValueError, match="got none in 3 images; loosen the filters"):
-        make_pseudo_labels(store, num_classes)
+        make_pseudo_labels(store, ClusteringConfig(num_classes))
 
 
 def _label(rank, address, folder, out):
@@ -190,7 +190,7 @@ def _label(rank, address, folder, out):
     shards = []
     original = region_blocks.read_table
     region_blocks.read_table = lambda path, columns: (shards.append((path.stem, *columns)), original(path, columns))[1]
-    labels = make_pseudo_labels(store, KINDS, seed=1, folder=out)
+    labels = make_pseudo_labels(store, ClusteringConfig(KINDS, seed=1), folder=out)
     own = {"shard-00001"} if rank else {"shard-00000", "shard-00002"}
     assert {shard for shard, *columns in shards if "features" in columns} == own
     np.savez(out / f"{rank}.npz", classes=labels.classes, boxes=labels.boxes_xyxy)
@@ -201,7 +201,7 @@ def _label(rank, address, folder, out):
 def test_two_ranks_end_with_the_labels_of_one(store, tmp_path):
     store, _ = store
     mp.spawn(_label, args=(tmp_path / "rendezvous", store.folder, tmp_path), nprocs=2)
-    alone = make_pseudo_labels(store, KINDS, seed=1)
+    alone = make_pseudo_labels(store, ClusteringConfig(KINDS, seed=1))
     for rank in range(2):
         found = np.load(tmp_path / f"{rank}.npz")
         np.testing.assert_array_equal(found["classes"], alone.classes)
@@ -211,5 +211,5 @@ def test_two_ranks_end_with_the_labels_of_one(store, tmp_path):
 
 def test_classes_of_two_clusterings_have_other_names(tmp_path):
     store, _ = make_store(tmp_path / "proposals", [9, 8])
-    one, same, other = (make_pseudo_labels(store, KINDS, seed=seed).categories for seed in (0, 0, 1))
+    one, same, other = (make_pseudo_labels(store, ClusteringConfig(KINDS, seed=seed)).categories for seed in (0, 0, 1))
     assert one == same and len({category.name for category in (*one, *other)}) == 2 * KINDS

@@ -10,7 +10,7 @@ from simdetr.data.images import open_images
 from simdetr.data.quarantine import TooManyUnreadableError
 from simdetr.mining import rivals
 from simdetr.mining.batch import MiningConfig, encode, load_image
-from simdetr.mining.pseudo_labels import make_pseudo_labels
+from simdetr.mining.pseudo_labels import ClusteringConfig, make_pseudo_labels
 from simdetr.mining.rivals import baseline, mine_rival
 from simdetr.mining.store import ProposalStore, StoreError
 
@@ -38,7 +38,7 @@ def test_rows_are_those_of_the_method(method, image_folder, encoder, tmp_path):
 
 def test_store_serves_the_rest_of_the_pipeline(image_folder, encoder, tmp_path):
     store = mine_rival("random", open_images(image_folder), encoder, CONFIG, tmp_path, max_boxes=5)
-    labels = make_pseudo_labels(store, num_classes=4)
+    labels = make_pseudo_labels(store, ClusteringConfig(num_classes=4))
     assert (len(labels), len(labels.classes), labels.num_classes) == (14, 70, 4)
 
 

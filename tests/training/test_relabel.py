@@ -14,6 +14,7 @@ from simdetr.data.images import open_images
 from simdetr.data.labels import LINEAGE_COLUMNS, Category, read_labels
 from simdetr.detectors.mask_vectors import encode_crops
 from simdetr.detectors.predictions import best_per_query
+from simdetr.exchange.weights import LoadedDetector
 from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, Throughput, detect, detect_array, relabel
 
 module = sys.modules["simdetr.training.relabel"]  # the package gives the function this name
@@ -43,6 +44,10 @@ def test_overlap_filter_keeps_the_most_confident(seed):
         assert any(overlaps[gone, k] > 0.55 and scores[k] > scores[gone] for k in kept.tolist())
 
 
+def loaded(detector):
+    return LoadedDetector(detector, CATEGORIES, {})
+
+
 def test_other_rules_of_keeping():
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 20, 30], [30, 30, 40, 40], [50, 50, 60, 60]])
     outputs = outputs_of(boxes, torch.tensor([0.1, 0.9, 0.5, 0.3]))
@@ -54,7 +59,7 @@ def test_other_rules_of_keeping():
 
 def test_relabelling_keeps_one_class_of_a_query_and_predictions_all(scenes, tmp_path):
     source = open_images(scenes)
-    labels = relabel(Draws(), source, CATEGORIES, SETTINGS, tmp_path / "one.parquet", stage=1)
+    labels = relabel(loaded(Draws()), source, SETTINGS, tmp_path / "one.parquet", stage=1)
     assert labels.image(0).classes.tolist() == [1, 0]  # of logits (0, 2) and (1, -1)
     found = detect(Draws(), source, CATEGORIES, SETTINGS)
     assert found.image(0).classes.tolist() == [1, 0, 0, 1]
@@ -66,7 +71,7 @@ def test_relabelling_keeps_one_class_of_a_query_and_predictions_all(scenes, tmp_
 def test_relabelling_resumes_part_by_part(make_detector, scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PART_SIZE", 5)
     source, detector = open_images(scenes), make_detector(3)
-    whole = relabel(detector, source, CATEGORIES, SETTINGS, tmp_path / "whole.parquet", stage=1)
+    whole = relabel(loaded(detector), source, SETTINGS, tmp_path / "whole.parquet", stage=1)
     assert (len(whole), whole.stage, whole.categories) == (12, 1, CATEGORIES)
     assert whole.lineage is None  # nothing before it
     before = replace(whole.select(whole.image_ids[:9]), stage=0)
@@ -82,21 +87,19 @@ def test_relabelling_resumes_part_by_part(make_detector, scenes, tmp_path, monke
         return detect(detector, part, *args, **kwargs)
 
     monkeypatch.setattr(module, "detect", dying)
-    arguments = (detector, source, CATEGORIES, SETTINGS, tmp_path / "killed.parquet")
+    arguments = (loaded(detector), source, SETTINGS, tmp_path / "killed.parquet")
     with pytest.raises(KeyboardInterrupt):
         relabel(*arguments, stage=1, before=before)
     assert not (tmp_path / "killed.parquet").exists()
-    moved = []
-    relabel(*arguments, stage=1, before=before, progress=moved.append)
+    relabel(*arguments, stage=1, before=before)
     assert seen == [source.ids[0], source.ids[5], None, source.ids[10]]  # no part twice
-    assert sum(moved) == 12
     killed = read_labels(tmp_path / "killed.parquet")
     assert killed.image_ids == whole.image_ids
     for name in ("offsets", "boxes_xyxy", "classes", "scores"):
         assert np.array_equal(getattr(killed, name), getattr(whole, name))
     assert killed.lineage.born.tolist() == [0] * before.offsets[-1] + [1] * (whole.offsets[-1] - before.offsets[-1])
     monkeypatch.setattr(module, "detect", detect)
-    at_once = relabel(detector, source, CATEGORIES, SETTINGS, tmp_path / "again.parquet", stage=1, before=before)
+    at_once = relabel(loaded(detector), source, SETTINGS, tmp_path / "again.parquet", stage=1, before=before)
     for name in LINEAGE_COLUMNS:
         assert np.array_equal(getattr(killed.lineage, name), getattr(at_once.lineage, name))
     assert not list(tmp_path.glob("*.parts"))
@@ -107,7 +110,7 @@ def test_a_part_without_a_readable_image(make_detector, own_scenes, tmp_path, mo
     source = open_images(own_scenes)
     source.path_of(source.ids[0]).write_bytes(b"")
     monkeypatch.setattr(module, "Quarantine", lambda path, total: RealQuarantine(path, total, 0.5))
-    labels = relabel(make_detector(3), source, CATEGORIES, SETTINGS, tmp_path / "labels.parquet", stage=2)
+    labels = relabel(loaded(make_detector(3)), source, SETTINGS, tmp_path / "labels.parquet", stage=2)
     assert labels.image_ids == tuple(source.ids[1:])
     assert "labels" not in (tmp_path / "quarantine.csv").read_text()
     assert source.ids[0] in (tmp_path / "quarantine.csv").read_text()
@@ -134,7 +137,7 @@ class Draws(nn.Module):
 def test_masks_are_drawn_where_the_boxes_are(scenes, tmp_path):
     source = open_images(scenes)
     settings = replace(SETTINGS, masks=True)
-    labels = relabel(Draws(), source, CATEGORIES, settings, tmp_path / "masks.parquet", stage=0)
+    labels = relabel(loaded(Draws()), source, settings, tmp_path / "masks.parquet", stage=0)
     again = read_labels(tmp_path / "masks.parquet")
     assert again.masks.tolist() == labels.masks.tolist() and len(labels.masks) == 24
     for row in range(2):
@@ -156,9 +159,8 @@ def test_masks_are_drawn_where_the_boxes_are(scenes, tmp_path):
 def test_no_masks_from_a_detector_that_draws_none(scenes, tmp_path):
     with pytest.raises(ValueError, match="masks: this detector draws no masks"):
         relabel(
-            Draws(False),
+            loaded(Draws(False)),
             open_images(scenes),
-            CATEGORIES,
             replace(SETTINGS, masks=True),
             tmp_path / "l.parquet",
             stage=0,
