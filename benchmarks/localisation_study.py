@@ -23,7 +23,8 @@ from benchmarks.environment import RESULTS, environment, write_result
 from simdetr.data.augmentation import eval_transforms
 from simdetr.data.dataset import DetectionDataset, collate
 from simdetr.data.images import open_images
-from simdetr.data.labels import Labels, read_labels, write_labels
+from simdetr.data.label_files import read_labels, write_labels
+from simdetr.data.labels import Labels
 from simdetr.evaluation.localisation_metric import LocalisationMetric, centre_gaussian_map, full_image_map
 from simdetr.exchange.weights import is_saved, load_detector
 from simdetr.heads import HeadedBackbone, LocalisationHead

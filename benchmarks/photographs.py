@@ -13,7 +13,8 @@ from pathlib import Path
 
 from benchmarks.environment import environment, write_result
 from simdetr import open_images, predict, pretrain, read_labels
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.annotations import Category, ImageLabels
+from simdetr.data.labels import Labels
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.pipeline import mine_proposals
 

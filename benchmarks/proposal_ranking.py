@@ -20,9 +20,10 @@ from torchvision.ops import nms
 
 from benchmarks.environment import DATA, environment, write_result
 from simdetr.boxes import batched_iou
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.coco import read_coco
 from simdetr.data.images import read_image
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.labels import Labels
 from simdetr.evaluation.coco_metric import match_boxes
 from simdetr.mining.batch import MiningConfig, cluster_levels, encode, shrink
 from simdetr.mining.colour_texture import ColourTextureEncoder

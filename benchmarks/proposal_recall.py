@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.coco import read_coco
 from simdetr.data.images import read_image
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.labels import Labels
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.batch import MiningConfig, cluster_maps, encode, shrink
 from simdetr.mining.colour_texture import ColourTextureEncoder

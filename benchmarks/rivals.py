@@ -24,9 +24,10 @@ from torch import Tensor
 
 from benchmarks.environment import DATA, environment, write_result
 from benchmarks.proposal_recall import subset
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.coco import read_coco
 from simdetr.data.images import read_image
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.labels import Labels
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.batch import MiningConfig, encode, mine_pixels, shrink
 from simdetr.mining.colour_texture import ColourTextureEncoder

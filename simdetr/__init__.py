@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from simdetr.data.images import ImageSource, open_images
-    from simdetr.data.labels import Labels, read_labels, write_labels
+    from simdetr.data.label_files import read_labels, write_labels
+    from simdetr.data.labels import Labels
     from simdetr.data.protocols import split
     from simdetr.mining.store import ProposalStore
     from simdetr.pipeline import compare, finetune, mine_proposals, pretrain, report
@@ -38,8 +39,8 @@ _HOMES = {
     "ImageSource": "simdetr.data.images",
     "open_images": "simdetr.data.images",
     "Labels": "simdetr.data.labels",
-    "read_labels": "simdetr.data.labels",
-    "write_labels": "simdetr.data.labels",
+    "read_labels": "simdetr.data.label_files",
+    "write_labels": "simdetr.data.label_files",
     "split": "simdetr.data.protocols",
     "evaluate": "simdetr.training.inference",
     "predict": "simdetr.training.inference",

@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from simdetr.data.images import ImageSource, open_images
-from simdetr.data.labels import Labels, read_labels, write_labels
+from simdetr.data.label_files import read_labels, write_labels
+from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
 from simdetr.data.storage import locate
 from simdetr.evaluation.compare import BACKBONE_ONLY, PRETRAINED, SCRATCH, ComparisonRows

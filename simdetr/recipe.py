@@ -28,6 +28,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 
+from simdetr.data.class_paths import current_arguments
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.machine import default_device
 from simdetr.data.storage import atomic_path
@@ -138,7 +139,7 @@ class RecipeCLI(LightningCLI):
         super().__init__(
             DetectionTask,
             DetectionData,
-            args=list(args) if args is not None else None,
+            args=list(current_arguments(args)) if args is not None else None,
             run=run,
             parser_kwargs={} if run else {"exit_on_error": False},  # a library raises, only commands exit
             seed_everything_default=0,

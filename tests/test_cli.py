@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from simdetr import pipeline
 from simdetr.commands import main as cli
 from simdetr.commands.main import COMMANDS, fold_options, main, one_line
-from simdetr.data.labels import read_labels
+from simdetr.data.label_files import read_labels
 from simdetr.training.run_folder import RunFolder
 
 

@@ -12,7 +12,7 @@ import torch
 
 from simdetr.commands.export import detector_arguments
 from simdetr.commands.main import main
-from simdetr.data.labels import read_labels
+from simdetr.data.label_files import read_labels
 from simdetr.detectors import DeformableDETR
 from simdetr.exchange.parameter_names import to_official
 from simdetr.exchange.weights import load_detector

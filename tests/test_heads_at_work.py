@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from simdetr.commands import main as cli
-from simdetr.data.labels import read_labels
+from simdetr.data.label_files import read_labels
 from simdetr.exchange.weights import checkpoint_config, load_detector, save_detector
 from simdetr.reports.prediction_samples import shown_score
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from nbformat import NotebookNode
 
-from simdetr.data.labels import read_labels
+from simdetr.data.label_files import read_labels
 from simdetr.data.scenes import render_scenes
 
 FOLDER = Path(__file__).parents[1] / "notebooks"

@@ -14,9 +14,9 @@ import torch
 from torchvision.ops import box_iou
 
 from simdetr import pipeline
-from simdetr.data.coco import write_result
 from simdetr.data.images import open_images, read_image
-from simdetr.data.labels import Labels, read_labels
+from simdetr.data.label_files import read_labels, write_result
+from simdetr.data.labels import Labels
 from simdetr.data.quarantine import TooManyUnreadableError
 from simdetr.mining.pseudo_labels import ClusteringConfig
 from simdetr.training.fusion import Fusion

@@ -9,7 +9,7 @@ import pytest
 from simdetr import compare, pretrain
 from simdetr.commands import quickstart as module
 from simdetr.commands.quickstart import LabelledSet, draw_scenes, quickstart
-from simdetr.data.labels import read_labels
+from simdetr.data.label_files import read_labels
 from simdetr.data.pretrained_weights import PACKAGED, PretrainedWeightsError
 from simdetr.evaluation.coco_metric import match_boxes
 

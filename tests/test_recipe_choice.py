@@ -14,7 +14,7 @@ from PIL import Image
 from simdetr import pipeline
 from simdetr.data import pretrained_weights as packaged_weights
 from simdetr.data.images import open_images
-from simdetr.data.labels import read_labels
+from simdetr.data.label_files import read_labels
 from simdetr.recipe import Recipe
 from simdetr.training import recipe_choice
 from simdetr.training.recipe_choice import (

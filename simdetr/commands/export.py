@@ -33,7 +33,7 @@ def import_detector(
         max_side: Longest side of images in pixels; 1333 if the checkpoint does not say.
         options: ``--detector.name=value`` strings; dotted options on the command line end here.
     """
-    from simdetr.data.labels import read_labels
+    from simdetr.data.label_files import read_labels
     from simdetr.exchange.convert import import_checkpoint
 
     categories = read_labels(labels).categories if labels is not None else ()
@@ -68,8 +68,7 @@ def labels(run: Path, stage: int, out: Path) -> None:
         stage: 0 = mined, j = relabelled by the detector of stage j.
         out: File to write: .json or .parquet.
     """
-    from simdetr.data.coco import write_result
-    from simdetr.data.labels import read_labels
+    from simdetr.data.label_files import read_labels, write_result
     from simdetr.training.run_folder import RunFolder
 
     folder = RunFolder(run)

@@ -344,7 +344,7 @@ def predict(
 
 def _write_found(images: Path, checkpoint: Path, out: Path, **choices: Any) -> Labels:  # noqa: ANN401
     """Write what ``inference.predict`` finds, and what cannot be read beside it."""
-    from simdetr.data.coco import write_result
+    from simdetr.data.label_files import write_result
     from simdetr.data.storage import check_writable
     from simdetr.training import inference
 

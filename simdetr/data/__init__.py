@@ -4,8 +4,10 @@ In reading order:
 
     images              a folder, list, COCO file, tar shards or URL -> ordered images with ids; a file -> pixels
     quarantine          what could not be read, and when to stop
-    labels              the one table of boxes, classes, scores and lineage
-    points, masks       two of its columns: a point per box, an instance mask per box
+    annotations         the boxes of one image, their categories and lineage
+    points, masks       a point per box, an instance mask per box
+    labels              the one table of the boxes of a set of images
+    label_files         that table in Parquet and COCO files
     coco                COCO JSON in and out
     image_level         classes of whole images
     protocols           few-label protocols: one COCO file -> smaller ones that everybody draws alike
@@ -16,6 +18,7 @@ In reading order:
     pretrained_weights  checkpoint, package or URL -> the tensors of a backbone
     doctor              what is wrong with images and labels, before a long run meets it
     scenes              drawn images with exact boxes
+    class_paths         classes that configs and checkpoints name, also by the names of before
     storage             paths and URLs; files that are there whole or not at all
     machine             how many cores, threads and loader processes to use
 
@@ -26,12 +29,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from simdetr.data.annotations import Category, ImageLabels, LabelError, Lineage
     from simdetr.data.augmentation import Mosaic, eval_transforms, train_transforms
     from simdetr.data.coco import LabelProblems, read_coco, write_coco, write_detections
     from simdetr.data.dataset import Batch, DetectionDataset, collate
     from simdetr.data.doctor import DoctorReport, examine, summary
     from simdetr.data.images import ImageRecord, ImageSource, UnreadableImageError, open_images, read_image
-    from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, Lineage, read_labels, write_labels
+    from simdetr.data.label_files import read_labels, write_labels
+    from simdetr.data.labels import Labels
     from simdetr.data.map3d import map_targets, read_map
     from simdetr.data.quarantine import Quarantine, TooManyUnreadableError
     from simdetr.data.reference_points import ReferencePoints, with_reference_points
@@ -72,16 +77,16 @@ __all__ = [
 
 _HOMES = {
     "Batch": "dataset",
-    "Category": "labels",
+    "Category": "annotations",
     "DetectionDataset": "dataset",
     "DoctorReport": "doctor",
-    "ImageLabels": "labels",
+    "ImageLabels": "annotations",
     "ImageRecord": "images",
     "ImageSource": "images",
-    "LabelError": "labels",
+    "LabelError": "annotations",
     "LabelProblems": "coco",
     "Labels": "labels",
-    "Lineage": "labels",
+    "Lineage": "annotations",
     "Mosaic": "augmentation",
     "Quarantine": "quarantine",
     "ReferencePoints": "reference_points",
@@ -94,14 +99,14 @@ _HOMES = {
     "open_images": "images",
     "read_coco": "coco",
     "read_image": "images",
-    "read_labels": "labels",
+    "read_labels": "label_files",
     "read_map": "map3d",
     "summary": "doctor",
     "train_transforms": "augmentation",
     "with_reference_points": "reference_points",
     "write_coco": "coco",
     "write_detections": "coco",
-    "write_labels": "labels",
+    "write_labels": "label_files",
 }
 
 

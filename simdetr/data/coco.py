@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from simdetr.data import masks as mask_codes
 from simdetr.data import points as point_columns
-from simdetr.data.labels import LINEAGE_COLUMNS, Category, ImageLabels, LabelError, Labels, Lineage, write_labels
+from simdetr.data.annotations import LINEAGE_COLUMNS, Category, ImageLabels, LabelError, Lineage
+from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path
 
 _ROUNDING_PX = 0.1  # a box may leave the image by this much without being called wrong: COCO writes two decimals
@@ -330,7 +331,7 @@ def write_coco(labels: Labels, path: str | Path) -> None:
     """Write labels as a COCO annotation file, with scores, the original category ids and the image ids as file names.
 
     Images and annotations are numbered from 1. ``info.simdetr_stage`` keeps the stage. Boxes with a lineage have it in
-    the fields ``stage``, ``born``, ``born_row``, ``stride``, ``k`` and ``cluster``, see `simdetr.data.labels.Lineage`.
+    the fields ``stage``, ``born``, ``born_row``, ``stride``, ``k`` and ``cluster``, see `Lineage`.
     Masks are written as ``segmentation``, in compressed run lengths, points as the one keypoint of each annotation.
     """
     content = {
@@ -439,13 +440,3 @@ def _origins(labels: Labels) -> Iterator[dict[str, int]]:
         return
     for values in zip(*(getattr(labels.lineage, name).tolist() for name in LINEAGE_COLUMNS), strict=True):
         yield {"stage": labels.stage, **dict(zip(LINEAGE_COLUMNS, values, strict=True))}
-
-
-def write_result(labels: Labels, out: Path) -> str:
-    """Write labels as COCO JSON, or as Parquet if ``out`` ends so.
-
-    Returns:
-        What was written, in one line.
-    """
-    (write_labels if out.suffix == ".parquet" else write_coco)(labels, out)
-    return f"{len(labels.boxes_xyxy):,} boxes on {len(labels):,} images in {out}"

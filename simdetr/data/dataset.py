@@ -20,8 +20,9 @@ from torchvision.transforms.v2 import functional as F
 
 from simdetr.boxes import clip, normalise
 from simdetr.data import masks as mask_codes
+from simdetr.data.annotations import LabelError
 from simdetr.data.images import ImageSource, UnreadableImageError, read_image
-from simdetr.data.labels import LabelError, Labels
+from simdetr.data.labels import Labels
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.reference_points import ReferencePoints, transformed_points, untransformed_points
 

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from simdetr.data.annotations import LabelError
 from simdetr.data.coco import LabelProblems, read_coco
 from simdetr.data.images import ImageRecord, ImageSource, UnreadableImageError, open_images, read_image
-from simdetr.data.labels import LabelError, Labels, read_labels
+from simdetr.data.label_files import read_labels
+from simdetr.data.labels import Labels
 
 TINY_SIDE_PX = 32
 EXTREME_ASPECT = 8.0

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.images import ImageRecord, ImageSource, find_images
-from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
+from simdetr.data.labels import Labels
 
 LOG = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 
 from simdetr.data import points as point_columns
-from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
+from simdetr.data.annotations import Category, ImageLabels, LabelError
+from simdetr.data.labels import Labels
 
 Floats = NDArray[np.float64]
 

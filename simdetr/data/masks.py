@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_masks
 
-from simdetr.data.labels import ImageLabels, LabelError
+from simdetr.data.annotations import ImageLabels, LabelError
 
 Masks = NDArray[np.object_]
 """Run lengths of n masks, an array of bytes [n]."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simdetr.data.labels import ImageLabels, LabelError
+from simdetr.data.annotations import ImageLabels, LabelError
 
 Points = NDArray[np.float32]
 """Positions [n, 2] in pixels, both NaN where a box has none."""

@@ -21,7 +21,8 @@ from torch.utils.data import get_worker_info
 
 from simdetr.boxes import clip
 from simdetr.data import points as point_columns
-from simdetr.data.labels import Category, LabelError, Labels
+from simdetr.data.annotations import Category, LabelError
+from simdetr.data.labels import Labels
 from simdetr.data.points import Points
 
 LOG = logging.getLogger(__name__)

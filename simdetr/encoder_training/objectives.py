@@ -24,6 +24,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from simdetr.data.class_paths import current
 from simdetr.data.pretrained_weights import load_into
 from simdetr.encoder_training.crops import Crops, CropWithPlaces
 from simdetr.mining.encoders import TimmEncoder
@@ -271,7 +272,7 @@ def build_objective(name: str, encoder: LearningEncoder, arguments: Mapping[str,
     require_lightly()
     found: object = OBJECTIVES.get(name)
     if found is None and "." in name:
-        module, _, attribute = name.rpartition(".")
+        module, _, attribute = current(name).rpartition(".")
         try:
             found = getattr(importlib.import_module(module), attribute, None)
         except ImportError as error:

@@ -21,8 +21,9 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.nn import functional
 
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.images import ImageSource, open_images, read_image
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.batch import MiningConfig, encode, load_image, mine_batch, shrink

@@ -19,7 +19,7 @@ from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from simdetr.data.labels import Category
+from simdetr.data.annotations import Category
 from simdetr.data.storage import atomic_path
 from simdetr.detectors import DeformableDETR, TransformersDetector, ViDT
 from simdetr.exchange.formats import (

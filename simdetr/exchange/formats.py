@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from simdetr.data.labels import Category
+from simdetr.data.annotations import Category
 from simdetr.exchange.parameter_names import from_detr, from_official, from_official_vidt, from_transformers, has_neck
 
 # of torchvision and timm: (blocks of each stage, whether they are bottlenecks, width of their first 3x3 convolution)

@@ -8,7 +8,6 @@ can be read, and that nothing is unpickled, is ``checkpoint_files``' part.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 import re
@@ -21,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
-from simdetr.data.labels import Category
+from simdetr.data.annotations import Category
+from simdetr.data.class_paths import class_of
 from simdetr.data.storage import atomic_path
 from simdetr.detectors.detector import Detector
 from simdetr.exchange.formats import OWN, CheckpointFormat, config_from_transformers, recognise
@@ -285,11 +285,7 @@ def detector_class(class_path: str) -> type[Detector]:
     Raises:
         ValueError: The class is not one of simdetr's detectors: a config must not name arbitrary code.
     """
-    module_name, _, class_name = class_path.rpartition(".")
-    allowed = f"{module_name}.".startswith(("simdetr.detectors.", "simdetr.heads."))
-    found = getattr(importlib.import_module(module_name), class_name, None) if allowed else None
-    if not (isinstance(found, type) and issubclass(found, Detector)):
-        raise ValueError(f"class_path: expected a detector of simdetr.detectors or simdetr.heads, got {class_path!r}.")
+    found: type[Detector] = class_of(class_path, Detector, ("detectors.", "heads."))
     return found
 
 

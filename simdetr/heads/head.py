@@ -7,7 +7,6 @@ Letters: B images, K classes.
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from simdetr.data.class_paths import class_of
 from simdetr.detectors.detector import Features, FeatureSizes, Level
 from simdetr.detectors.matcher import Target
 
@@ -162,20 +162,6 @@ def described(part: Any) -> dict[str, Any]:  # noqa: ANN401
     return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": dict(part.init_args)}
 
 
-def part_class(class_path: str, base: type) -> Callable[..., Any]:
-    """The class that a description names.
-
-    Raises:
-        ValueError: it is no subclass of ``base`` within simdetr.
-    """
-    module_name, _, class_name = class_path.rpartition(".")
-    allowed = module_name.split(".")[0] == "simdetr"
-    found = getattr(importlib.import_module(module_name), class_name, None) if allowed else None
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise ValueError(f"class_path: expected a {base.__name__} of simdetr, got {class_path!r}.")
-    return found
-
-
 def factory(part: Any, base: type) -> Callable[[Any], Any]:  # noqa: ANN401
     """A function of the one argument that a description lacks (sizes, or number of classes).
 
@@ -186,5 +172,5 @@ def factory(part: Any, base: type) -> Callable[[Any], Any]:  # noqa: ANN401
     if not isinstance(part, Mapping):
         made: Callable[[Any], Any] = part
         return made
-    found, arguments = part_class(part["class_path"], base), dict(part.get("init_args") or {})
+    found, arguments = class_of(part["class_path"], base), dict(part.get("init_args") or {})
     return lambda first: found(first, **arguments)

@@ -13,10 +13,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from simdetr.data.class_paths import class_of
 from simdetr.detectors.backbone import Backbone, pad_to_multiple, resize_mask
 from simdetr.detectors.detector import Detector, DetectorOutput, Features, FeatureSizes, Level, QueryDetector
 from simdetr.detectors.matcher import Target
-from simdetr.heads.head import Head, check_images, check_needs, described, factory, part_class, prefixed
+from simdetr.heads.head import Head, check_images, check_needs, described, factory, prefixed
 
 
 class HeadedDetector(Detector):
@@ -70,7 +71,7 @@ class HeadedDetector(Detector):
     def thawed(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments with which the whole backbone of the detector learns."""
         part = init_args["detector"]
-        inner = cast(type[QueryDetector], part_class(part["class_path"], QueryDetector))
+        inner = class_of(part["class_path"], QueryDetector)
         thawed = inner.thawed(part.get("init_args") or {})
         return {**init_args, "detector": {**part, "init_args": thawed}}
 

@@ -20,7 +20,7 @@ from simdetr.detectors.matcher import at_least_float32
 from simdetr.detectors.vidt import map_projection
 from simdetr.heads.head import check_finite
 from simdetr.heads.landmark_losses import LandmarkRule, landmark_losses, point_error, record_logits
-from simdetr.heads.landmark_targets import LandmarkTargets, Samples, point_units
+from simdetr.heads.landmark_targets import LandmarkTargets, Samples, point_units, valid_cells
 
 PointOutput = Literal["offset", "absolute"]
 
@@ -194,11 +194,6 @@ def pool_valid(features: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
     across = _shares(valid_columns, grid[1], features.shape[3]).to(features.dtype)
     clean = features.masked_fill(mask[:, None], 0.0)
     return torch.einsum("brh,bchw,bkw->bcrk", down, clean, across)
-
-
-def valid_cells(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of a map that are not padding, int64 [B] each; mask bool [B, h, w]."""
-    return (~mask[:, :, 0]).sum(dim=1), (~mask[:, 0, :]).sum(dim=1)
 
 
 def _shares(valid: Tensor, parts: int, length: int) -> Tensor:

@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from simdetr.detectors.detector import Level
 from simdetr.detectors.matcher import Target, pad_targets, to_device
-from simdetr.heads.landmark_grid import valid_cells
 from simdetr.heads.landmark_losses import SampleLosses, Unit
 
 
@@ -87,3 +86,8 @@ def point_units(levels: Sequence[Level], unit: Unit, grid: tuple[int, int]) -> T
     if unit == "fraction":
         return torch.stack((size, size), dim=1)
     return torch.stack((grid[1] * size, grid[0] * size), dim=1)
+
+
+def valid_cells(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a map that are not padding, int64 [B] each; mask bool [B, h, w]."""
+    return (~mask[:, :, 0]).sum(dim=1), (~mask[:, 0, :]).sum(dim=1)

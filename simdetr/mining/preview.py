@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simdetr.boxes import pairwise_iou
+from simdetr.data.annotations import Category
 from simdetr.data.images import ImageSource
-from simdetr.data.labels import Category, Labels
+from simdetr.data.labels import Labels
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.batch import ImageLoading, LoadedImage, MiningConfig, load_image
 from simdetr.mining.encoders import Encoder

@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simdetr.data.labels import Category, Labels, Lineage
+from simdetr.data.annotations import Category, Lineage
+from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path
 from simdetr.mining.kmeans import (
     Backend,

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from simdetr.data.labels import ImageLabels
+from simdetr.data.annotations import ImageLabels
 from simdetr.data.storage import Location, locate, write_whole
 from simdetr.mining.regions import Regions
 

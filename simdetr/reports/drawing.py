@@ -24,8 +24,9 @@ from torchvision.utils import draw_bounding_boxes
 
 from simdetr import boxes as box_maths
 from simdetr.data import points as point_columns
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.images import ImageSource, UnreadableImageError, read_image
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.labels import Labels
 from simdetr.evaluation.heat_map_boxes import check_score_map
 
 Colour = tuple[int, int, int]

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from simdetr.data.images import ImageSource, UnreadableImageError, open_images, read_image
-from simdetr.data.labels import Labels, read_labels, write_labels
+from simdetr.data.label_files import read_labels, write_labels
+from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
 from simdetr.data.reference_points import ReferencePoints
 from simdetr.data.storage import write_scores

@@ -20,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from simdetr.data.annotations import ImageLabels, Lineage
 from simdetr.data.images import ImageSource, UnreadableImageError, read_image
-from simdetr.data.labels import ImageLabels, Labels, Lineage, read_labels
+from simdetr.data.label_files import read_labels
+from simdetr.data.labels import Labels
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.reports.charts import Curve, panels, read_curve
 from simdetr.reports.drawing import Colour, class_colour, class_montage, draw_boxes

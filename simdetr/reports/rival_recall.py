@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.images import ImageSource, UnreadableImageError, open_images, read_image
-from simdetr.data.labels import Category, ImageLabels, Labels, read_labels
+from simdetr.data.label_files import read_labels
+from simdetr.data.labels import Labels
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.rivals import BASELINES, baseline, mine_rival
 from simdetr.mining.store import MANIFEST, Manifest, ProposalStore, best_first

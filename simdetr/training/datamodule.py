@@ -16,13 +16,15 @@ import numpy as np
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
+from simdetr.data.annotations import Category, LabelError
 from simdetr.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Mosaic, eval_transforms, train_transforms
 from simdetr.data.coco import read_coco
 from simdetr.data.dataset import DetectionDataset, collate
 from simdetr.data.image_level import image_level as image_level_of
 from simdetr.data.image_level import read_image_level
 from simdetr.data.images import ImageSource, open_images
-from simdetr.data.labels import Category, LabelError, Labels, read_labels
+from simdetr.data.label_files import read_labels
+from simdetr.data.labels import Labels
 from simdetr.data.machine import default_workers
 from simdetr.data.protocols import first_images
 from simdetr.data.quarantine import Quarantine

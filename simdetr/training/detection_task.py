@@ -18,8 +18,9 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from simdetr.data.annotations import ImageLabels
 from simdetr.data.dataset import Batch, item_seed
-from simdetr.data.labels import ImageLabels, Labels
+from simdetr.data.labels import Labels
 from simdetr.data.pretrained_weights import load_backbone_weights, load_into
 from simdetr.detectors.detector import Detector
 from simdetr.detectors.losses import DetectionLoss

@@ -21,7 +21,8 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from simdetr.boxes import pairwise_iou
-from simdetr.data.labels import LINEAGE_COLUMNS, ImageLabels, Labels, Lineage
+from simdetr.data.annotations import LINEAGE_COLUMNS, ImageLabels, Lineage
+from simdetr.data.labels import Labels
 from simdetr.mining.pseudo_labels import certainty
 
 

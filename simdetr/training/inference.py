@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from simdetr.data.augmentation import eval_transforms
 from simdetr.data.dataset import DetectionDataset, collate
 from simdetr.data.images import ImageSource, open_images
-from simdetr.data.labels import Labels, read_labels
+from simdetr.data.label_files import read_labels
+from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.reference_points import ReferencePoints, with_reference_points

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from simdetr.data.images import ImageSource, open_images
-from simdetr.data.labels import read_labels
+from simdetr.data.label_files import read_labels
 from simdetr.data.pretrained_weights import PACKAGED, PretrainedWeightsError
 from simdetr.mining.encoders import TimmEncoder, read_record
 from simdetr.mining.pseudo_labels import RECORD

@@ -22,10 +22,12 @@ from torchvision import tv_tensors
 
 from simdetr import boxes as box_ops
 from simdetr.data import masks as mask_codes
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.augmentation import eval_transforms
 from simdetr.data.dataset import DetectionDataset, collate, pixel_boxes
 from simdetr.data.images import ImageSource
-from simdetr.data.labels import Category, ImageLabels, Labels, read_labels, write_labels
+from simdetr.data.label_files import read_labels, write_labels
+from simdetr.data.labels import Labels
 from simdetr.data.machine import default_workers
 from simdetr.data.quarantine import Quarantine
 from simdetr.detectors.mask_vectors import decode_masks, portions

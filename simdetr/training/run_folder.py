@@ -20,7 +20,9 @@ import yaml
 from filelock import FileLock, Timeout
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from simdetr.data.labels import Labels, read_labels
+from simdetr.data.class_paths import current
+from simdetr.data.label_files import read_labels
+from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path
 from simdetr.exchange.weights import is_saved
 
@@ -136,7 +138,7 @@ class RunFolder:
             RunMismatchError: They differ; the message lists the settings.
         """
         if self.config.is_file():
-            self._check_settled(yaml.safe_load(self.config.read_text(encoding="utf-8")), config_yaml, settled)
+            self._check_settled(yaml.safe_load(current(self.config.read_text(encoding="utf-8"))), config_yaml, settled)
             if self.config.read_text(encoding="utf-8") == config_yaml:
                 return
         with atomic_path(self.config) as temporary:

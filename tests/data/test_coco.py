@@ -5,8 +5,9 @@ import pytest
 from pycocotools.coco import COCO
 
 from simdetr.data import masks
+from simdetr.data.annotations import Category, LabelError
 from simdetr.data.coco import read_coco, write_coco
-from simdetr.data.labels import Category, LabelError, read_labels
+from simdetr.data.label_files import read_labels
 
 IMAGES = [
     {"id": 10, "file_name": "a.png", "height": 40, "width": 60},

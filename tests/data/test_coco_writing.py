@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 
+from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.coco import read_coco, write_detections
-from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
+from simdetr.data.labels import Labels
 
 
 def detections():

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.annotations import Category, ImageLabels
+from simdetr.data.labels import Labels
 from simdetr.data.map3d import COLUMNS, Camera, MapLandmarks, Pose, View, correspondences, map_targets
 
 CAMERA = Camera.from_field_of_view(60, 1280, 720)

@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from simdetr.data import masks
+from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.augmentation import Mosaic, eval_transforms, train_transforms
 from simdetr.data.dataset import DetectionDataset, collate, item_seed
 from simdetr.data.images import UnreadableImageError, open_images
-from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
+from simdetr.data.labels import Labels
 from simdetr.data.quarantine import Quarantine, TooManyUnreadableError
 
 PLAIN = partial(eval_transforms, mean=(0, 0, 0), std=(1, 1, 1))

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.doctor import examine, summary
 from simdetr.data.images import open_images
-from simdetr.data.labels import Category, ImageLabels, Labels, write_labels
+from simdetr.data.label_files import write_labels
+from simdetr.data.labels import Labels
 
 
 def entry(number, name, height=40, width=60):

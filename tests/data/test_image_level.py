@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from simdetr.data import masks
+from simdetr.data.annotations import Category, ImageLabels, LabelError, Lineage
 from simdetr.data.augmentation import train_transforms
 from simdetr.data.dataset import DetectionDataset
 from simdetr.data.image_level import image_level, read_image_level
 from simdetr.data.images import open_images
-from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, Lineage
+from simdetr.data.labels import Labels
 
 CATEGORIES = (Category(7, "cat"), Category("d", "dog"), Category(30, "owl"))
 

@@ -7,7 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from simdetr.data import masks
-from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, read_labels, write_labels
+from simdetr.data.annotations import Category, ImageLabels, LabelError
+from simdetr.data.label_files import read_labels, write_labels
+from simdetr.data.labels import Labels
 
 CATEGORIES = (Category(7, "cat"), Category("d", "dog"), Category(30, "owl"))
 
@@ -93,7 +95,7 @@ def test_parquet_round_trip(tmp_path, labels):
 
 
 def test_parquet_round_trip_over_many_row_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr("simdetr.data.labels._ROWS_PER_GROUP", 7)
+    monkeypatch.setattr("simdetr.data.label_files._ROWS_PER_GROUP", 7)
     generator = np.random.default_rng(0)
     images = []
     for number in range(50):

@@ -5,17 +5,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from simdetr.data.annotations import LINEAGE_COLUMNS, Category, ImageLabels, LabelError, Lineage
 from simdetr.data.coco import read_coco, write_coco
-from simdetr.data.labels import (
-    LINEAGE_COLUMNS,
-    Category,
-    ImageLabels,
-    LabelError,
-    Labels,
-    Lineage,
-    read_labels,
-    write_labels,
-)
+from simdetr.data.label_files import read_labels, write_labels
+from simdetr.data.labels import Labels
 
 BOX = [0, 0, 5, 5]
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from simdetr.data.labels import LabelError
+from simdetr.data.annotations import LabelError
 from simdetr.data.map3d import map_targets, read_map
 
 EYE = np.eye(3).tolist()

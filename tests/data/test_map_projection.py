@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from simdetr.data.labels import Category, read_labels, write_labels
+from simdetr.data.annotations import Category
+from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.map3d import Camera, MapLandmarks, Pose, View, back_project, map_targets, project
 
 IDENTITY = Pose(np.eye(3), np.zeros(3))

@@ -7,7 +7,7 @@ import pytest
 from pycocotools import mask as coco_masks
 
 from simdetr.data import masks
-from simdetr.data.labels import ImageLabels, LabelError
+from simdetr.data.annotations import ImageLabels, LabelError
 
 SIZE = (40, 60)
 

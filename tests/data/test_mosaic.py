@@ -7,10 +7,11 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from simdetr.data import masks
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.augmentation import Mosaic, Placement, compose_tiles, eval_transforms, train_transforms
 from simdetr.data.dataset import DetectionDataset, item_randomness
 from simdetr.data.images import open_images
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.labels import Labels
 
 SIZES = [(80, 120), (100, 60), (64, 64), (50, 150), (90, 90), (120, 80)]
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255), (0, 255, 255)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from simdetr.data import points
-from simdetr.data.labels import ImageLabels, LabelError
+from simdetr.data.annotations import ImageLabels, LabelError
 
 NAN = float("nan")
 

@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 
 from simdetr import split
-from simdetr.data.labels import LabelError, read_labels
+from simdetr.data.annotations import LabelError
+from simdetr.data.label_files import read_labels
 from simdetr.data.protocols import (
     FRACTIONS,
     RECORD,

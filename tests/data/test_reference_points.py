@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
+from simdetr.data.annotations import Category, ImageLabels, LabelError
+from simdetr.data.labels import Labels
 from simdetr.data.reference_points import BOX_RULES, ReferencePoints, SharedCount, with_reference_points
 
 NAN = float("nan")

@@ -10,10 +10,11 @@ from scipy import ndimage
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.augmentation import Mosaic, eval_transforms, train_transforms
 from simdetr.data.dataset import DetectionDataset, collate
 from simdetr.data.images import open_images
-from simdetr.data.labels import Category, ImageLabels, LabelError, Labels
+from simdetr.data.labels import Labels
 from simdetr.data.reference_points import ReferencePoints
 
 NAN = float("nan")

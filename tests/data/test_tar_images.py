@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from upath import UPath
 
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.augmentation import eval_transforms
 from simdetr.data.dataset import DetectionDataset
 from simdetr.data.doctor import examine
 from simdetr.data.images import UnreadableImageError, numbered, open_images, read_image
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.labels import Labels
 from simdetr.reports.drawing import write_pictures
 
 

@@ -3,7 +3,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pytest
 
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.annotations import Category, ImageLabels
+from simdetr.data.labels import Labels
 
 Box = tuple[float, ...]  # x0, y0, x1, y1, class index and, if given, score
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from simdetr.data.labels import Lineage
+from simdetr.data.annotations import Lineage
 from simdetr.reports.report import birth_colour, birth_colours, births, origin_rows
 
 BOX = (0, 0, 9, 9, 0)

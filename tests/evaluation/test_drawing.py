@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.images import ImageSource
-from simdetr.data.labels import Category, ImageLabels
 from simdetr.reports.drawing import INK, class_colour, draw_boxes, draw_labels, draw_points, write_pictures
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simdetr.data.annotations import Category
 from simdetr.data.coco import read_coco
 from simdetr.data.images import open_images
-from simdetr.data.labels import Category, Labels
+from simdetr.data.labels import Labels
 from simdetr.data.scenes import render_scenes
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.batch import MiningConfig

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.coco import read_coco
 from simdetr.data.images import open_images
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.labels import Labels
 from simdetr.data.scenes import render_scenes
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.regions import Regions

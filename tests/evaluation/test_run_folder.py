@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from simdetr.data.annotations import Lineage
 from simdetr.data.coco import read_coco
 from simdetr.data.images import open_images
-from simdetr.data.labels import Lineage, write_labels
+from simdetr.data.label_files import write_labels
 from simdetr.data.scenes import render_scenes
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.kmeans import clustering_record, fit_kmeans

@@ -5,7 +5,8 @@ import types
 import pytest
 import torch
 
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.annotations import Category, ImageLabels
+from simdetr.data.labels import Labels
 from simdetr.detectors.predictions import Findings
 from simdetr.evaluation.coco_metric import coco_metrics
 from simdetr.training.detection_task import CocoValidation

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from simdetr.data.class_paths import class_of
 from simdetr.detectors import DeformableDETR
 from simdetr.detectors.detector import QueryDetector
-from simdetr.heads.head import Head, described, factory, part_class
+from simdetr.heads.head import Head, described, factory
 
 
 def test_a_description_builds_the_same_again():
@@ -28,4 +29,4 @@ def test_a_function_stays_itself():
 @pytest.mark.parametrize("class_path", ["os.system", "simdetr.boxes.clip", "simdetr.heads.Nothing", "torch.nn.Linear"])
 def test_nothing_else_is_built(class_path):
     with pytest.raises(ValueError, match=rf"class_path: expected a Head of simdetr, got '{class_path}'"):
-        part_class(class_path, Head)
+        class_of(class_path, Head)

@@ -16,8 +16,8 @@ from simdetr.heads.landmark_grid import (
     pool_valid,
     select_anchors,
     select_cells,
-    valid_cells,
 )
+from simdetr.heads.landmark_targets import valid_cells
 
 NAN = math.nan
 ALL = torch.ones(1, 9, dtype=torch.bool)

@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 import torch
 
+from simdetr.data.annotations import Category
 from simdetr.data.images import open_images
-from simdetr.data.labels import Category
 from simdetr.detectors.detector import Features, FeatureSizes, Level
 from simdetr.heads import HeadedBackbone, HeadedDetector, LocalisationHead
 from simdetr.heads.attention import DROPPED, importance_map

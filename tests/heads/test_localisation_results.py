@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.images import open_images
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.labels import Labels
 from simdetr.evaluation.localisation_metric import LocalisationMetric, centre_gaussian_map
 from simdetr.heads import HeadedBackbone, LocalisationHead
 from simdetr.reports.prediction_samples import write_heat_maps

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from simdetr.data.annotations import Category
 from simdetr.data.images import open_images
-from simdetr.data.labels import Category
 from simdetr.detectors.detector import Features, FeatureSizes, Level, Queries
 from simdetr.heads import HeadedBackbone, HeadedDetector, QueryMILHead
 from simdetr.heads.localisation_losses import contrastive_attention_loss

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from simdetr.data.labels import Category
+from simdetr.data.annotations import Category
 from simdetr.detectors import DeformableDETR, DETReg, TorchvisionDetector, ViDT
 from simdetr.exchange.convert import (
     export_official,

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from simdetr.data.labels import Category, ImageLabels, LabelError, Labels, read_labels
+from simdetr.data.annotations import Category, ImageLabels, LabelError
+from simdetr.data.label_files import read_labels
+from simdetr.data.labels import Labels
 from simdetr.data.protocols import split
 from simdetr.training.datamodule import DetectionData, queries_for
 

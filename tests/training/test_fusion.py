@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from simdetr.data.labels import Category, ImageLabels, Labels
+from simdetr.data.annotations import Category, ImageLabels
+from simdetr.data.labels import Labels
 from simdetr.mining.pseudo_labels import certainty
 from simdetr.training import fusion
 from simdetr.training.fusion import Fusion, fuse

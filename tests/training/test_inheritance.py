@@ -3,7 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from simdetr.data.labels import LINEAGE_COLUMNS, Category, ImageLabels, Labels, Lineage
+from simdetr.data.annotations import LINEAGE_COLUMNS, Category, ImageLabels, Lineage
+from simdetr.data.labels import Labels
 from simdetr.training.fusion import inherit
 
 

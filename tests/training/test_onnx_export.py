@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from simdetr.data.labels import Category
+from simdetr.data.annotations import Category
 from simdetr.detectors import DeformableDETR, TorchvisionDetector, TransformersDetector, ViDT
 from simdetr.exchange import onnx as onnx_export
 from simdetr.exchange.onnx import OnnxExportError, export_onnx

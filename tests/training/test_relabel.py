@@ -10,8 +10,9 @@ from torch import nn
 
 from simdetr.boxes import normalise, pairwise_iou
 from simdetr.data import masks
+from simdetr.data.annotations import LINEAGE_COLUMNS, Category
 from simdetr.data.images import open_images
-from simdetr.data.labels import LINEAGE_COLUMNS, Category, read_labels
+from simdetr.data.label_files import read_labels
 from simdetr.detectors.mask_vectors import encode_crops
 from simdetr.detectors.predictions import best_per_query
 from simdetr.exchange.weights import LoadedDetector

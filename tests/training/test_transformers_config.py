@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simdetr.data.labels import Category
+from simdetr.data.annotations import Category
 from simdetr.detectors import DeformableDETR
 from simdetr.exchange.formats import (
     config_from_transformers,

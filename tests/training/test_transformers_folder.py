@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from simdetr.data.annotations import Category
 from simdetr.data.images import read_image
-from simdetr.data.labels import Category
 from simdetr.detectors import DETReg, TorchvisionDetector, TransformersDetector
 from simdetr.exchange.convert import model_type_of, read_transformers_folder, write_transformers_folder
 from simdetr.exchange.weights import (

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from simdetr.data.labels import Category
+from simdetr.data.annotations import Category
 from simdetr.exchange.parameter_names import plain_heads
 from simdetr.exchange.weights import (
     CONFIG_NAME,
@@ -130,7 +130,7 @@ def test_weights_of_something_else_are_refused(make_detector, tmp_path):
 
 @pytest.mark.parametrize("class_path", ["os.system", "torch.nn.Linear", "simdetr.training.DetectionTask", "x"])
 def test_other_classes_are_never_constructed(class_path):
-    with pytest.raises(ValueError, match=r"class_path: expected a detector of simdetr\.detectors or simdetr\.heads"):
+    with pytest.raises(ValueError, match=r"class_path: expected a Detector of simdetr\.detectors or simdetr\.heads"):
         build_detector({"class_path": class_path, "init_args": {}})
 
 

@@ -1,0 +1,118 @@
+"""`Labels` to a file and back: Parquet with one row per image, or COCO JSON.
+
+In Parquet the categories and the stage stand in the schema's metadata; COCO files are `simdetr.data.coco`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from simdetr.data.annotations import LINEAGE_COLUMNS, Category, LabelError, Lineage
+from simdetr.data.coco import read_coco, write_coco
+from simdetr.data.labels import _LIST_COLUMNS, Labels
+from simdetr.data.storage import atomic_path
+
+_METADATA_KEY = b"simdetr-labels"
+
+
+_ROWS_PER_GROUP = 20_000
+
+
+def write_labels(labels: Labels, path: str | Path) -> None:
+    """Write labels as Parquet, one row per image; the file appears whole or not at all."""
+    offsets = pa.array(labels.offsets)
+    corners = pa.FixedSizeListArray.from_arrays(pa.array(labels.boxes_xyxy.reshape(-1)), 4)
+    lists = {name: pa.array(getattr(labels, name)) for name in ("classes", "scores", "areas", "crowd")}
+    if labels.lineage is not None:
+        lists |= {name: pa.array(getattr(labels.lineage, name)) for name in LINEAGE_COLUMNS}
+    if labels.masks is not None:
+        lists["masks"] = pa.array(labels.masks, pa.binary())
+    if labels.points is not None:
+        lists["points"] = pa.FixedSizeListArray.from_arrays(pa.array(labels.points.reshape(-1)), 2)
+    table = pa.table(
+        {
+            "image_id": pa.array(labels.image_ids, pa.string()),
+            "height": labels.sizes_hw[:, 0],
+            "width": labels.sizes_hw[:, 1],
+            **{
+                name: pa.LargeListArray.from_arrays(offsets, values)
+                for name, values in {"boxes_xyxy": corners, **lists}.items()
+            },
+        }
+    )
+    facts = {"stage": labels.stage, "categories": [[category.id, category.name] for category in labels.categories]}
+    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts).encode()})
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, row_group_size=_ROWS_PER_GROUP, compression="zstd")
+
+
+def read_labels(path: str | Path, *, strict: bool = False, masks: bool = False) -> Labels:
+    """Read labels from a Parquet file of `write_labels` or a COCO .json.
+
+    Args:
+        path: the file.
+        strict: raise at the first problem of a COCO file instead of repairing or dropping it, see `read_coco`.
+        masks: read the objects' masks from a COCO file too; a Parquet file gives those it has anyway.
+
+    Raises:
+        LabelError: the file is missing or holds no labels, or has a problem and ``strict`` is set.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".json":
+        return read_coco(path, strict=strict, masks=masks)[0]
+    try:
+        table = pq.read_table(path).combine_chunks()
+    except FileNotFoundError as error:
+        raise LabelError(f"labels: {path} does not exist") from error
+    except (OSError, pa.ArrowException) as error:
+        expected = "" if path.suffix == ".parquet" else "; expected COCO's .json or simdetr's .parquet"
+        raise LabelError(f"{path} cannot be read as Parquet{expected}: {error}") from error
+    facts = (table.schema.metadata or {}).get(_METADATA_KEY)
+    if facts is None:
+        raise LabelError(f"{path} holds no labels: expected a file of write_labels, got columns {table.column_names}")
+    content = json.loads(facts)
+
+    has_lineage = set(LINEAGE_COLUMNS) <= set(table.column_names)  # labels of people and older files have none
+    optional = {"masks", "points"} & set(table.column_names)
+    names = (*_LIST_COLUMNS, "crowd", *(LINEAGE_COLUMNS if has_lineage else ()), *optional)
+    lists = {name: pa.concat_arrays(table[name].chunks) for name in names if table.num_rows}
+
+    def flat(name: str) -> NDArray[Any]:
+        values = lists[name].flatten() if lists else pa.array([], pa.float32())
+        values = values.flatten() if pa.types.is_fixed_size_list(values.type) else values
+        return np.array(values.to_numpy(zero_copy_only=False))  # a copy: Arrow's memory is read-only
+
+    counts = pc.list_value_length(lists["classes"]).to_numpy() if lists else np.zeros(0, np.int64)
+    return Labels(
+        image_ids=tuple(table["image_id"].to_pylist()),
+        sizes_hw=np.stack([table["height"].to_numpy(), table["width"].to_numpy()], axis=1),
+        offsets=np.concatenate([[0], np.cumsum(counts)]),
+        boxes_xyxy=flat("boxes_xyxy").reshape(-1, 4),
+        classes=flat("classes"),
+        scores=flat("scores"),
+        categories=tuple(Category(id_, name) for id_, name in content["categories"]),
+        areas=flat("areas"),
+        crowd=flat("crowd"),
+        stage=int(content["stage"]),
+        lineage=Lineage(**{name: flat(name) for name in LINEAGE_COLUMNS}) if has_lineage else None,
+        masks=flat("masks") if "masks" in optional else None,
+        points=flat("points").reshape(-1, 2) if "points" in optional else None,
+    )
+
+
+def write_result(labels: Labels, out: Path) -> str:
+    """Write labels as COCO JSON, or as Parquet if ``out`` ends so.
+
+    Returns:
+        What was written, in one line.
+    """
+    (write_labels if out.suffix == ".parquet" else write_coco)(labels, out)
+    return f"{len(labels.boxes_xyxy):,} boxes on {len(labels):,} images in {out}"
