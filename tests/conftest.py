@@ -1,16 +1,21 @@
-"""Small scenes, settings and detectors that several folders of tests train on."""
+"""Small scenes, labels, settings and detectors that several folders of tests share."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
 
+from simdetr.data.annotations import Category, ImageLabels
+from simdetr.data.labels import Labels
 from simdetr.data.scenes import render_scenes
+from simdetr.detectors import DeformableDETR
 
 TINY_DETECTOR = {
     "backbone": "test_resnet",
@@ -191,3 +196,135 @@ def make_other(config_of_other):
             return build_detector(config)
 
     return make
+
+
+Box = tuple[float, ...]  # x0, y0, x1, y1, class index and, if given, score
+
+
+@pytest.fixture
+def make_labels() -> Callable[..., Labels]:
+    """Labels from {image id: [(x0, y0, x1, y1, class, score)]} on images of 640 by 640 pixels."""
+
+    def make(
+        images: Mapping[str, Sequence[Box]],
+        category_ids: Sequence[int | str] = (1,),
+        crowd: Sequence[bool] | None = None,
+        stage: int = -1,
+    ) -> Labels:
+        rows, start = [], 0
+        for image_id, boxes in images.items():
+            table = np.asarray([(*box, 1.0)[:6] for box in boxes], np.float64).reshape(-1, 6)
+            flags = None if crowd is None else crowd[start : start + len(table)]
+            start += len(table)
+            rows.append(ImageLabels.build(image_id, (640, 640), table[:, :4], table[:, 4], table[:, 5], flags))
+        return Labels.from_images(rows, [Category(id_, f"kind {id_}") for id_ in category_ids], stage)
+
+    return make
+
+
+@pytest.fixture
+def make_points() -> Callable[..., Labels]:
+    """Labels with points from {image id: [(x, y, class, score)]}; their boxes have no area unless given for all."""
+
+    def make(
+        images: Mapping[str, Sequence[tuple[float, ...]]],
+        classes: int = 1,
+        boxes: Sequence[tuple[float, ...]] | None = None,
+        crowd: Sequence[bool] | None = None,
+        size_hw: tuple[int, int] = (640, 640),
+    ) -> Labels:
+        rows, start = [], 0
+        for image_id, points in images.items():
+            table = np.asarray([(*point, 1.0)[:4] for point in points], np.float64).reshape(-1, 4)
+            own = slice(start, start + len(table))
+            start += len(table)
+            corners = np.nan_to_num(np.tile(table[:, :2], 2)) if boxes is None else boxes[own]
+            flags = None if crowd is None else crowd[own]
+            row = ImageLabels.build(
+                image_id, size_hw, corners, table[:, 2], table[:, 3], flags, points=table[:, :2].astype(np.float32)
+            )
+            rows.append(row)
+        return Labels.from_images(rows, [Category(index + 1, f"kind {index}") for index in range(classes)])
+
+    return make
+
+
+@pytest.fixture
+def random_points(make_points: Callable[..., Labels]) -> Callable[[int], tuple[Labels, Labels]]:
+    """Truth and predictions of three classes on eight images by a seed: some near, some wrong, missing or invented."""
+
+    def make(seed: int) -> tuple[Labels, Labels]:
+        rng = np.random.default_rng(seed)
+        truth: dict[str, list[tuple[float, ...]]] = {}
+        found: dict[str, list[tuple[float, ...]]] = {}
+        for index in range(8):
+            points = [(*rng.uniform(0, 640, 2), int(rng.integers(3))) for _ in range(index)]  # the first has none
+            truth[str(index)] = points
+            found[str(index)] = [
+                (x + rng.normal(0, 12), y + rng.normal(0, 12), label if rng.random() < 0.8 else 0, rng.random())
+                for x, y, label in points
+                for _ in range(rng.integers(0, 4))
+            ]
+            found[str(index)] += [(*rng.uniform(0, 640, 2), int(rng.integers(3)), rng.random()) for _ in range(3)]
+        return make_points(truth, 3), make_points(found, 3)
+
+    return make
+
+
+VARIANTS = {
+    "base": {},
+    "refine": {"with_box_refine": True},
+    "two_stage": {"with_box_refine": True, "two_stage": True},
+    "single_scale": {"num_feature_levels": 1},
+    "dc5": {"num_feature_levels": 1, "dilation": True, "backbone": "resnet50"},
+}
+
+
+@pytest.fixture
+def make_deformable():
+    """Build a small detector in evaluation mode with a fixed seed."""
+
+    def make(variant="base", seed=0, **changes):
+        small = {
+            "num_classes": 7,
+            "backbone": "resnet18",
+            "hidden_dim": 64,
+            "num_heads": 4,
+            "num_encoder_layers": 2,
+            "num_decoder_layers": 3,
+            "ffn_dim": 128,
+            "num_queries": 20,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return DeformableDETR(**(small | VARIANTS[variant] | changes)).eval()
+
+    return make
+
+
+@pytest.fixture
+def shake():
+    """Give every parameter and batch-norm buffer of a module random values that matter."""
+
+    def randomise(module, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+
+        def noise(tensor):
+            return torch.randn(tensor.shape, generator=generator)
+
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if "sampling_offsets.bias" in name:
+                    parameter.copy_(2.0 * noise(parameter))
+                elif parameter.dim() > 1:
+                    parameter.copy_(noise(parameter) / parameter[0].numel() ** 0.5)
+                else:
+                    parameter.add_(0.1 * noise(parameter))
+            for name, buffer in module.named_buffers():
+                if name.endswith(("running_mean", "bias")):
+                    buffer.copy_(0.1 * noise(buffer))
+                elif name.endswith(("running_var", "weight")):
+                    buffer.copy_(1.0 + 0.2 * noise(buffer).abs())
+        return module
+
+    return randomise

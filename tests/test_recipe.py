@@ -1,3 +1,5 @@
+""""""
+
 from __future__ import annotations
 
 import json
@@ -7,10 +9,15 @@ import torch
 import yaml
 from pytorch_lightning.callbacks import EMAWeightAveraging
 
+from simdetr import pipeline
+from simdetr.commands.main import main
+from simdetr.data.pretrained_weights import PretrainedWeightsError
 from simdetr.exchange.weights import checkpoint_config, load_detector, save_detector
 from simdetr.mining import ColourTextureEncoder
-from simdetr.recipe import Recipe, RecipeCLI, RecipeError
+from simdetr.recipe import Recipe, RecipeCLI, RecipeError, fit_to_device, is_chosen
+from simdetr.training import auto_batch
 from simdetr.training.detection_task import RandomStartError
+from simdetr.training.run_folder import RunFolder, RunMismatchError
 from simdetr.training.train import AtomicCheckpointIO, ResumePoint, train
 
 
@@ -197,3 +204,79 @@ def test_an_architecture_without_weights_learns_its_whole_backbone(given, recipe
     arguments = config.model.detector.init_args
     assert (arguments.frozen_batch_norm, arguments.freeze_stem) == (given, given)
     assert ("learns its whole backbone" in caplog.text) is not given
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors of constructors in a config reach the user as they were raised.
+
+
+@pytest.fixture
+def recipe_with(tiny_config, scenes):
+    return lambda *options: Recipe((str(tiny_config),), (f"--data.images={scenes}", *options))
+
+
+def test_constructors_are_heard_alone(recipe_with, tmp_path):
+    """Without what the parser thinks of the other types that an option might have had."""
+    torch.save({"net.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    encoder = "--encoder.class_path=simdetr.mining.TimmEncoder"
+    weights = (encoder, "--encoder.init_args.model=resnet18", f"--encoder.init_args.weights={tmp_path / 'other.pth'}")
+    with pytest.raises(PretrainedWeightsError, match=r"^weights: only 0 of the model's 60"):
+        recipe_with(*weights).sections()
+    with pytest.raises(ValueError, match=r"^cell_px: expected 1, 2, 4, 8 or 16, got -1$"):
+        recipe_with("--mining.level_sets.cell_px=-1").sections()
+    with pytest.raises(ValueError, match=r"^weights: resnet50 would look at images with random weights"):
+        recipe_with(encoder).sections()
+    assert recipe_with(encoder, "--encoder.init_args.random_weights=true").sections().encoder.region_dim == 2048
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ``--auto-batch`` from the command line to the run folder, and again when the run is resumed.
+
+
+def settings(folder):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    return config["data"]["batch_size"], config["model"]["lr"], config["model"]["backbone_lr"]
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """How often a batch size was looked for; four images fit."""
+    calls = []
+
+    def search(training):
+        calls.append(training)
+        return {"batch_size": 4, "device": "cpu", "size_hw": [64, 80]}
+
+    monkeypatch.setattr(auto_batch, "largest_batch", search)
+    return calls
+
+
+def test_fine_tuning_keeps_its_batch_when_resumed(tiny_config, scenes, tmp_path, searches):
+    out = tmp_path / "run"
+    arguments = ["finetune", f"--images={scenes}", f"--labels={scenes / 'instances.json'}", f"--out={out}"]
+    arguments += [f"--config={tiny_config}", "--auto-batch"]
+    main(arguments)
+    # two images and 1e-3 in the recipe
+    assert settings(out) == (4, 2e-3, 2e-3)
+    stored = (out / "detector" / "config.json").read_text()
+    main(arguments)
+    assert len(searches) == 1 and (out / "detector" / "config.json").read_text() == stored
+    with pytest.raises(RunMismatchError, match=r"data\.batch_size is 4 there, 2 asked"):
+        pipeline.finetune(scenes, scenes / "instances.json", out, (tiny_config,))
+
+
+def test_pretraining_looks_after_mining(tiny_config, scenes, tmp_path, searches):
+    out = tmp_path / "run"
+    for _ in range(2):
+        pipeline.pretrain(scenes, out, (tiny_config,), auto_batch="sqrt")
+        size, lr, backbone_lr = settings(out)
+        assert (size, lr, backbone_lr) == (4, pytest.approx(1e-3 * 2**0.5), pytest.approx(1e-3 * 2**0.5))
+    (training,) = searches
+    assert len(training.datamodule.labels) == 12 and training.datamodule.labels.stage == 0
+    assert json.loads((out / "auto_batch.json").read_text())["scaling"] == "sqrt"
+
+
+def test_nothing_happens_unless_asked(tiny_config, tmp_path, searches):
+    recipe, run = Recipe((str(tiny_config),)), RunFolder(tmp_path)
+    assert fit_to_device(recipe, run, False) is recipe
+    assert not searches and not is_chosen(run)

@@ -1,11 +1,18 @@
 """Backbones of every family: shapes, freezing, names, bad input."""
 
+from __future__ import annotations
+
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers.norm_act import FrozenBatchNorm2d
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from simdetr.detectors import Backbone
+from simdetr.detectors.backbone import Backbone as Backbone
+from simdetr.detectors.backbone import FrozenBatchNorm, SimpleFeaturePyramid, _nearest, resize_mask, with_one_pass
 
 FAMILIES = {
     "resnet18": (64, 96),
@@ -127,3 +134,119 @@ def test_bad_names():
         Backbone("hiera_tiny_224")
     with pytest.raises(ValueError, match="num_maps must be 1 or 3, got 2"):
         Backbone("resnet18", num_maps=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pyramid on a plain transformer's map.
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 6), (1, 3)])
+def test_twice_once_and_half_the_resolution(height, width):
+    pyramid = SimpleFeaturePyramid(12, 8)
+    maps = pyramid(torch.randn(2, 12, height, width, generator=torch.Generator().manual_seed(0)))
+    expected = [(2 * height, 2 * width), (height, width), (-(-height // 2), -(-width // 2))]
+    assert [tuple(m.shape) for m in maps] == [(2, 8, *size) for size in expected]
+    for features in maps:
+        # the last layer is a norm over channels
+        torch.testing.assert_close(features.mean(dim=1), torch.zeros_like(features[:, 0]), rtol=0, atol=1e-5)
+
+
+def test_a_cell_reaches_its_own_place():
+    pyramid = SimpleFeaturePyramid(4, 8).eval()
+    tokens = torch.zeros(1, 4, 8, 8)
+    changed = tokens.clone()
+    changed[..., 6, 1] = 1.0
+    for before, after, scale in zip(pyramid(tokens), pyramid(changed), (2, 1, 0.5), strict=True):
+        rows, columns = (before != after).any(dim=1)[0].nonzero(as_tuple=True)
+        assert abs(rows.float().mean() / scale - 6) <= 1 and abs(columns.float().mean() / scale - 1) <= 1
+
+
+def test_every_parameter_learns():
+    pyramid = SimpleFeaturePyramid(4, 8)
+    sum(features.square().sum() for features in pyramid(torch.randn(1, 4, 4, 4))).backward()
+    assert all(parameter.grad is not None for parameter in pyramid.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Frozen batch norm: torchvision's values in half the passes, in the precision of its input.
+
+
+@pytest.fixture
+def pair(shake):
+    theirs = shake(FrozenBatchNorm2d(5))
+    ours = FrozenBatchNorm(5)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def test_values_and_gradients_are_torchvisions(pair):
+    x = torch.randn(2, 5, 4, 3, generator=torch.Generator().manual_seed(0))
+    inputs = [x.clone().requires_grad_() for _ in pair]
+    outputs = [layer(value) for layer, value in zip(pair, inputs, strict=True)]
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
+    for output in outputs:
+        (output * x).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+
+
+def test_half_precision_stays(pair):
+    ours, theirs = pair
+    x = torch.randn(2, 5, 4, 3, generator=torch.Generator().manual_seed(0))
+    assert theirs(x.bfloat16()).dtype == torch.float32
+    found = ours(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), theirs(x), rtol=0.03, atol=0.03)
+
+
+def test_the_input_is_not_kept(pair):
+    ours, _ = pair
+    kept = []
+    x = torch.randn(2, 5, 4, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        ours(x).sum().backward()
+    assert sum(kept) <= 5
+
+
+def test_a_network_keeps_its_names_and_values():
+    body = timm.create_model("test_resnet", features_only=True, out_indices=(2, 3, 4))
+    frozen = timm.layers.freeze_batch_norm_2d(body).eval()
+    state, x = frozen.state_dict(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = frozen(x)
+        found = with_one_pass(frozen)(x)
+    assert list(frozen.state_dict()) == list(state)
+    assert all(torch.equal(frozen.state_dict()[name], state[name]) for name in state)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert not any(type(module) is FrozenBatchNorm2d for module in frozen.modules())
+
+
+def test_backbones_use_it_and_half_precision_reaches_their_maps():
+    backbone = Backbone("test_resnet")
+    assert any(isinstance(module, FrozenBatchNorm) for module in backbone.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 64, 64))
+    assert {features.dtype for features in maps} == {torch.bfloat16}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+#
+
+
+@pytest.mark.parametrize("stride", [4, 8, 14, 16, 32, 64])
+def test_pixels_are_those_of_interpolate(stride):
+    """Every size up to 1400 px with the two usual sizes of its map; exact fractions would miss some (26 of 106)."""
+    for pixels in range(stride, 1400):
+        for cells in {-(-pixels // stride), pixels // stride}:
+            row = torch.arange(pixels, dtype=torch.float32)[None, None]
+            expected = F.interpolate(row, size=cells, mode="nearest")[0, 0].long()
+            assert torch.equal(_nearest(pixels, cells, row.device), expected), (pixels, cells)
+
+
+def test_masks_of_a_batch():
+    mask = torch.rand(3, 37, 53, generator=torch.Generator().manual_seed(0)) > 0.5
+    for size in ((5, 7), (37, 53), (1, 1), (40, 60)):
+        expected = F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0] > 0.5
+        found = resize_mask(mask, size)
+        assert found.dtype == torch.bool and torch.equal(found, expected)

@@ -43,9 +43,9 @@ def test_parameter_groups_of_the_original():
     assert counts == {"backbone": 23_232_512, "slow": 790_018, "rest": 15_824_735}
 
 
-def test_initialisation_of_heads(make_detector):
+def test_initialisation_of_heads(make_deformable):
     for variant, biases in {"base": [-2.0] * 3, "refine": [-2.0, 0.0, 0.0], "two_stage": [0.0] * 4}.items():
-        detector = make_detector(variant)
+        detector = make_deformable(variant)
         for head, size in zip(detector.bbox_embed, biases, strict=True):
             assert head.layers[-1].weight.count_nonzero() == 0
             assert head.layers[-1].bias.tolist() == [0.0, 0.0, size, size]
@@ -54,15 +54,15 @@ def test_initialisation_of_heads(make_detector):
     assert math.log(99) == pytest.approx(4.59512, abs=1e-5)
 
 
-def test_heads_are_shared_without_refinement(make_detector):
-    base, refine = make_detector("base"), make_detector("refine")
+def test_heads_are_shared_without_refinement(make_deformable):
+    base, refine = make_deformable("base"), make_deformable("refine")
     assert len(set(base.class_embed)) == 1 == len(set(base.bbox_embed))
     assert len(set(refine.class_embed)) == 3 == len(set(refine.bbox_embed))
     assert refine.transformer.decoder.bbox_embed is refine.bbox_embed
 
 
-def test_initialisation_of_the_transformer(make_detector):
-    detector = make_detector("base", hidden_dim=128)
+def test_initialisation_of_the_transformer(make_deformable):
+    detector = make_deformable("base", hidden_dim=128)
     state = detector.state_dict()
     for name, fan in {
         "transformer.encoder.layers.0.linear1.weight": 256,
@@ -80,11 +80,11 @@ def test_initialisation_of_the_transformer(make_detector):
     assert state["query_embed.weight"].std().item() == pytest.approx(1.0, abs=0.1)
 
 
-def test_first_boxes(make_detector, batch):
+def test_first_boxes(make_deformable, batch):
     """One-stage boxes start at sigmoid(-2) of the image, two-stage boxes at the cells' own."""
     with torch.no_grad():
-        base, refine = make_detector("base")(*batch[:2]), make_detector("refine")(*batch[:2])
-        two_stage = make_detector("two_stage")(*batch[:2])
+        base, refine = make_deformable("base")(*batch[:2]), make_deformable("refine")(*batch[:2])
+        two_stage = make_deformable("two_stage")(*batch[:2])
     size = torch.tensor(-2.0).sigmoid()
     for boxes in (base["pred_boxes"], refine["aux_outputs"][0]["pred_boxes"]):
         torch.testing.assert_close(boxes[..., 2:], size.expand_as(boxes[..., 2:]))
@@ -94,9 +94,9 @@ def test_first_boxes(make_detector, batch):
 
 
 @pytest.mark.parametrize("variant", ["base", "refine", "two_stage", "single_scale", "dc5"])
-def test_outputs_and_gradients(variant, make_detector, batch):
+def test_outputs_and_gradients(variant, make_deformable, batch):
     images, mask, targets = batch
-    detector = make_detector(variant).train()
+    detector = make_deformable(variant).train()
     out = detector(images, mask)
     assert out["pred_logits"].shape == (2, 20, 7) and out["pred_boxes"].shape == (2, 20, 4)
     assert len(out["aux_outputs"]) == 2 and ("enc_outputs" in out) is (variant == "two_stage")
@@ -107,16 +107,16 @@ def test_outputs_and_gradients(variant, make_detector, batch):
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"])
-def test_other_backbones_take_any_size(name, make_detector):
+def test_other_backbones_take_any_size(name, make_deformable):
     """Odd sizes are padded where the backbone needs it, and the padding is masked."""
-    detector = make_detector("base", backbone=name, num_encoder_layers=1, num_decoder_layers=1)
+    detector = make_deformable("base", backbone=name, num_encoder_layers=1, num_decoder_layers=1)
     with torch.no_grad():
         out = detector(torch.zeros(2, 3, 75, 83))
     assert torch.isfinite(out["pred_boxes"]).all() and out["pred_boxes"].shape == (2, 20, 4)
 
 
-def test_a_mask_without_padding_is_no_mask(make_detector, shake, batch):
-    detector = shake(make_detector("two_stage"))
+def test_a_mask_without_padding_is_no_mask(make_deformable, shake, batch):
+    detector = shake(make_deformable("two_stage"))
     images = batch[0]
     with torch.no_grad():
         without, blank = detector(images), detector(images, torch.zeros(2, 120, 136, dtype=torch.bool))
@@ -127,17 +127,17 @@ def test_a_mask_without_padding_is_no_mask(make_detector, shake, batch):
     assert not torch.allclose(general["pred_logits"][1], without["pred_logits"][1], atol=1e-3)
 
 
-def test_one_image_alone_or_in_a_batch(make_detector, shake, batch):
-    detector = shake(make_detector("refine"))
+def test_one_image_alone_or_in_a_batch(make_deformable, shake, batch):
+    detector = shake(make_deformable("refine"))
     images, mask, _ = batch
     with torch.no_grad():
         together, alone = detector(images, mask), detector(images[1:], mask[1:])
     torch.testing.assert_close(alone["pred_boxes"][0], together["pred_boxes"][1], rtol=1e-4, atol=1e-5)
 
 
-def test_autocast_keeps_boxes_in_float32(make_detector, batch):
+def test_autocast_keeps_boxes_in_float32(make_deformable, batch):
     images, mask, targets = batch
-    detector = make_detector("two_stage").train()
+    detector = make_deformable("two_stage").train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = detector(images, mask)
         loss = DetectionLoss()(out, targets)["loss"]
@@ -161,11 +161,11 @@ def kept_bytes(compute, parameters):
 
 
 @pytest.mark.parametrize("changes", [{}, {"backbone": "vit_tiny_patch16_224"}], ids=["resnet", "vit"])
-def test_activation_checkpointing_changes_memory_alone(changes, make_detector, batch):
+def test_activation_checkpointing_changes_memory_alone(changes, make_deformable, batch):
     images, mask, targets = batch
     gradients, kept = [], []
     for again in (False, True):
-        detector = make_detector("refine", dropout=0.3, activation_checkpointing=again, **changes).train()
+        detector = make_deformable("refine", dropout=0.3, activation_checkpointing=again, **changes).train()
         assert detector.init_args["activation_checkpointing"] is again
         with torch.random.fork_rng():
             torch.manual_seed(5)
@@ -177,34 +177,34 @@ def test_activation_checkpointing_changes_memory_alone(changes, make_detector, b
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_activation_checkpointing_is_for_training_alone(make_detector, batch):
-    detector = make_detector("base", activation_checkpointing=True)
+def test_activation_checkpointing_is_for_training_alone(make_deformable, batch):
+    detector = make_deformable("base", activation_checkpointing=True)
     with torch.no_grad():
-        expected = make_detector("base")(*batch[:2])["pred_boxes"]
+        expected = make_deformable("base")(*batch[:2])["pred_boxes"]
         torch.testing.assert_close(detector(*batch[:2])["pred_boxes"], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_attention_of_queries_saves_memory_in_training(dropout, make_detector, batch, monkeypatch):
+def test_attention_of_queries_saves_memory_in_training(dropout, make_deformable, batch, monkeypatch):
     """It goes through the fused operator, with its dropout, and asks for no table of weights."""
     calls = []
     fused = F.scaled_dot_product_attention
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda *args, **more: (calls.append(more), fused(*args, **more))[1]
     )
-    detector = make_detector("base", dropout=dropout).train()
+    detector = make_deformable("base", dropout=dropout).train()
     detector.losses(*batch)["loss"].backward()
     assert calls == [{"dropout_p": dropout}] * 3
 
 
-def test_widths_that_32_does_not_divide(make_detector, batch):
-    detector = make_detector("two_stage", hidden_dim=36, num_heads=3)
+def test_widths_that_32_does_not_divide(make_deformable, batch):
+    detector = make_deformable("two_stage", hidden_dim=36, num_heads=3)
     with torch.no_grad():
         assert detector(*batch[:2])["pred_boxes"].shape == (2, 20, 4)
 
 
-def test_copies_and_pickles(make_detector):
-    detector = make_detector("two_stage")
+def test_copies_and_pickles(make_deformable):
+    detector = make_deformable("two_stage")
     again = pickle.loads(pickle.dumps(detector))
     assert all(torch.equal(a, b) for a, b in zip(detector.parameters(), again.parameters(), strict=True))
     assert again.transformer.decoder.bbox_embed is again.bbox_embed
@@ -245,14 +245,14 @@ def test_yaml_can_build_it():
         ({"num_decoder_layers": 0}, "num_decoder_layers must be at least 1, got 0"),
     ],
 )
-def test_sizes_that_do_not_fit(changes, message, make_detector):
+def test_sizes_that_do_not_fit(changes, message, make_deformable):
     with pytest.raises(ValueError, match=message):
-        make_detector("base", **changes)
+        make_deformable("base", **changes)
 
 
-def test_mask_of_another_size(make_detector, batch):
+def test_mask_of_another_size(make_deformable, batch):
     with pytest.raises(ValueError, match=r"mask must be \[B, H, W\] = \[2, 120, 136\], got \[2, 60, 68\]"):
-        make_detector("base")(batch[0], batch[1][:, ::2, ::2])
+        make_deformable("base")(batch[0], batch[1][:, ::2, ::2])
 
 
 def rectangles():
@@ -297,13 +297,13 @@ def best_boxes_are_right(detector, min_iou):
         assert sorted(found["labels"][:count].tolist()) == sorted(target["labels"].tolist())
 
 
-def overfitting_detector(make_detector, variant):
+def overfitting_detector(make_deformable, variant):
     changes = {"num_classes": 3, "frozen_batch_norm": False, "freeze_stem": False, "dropout": 0.0, "num_queries": 10}
-    return make_detector(variant, backbone="resnet10t", **changes)
+    return make_deformable(variant, backbone="resnet10t", **changes)
 
 
-def test_learns_two_images_a_little(make_detector):
-    detector = overfitting_detector(make_detector, "refine")
+def test_learns_two_images_a_little(make_deformable):
+    detector = overfitting_detector(make_deformable, "refine")
     first, last = overfit(detector, steps=60)
     assert last < first / 3
     best_boxes_are_right(detector, min_iou=0.5)
@@ -311,8 +311,8 @@ def test_learns_two_images_a_little(make_detector):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["base", "refine", "two_stage"])
-def test_learns_two_images_by_heart(variant, make_detector):
-    detector = overfitting_detector(make_detector, variant)
+def test_learns_two_images_by_heart(variant, make_deformable):
+    detector = overfitting_detector(make_deformable, variant)
     first, last = overfit(detector, steps=300)
     assert last < first / 10
     best_boxes_are_right(detector, min_iou=0.9)

@@ -1,9 +1,19 @@
 """The transformer: references, padding invariance, refinement, two-stage gradients (specification T12, T15, T16)."""
 
+from __future__ import annotations
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from simdetr.detectors.deformable_transformer import cell_references, inverse_sigmoid
+from simdetr.detectors.deformable_transformer import (
+    DeformableDecoderLayer,
+    DeformableEncoderLayer,
+    Memory,
+    cell_boxes,
+    cell_references,
+    inverse_sigmoid,
+)
 from simdetr.detectors.position_encoding import sine_cell_positions
 
 
@@ -29,9 +39,9 @@ def test_references_of_cells_by_hand():
 
 
 @pytest.mark.parametrize("variant", ["base", "refine", "two_stage"])
-def test_padding_changes_nothing(variant, make_detector, shake):
+def test_padding_changes_nothing(variant, make_deformable, shake):
     """The same maps, alone and inside larger ones whose padding holds garbage, give the same boxes."""
-    detector = shake(make_detector(variant, num_queries=10, exclude_invalid_proposals=True))
+    detector = shake(make_deformable(variant, num_queries=10, exclude_invalid_proposals=True))
     generator = torch.Generator().manual_seed(0)
     sizes, padded_sizes = [(12, 8), (6, 4), (3, 2), (2, 1)], [(16, 14), (8, 7), (4, 4), (3, 2)]
     small = [torch.randn(2, 64, *size, generator=generator) for size in sizes]
@@ -55,8 +65,8 @@ def test_padding_changes_nothing(variant, make_detector, shake):
         torch.testing.assert_close(padded_boxes, boxes, rtol=0, atol=1e-4)
 
 
-def test_refined_boxes_are_the_next_references(make_detector, shake, batch):
-    detector = shake(make_detector("refine"))
+def test_refined_boxes_are_the_next_references(make_deformable, shake, batch):
+    detector = shake(make_deformable("refine"))
     seen = []
     for layer in detector.transformer.decoder.layers:
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
@@ -68,9 +78,9 @@ def test_refined_boxes_are_the_next_references(make_detector, shake, batch):
         torch.testing.assert_close(reference[:, :, 0], prediction["pred_boxes"], rtol=0, atol=0)
 
 
-def test_refinement_does_not_reach_back(make_detector, shake, batch):
+def test_refinement_does_not_reach_back(make_deformable, shake, batch):
     """The loss of a layer's boxes teaches its own head and not the heads before, whose boxes it started from."""
-    detector = shake(make_detector("refine"))
+    detector = shake(make_deformable("refine"))
     out = detector(*batch[:2])
     out["pred_boxes"].square().sum().backward()
     gradients = [head.layers[-1].weight.grad for head in detector.bbox_embed]
@@ -79,8 +89,8 @@ def test_refinement_does_not_reach_back(make_detector, shake, batch):
 
 
 @pytest.mark.parametrize("variant", ["base", "refine"])
-def test_gradient_reaches_references_and_queries(variant, make_detector, shake, batch):
-    detector = shake(make_detector(variant))
+def test_gradient_reaches_references_and_queries(variant, make_deformable, shake, batch):
+    detector = shake(make_deformable(variant))
     first = detector(*batch[:2])["aux_outputs"][0]
     first["pred_boxes"].square().sum().backward()
     assert detector.transformer.reference_points.weight.grad.abs().sum() > 0
@@ -88,8 +98,8 @@ def test_gradient_reaches_references_and_queries(variant, make_detector, shake, 
     assert detector.query_embed.weight.grad[:, 64:].abs().sum() > 0
 
 
-def test_only_the_encoder_loss_teaches_the_proposals(make_detector, shake, batch):
-    detector = shake(make_detector("two_stage"))
+def test_only_the_encoder_loss_teaches_the_proposals(make_deformable, shake, batch):
+    detector = shake(make_deformable("two_stage"))
     transformer = detector.transformer
     proposing = [detector.class_embed[3].weight, detector.bbox_embed[3].layers[0].weight]
     proposing += [transformer.enc_output.weight, transformer.enc_output_norm.weight]
@@ -103,9 +113,9 @@ def test_only_the_encoder_loss_teaches_the_proposals(make_detector, shake, batch
     assert all(torch.isfinite(parameter.grad).all() and parameter.grad.abs().sum() > 0 for parameter in proposing)
 
 
-def test_two_stage_starts_from_the_best_cells(make_detector, shake, batch):
+def test_two_stage_starts_from_the_best_cells(make_deformable, shake, batch):
     """Queries start at the boxes of the cells with the highest objectness."""
-    detector = shake(make_detector("two_stage"))
+    detector = shake(make_deformable("two_stage"))
     seen = []
     detector.transformer.decoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
     with torch.no_grad():
@@ -116,9 +126,9 @@ def test_two_stage_starts_from_the_best_cells(make_detector, shake, batch):
 
 
 @pytest.mark.parametrize("exclude", [False, True])
-def test_invalid_cells_can_be_kept_from_becoming_queries(exclude, make_detector, batch):
+def test_invalid_cells_can_be_kept_from_becoming_queries(exclude, make_deformable, batch):
     images, mask, _ = batch
-    detector = make_detector("two_stage", exclude_invalid_proposals=exclude)
+    detector = make_deformable("two_stage", exclude_invalid_proposals=exclude)
     transformer, seen = detector.transformer, []
     transformer.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
     with torch.no_grad():
@@ -130,7 +140,112 @@ def test_invalid_cells_can_be_kept_from_becoming_queries(exclude, make_detector,
     assert invalid[1].all() if not exclude else not invalid.any()
 
 
-def test_too_few_cells_for_the_queries(make_detector):
-    detector = make_detector("two_stage", num_queries=500)
+def test_too_few_cells_for_the_queries(make_deformable):
+    detector = make_deformable("two_stage", num_queries=500)
     with pytest.raises(ValueError, match=r"num_queries=500 of the feature maps' cells.*only 85"):
         detector(torch.zeros(1, 3, 64, 64))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoder and decoder layers: order of operations, positions, padding.
+
+
+SHAPES = [(4, 3), (2, 2)]
+CELLS = 16
+
+
+@pytest.fixture
+def memory():
+    tokens = torch.randn(2, CELLS, 8, generator=torch.Generator().manual_seed(0))
+    padding = torch.zeros(2, CELLS, dtype=torch.bool)
+    padding[1, [2, 5, 8, 11, 13, 15]] = True
+    return Memory(tokens, SHAPES, torch.ones(2, 2, 2), padding)
+
+
+def build(kind, shake):
+    return shake(kind(8, 16, 0.1, 2, 2, 3).eval())
+
+
+def rand(*size, seed=1):
+    return torch.rand(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_encoder_layer_is_the_written_formula(memory, shake):
+    layer = build(DeformableEncoderLayer, shake)
+    positions, references = rand(1, CELLS, 8), rand(2, CELLS, 2, 2, seed=2)
+    x = memory.tokens
+    x = layer.norm1(x + layer.self_attn(x + positions, references, x, SHAPES, memory.padding))
+    x = layer.norm2(x + layer.linear2(F.relu(layer.linear1(x))))
+    torch.testing.assert_close(layer(memory, positions, references), x)
+
+
+def test_decoder_layer_is_the_written_formula(memory, shake):
+    """Self-attention is followed by norm2 and cross-attention by norm1, as in the original."""
+    layer = build(DeformableDecoderLayer, shake)
+    target, query, references = rand(2, 5, 8), rand(2, 5, 8, seed=2), rand(2, 5, 2, 4, seed=3)
+    found = layer(target, query, references, memory)
+    projected = F.linear(target + query, layer.self_attn.in_proj_weight[:16], layer.self_attn.in_proj_bias[:16])
+    value = F.linear(target, layer.self_attn.in_proj_weight[16:], layer.self_attn.in_proj_bias[16:])
+    heads = [tensor.view(2, 5, 2, 4).transpose(1, 2) for tensor in (*projected.chunk(2, dim=-1), value)]
+    scores = (heads[0] @ heads[1].mT / 2.0).softmax(-1)
+    attended = layer.self_attn.out_proj((scores @ heads[2]).transpose(1, 2).reshape(2, 5, 8))
+    x = layer.norm2(target + attended)
+    x = layer.norm1(x + layer.cross_attn(x + query, references, memory.tokens, SHAPES, memory.padding))
+    x = layer.norm3(x + layer.linear2(F.relu(layer.linear1(x))))
+    torch.testing.assert_close(found, x)
+
+
+def test_padding_cannot_be_read(memory, shake):
+    layer = build(DeformableDecoderLayer, shake)
+    inputs = rand(2, 5, 8), rand(2, 5, 8, seed=2), rand(2, 5, 2, 2, seed=3)
+    garbage = torch.where(memory.padding[..., None], 1e4, memory.tokens)
+    expected = layer(*inputs, memory)
+    torch.testing.assert_close(layer(*inputs, memory._replace(tokens=garbage)), expected, rtol=0, atol=0)
+
+
+def test_dropout_is_on_in_training_only(memory, shake):
+    layer = build(DeformableEncoderLayer, shake)
+    inputs = memory, rand(1, CELLS, 8), rand(2, CELLS, 2, 2, seed=2)
+    torch.testing.assert_close(layer(*inputs), layer(*inputs), rtol=0, atol=0)
+    layer.train()
+    assert not torch.equal(layer(*inputs), layer(*inputs))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Boxes of cells, worked out by hand on two levels with padding (specification T16).
+
+
+def test_boxes_of_two_levels_with_padding():
+    first = torch.zeros(1, 4, 6, dtype=torch.bool)
+    first[:, 3:] = True
+    first[:, :, 5:] = True
+    second = torch.zeros(1, 2, 3, dtype=torch.bool)
+    logits, usable = cell_boxes([first, second])
+    assert logits.shape == (1, 30, 4)
+    for level, (height, width, valid_h, valid_w, start) in enumerate([(4, 6, 3, 5, 0), (2, 3, 2, 3, 24)]):
+        for row in range(height):
+            for column in range(width):
+                index = start + row * width + column
+                if row >= valid_h or column >= valid_w:
+                    assert not usable[0, index]
+                    assert (logits[0, index] == torch.inf).all()
+                    continue
+                assert usable[0, index]
+                side = 0.05 * 2**level
+                expected = torch.tensor([(column + 0.5) / valid_w, (row + 0.5) / valid_h, side, side])
+                torch.testing.assert_close(logits[0, index].sigmoid(), expected)
+
+
+def test_cells_at_the_border_may_not_propose():
+    # 60 cells on a side: the first centre is 0.5 / 60 < 0.01
+    _, usable = cell_boxes([torch.zeros(1, 60, 60, dtype=torch.bool)])
+    grid = usable.view(60, 60)
+    assert grid[1:-1, 1:-1].all()
+    assert not grid[0].any() and not grid[-1].any() and not grid[:, 0].any() and not grid[:, -1].any()
+
+
+def test_levels_whose_boxes_fill_the_image_may_not_propose():
+    cells = torch.zeros(1, 2, 2, dtype=torch.bool)
+    _, usable = cell_boxes([cells] * 6)
+    # 0.05 · 2^4 = 0.8 is allowed, 0.05 · 2^5 = 1.6 is not
+    assert usable.view(6, 4).all(dim=1).tolist() == [True] * 5 + [False]

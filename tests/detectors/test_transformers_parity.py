@@ -56,9 +56,9 @@ def build_reference(variant, backbone="resnet18", position="sine"):
 
 
 @pytest.fixture(params=VARIANTS)
-def pair(request, make_detector, shake):
+def pair(request, make_deformable, shake):
     """Our detector and transformers' with the same random weights."""
-    ours = shake(make_detector(request.param))
+    ours = shake(make_deformable(request.param))
     theirs = build_reference(request.param)
     theirs.load_state_dict(to_transformers(plain_heads(ours.state_dict()), "memory"), strict=True)
     return ours, theirs
@@ -131,8 +131,8 @@ def test_files_written_for_transformers_can_be_read(pair, batch, tmp_path):
     torch.testing.assert_close(found, expected)
 
 
-def test_learned_positions_are_equal(make_detector, shake, batch):
-    ours = shake(make_detector("base", position_encoding="learned"))
+def test_learned_positions_are_equal(make_deformable, shake, batch):
+    ours = shake(make_deformable("base", position_encoding="learned"))
     theirs = build_reference("base", position="learned")
     theirs.load_state_dict(to_transformers(plain_heads(ours.state_dict()), "memory"), strict=True)
     images, mask, _ = batch
@@ -143,8 +143,8 @@ def test_learned_positions_are_equal(make_detector, shake, batch):
 
 
 @pytest.mark.parametrize("variant", ["base", "refine", "two_stage"])
-def test_objectness_becomes_a_part_of_their_class_heads(variant, make_detector, shake, batch):
-    ours, theirs = shake(make_detector(variant, objectness=True)), build_reference(variant)
+def test_objectness_becomes_a_part_of_their_class_heads(variant, make_deformable, shake, batch):
+    ours, theirs = shake(make_deformable(variant, objectness=True)), build_reference(variant)
     theirs.load_state_dict(to_transformers(plain_heads(ours.state_dict()), "memory"), strict=True)
     images, mask, _ = batch
     with torch.no_grad():
@@ -154,9 +154,9 @@ def test_objectness_becomes_a_part_of_their_class_heads(variant, make_detector, 
     torch.testing.assert_close(found["pred_boxes"], expected.pred_boxes, rtol=0, atol=1e-5)
 
 
-def test_their_encoder_chooses_by_its_first_class(make_detector, shake, batch):
+def test_their_encoder_chooses_by_its_first_class(make_deformable, shake, batch):
     """A published head of the encoder, all of whose rows differ: ours has the first row and chooses the same cells."""
-    theirs, ours = shake(build_reference("two_stage")), make_detector("two_stage")
+    theirs, ours = shake(build_reference("two_stage")), make_deformable("two_stage")
     own = ours.state_dict()
     ours.load_state_dict(fit_to(restore_copies(from_transformers(theirs.state_dict()), own), own), strict=True)
     images, mask, _ = batch

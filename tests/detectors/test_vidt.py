@@ -1,15 +1,33 @@
 """ViDT: parameter counts, order of tokens and layers, gradients, learning (specification T11, T20, T24, B6)."""
 
+from __future__ import annotations
+
 import json
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from simdetr.boxes import cxcywh_to_xyxy, denormalise, pairwise_iou
 from simdetr.detectors import ViDT, postprocess
+from simdetr.detectors.deformable_detr import BoxHead
+from simdetr.detectors.deformable_transformer import cell_boxes, inverse_sigmoid
 from simdetr.detectors.swin_ram import resize_mask
+from simdetr.detectors.vidt import (
+    FusionBlock,
+    NeckFreeHead,
+    Perceptron,
+    PyramidFusion,
+    ResidualUnit,
+    VidtNeck,
+    flatten_maps,
+    map_projection,
+    project_tokens,
+    softmax_log_odds,
+    vector_head,
+)
 
 PLAIN = {"fusion": False, "iou_aware": False, "mask_vectors": False, "token_labels": False}
 VARIANTS = {"plus": {}, "vidt": PLAIN, "shared_heads": {"with_box_refine": False}, "neck_free": {"neck": False}}
@@ -346,3 +364,262 @@ def test_learns_two_images_by_heart(variant):
         ious = pairwise_iou(cxcywh_to_xyxy(target["boxes"]) * 96, found["boxes_xyxy"][:count])
         assert (ious.amax(dim=1) > 0.8).all(), ious
         assert sorted(found["labels"][:count].tolist()) == sorted(target["labels"].tolist())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The decoder without encoder: memory, the body's own prediction, cells' classes, initialisation.
+
+
+NECK_SIZES = [(2, 3), (4, 5)]
+
+
+def make_neck(refine=True, classes=5, layers=3):
+    torch.manual_seed(0)
+    neck = VidtNeck(
+        16,
+        num_heads=2,
+        num_layers=layers,
+        ffn_dim=32,
+        dropout=0.0,
+        num_levels=2,
+        num_points=2,
+        refine=refine,
+        token_classes=classes,
+        class_bias=-4.0,
+    )
+    heads = torch.nn.ModuleList(BoxHead(16, -2.0) for _ in range(layers + 1))
+    for head in heads:
+        torch.nn.init.normal_(head.layers[-1].weight, std=0.3)
+    return neck.eval(), heads
+
+
+def make_maps():
+    generator = torch.Generator().manual_seed(1)
+    maps = [torch.randn(2, 16, *size, generator=generator) for size in NECK_SIZES]
+    masks = [torch.zeros(2, *size, dtype=torch.bool) for size in NECK_SIZES]
+    masks[0][1, :, 2:] = True
+    masks[1][1, :, 3:] = True
+    masks[1][1, 2:] = True
+    return maps, masks
+
+
+def make_queries():
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(2, 7, 16, generator=generator), torch.randn(2, 7, 16, generator=generator)
+
+
+def test_memory_of_maps():
+    maps, masks = make_maps()
+    memory = flatten_maps(maps, masks)
+    assert memory.shapes == NECK_SIZES and memory.tokens.shape == (2, 26, 16)
+    torch.testing.assert_close(memory.tokens[1, 6 + 2 * 5 + 3], maps[1][1, :, 2, 3])
+    expected = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[2 / 3, 1.0], [3 / 5, 2 / 4]]])  # width, height
+    torch.testing.assert_close(memory.valid_ratios, expected)
+    assert memory.padding.equal(torch.cat([mask.flatten(1) for mask in masks], dim=1))
+    assert flatten_maps(maps, [mask[:1] for mask in masks]).padding is None
+
+
+@pytest.mark.parametrize("refine", [True, False])
+@torch.no_grad()
+def test_first_prediction_is_the_bodys_and_starts_the_decoder(refine):
+    (neck, heads), (target, query) = make_neck(refine), make_queries()
+    memory = flatten_maps(*make_maps())
+    states, boxes, _ = neck(target, query, memory, heads, 3)
+    assert len(states) == len(boxes) == 4 and torch.equal(states[0], target)
+    points = neck.reference_points(query).sigmoid()
+    logits = heads[0](target)
+    logits[..., :2] += inverse_sigmoid(points)
+    torch.testing.assert_close(boxes[0], logits.sigmoid())
+    start = boxes[0] if refine else points
+    later_states, later_boxes = neck.decoder(target, query, start, memory, heads[1:])
+    torch.testing.assert_close(later_states, states[1:])
+    torch.testing.assert_close(later_boxes, boxes[1:])
+
+
+@torch.no_grad()
+def test_fewer_layers_are_the_first_ones():
+    (neck, heads), (target, query) = make_neck(), make_queries()
+    memory = flatten_maps(*make_maps())
+    states, boxes, _ = neck(target, query, memory, heads, 3)
+    for layers in range(4):
+        fewer_states, fewer_boxes, _ = neck(target, query, memory, heads, layers)
+        assert len(fewer_boxes) == layers + 1
+        assert all(torch.equal(a, b) for a, b in zip(fewer_states, states[: layers + 1], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(fewer_boxes, boxes[: layers + 1], strict=True))
+
+
+def test_gradient_stops_between_layers_but_reaches_the_reference():
+    (neck, heads), (target, query) = make_neck(), make_queries()
+    _, boxes, _ = neck(target, query, flatten_maps(*make_maps()), heads, 3)
+    boxes[1].sum().backward(retain_graph=True)
+    assert heads[0].layers[-1].weight.grad is None and heads[1].layers[-1].weight.grad is not None
+    assert neck.reference_points.weight.grad is None
+    boxes[0].sum().backward()
+    assert neck.reference_points.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_cells_classes():
+    neck, _ = make_neck()
+    maps, masks = make_maps()
+    levels = neck.label_cells(flatten_maps(maps, masks), masks)
+    assert [tuple(level.shape) for level in levels] == [(2, *size, 5) for size in NECK_SIZES]
+    state = neck.enc_output_norm(neck.enc_output(maps[1][0, :, 2, 3]))
+    torch.testing.assert_close(levels[1][0, 2, 3], neck.token_embed(state))
+    usable = cell_boxes(masks)[1][:, 6:].view(2, 4, 5)
+    assert not usable[1, 3].any()
+    nothing = neck.token_embed(neck.enc_output_norm(neck.enc_output(torch.zeros(16))))
+    torch.testing.assert_close(levels[1][~usable], nothing.expand(int((~usable).sum()), -1))
+
+
+def test_initialisation_of_the_neck():
+    neck, _ = make_neck()
+    bound = (6 / (16 + 32)) ** 0.5
+    for layer in neck.decoder.layers:
+        assert 0.8 * bound < layer.linear1.weight.abs().max() <= bound
+        assert layer.cross_attn.sampling_offsets.weight.count_nonzero() == 0
+    assert neck.token_embed.bias.tolist() == [-4.0] * 5
+    assert neck.reference_points.bias.count_nonzero() == 2  # PyTorch's default, unlike in Deformable DETR
+    assert not any(name.startswith(("enc_", "token_")) for name, _ in make_neck(classes=None)[0].named_parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fusion against bilinear interpolation by hand, its order and its names (specification T20).
+
+
+FUSION_SIZES = [(12, 10), (6, 5), (3, 3), (2, 2)]
+
+
+def corner_aligned(array, height, width):
+    """Bilinear resize [h, w] whose corner cells keep their values, cell by cell."""
+    out = np.empty((height, width))
+    for row in range(height):
+        for column in range(width):
+            y = row * (array.shape[0] - 1) / (height - 1)
+            x = column * (array.shape[1] - 1) / (width - 1)
+            top, left = min(int(y), array.shape[0] - 2), min(int(x), array.shape[1] - 2)
+            weights = np.outer([1 - (y - top), y - top], [1 - (x - left), x - left])
+            out[row, column] = (weights * array[top : top + 2, left : left + 2]).sum()
+    return out
+
+
+@torch.no_grad()
+def test_coarse_maps_are_enlarged_with_aligned_corners():
+    block = FusionBlock(4, coarsest=False)
+    for unit in (block.resConfUnit1, block.resConfUnit2):
+        torch.nn.init.zeros_(unit.conv3.weight)
+        torch.nn.init.zeros_(unit.conv3.bias)
+    torch.manual_seed(0)
+    features, coarser = torch.randn(1, 4, 7, 9), torch.randn(1, 4, 4, 5)
+    enlarged = torch.from_numpy(np.stack([corner_aligned(channel, 7, 9) for channel in coarser[0].numpy()])).float()
+    expected = features[0] + torch.einsum("oc,chw->ohw", block.smoothing.weight[:, :, 0, 0], enlarged)
+    expected = expected + block.smoothing.bias[:, None, None]
+    torch.testing.assert_close(block(features, coarser)[0], expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_maps_come_out_coarse_first_and_know_only_coarser_ones():
+    torch.manual_seed(0)
+    fusion = PyramidFusion([3, 5, 6, 8], 32)
+    maps = [torch.randn(2, width, *size) for width, size in zip([3, 5, 6, 8], FUSION_SIZES, strict=True)]
+    before = fusion(maps)
+    assert [tuple(m.shape) for m in before] == [(2, 32, *size) for size in reversed(FUSION_SIZES)]
+    changed = [*maps]
+    changed[1] = maps[1] + torch.randn_like(maps[1])
+    after = fusion(changed)
+    equal = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert equal == [True, True, False, False]
+    assert all(torch.equal(m, kept) for m, kept in zip(maps[2:], changed[2:], strict=True))  # inputs are not touched
+
+
+@torch.no_grad()
+def test_residual_unit_by_hand():
+    torch.manual_seed(0)
+    unit = ResidualUnit(8)
+    features = torch.randn(1, 8, 5, 5)
+    hidden = unit.conv3(unit.conv2(unit.conv1(features.relu()).relu()).relu())
+    torch.testing.assert_close(unit(features), features + hidden)
+    assert unit.conv2.weight.shape == (2, 2, 3, 3)
+
+
+def test_names_and_count_of_the_original():
+    fusion = PyramidFusion([192, 384, 768, 256], 256)
+    names = {name.split(".")[1] for name in fusion.state_dict()}
+    assert names == {f"{kind}{level}{end}" for level in range(4) for kind, end in KINDS}
+    assert not any(name.startswith("multi_scaler.refinenet_3.resConfUnit1") for name in fusion.state_dict())
+    assert "multi_scaler.refinenet_0.resConfUnit1.conv1.weight" in fusion.state_dict()
+    projections = sum(256 * (width + 1 + 2) for width in (192, 384, 768, 256))
+    unused = 256 * 256 + 256 + sum(p.numel() for p in ResidualUnit(256).parameters())
+    count = sum(parameter.numel() for parameter in fusion.parameters())
+    assert count - projections + unused == 823_296
+    assert fusion.multi_scaler["layer_2_rn"].bias.count_nonzero() == 0
+
+
+KINDS = [("layer_", "_rn"), ("p_norm_", ""), ("refinenet_", "")]
+
+
+def test_every_parameter_learns():
+    fusion = PyramidFusion([3, 5, 6, 8], 32)
+    maps = [torch.randn(2, width, *size) for width, size in zip([3, 5, 6, 8], FUSION_SIZES, strict=True)]
+    sum(m.square().sum() for m in fusion(maps)).backward()
+    assert all(parameter.grad is not None for parameter in fusion.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Heads: softmax as logits, initialisation, group norm over tokens.
+
+
+def test_log_odds_are_softmax_probabilities():
+    logits = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)) * 4
+    odds = softmax_log_odds(logits)
+    assert odds.shape == (3, 5, 7)
+    torch.testing.assert_close(odds.sigmoid(), logits.softmax(-1)[..., :-1])
+
+
+def test_log_odds_stay_finite():
+    sure = torch.tensor([[200.0, 0.0, 0.0], [0.0, 0.0, 200.0]], requires_grad=True)
+    odds = softmax_log_odds(sure)
+    odds.sum().backward()
+    assert torch.isfinite(odds).all() and torch.isfinite(sure.grad).all()
+    assert odds[0, 0] > 10 and (odds[1] < -10).all()
+
+
+def test_perceptron_by_hand():
+    head = Perceptron(4, 3)
+    states = torch.randn(2, 5, 4)
+    expected = states
+    for index, layer in enumerate(head.layers):
+        expected = expected @ layer.weight.T + layer.bias
+        expected = expected.clamp(min=0) if index < 2 else expected
+    torch.testing.assert_close(head(states), expected)
+    assert set(head.state_dict()) == {f"layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("bias", [-2.0, 0.0])
+def test_vector_head_starts_at_its_bias(bias):
+    head = vector_head(8, 6, bias)
+    assert head(torch.randn(2, 8)).tolist() == [[0.0, 0.0, bias, bias, bias, bias]] * 2
+    assert sum(p.numel() for p in vector_head(256, 256, bias).parameters()) == 197_376
+
+
+@torch.no_grad()
+def test_group_norm_mixes_the_tokens_of_an_image_in_any_order():
+    torch.manual_seed(0)
+    projection = map_projection(6, 64)
+    tokens = torch.randn(2, 5, 6)
+    found = project_tokens(projection, tokens)
+    assert found.shape == (2, 5, 64)
+    groups = found.view(2, 5, 32, 2)  # 32 groups of 2 channels, normed over tokens and channels
+    torch.testing.assert_close(groups.mean((1, 3)), torch.zeros(2, 32), rtol=0, atol=1e-5)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(project_tokens(projection, tokens[:, order]), found[:, order])
+    tokens[0, 4] += 1.0
+    changed = project_tokens(projection, tokens)
+    assert not torch.allclose(changed[0, 0], found[0, 0]) and torch.equal(changed[1], found[1])
+
+
+def test_neck_free_head():
+    head = NeckFreeHead(12, 32, 7)
+    classes, boxes = head(torch.randn(2, 5, 12))
+    assert classes.shape == (2, 5, 8) and boxes.shape == (2, 5, 4)
+    assert ((boxes > 0) & (boxes < 1)).all()

@@ -7,15 +7,20 @@ from typing import Literal
 import pytest
 import torch
 
-from simdetr.detectors.detector import FeatureSizes, Level
+from simdetr.data.class_paths import class_of
+from simdetr.detectors import DeformableDETR
+from simdetr.detectors.detector import FeatureSizes, Level, QueryDetector
 from simdetr.heads import HeadedBackbone, HeadedDetector
 from simdetr.heads.head import (
+    Head,
     HeadLosses,
     check_choice,
     check_finite,
     check_images,
     check_needs,
     check_targets,
+    described,
+    factory,
     prefixed,
 )
 
@@ -100,3 +105,29 @@ def test_unknown_options_list_the_legal_ones():
     with pytest.raises(ValueError, match="mode: expected one of 'a', 'b', got 'c'"):
         check_choice("mode", "c", Literal["a", "b"])
     check_choice("mode", "a", Literal["a", "b"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Descriptions of parts: from a part and back, and nothing but parts of simdetr.
+
+
+def test_a_description_builds_the_same_again():
+    arguments = {"backbone": "test_resnet", "hidden_dim": 16, "num_heads": 2, "num_queries": 5}
+    detector = DeformableDETR(4, **arguments)
+    description = described(detector)
+    assert description["class_path"] == "simdetr.detectors.deformable_detr.DeformableDETR"
+    assert description["init_args"] == detector.init_args
+    del description["init_args"]["num_classes"]
+    assert "num_classes" in detector.init_args, "the description is a copy"
+    again = factory(description, QueryDetector)(7)
+    assert again.init_args == {**detector.init_args, "num_classes": 7}
+
+
+def test_a_function_stays_itself():
+    assert factory(len, Head)("abc") == 3
+
+
+@pytest.mark.parametrize("class_path", ["os.system", "simdetr.boxes.clip", "simdetr.heads.Nothing", "torch.nn.Linear"])
+def test_nothing_else_is_built(class_path):
+    with pytest.raises(ValueError, match=rf"class_path: expected a Head of simdetr, got '{class_path}'"):
+        class_of(class_path, Head)

@@ -1,0 +1,245 @@
+"""`simdetr mine`: its preview leaves proposals alone, and neither needs a config."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from simdetr import pipeline
+from simdetr.commands.main import main
+from simdetr.mining import FittedEncoder
+from simdetr.mining.pseudo_labels import ClusteringConfig
+from simdetr.mining.store import ProposalStore, StoreError
+from simdetr.reports import preview_page
+from simdetr.reports.rival_recall import mine_rivals
+from simdetr.training.run_folder import RunMismatchError
+
+SMALL = "--mining.image_size 64".split()
+
+
+def mine(*words):
+    main(["mine", *map(str, words), *SMALL])
+
+
+def refused(capsys, *words):
+    with pytest.raises(SystemExit) as caught:
+        mine(*words)
+    assert caught.value.code == 1
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_preview_prints_and_writes_and_stores_no_proposals(scenes, tmp_path, capsys):
+    run = tmp_path / "run"
+    truth = scenes / "instances.json"
+    mine("--images", scenes, "--out", run, "--preview", 50, "--truth", truth, "--num-ranks", 2)
+    said = capsys.readouterr().out
+    for expected in ("12 of 12 mined", "images/s", "2 processes", "AR@1 10 25 100", str(run / "preview/index.html")):
+        assert expected in said
+    assert [path.name for path in run.iterdir()] == ["preview"]
+    record = json.loads((run / "preview" / "preview.json").read_text(encoding="utf-8"))
+    assert record["images"]["previewed"] == record["recall"]["images"] == 12
+    assert record["settings"]["mining"]["image_size"] == 64
+    assert "Recall" in (run / "preview" / "index.html").read_text(encoding="utf-8")
+
+
+def test_preview_beside_a_mined_run_changes_nothing_of_it(scenes, tiny_config, tmp_path, capsys):
+    mine("--images", scenes, "--out", tmp_path)  # without a config
+    assert len(ProposalStore(tmp_path / "proposals")) == 12
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "proposals").iterdir()}
+    mine("--images", scenes, "--out", tmp_path, "--config", tiny_config, "--preview", 3, "--mining.seed", 7)
+    assert "3 of 12 mined" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "proposals").iterdir()} == before
+
+
+def test_the_record_comes_back_from_python(scenes, tmp_path):
+    record = preview_page.preview(scenes, tmp_path, count=2, options=["--mining.image_size=64"])
+    assert record == json.loads((tmp_path / "preview" / "preview.json").read_text(encoding="utf-8"))
+    assert record["recall"] is None and record["images"]["previewed"] == 2
+
+
+def test_mistakes_are_one_line(scenes, tmp_path, capsys, monkeypatch):
+    words = ["--images", scenes, "--out", tmp_path / "run"]
+    assert "preview: expected at least 1 image, got 0" in refused(capsys, *words, "--preview", 0)
+    assert "truth: expected --preview" in refused(capsys, *words, "--truth", scenes / "instances.json")
+    assert "encoder: expected a folder" in refused(capsys, *words, "--preview", 2, "--encoder", "resnet5")
+    assert "num_ranks: expected at least 1" in refused(capsys, *words, "--preview", 2, "--num-ranks", 0)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "leave torchrun or srun out" in refused(capsys, *words, "--preview", 2)
+    assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# `simdetr rivals` on a mined run: same encoder and images as ours, stores per method, the table, the report.
+
+
+METHODS = ["lost", "random"]
+
+
+@pytest.fixture
+def run(tmp_path, scenes, tiny_config):
+    pipeline.mine_proposals(scenes, tmp_path / "run", [tiny_config])
+    return tmp_path / "run"
+
+
+def test_command_mines_prints_and_the_report_shows(run, scenes, tiny_config, capsys):
+    truth = scenes / "instances.json"
+    words = f"rivals --images {scenes} --run {run} --config {tiny_config} --truth {truth}".split()
+    main([*words, "--methods", json.dumps(METHODS)])
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("ours", "LOST", "random boxes", "AR@25", "large", "12 images"))
+    for method in METHODS:
+        store = ProposalStore(run / "rivals" / method)
+        assert store.manifest.config["method"] == method
+        assert store.manifest.encoder == ProposalStore(run / "proposals").manifest.encoder
+        assert len(store) == 12
+    pipeline.cluster_proposals(run, ClusteringConfig(num_classes=2))
+    page = pipeline.report(run, scenes, truth=truth).read_text(encoding="utf-8")
+    part = page[page.index('<section id="rivals">') :]
+    assert part.count('class="sample"') == 4
+    assert part.count("<figure><img") == 4 * 3
+
+
+def test_rows_come_back_and_a_second_call_mines_nothing(run, scenes, tiny_config):
+    first = mine_rivals(scenes, run, [tiny_config], methods=["random"])
+    times = {path: path.stat().st_mtime_ns for path in (run / "rivals").rglob("*.parquet")}
+    again = mine_rivals(scenes, run, [tiny_config], methods=["random"])
+    assert first == again and [row["stage"] for row in first] == ["ours", "random boxes"]
+    assert first[1] == {"stage": "random boxes", "images": 12, "boxes_per_image": 100}
+    assert {path: path.stat().st_mtime_ns for path in (run / "rivals").rglob("*.parquet")} == times
+
+
+def test_a_pretraining_knows_its_own_config(tmp_path, scenes, tiny_config):
+    """config.yaml of a run is enough; without it the settings would be the defaults."""
+    from simdetr.recipe import Recipe
+    from simdetr.training.run_folder import RunFolder
+
+    recipe = Recipe((str(tiny_config),), (f"--data.images={scenes}", "--mining.seed=3"))
+    RunFolder(tmp_path).claim(recipe.resolved()[1])
+    pipeline.mine_proposals(scenes, tmp_path, [tiny_config], options=["--mining.seed=3"])
+    mine_rivals(scenes, tmp_path, methods=["random"])
+    settings = ProposalStore(tmp_path / "rivals/random").manifest.config
+    assert (settings["image_size"], settings["seed"]) == (64, 3)
+
+
+def test_other_settings_are_refused_before_any_work(run, scenes, tiny_config):
+    with pytest.raises(RunMismatchError, match="image_size is 64 there, 96 asked"):
+        mine_rivals(scenes, run, [tiny_config], options=["--mining.image_size=96"])
+    with pytest.raises(RunMismatchError, match="encoder is 'colour-texture"):
+        mine_rivals(scenes, run, [tiny_config], options=["--encoder.init_args.frequencies=8"])
+    with pytest.raises(RunMismatchError, match="images is"):
+        mine_rivals(next(scenes.rglob("*.jpg")), run, [tiny_config])
+    with pytest.raises(ValueError, match="methods: expected some of"):
+        mine_rivals(scenes, run, [tiny_config], methods=["random", "nothing"])
+    assert not (run / "rivals").exists()
+
+
+def test_a_run_without_proposals_is_named(tmp_path, scenes, tiny_config):
+    with pytest.raises(StoreError, match="simdetr mine"):
+        mine_rivals(scenes, tmp_path, [tiny_config])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# `simdetr encoder fit` from the command line: what it prints and writes, and its errors.
+
+
+CONFIG = Path(__file__).parents[1] / "configs" / "encoder" / "resnet18.yaml"
+SMALL_FIT = (
+    "--model",
+    "test_resnet",
+    "--image_size",
+    "64",
+    "--batch_size",
+    "4",
+    "--max_steps",
+    "1",
+    "--num_workers",
+    "0",
+)
+SMALL_FIT += (
+    "--precision",
+    "32-true",
+    "--probe_images",
+    "3",
+    "--device",
+    "cpu",
+    "--mining.image_size",
+    "64",
+)
+SMALL_FIT += (
+    "--objective_args.hidden_dim",
+    "16",
+    "--objective_args.output_dim=16",
+    "--objective_args.local_dim=8",
+)
+
+
+def fit(*arguments: object) -> None:
+    main(["encoder", "fit", *map(str, arguments)])
+
+
+def fails(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as caught:
+        fit(*arguments)
+    assert caught.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_recipe_shrunk_by_options_fits_probes_and_says_where(scenes, tmp_path, capsys):
+    truth = scenes / "instances.json"
+    fit("--config", CONFIG, *SMALL_FIT, "--images", scenes, "--out", tmp_path / "e", "--truth", truth)
+    printed = capsys.readouterr().out
+    assert "AR@25" in printed and "spread" in printed and f"encoder: {tmp_path / 'e'}" in printed
+    record = json.loads((tmp_path / "e" / "encoder.json").read_text())
+    settings = record["settings"]
+    assert (settings["model"], settings["batch_size"], settings["weight_decay"]) == ("test_resnet", 4, 1e-4)
+    assert settings["objective_args"]["crop_scale"] == [0.2, 1.0] and settings["objective_args"]["hidden_dim"] == 16
+    assert [row["step"] for row in record["probe"]] == [0, 1]
+    assert FittedEncoder(tmp_path / "e").record == record
+
+
+def test_epochs_on_the_command_line_replace_the_steps_of_a_config(scenes, tmp_path):
+    (tmp_path / "steps.yaml").write_text("max_steps: 50\nobjective: vicreg\n")
+    options = [word for word in SMALL_FIT if "local_dim" not in word]
+    steps = options.index("--max_steps")
+    del options[steps : steps + 2]
+    config = tmp_path / "steps.yaml"
+    fit("--config", config, *options, "--epochs", 1, "--images", scenes, "--out", tmp_path / "e")
+    assert json.loads((tmp_path / "e" / "encoder.json").read_text())["steps"] == 3
+
+
+def test_bad_input_is_one_line(scenes, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one").mkdir()
+    some = next((scenes / "images").iterdir())
+    (tmp_path / "one" / some.name).write_bytes(some.read_bytes())
+    out = ("--out", tmp_path / "e")
+    assert "holds no images" in fails(capsys, *SMALL_FIT, "--images", tmp_path / "empty", *out)
+    assert "number of images, got 4 for 1 in" in fails(capsys, *SMALL_FIT, "--images", tmp_path / "one", *out)
+    assert "did you mean" in fails(capsys, *SMALL_FIT, "--model", "resnet19", "--images", scenes, *out)
+    assert "batch_size: expected at least 2, got 1" in fails(
+        capsys, *SMALL_FIT, "--batch_size", 1, "--images", scenes, *out
+    )
+    assert "objective: expected vicreg, dino" in fails(
+        capsys, *SMALL_FIT, "--objective", "moco", "--images", scenes, *out
+    )
+    assert "does not exist" in fails(capsys, *SMALL_FIT, "--images", tmp_path / "nowhere", *out)
+    assert not (tmp_path / "e").exists()
+
+
+def test_missing_lightly_says_what_to_install(scenes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightly", None)  # as if it were not installed
+    message = fails(capsys, *SMALL_FIT, "--images", scenes, "--out", tmp_path / "e")
+    assert "pip install 'simdetr[ssl]'" in message
+
+
+def test_help_shows_types_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["encoder", "fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Images per step [64]." in text and "bf16-mixed" in text and "--truth" in text

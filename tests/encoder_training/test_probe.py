@@ -1,0 +1,178 @@
+"""The probe's numbers against matrices of known rank, its warning, and its file."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from simdetr.data.images import open_images
+from simdetr.encoder_training import probe as encoder_recall
+from simdetr.encoder_training.probe import (
+    effective_rank,
+    feature_spread,
+    load_encoder_recall,
+    probe_images,
+    read_rows,
+    warn_of_collapse,
+    write_row,
+)
+from simdetr.mining import ColourTextureEncoder, MiningConfig
+from simdetr.mining.encoders import TimmEncoder
+from simdetr.mining.regions import Regions
+from simdetr.training.datamodule import read_training_labels
+
+
+class Constant(torch.nn.Module):
+    """Sees the same everywhere."""
+
+    strides, region_dim, fingerprint = (16, 32), 4, "constant"
+
+    def forward(self, images):
+        return {
+            stride: torch.ones(len(images), 4, images.shape[2] // stride, images.shape[3] // stride)
+            for stride in (16, 32)
+        }
+
+
+def test_effective_rank_of_known_matrices():
+    axes = torch.eye(5)
+    assert effective_rank(torch.cat((axes, -axes))) == pytest.approx(5)
+    assert effective_rank(torch.outer(torch.arange(6.0), torch.tensor([1.0, 2, -3]))) == pytest.approx(1)
+    assert effective_rank(torch.ones(6, 4)) == 0
+    two = torch.tensor([[3.0, 0], [-3, 0], [0, 1], [0, -1]])  # singular values in the ratio 3 : 1
+    assert effective_rank(two) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    assert effective_rank(two + 100) == pytest.approx(effective_rank(two), rel=1e-4)
+
+
+def test_spread_is_one_for_even_directions_and_zero_for_a_collapsed_encoder():
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 255, (3, 64, 64), generator=generator, dtype=torch.uint8) for _ in range(6)]
+    collapsed = feature_spread(Constant(), images)
+    assert collapsed == {"spread": 0.0, "rank": 0.0, "cell_rank": 0.0}
+    untrained = feature_spread(TimmEncoder("test_resnet", random_weights=True), images)
+    assert 0 < untrained["spread"] < 1 and 1 < untrained["rank"] <= 5 < untrained["cell_rank"]
+
+    class Even(Constant):
+        """Each image looks along its own axis."""
+
+        calls = 0
+
+        def forward(self, images):
+            direction = torch.eye(3).repeat(2, 1)[self.calls] * (1 if self.calls < 3 else -1)
+            self.calls += 1
+            return {stride: direction.view(1, 3, 1, 1).expand(1, 3, 2, 2) for stride in (16, 32)}
+
+    even = feature_spread(Even(), images)
+    assert even["spread"] == pytest.approx(math.sqrt(6 / 5))  # the standard deviation of six values divides by five
+    assert even["rank"] == pytest.approx(3, rel=1e-4)
+
+
+def test_collapse_is_warned_of(caplog):
+    with caplog.at_level(logging.WARNING):
+        warn_of_collapse({"step": 10.0, "spread": 0.3, "rank": 6.0})
+        warn_of_collapse({"step": 0.0, "spread": 0.0, "rank": 0.0})
+        assert not caplog.records
+        warn_of_collapse({"step": 20.0, "spread": 0.001, "rank": 6.0})
+        warn_of_collapse({"step": 30.0, "spread": 0.3, "rank": 1.1})
+    assert ["collapses: at step 20" in caplog.messages[0], "rank 1.1" in caplog.messages[1]] == [True, True]
+
+
+def test_rows_of_later_steps_go_when_a_run_resumes(tmp_path):
+    path = tmp_path / "probe.csv"
+    for step in (0, 5, 10):
+        write_row(path, {"step": float(step), "spread": step / 10})
+    write_row(path, {"step": 5.0, "spread": 0.7, "AR@25": 0.5})
+    assert read_rows(path) == [{"step": 0.0, "spread": 0.0}, {"step": 5.0, "spread": 0.7, "AR@25": 0.5}]
+    assert read_rows(tmp_path / "none.csv") == []
+
+
+def test_probe_images_are_evenly_spaced_and_readable(own_scenes):
+    source = open_images(own_scenes)
+    source.path_of(source.ids[0]).write_bytes(b"")
+    images = probe_images(source, 3, 64)
+    assert len(images) == 2 and all(max(image.shape[1:]) == 64 for image in images)
+    with pytest.raises(ValueError, match="images: expected at least two readable ones, got 1 of 2 tried"):
+        probe_images(source, 2, 64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recall of a miner that finds everything, half of everything, and nothing.
+
+
+CONFIG = MiningConfig(image_size=96)  # the scenes have 64 x 80 pixels
+
+
+def regions(boxes: np.ndarray, scores: np.ndarray) -> Regions:
+    number = len(boxes)
+    return Regions(
+        boxes_xyxy=boxes.astype(np.float32),
+        features=np.zeros((number, 0), np.float32),
+        area=np.ones(number, np.float32),
+        stride=np.zeros(number, np.int16),
+        k=np.zeros(number, np.int16),
+        cluster=np.zeros(number, np.int16),
+        score=scores.astype(np.float32),
+    )
+
+
+def miner(truth, keep):
+    """A miner that gives the true boxes, in pixels of the shrunk images, for which ``keep`` holds."""
+
+    def mine(images, encoder, config, device):
+        assert config is CONFIG and all(max(image.shape[1:]) == 96 for image in images)
+        found = []
+        for row, image in enumerate(images):
+            own = truth.image(row)
+            scale = np.array([image.shape[2] / own.size_hw[1], image.shape[1] / own.size_hw[0]] * 2)
+            chosen = [number for number in range(len(own.boxes_xyxy)) if keep(number)]
+            found.append(regions(own.boxes_xyxy[chosen] * scale, np.ones(len(chosen))))
+        return found
+
+    return mine
+
+
+def test_finds_everything_or_nothing(scenes, monkeypatch):
+    recall = load_encoder_recall(scenes / "instances.json", None, 5, CONFIG)
+    assert len(recall.images) == len(recall.truth) == 5
+    encoder = ColourTextureEncoder()
+    monkeypatch.setattr(encoder_recall, "mine_batch", miner(recall.truth, lambda number: True))
+    assert recall(encoder) == pytest.approx({"recall50@25": 1, "AR@25": 1, "boxes": len(recall.truth.boxes_xyxy) / 5})
+    monkeypatch.setattr(encoder_recall, "mine_batch", miner(recall.truth, lambda number: number == 0))
+    assert recall(encoder)["recall50@25"] == pytest.approx(5 / len(recall.truth.boxes_xyxy))
+    monkeypatch.setattr(encoder_recall, "mine_batch", miner(recall.truth, lambda number: False))
+    assert recall(encoder) == {"recall50@25": 0, "AR@25": 0, "boxes": 0}
+
+
+def test_the_best_scored_boxes_count(scenes, monkeypatch):
+    recall = load_encoder_recall(scenes / "instances.json", scenes, 2, CONFIG)
+    first = miner(recall.truth, lambda number: number == 0)
+
+    def with_thirty_poor_ones(images, encoder, config, device):
+        poor = np.tile(np.array([[0, 0, 1, 1.0]]), (30, 1))
+        rows = [found.boxes_xyxy for found in first(images, encoder, config, device)]
+        return [regions(np.concatenate((poor, row)), np.array([0.1] * 30 + [2.0] * len(row))) for row in rows]
+
+    monkeypatch.setattr(encoder_recall, "mine_batch", with_thirty_poor_ones)
+    assert recall(ColourTextureEncoder())["recall50@25"] == pytest.approx(2 / len(recall.truth.boxes_xyxy))
+
+
+def test_a_real_encoder_finds_something(scenes):
+    found = load_encoder_recall(scenes / "instances.json", None, 6, CONFIG)(ColourTextureEncoder())
+    assert 0 < found["AR@25"] < found["recall50@25"] <= 1 and found["boxes"] <= 25
+
+
+def test_labels_of_other_images_are_refused(scenes, own_scenes, tmp_path):
+    labels = read_training_labels(scenes / "instances.json")
+    for image_id in labels.image_ids[:3]:
+        (own_scenes / image_id).unlink()
+    present = load_encoder_recall(scenes / "instances.json", own_scenes, 12, CONFIG)
+    assert present.truth.image_ids == labels.image_ids[3:6]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "x.png").write_bytes((scenes / labels.image_ids[0]).read_bytes())
+    with pytest.raises(ValueError, match=r"truth: none of its 12 images is in .*ids like 'x.png'.*give the folder"):
+        load_encoder_recall(scenes / "instances.json", other, 3, CONFIG)
