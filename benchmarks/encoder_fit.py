@@ -20,7 +20,7 @@ import yaml
 from environment import DATA, environment, write_result
 
 from simdetr.data.images import ImageSource, open_images
-from simdetr.encoder_training.fit import EncoderFitConfig, fit_encoder, read_settings
+from simdetr.encoder_training.fit_encoder import EncoderFitConfig, fit_encoder, read_settings
 from simdetr.encoder_training.probe import EncoderRecall, load_encoder_recall
 from simdetr.mining import ColourTextureEncoder, FittedEncoder, MiningConfig, TimmEncoder
 from simdetr.mining.encoders import Encoder

@@ -1,4 +1,4 @@
-"""READ FIRST: the whole method, one call per step (seed 003, Algorithm 1).
+"""READ FIRST: the whole method, one call per step (US 2025/0265826, Algorithm 1).
 
 In: a folder of images, and for the second half a handful of labels. Out: a run folder with proposals, the labels and
 detector of every stage, and a report.
@@ -137,22 +137,18 @@ def cluster_proposals(
 ) -> Labels:
     """Only the global clustering of ``pretrain``: labels T0 from mined proposals, kept in the run folder.
 
-    Under torchrun its processes share the shards, and the first one writes.
-
     Args:
         run: Run folder with mined proposals; an unfinished clustering in it is gone on with.
         clustering: Number of pseudo-classes and the like.
         device: Torch device; the GPU if there is one.
 
     Raises:
-        RunMismatchError: A pretraining has begun in ``run``, whose settings and detectors speak of other classes.
+        RunMismatchError: A pretraining has begun in ``run``.
     """
     folder, device = RunFolder(Path(run)), device or default_device()
     if folder.config.is_file():
-        raise RunMismatchError(
-            f"run: a pretraining has begun in {folder.path}, which clusters by itself. Go on with `simdetr pretrain`, "
-            f"or copy {folder.proposals} to a new run folder and cluster there."
-        )
+        advice = f"Go on with `simdetr pretrain`, or copy {folder.proposals} to a new run folder and cluster there."
+        raise RunMismatchError(f"run: a pretraining has begun in {folder.path}, which clusters by itself. {advice}")
     store = ProposalStore(folder.proposals)
     with process_group(device):
         labels = make_pseudo_labels(store, clustering or ClusteringConfig(), device=device, folder=folder.stage(0))
@@ -165,9 +161,9 @@ def fit_stage(run: RunFolder, recipe: Recipe, sections: PipelineSections, stage:
     """Train the detector of a stage on the labels of the stage before."""
     if run.has_detector(stage):
         return
-    trust = sections.self_training
-    options = [f"--data.labels={run.labels(stage - 1)}", *trust.data_options()]
-    if stage > 1 and not trust.from_scratch:
+    own = sections.self_training
+    options = [f"--data.labels={run.labels(stage - 1)}", *own.data_options()]
+    if stage > 1 and not own.from_scratch:
         options.append(f"--model.init_weights={run.detector(stage - 1)}")
     with run.step(f"fit-stage{stage}", "images trained on") as step:
         train(recipe.training(run.stage(stage), *options), run.stage(stage))
@@ -179,13 +175,10 @@ def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSection
 
     def make() -> None:
         loaded = load_detector(run.detector(stage))
-        settings = InferenceSettings.of(
-            loaded.image_settings,
-            iou_threshold=sections.self_training.iou_threshold,
-            max_boxes=sections.self_training.max_boxes,
-            **sections.inference.on(device, len(source)),
-        )
-        before, fusion = read_labels(run.labels(stage - 1)), sections.self_training.fusion
+        own = sections.self_training
+        kept = {"iou_threshold": own.iou_threshold, "max_boxes": own.max_boxes}
+        settings = InferenceSettings.of(loaded.image_settings, **kept, **sections.inference.on(device, len(source)))
+        before, fusion = read_labels(run.labels(stage - 1)), own.fusion
         with run.step(f"relabel-stage{stage}", "boxes") as step:
             labels = relabel(loaded, source, settings, run.labels(stage), stage=stage, before=before, fusion=fusion)
             step.count = len(labels.boxes_xyxy)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import simdetr
-from simdetr.encoder_training.fit import fit_encoder, read_settings
+from simdetr.encoder_training.fit_encoder import fit_encoder, read_settings
 from simdetr.mining import FittedEncoder, MiningConfig
 from simdetr.recipe import Recipe
 from simdetr.training.train import train

@@ -17,7 +17,6 @@ from PIL import Image
 from simdetr.commands import main as cli
 from simdetr.data.label_files import read_labels
 from simdetr.exchange.weights import checkpoint_config, load_detector, save_detector
-from simdetr.reports.prediction_samples import shown_score
 
 SMALLEST = {
     "data": {"batch_size": 4, "short_sides": [64], "max_side": 80, "crop": False, "colour": "none"},
@@ -70,21 +69,6 @@ def fit(config: Path, scenes: Path, out: Path, *options: str) -> None:
 def report_of(run: Path, scenes: Path) -> str:
     cli.main(["report", f"--run={run}", f"--images={scenes}", f"--truth={scenes / 'instances.json'}"])
     return (run / "report" / "index.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "text"),
-    [
-        ("AP", 0.1234, " 12.3 %"),
-        ("point_error_px", 4.26, "  4.3 px"),
-        ("point_error_percent_median", 1.5, "  1.5 % of the diagonal"),
-        ("points", 38.0, "   38"),
-        ("threshold", 0.255, "0.255"),
-        ("MaxBoxAccV2", float("nan"), "    –"),
-    ],
-)
-def test_scores_are_shown_with_their_units(name, value, text):
-    assert shown_score(name, value) == text
 
 
 def test_landmarks_from_config_to_pictures(landmarks, scenes, tmp_path, capsys):

@@ -5,6 +5,8 @@ In reading order:
     main        arguments -> one command
     method      what the commands of the method do
     mine        mine, cluster, rivals, encoder fit
+    fit         Lightning's fit, validate and test
+    devices     the devices of this machine and what can be used on them
     export      import and export
     quickstart  the whole method in minutes, offline
 """

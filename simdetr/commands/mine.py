@@ -11,8 +11,6 @@ from typing import Literal
 
 from rich.console import Console
 
-from simdetr.reports.rival_recall import mine_rivals
-
 OUT = Console()
 
 
@@ -120,7 +118,7 @@ def rivals(
         device: Torch device; the GPU if there is one.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
     """
-    from simdetr.reports.rival_recall import rival_table
+    from simdetr.reports.rival_recall import mine_rivals, rival_table
 
     rows = mine_rivals(images, run, config, methods=methods, truth=truth, device=device, options=options)
     judged = max(row["images"] for row in rows)
@@ -190,7 +188,7 @@ def fit(
     given = {name: value for name, value in locals().items() if name not in NOT_SETTINGS and value is not None}
     if epochs is not None:
         given.setdefault("max_steps", None)  # the config's would be taken instead of the epochs
-    from simdetr.encoder_training.fit import PROBE_NAME, fit_encoder, read_settings
+    from simdetr.encoder_training.fit_encoder import PROBE_NAME, fit_encoder, read_settings
     from simdetr.encoder_training.objectives import require_lightly
     from simdetr.encoder_training.probe import load_encoder_recall, read_rows
 

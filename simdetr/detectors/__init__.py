@@ -5,7 +5,8 @@ In reading order:
     detector               the contract: what training, relabelling, evaluation and heads need of any detector
     backbone               images -> feature maps
     position_encoding      where a cell or box is, as a vector
-    deformable_attention   every query reads a few points of every map; `_torch` and `_triton` compute it
+    deformable_attention   every query reads a few points of every map; the next two compute it
+    deformable_attention_torch, deformable_attention_triton
     deformable_transformer encoder, decoder and the two-stage choice of queries
     deformable_detr        the detector of the method
     matcher, losses        predictions and targets -> assignment -> scalars

@@ -54,9 +54,7 @@ def test_text_around_class_paths_stays():
 
 def test_only_classes_of_the_wanted_kind_are_built():
     assert class_of("simdetr.heads.headed_detector.HeadedDetector", Detector) is HeadedDetector
-    with pytest.raises(
-        ValueError, match="expected a Detector of simdetr.detectors, got 'simdetr.heads.HeadedDetector'"
-    ):
+    with pytest.raises(ValueError, match=r"expected a Detector of simdetr\.detectors, got"):
         class_of("simdetr.heads.HeadedDetector", Detector, ("detectors.",))
     for foreign in ("os.system", "simdetr.data.images.open_images", "simdetr.heads.Nothing"):
         with pytest.raises(ValueError, match="class_path: expected a Detector"):

@@ -6,12 +6,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers.norm_act import FrozenBatchNorm2d
+from timm.layers.norm_act import FrozenBatchNorm2d as TimmFrozenBatchNorm2d
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from simdetr.detectors import Backbone
-from simdetr.detectors.backbone import Backbone as Backbone
 from simdetr.detectors.backbone import FrozenBatchNorm, SimpleFeaturePyramid, _nearest, resize_mask, with_one_pass
 
 FAMILIES = {
@@ -96,12 +95,12 @@ def test_stem_of_other_families(name, first_trainable):
 def test_batch_norm_frozen_or_not():
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     fixed = Backbone("resnet18").train()
-    assert any(isinstance(module, FrozenBatchNorm2d) for module in fixed.modules())
+    assert any(isinstance(module, TimmFrozenBatchNorm2d) for module in fixed.modules())
     before = {name: buffer.clone() for name, buffer in fixed.named_buffers()}
     fixed(images)
     assert all(torch.equal(buffer, before[name]) for name, buffer in fixed.named_buffers())
     learning = Backbone("resnet18", frozen_batch_norm=False, freeze_stem=False).train()
-    assert not any(isinstance(module, FrozenBatchNorm2d) for module in learning.modules())
+    assert not any(isinstance(module, TimmFrozenBatchNorm2d) for module in learning.modules())
     learning(images)
     assert not torch.equal(learning.body.bn1.running_mean, torch.zeros(64))
 

@@ -11,9 +11,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from simdetr.data.pretrained_weights import PretrainedWeightsError
-from simdetr.mining import Encoder as Encoder
 from simdetr.mining import FittedEncoder
-from simdetr.mining import TimmEncoder as TimmEncoder
 from simdetr.mining.encoders import Encoder, TimmEncoder
 
 

@@ -249,8 +249,8 @@ def blocks_store(tmp_path):
         regions = Regions(boxes, features, area=ones, stride=few, k=few, cluster=few, score=ones)
         rows.append(ProposalRow(f"{image}.jpg", 40, 60, regions))
     for shard in range(3):
-        blocks_store.write_shard(shard, rows[4 * shard : 4 * shard + 4])
-    return blocks_store
+        store.write_shard(shard, rows[4 * shard : 4 * shard + 4])
+    return store
 
 
 @pytest.mark.parametrize("in_memory", [False, True])

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from simdetr.data.images import open_images, read_image
-from simdetr.encoder_training.fit import EncoderFitConfig, fit_encoder, read_settings
+from simdetr.encoder_training.fit_encoder import EncoderFitConfig, fit_encoder, read_settings
 from simdetr.encoder_training.objectives import LearningEncoder, timm_weights
 from simdetr.encoder_training.probe import read_rows
 from simdetr.mining import FittedEncoder, MiningConfig, TimmEncoder, mine_batch
@@ -97,7 +97,7 @@ def test_killed_process_resumes(scenes, tmp_path):
     fit_encoder(scenes, whole, config, device="cpu")
     script = (
         "import sys, time, torch; torch.set_num_threads(1)\n"
-        "from simdetr.training import encoder_fit; from simdetr.encoder_training.fit import EncoderFitConfig\n"
+        "from simdetr.training import encoder_fit; from simdetr.encoder_training.fit_encoder import EncoderFitConfig\n"
         "step = encoder_fit.EncoderTask.training_step\n"
         "encoder_fit.EncoderTask.training_step = lambda *a: (time.sleep(0.3), step(*a))[1]\n"  # time to kill it
         f"encoder_fit.fit_encoder(sys.argv[1], sys.argv[2], EncoderFitConfig(**{config.settled()!r}, num_workers=0,\n"
@@ -187,7 +187,7 @@ def test_bar_counts_what_is_left_and_is_closed(lr, scenes, tmp_path, monkeypatch
         yield happened.append
         happened.append("closed")
 
-    monkeypatch.setattr("simdetr.encoder_training.fit.image_progress", bar)
+    monkeypatch.setattr("simdetr.encoder_training.fit_encoder.image_progress", bar)
     with pytest.raises(NonFiniteLossError) if lr > 1 else nullcontext():
         fit_encoder(scenes, tmp_path, replace(DINO, warmup=0.0, lr=lr), device="cpu")
     assert happened[0] == 24 and happened[-1] == "closed" and happened.count("closed") == 1
