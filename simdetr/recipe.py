@@ -147,7 +147,7 @@ class RecipeCLI(LightningCLI):
             trainer_defaults={
                 "reload_dataloaders_every_n_epochs": 1,  # the loader of an epoch knows its epoch: exact resume
                 "use_distributed_sampler": False,  # EpochBatchSampler shares images among ranks
-                "gradient_clip_val": 0.1,  # specs/detectors.md A9
+                "gradient_clip_val": 0.1,  # of the published recipes
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
                 "log_every_n_steps": 10,

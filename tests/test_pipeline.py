@@ -300,7 +300,7 @@ def test_a_folder_without_detector_is_named(path, tmp_path):
         detector_folder(tmp_path / path)
 
 
-# --- bad input (design.md, section 11) ---
+# --- bad input ---
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Plain numbers in, augmentation and preparation of (image, target) pairs out; torchvision.transforms.v2 does the work.
 
-Source: multi-scale resize, flip and crop of Deformable DETR (Zhu et al. 2021, appendix; specs A9); strong colour
-changes of seed 003 [0066], [0068] at the strength of MoCo v2 (Chen et al. 2020, section 3).
+Source: multi-scale resize, flip and crop of Deformable DETR (Zhu et al. 2021, appendix); strong colour
+changes of US 2025/0265826 [0066], [0068] at the strength of MoCo v2 (Chen et al. 2020, section 3).
 """
 
 from __future__ import annotations
@@ -216,9 +216,9 @@ def _colour_changes(colour: Colour | float) -> list[nn.Module]:
 # ----------------------------------------------------------------------------------------------------------------------
 # A dataset in, the same dataset with some items composed of four images out.
 #
-# Source: seed 003 [0065]-[0067]: images are put side by side, some of them at a lower resolution, so that their boxes
-# shrink; without it a detector that is pretrained on pictures of single large objects does not learn to find small
-# ones.
+# Source: US 2025/0265826 [0065]-[0067]: images are put side by side, some of them at a lower resolution, so that their
+# boxes shrink; without it a detector that is pretrained on pictures of single large objects does not learn to find
+# small ones.
 
 
 _FILL_RGB = (124, 116, 104)  # ImageNet's mean colour: near zero after the normalisation, as the padding is

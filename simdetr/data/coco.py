@@ -2,7 +2,7 @@
 
 Category ids of any kind (gaps, strings) become class indices 0, 1, … in the order of the ids, so that two files of one
 data set that list the same categories agree. The id of an image is its ``file_name``. Problems are repaired or
-dropped, and counted (design.md §11); ``strict`` makes the first one an error.
+dropped, and counted; ``strict`` makes the first one an error.
 """
 
 from __future__ import annotations

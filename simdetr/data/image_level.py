@@ -1,7 +1,7 @@
 """Labels of whole images: boxes, a CSV or one folder per class in, `Labels` with one whole-image box per class out.
 
-What weakly supervised localisation learns from (seed 002): which classes an image shows, and not where. Letters: N
-images, M boxes, C categories.
+What weakly supervised localisation learns from (KR 10-2022-0050617): which classes an image shows, and not where.
+Letters: N images, M boxes, C categories.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Whatever the file holds (EXIF rotation, grayscale, palette, transparency, 16 bits, CMYK), the pixels come out the same
 way: uint8 [3, H, W], RGB, upright. A file that cannot be decoded raises `UnreadableImageError` with the reason, so
-that a run can put it aside and go on (design.md §11).
+that a run can put it aside and go on.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def _quiet_pillow() -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A folder or a list file in, a root folder and the image ids under it out (design.md §4, row "image list").
+# A folder or a list file in, a root folder and the image ids under it out.
 #
 # A list is a .txt (one path per line, ``#`` starts a comment line), a .csv or .parquet (column ``path``, else the first
 # column) or a COCO .json (the ``file_name`` of its images). An id is the posix path relative to the root; a path that

@@ -1,7 +1,7 @@
 """Landmarks of a 3-D map, poses and a camera in; points in the images out, as `Labels` to train on; and back.
 
-Source: seed 004 (training points come from a map, of the landmarks that the sensor could see); specs/heads.md 1.4 step
-5. Camera frame: x right, y down, z forward, in metres. Pixels count from the outer corner of the top left pixel, so a
+Source: US 11,544,507 (training points come from a map, of the landmarks that the sensor could see).
+Camera frame: x right, y down, z forward, in metres. Pixels count from the outer corner of the top left pixel, so a
 camera matrix from OpenCV, which counts from that pixel's centre, needs 0.5 added to cx and cy. Letters: n map points, M
 map landmarks, V views.
 """
@@ -349,7 +349,7 @@ def _hidden(entry: dict[str, Any], count: int) -> list[int]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Recognised points and a 3-D map in, pairs of pixels and map points out, for a solver that finds the camera's pose.
 #
-# Source: seed 004 names the pose of a vehicle as a use of recognised landmarks, and no method; specs/heads.md 1.4.
+# Source: US 11,544,507 names the pose of a vehicle as a use of recognised landmarks, and no method.
 
 
 COLUMNS = ["image", "class", "score", "x_px", "y_px", "map_x", "map_y", "map_z", "landmark", "error_px"]

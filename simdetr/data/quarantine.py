@@ -1,4 +1,4 @@
-"""Images that could not be read go in, ``quarantine.csv`` and a stop past a fraction come out (design.md §11).
+"""Images that could not be read go in, ``quarantine.csv`` and a stop past a fraction come out.
 
 Rows are appended one write at a time, so several worker processes may share the file; a row cut short by a crash is
 ignored when the file is read again.

@@ -1,6 +1,6 @@
 """Which point of an object is its reference point, by class: boxes or given points in, points out.
 
-Source: seed 004 (a landmark is its class and one class-specific point: the centre of the bounding box of signs and
+Source: US 11,544,507 (a landmark is its class and one class-specific point: the centre of the bounding box of signs and
 signals, the lower right end of road markings); the table is the user's, since class sets differ by country. Rules read
 the box as it is seen, in training after crop and flip. Letters: n objects of one image, M of a set, C classes.
 """

@@ -1,6 +1,6 @@
 """A seed and a number of images -> rendered scenes with exact boxes: ``images/*.jpg`` and a COCO ``instances.json``.
 
-For the quickstart, the tests and anyone offline (design §8). An object's kind is a pair of shape and texture; both are
+For the quickstart, the tests and anyone offline. An object's kind is a pair of shape and texture; both are
 shared between kinds and colours are drawn at random, so none of them alone tells the kind. Backgrounds are textured,
 clutter is no object (soft blobs, plain polygons, lines), objects of many sizes hide one another, the light is uneven
 and there is noise. A box is the visible extent of its object; objects of which little shows carry no label. Plain

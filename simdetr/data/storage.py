@@ -1,7 +1,7 @@
 """A path or URL in, something with pathlib's methods out; bytes in, a file that is there whole or not at all out.
 
-Local paths (also as ``file://``) become :class:`pathlib.Path`, every other URL that fsspec knows (``s3://bucket/folder``,
-``memory://x``) a :class:`upath.UPath` with the same methods.
+Local paths (also as ``file://``) become :class:`pathlib.Path`, every other URL that fsspec knows
+(``s3://bucket/folder``, ``memory://x``) a :class:`upath.UPath` with the same methods.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def write_whole(location: Location, content: Any) -> None:  # noqa: ANN401 (byte
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A target path in, a temporary path out; the target appears whole or not at all (design.md §4).
+# A target path in, a temporary path out; the target appears whole or not at all.
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Any timm network serves: those with a hierarchy (ResNet, ConvNeXt, Swin, EfficientNet, ...) give maps of strides 8, 16
 and 32; a plain vision transformer gives one map, which a simple feature pyramid spreads over three strides. Freezing
-follows Deformable DETR (specs/detectors.md A1, A9 and part 2): batch norm and everything before the stage of stride 8.
+follows Deformable DETR: batch norm and everything before the stage of stride 8.
 The network lives in ``body``, so that names in a state dict are ``backbone.body.`` and timm's own.
 """
 
@@ -222,7 +222,7 @@ def _freeze_before(body: nn.Module, first_trainable: str) -> None:
 # A feature pyramid from the one map of a plain vision transformer: [B, D, h, w] in, three maps of C channels out.
 #
 # Source: the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3), its strides 8, 16 and 32 for a patch of
-# 16 px (specs/detectors.md part 2).
+# 16 px.
 
 
 class SimpleFeaturePyramid(nn.Module):

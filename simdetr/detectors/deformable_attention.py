@@ -1,7 +1,7 @@
 """Multi-scale deformable attention: every query reads a few points of every feature map.
 
 In: queries, normalised reference points or boxes, flattened feature maps. Out: one vector per query.
-Source: Deformable DETR (arXiv 2010.04159, equation 3), numerics of specs/detectors.md A3.
+Source: Deformable DETR (arXiv 2010.04159, equation 3), numerics of the published code.
 Letters: B batch, N queries, S cells of all levels together, C channels, M heads, D = C / M, L levels, P points.
 
 One of several implementations computes the sums: "triton" on CUDA devices where Triton works, "rows" on processors,

@@ -1,6 +1,6 @@
 """Deformable attention in plain PyTorch: values, locations and weights in, weighted sums of samples out.
 
-Two formulations of the same sums (specs/detectors.md A3); `deformable_attention` chooses between them.
+Two formulations of the same sums; `deformable_attention` chooses between them.
 
 * ``grid_sample``: level by level, as the original's reference does. Runs on every device and exports to ONNX.
 * ``rows``: for processors. The values are a table of rows, one per cell and head, and each query and head is a bag of

@@ -1,6 +1,6 @@
 """Deformable attention on CUDA devices, written in Triton: values, locations and weights in, sums of samples out.
 
-Same sums as in ``deformable_attention_torch.py`` (specs/detectors.md A3), without samples in memory: one kernel
+Same sums as in ``deformable_attention_torch.py``, without samples in memory: one kernel
 forward, one backward, which computes the corners again. Nothing is compiled before the first call.
 
 Design. One program is a block of neighbouring queries of one image and head. Its tiles are [queries, channels] with the

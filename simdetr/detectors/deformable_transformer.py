@@ -1,6 +1,6 @@
 """The transformer of Deformable DETR: feature maps of several levels in, query states and boxes of every layer out.
 
-Source: Deformable DETR (arXiv 2010.04159), numerics and names of specs/detectors.md A4 to A7.
+Source: Deformable DETR (arXiv 2010.04159), numerics and names of the published code.
 Letters: B images, C channels, L levels, S cells of all levels together, Q queries.
 """
 
@@ -270,7 +270,7 @@ class DeformableTransformer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # The two kinds of layers of a deformable transformer: memory and queries in, refined states out.
 #
-# Source: Deformable DETR (arXiv 2010.04159), numerics of specs/detectors.md A4 and A5. Post-norm; names of parameters
+# Source: Deformable DETR (arXiv 2010.04159), numerics of the published code. Post-norm; names of parameters
 # are the original's, so ``norm1`` of a decoder layer belongs to its cross-attention. Letters: B images, C channels, L
 # levels, S cells of all levels together, Q queries.
 
@@ -380,7 +380,7 @@ def attend(attention: nn.MultiheadAttention, placed: Tensor, values: Tensor) -> 
 # Two-stage Deformable DETR: every cell of the encoder's output proposes a box, the best ones become queries.
 #
 # In: padding masks of the levels. Out: one candidate box per cell; the transformer scores them and chooses.
-# Source: Deformable DETR section 4.2, numerics of specs/detectors.md A6.
+# Source: Deformable DETR section 4.2, numerics of the published code.
 # Letters: B images, S cells of all levels, Q queries, C channels.
 
 

@@ -1,8 +1,8 @@
 """DETReg, to compare with: a Deformable DETR on a frozen backbone that also learns to name the features of its boxes.
 
 In: images, padding masks and boxes of one pseudo-class. Out: the losses of Deformable DETR, and how far each matched
-query is from the self-supervised features of its box. Source: DETReg (arXiv 2106.04550); numerics and names of
-specs/detectors.md part A'. Two departures:
+query is from the self-supervised features of its box. Source: DETReg (arXiv 2106.04550); numerics and names of the
+published code. Two departures:
 
 - The original crops the unaugmented image and jitters the crop's colours for itself. Here boxes are cut out of the
   images of the batch, as they were augmented, so that any data that trains another detector trains this one.

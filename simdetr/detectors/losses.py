@@ -1,7 +1,7 @@
 """Detection losses: a detector's output and the targets of a batch in, a dictionary of scalars out.
 
 Focal, L1 and generalised IoU losses of the last layer, of every earlier decoder layer and of the encoder's proposals,
-each layer matched for itself. Source: Deformable DETR; definitions and weights of specs/detectors.md A8.
+each layer matched for itself. Source: Deformable DETR; definitions and weights of the published code.
 Letters: N layers, B images, Q queries, K classes, T targets of one image, M matched pairs of one layer.
 """
 

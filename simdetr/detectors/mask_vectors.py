@@ -2,7 +2,7 @@
 
 A mask is cut out by its box at a fixed size; the coefficients of its cosine transform that vary least over the crop are
 its vector, so that a detector predicts a shape as it predicts a box. Source: the unified query representation of SOLQ
-(arXiv 2106.02351) in ViDT+ (arXiv 2204.07962); definitions of specs/detectors.md B4.
+(arXiv 2106.02351) in ViDT+ (arXiv 2204.07962); definitions of the published code.
 Letters: N masks, H and W of their image, S side of the crop, D coefficients kept.
 """
 

@@ -1,6 +1,6 @@
 """The one Hungarian matcher: predictions and targets in, the cheapest one-to-one assignment of every image out.
 
-Source: DETR (arXiv 2005.12872, equation 1) with the focal class cost of Deformable DETR; specs/detectors.md A8.
+Source: DETR (arXiv 2005.12872, equation 1) with the focal class cost of Deformable DETR
 Letters: N layers, B images, Q queries, K classes, T targets of one image (padded to the most of any image).
 """
 

@@ -2,7 +2,7 @@
 
 An unmodified ``SwinTransformer`` of timm is walked stage by stage, so weights, names and loading stay timm's; detection
 tokens, their positions and a fourth patch merging stand beside it. Names in a state dict are ``backbone.body.`` and
-timm's own. Source: ViDT (arXiv 2110.03921), numerics of specs/detectors.md B1 and part 3.
+timm's own. Source: ViDT (arXiv 2110.03921), numerics of the published code.
 Letters: B images, N tokens, C_i channels of stage i, h_i and w_i its cells.
 """
 
@@ -181,7 +181,7 @@ def _merge_tokens(merging: PatchMerging, tokens: Tensor) -> Tensor:
 #
 # Patches attend within windows as in plain Swin and never see the tokens. Tokens attend to each other and, in the stage
 # that says so, to all patches of the image. The block stays timm's: its layers are called, nothing is subclassed.
-# Source: ViDT (arXiv 2110.03921, section 3.1), numerics of specs/detectors.md B1 and part 3.
+# Source: ViDT (arXiv 2110.03921, section 3.1), numerics of the published code.
 # Letters: B images, H and W cells, C channels, N tokens.
 
 

@@ -2,7 +2,7 @@
 
 What ``AutoModelForObjectDetection`` builds and answers with ``logits`` and ``pred_boxes`` serves: Deformable DETR,
 Conditional DETR, DETR, DAB-DETR, RT-DETR, RT-DETRv2, D-FINE, YOLOS and their kin.
-Source: transformers; specs/detectors.md part 1 and 5.
+Source: transformers.
 Letters: B images, Q queries, K classes, L decoder layers.
 """
 
@@ -246,7 +246,7 @@ def _layers_instead_of_loss(
 # Configs of transformers in, object detectors of transformers out, and what their adapter must know of them.
 #
 # Everything that depends on transformers' families stands here. Nothing is downloaded unless a hub id is given.
-# Source: transformers (Apache-2.0); specs/detectors.md part 1.
+# Source: transformers (Apache-2.0).
 
 
 BoxesOf = Literal["auto", "valid", "canvas"]

@@ -2,7 +2,7 @@
 
 Detection tokens pass through a Swin beside the image's patches (``swin_ram``); a decoder without encoder refines them.
 By default this is ViDT+: fused maps, 300 tokens, estimates of IoU, masks as vectors, classes of cells. Source: ViDT and
-ViDT+ (arXiv 2110.03921, 2204.07962); numerics, initialisation and names of specs/detectors.md part B.
+ViDT+ (arXiv 2110.03921, 2204.07962); numerics, initialisation and names of the published code.
 Letters: B images, Q queries (detection tokens), K classes, C channels.
 """
 
@@ -306,9 +306,8 @@ def _check_sizes(classes: int, dim: int, heads: int, layers: int, queries: int) 
 # ViDT's neck, a decoder without encoder: feature maps and detection tokens in, states and boxes of every layer out.
 #
 # The maps are read as they are, without positions or level embeddings. The first prediction is the body's own; then
-# each layer adds one. Source: ViDT and ViDT+ (arXiv 2110.03921, 2204.07962), numerics and names of specs/detectors.md
-# B3, B4. Letters: B images, C channels, L levels, S cells of all levels together, Q queries (detection tokens), K
-# classes.
+# each layer adds one. Source: ViDT and ViDT+ (arXiv 2110.03921, 2204.07962), numerics and names of the published code.
+# Letters: B images, C channels, L levels, S cells of all levels together, Q queries (detection tokens), K classes.
 
 
 def flatten_maps(maps: Sequence[Tensor], masks: Sequence[Tensor]) -> Memory:
@@ -413,7 +412,7 @@ class VidtNeck(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Fusion of feature maps from coarse to fine: maps of several widths in, maps of C channels out, the coarsest first.
 #
-# Source: the efficient pyramid feature fusion of ViDT+ (arXiv 2204.07962), numerics and names of specs/detectors.md B4.
+# Source: the efficient pyramid feature fusion of ViDT+ (arXiv 2204.07962), numerics and names of the published code.
 # Letters: B images, C channels, h_l and w_l cells of level l.
 
 
@@ -500,7 +499,7 @@ class PyramidFusion(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Small networks between detection tokens and predictions: projections, perceptrons, softmax classes as logits.
 #
-# Source: ViDT and ViDT+ (arXiv 2110.03921, 2204.07962), specs/detectors.md B2 to B4.
+# Source: ViDT and ViDT+ (arXiv 2110.03921, 2204.07962)
 # Letters: B images, N tokens, C channels, K classes.
 
 

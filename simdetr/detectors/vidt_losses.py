@@ -1,7 +1,7 @@
 """Losses of ViDT and ViDT+: a detector's output and the targets of a batch in, a dictionary of scalars out.
 
 To the detection losses of classes and boxes come, for outputs that have them, an estimate of each box's overlap, mask
-vectors and token labels; all share the one matching. Source: ViDT+ (arXiv 2204.07962); specs/detectors.md B4.
+vectors and token labels; all share the one matching. Source: ViDT+ (arXiv 2204.07962)
 Letters: N layers, B images, Q queries, K classes, T targets of one image, M matched pairs of one layer, D coefficients.
 """
 
@@ -235,7 +235,7 @@ def _target_crops(target: Target, device: torch.device) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # Loss of the ViDT without a neck: softmax classes, boxes and the targets of a batch in, a dictionary of scalars out.
 #
-# Source: DETR (arXiv 2005.12872), definitions and weights of specs/detectors.md B2.
+# Source: DETR (arXiv 2005.12872), definitions and weights of the published code.
 # Letters: N layers, B images, Q queries, K classes, T targets of one image.
 
 
@@ -315,7 +315,7 @@ class NeckFreeLoss(nn.Module):
 # Channel c of a target is the share of the cell's area that objects of class c cover, so that the channels of a cell
 # sum to the share of foreground. The original has one class too many, 0, which no object has, and uses its channel for
 # the foreground; ``foreground_channel`` does the same, for data whose classes start at 1. Source: ViDT+ (arXiv
-# 2204.07962), after token labelling (arXiv 2104.10858); definitions of specs/detectors.md B4. Letters: B images, T
+# 2204.07962), after token labelling (arXiv 2104.10858); definitions of the published code. Letters: B images, T
 # objects of one image, K classes, H and W of the padded batch, h and w of a feature map.
 
 

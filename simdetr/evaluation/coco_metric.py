@@ -3,7 +3,7 @@
 Both sides are `Labels`; pycocotools' COCOeval does the matching and the averaging, so the numbers are the ones that
 papers print. Images are matched by image id and categories by category id. Fractions in 0..1; ``nan`` where the truth
 holds no object that the number could be about (pycocotools says -1 there, which poisons averages).
-Source: https://cocodataset.org/#detection-eval; design, section 5 step 8.
+Source: https://cocodataset.org/#detection-eval.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ that of the public evaluation code (Choe et al., Evaluating Weakly Supervised Ob
 which numbers are compared with: it thresholds the map in 8 bits and takes OpenCV's contours. Each component has an
 outer contour and one per hole in it; components hang together by edges and corners, holes by edges only. OpenCV itself
 is not needed. Letters: H × W pixels of the map, n boxes.
-Source: seed 002, estimating the position from the mask; heads, section 2.4.
+Source: KR 10-2022-0050617, estimating the position from the mask.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The numbers are those of the public evaluation code: maps and boxes are brought 
 fractions of their maximum, and a map counts as right where a box around what remains meets a human one. The best of all
 thresholds is picked **on the images that are scored**; pick it elsewhere (`LocalisationMetric.best_thresholds`) and
 pass it to `compute` for a number that is not. Letters: T thresholds, D IoU limits, H × W pixels of a map.
-Source: seed 002, figures 6 and 7; Choe et al., Evaluating Weakly Supervised Object Localization Methods Right, 2020;
-heads, section 2.7.
+Source: KR 10-2022-0050617, figures 6 and 7; Choe et al., Evaluating Weakly Supervised Object Localization Methods
+Right, 2020.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Both sides are `Labels` with points. Two ways to pair them:
 
 Objects without a point (NaN) and crowds are not looked for. Errors in percent are of the image's diagonal.
 Letters: n points, P pairs.
-Source: seed 004, class and reference point; heads, section 1.7. The seed reports no numbers to compare with.
+Source: US 11,544,507, class and reference point. The document reports no numbers to compare with.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _median(values: NDArray[np.float64]) -> float:
 # image's diagonal in place of an IoU: in every image and class the best-scored prediction takes the nearest human point
 # that is near enough and free, then the next one. Objects without a point (NaN) and crowds are not looked for; a
 # prediction of their class inside their box counts for nothing. Letters: n, m points.
-# Source: heads, section 1.7; https://cocodataset.org/#keypoints-eval for the matching.
+# Source: https://cocodataset.org/#keypoints-eval for the matching.
 
 
 MAX_POINTS = 100  # best-scored predictions of a class per image, as COCO has it

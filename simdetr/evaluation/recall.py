@@ -4,7 +4,7 @@ The one class-agnostic measure: for mined regions, pseudo-labels of any stage, a
 recall averaged over IoU 0.50:0.05:0.95 with the k best-scored boxes of every image (Hosang et al., What makes for
 effective detection proposals?, 2015; COCO's AR with ``useCats=0``), by pycocotools' matching.
 The names carry an ``@``, so that they differ from the AR per class of `coco_metrics`.
-Source: seed 003, proposal tables; design, section 5 step 8.
+Source: US 2025/0265826, proposal tables.
 """
 
 from __future__ import annotations

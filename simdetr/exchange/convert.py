@@ -1,7 +1,7 @@
 """Detectors between simdetr and other projects: a checkpoint in, a file or folder of another format out.
 
 What each format is for: a detector folder (safetensors and JSON) for simdetr, a folder for transformers, a .pth for the
-original's code. Tensors are copied bit by bit. Source: specs/detectors.md part 1.
+original's code. Tensors are copied bit by bit.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ def _check_apart(source: Path, out: Path) -> None:
 # Folders of transformers: a detector in, what ``AutoModelForObjectDetection.from_pretrained`` loads out; and back.
 #
 # Deformable DETR is written under transformers' names, with equal outputs; transformers itself is not needed for it,
-# and the folder is a checkpoint for every command (``checkpoint_files`` reads it). Detectors that are transformers' own
-# write and read themselves. Source: specs/detectors.md part 1.
+# and the folder is a checkpoint for every command (`read_checkpoint` reads it). Detectors that are transformers' own
+# write and read themselves.
 
 
 _GROUPS, _EPSILON, _STAGES = 32, 1e-5, 5

@@ -2,7 +2,7 @@
 
 Tensors do not tell everything: heads and points only as a product, neither dilation nor the queries of the two-stage
 variant. Those come from the options that the original keeps beside its tensors; where there are none, the published
-values are assumed, and named. Source: specs/detectors.md A and part 1.
+values are assumed, and named.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def count(names: Collection[str], pattern: str) -> int:
 #
 # Plain dictionaries in and out; transformers itself is not needed. Its newer versions write the backbone as a
 # configuration of its own, older ones as a name, and leave defaults out; both are read, and the older form, which all
-# versions read, is written. Source: specs/detectors.md part 1.
+# versions read, is written.
 
 
 MODEL_TYPE = "deformable_detr"
@@ -362,7 +362,7 @@ def images_from_transformers(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
 # Whose checkpoint it is: names of tensors in, one of the known formats out, which gives our names and the detector.
 #
 # A format is recognised by names that only it has. What none of them fits is read as simdetr's own names; tensors
-# decide then what is kept. Source: specs/detectors.md A', B and part 1.
+# decide then what is kept.
 
 
 State = Mapping[str, Tensor]

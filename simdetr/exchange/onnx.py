@@ -3,7 +3,7 @@
 The graph takes ``images``, float32 [B, 3, H, W], normalised and zero-padded at the bottom and right, and ``mask``, bool
 [B, H, W], True = padding; it gives ``logits`` [B, Q, K] and ``boxes`` [B, Q, 4], cxcywh in fractions of each image
 without its padding. B, H and W are free. Categories, image sizes and normalisation stand in the file's metadata.
-Source: torch.export and torch.onnx; ``onnx_comparison`` checks the result.
+Source: torch.export and torch.onnx; `compare_with_file` checks the result.
 """
 
 from __future__ import annotations

@@ -295,7 +295,7 @@ def _swap_prefix(key: str, pairs: Iterable[tuple[str, str]]) -> str:
 # The two share the backbone, the projection of its last map, self-attention of the decoder, perceptrons and layer
 # norms. Deformable attention reads its values and writes its result by the same two matrices as DETR's attention; what
 # chooses where to look has no counterpart. Layer norms 1 and 2 of a decoder layer have changed places: here norm 1
-# belongs to cross-attention (specs/detectors.md A5). DETR's heads and queries mean other things and stay out.
+# belongs to cross-attention. DETR's heads and queries mean other things and stay out.
 
 
 # (DETR, ours); each pattern must fit the whole name
@@ -352,7 +352,7 @@ def _level_of_last_map(own: Mapping[str, Tensor]) -> int:
 #
 # State dicts in, state dicts with other names out. The original changed Swin's source, so its additions stand inside
 # the blocks and a merging ends a stage; here timm's Swin is unmodified, the additions stand beside it, and a merging
-# begins a stage. The original stores parameters that nothing reads; they are left out. Source: specs/detectors.md B1
+# begins a stage. The original stores parameters that nothing reads; they are left out.
 # and part 1.
 
 

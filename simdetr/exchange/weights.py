@@ -2,7 +2,7 @@
 
 In: a detector with its categories and image sizes. Out: files that rebuild it without any other code or config. A
 checkpoint gives a detector every tensor whose name and shape agree; heads for other classes are new, and listed. What
-can be read, and that nothing is unpickled, is ``checkpoint_files``' part.
+can be read is said by `read_checkpoint`; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ _PUBLISHED_IMAGES = {
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
 }
-"""How the original detectors prepare images for evaluation (specs/detectors.md A9)."""
+"""How the original detectors prepare images for evaluation."""
 _TOLD = {"nheads": "num_heads", "num_queries": "num_queries", "dilation": "dilation"}
 """Options of the original that tensors do not tell, and our arguments of that meaning."""
 

@@ -1,6 +1,6 @@
 """What a localisation head looks at on a level: its attention, the masks, and what lies under them as unit vectors.
 
-Source: seed 002 [0021] to [0025]; specs/heads.md sections 2.2 and 2.4.
+Source: KR 10-2022-0050617 [0021] to [0025].
 Letters: B images, C channels, h × w positions, E channels of an embedding.
 """
 
@@ -124,7 +124,7 @@ def check_level(index: int, level: Level, channels: int) -> None:
 #
 # Three embeddings θ, φ, g of the features; position i looks at all positions j with w_ij = softmax_j(θ_iᵀφ_j), its new
 # features are y_i = Σ_j w_ij g_j, and their mean over the channels is its attention a_i. The block takes the place of
-# channel pooling. Source: seed 002 [0021]; specs/heads.md section 2.2. Neither g nor y is ever computed at every
+# channel pooling. Source: KR 10-2022-0050617 [0021]. Neither g nor y is ever computed at every
 # position. Both are linear, so the channel mean of g is one convolution to one channel, and a mean of y over some
 # positions is g of a mean of the features: of three vectors per image instead of N. Letters: B images, C channels, d
 # channels of θ and φ, G of g, N = h · w positions, M masks.
@@ -220,7 +220,7 @@ def averaged(features: Tensor, averages: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention of a map in, normalised attention, three masks and an importance map out; all exclude padding.
 #
-# Source: seed 002, equation 1 and [0022], [0024]; specs/heads.md section 2.2. Letters: B images, h × w positions.
+# Source: KR 10-2022-0050617, equation 1 and [0022], [0024]. Letters: B images, h × w positions.
 
 
 DROPPED, FOREGROUND, BACKGROUND = range(3)

@@ -1,7 +1,7 @@
 """The one contract of heads: what a head reads of a detector, and what it gives back.
 
 A head is built for ``FeatureSizes``, reads ``Features`` and knows no detector: standalone it reads a backbone's maps
-(``HeadedBackbone``), else the maps and queries of a detector (``HeadedDetector``). Source: specs/heads.md section 0.
+(``HeadedBackbone``), else the maps and queries of a detector (``HeadedDetector``).
 Letters: B images, K classes.
 """
 

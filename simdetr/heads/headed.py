@@ -2,7 +2,7 @@
 
 In and out as any ``Detector``. A landmark head leaves the detector's predictions as they are and puts its own beside
 them; what a localisation head finds in the whole image takes their place.
-Source: specs/heads.md section 0.
+
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def boxed(target: Target) -> Target:
 # A head on a backbone alone, without transformer or decoder: images in, what the head predicts out.
 #
 # The smallest detector of this package; a head that changes features (``is_neck``) sees each stage's before the next
-# one. Source: specs/heads.md section 0 ("standalone").
+# one.
 
 
 class HeadedBackbone(Detector):

@@ -1,7 +1,7 @@
 """Landmarks by subregion: one feature map in; class scores and points of the anchor nodes of every subregion out.
 
-Literal to seed 004, Figures 7 and 8: the image is divided into subregions that do not overlap, and those that a
-landmark reaches into all learn its class and the same reference point. Source: specs/heads.md 1.1, 1.4.
+Literal to US 11,544,507, Figures 7 and 8: the image is divided into subregions that do not overlap, and those that a
+landmark reaches into all learn its class and the same reference point.
 Letters: B images, C channels, G subregions, A anchor nodes of each, T landmarks of one image, M classes.
 """
 
@@ -166,7 +166,7 @@ class GridLandmarks(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Subregions of an image: which features they hold, which landmark they belong to, which of them are trained.
 #
-# Pure functions of tensors. Source: seed 004, Figures 7 and 8; specs/heads.md 1.4. The valid (unpadded) image is
+# Pure functions of tensors. Source: US 11,544,507, Figures 7 and 8. The valid (unpadded) image is
 # divided into rows × columns subregions that do not overlap, numbered row by row. Letters: B images, C channels, G
 # subregions, A anchor nodes of each, T landmarks of one image (padded).
 

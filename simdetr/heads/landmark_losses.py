@@ -1,6 +1,6 @@
 """Class loss and class-weighted point loss of landmarks: class scores and point errors in, losses per sample out.
 
-Source: seed 004, Equations 1-7; specs/heads.md 1.2. Letters: N samples, M classes. Classes are numbered 0..M-1, and the
+Source: US 11,544,507, Equations 1-7. Letters: N samples, M classes. Classes are numbered 0..M-1, and the
 class M, the last column of softmax scores, is the background that the document calls class 0. p are scores, P^C is the
 probability of the true class C, u the class loss, S the point error, λ the weight of points:
 

@@ -1,8 +1,8 @@
 """Landmarks by query: states and references of a decoder's queries in; class scores and a point of each query out.
 
-Every prediction of the decoder is matched to the landmarks for itself, and learns. Source: seed 004 with the matching
-of detection transformers, specs/heads.md 1.4 (query variant). Letters: N predictions, B images, Q queries, D width,
-T landmarks of one image, M classes.
+Every prediction of the decoder is matched to the landmarks for itself, and learns. Source: US 11,544,507 with the
+matching of detection transformers. Letters: N predictions, B images, Q queries, D width, T landmarks of one image, M
+classes.
 """
 
 from __future__ import annotations

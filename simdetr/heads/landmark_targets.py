@@ -1,7 +1,7 @@
 """Landmarks of a batch as tensors of one shape, and the unit in which distances to their points are measured.
 
-In: targets per image, or feature maps. Out: what both variants of the landmark head learn from. Source: specs/heads.md
-1.1, 1.3. Letters: B images, T landmarks of one image (padded to the most of any image), N samples.
+In: targets per image, or feature maps. Out: what both variants of the landmark head learn from. Letters: B images, T
+landmarks of one image (padded to the most of any image), N samples.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Landmark head: class and class-specific reference point of landmarks, the class learned before the place.
 
-In: queries of a detector, or feature maps of a backbone. Out: classes and points; in training the losses of seed 004,
-Equations 1 to 7 (``landmark_losses``), whose point error counts as much as the class is already known.
-Source: seed 004; specs/heads.md section 1. Classes are numbered 0..M-1; background, which the document calls class 0,
-is the last column of class scores.
+In: queries of a detector, or feature maps of a backbone. Out: classes and points; in training the losses of US
+11,544,507, Equations 1 to 7 (``landmark_losses``), whose point error counts as much as the class is already known.
+Source: US 11,544,507. Classes are numbered 0..M-1; background, which the document calls class 0, is the last column of
+class scores.
 """
 
 from __future__ import annotations

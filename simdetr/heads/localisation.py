@@ -3,7 +3,7 @@
 Attention blocks on several feature maps learn which part of an image is object: what remains of it without its most
 discriminative part shall resemble the whole and differ from the background, early attention shall agree with late
 attention, and later maps see only that remainder, or the map weighted by importance. CAM is the same without blocks.
-Source: seed 002 (in-sample contrastive learning), claims 1 to 10; specs/heads.md section 2.
+Source: KR 10-2022-0050617 (in-sample contrastive learning), claims 1 to 10.
 Letters: B images, C channels, K classes, S pixels of a score map's side.
 """
 

@@ -1,6 +1,6 @@
 """Losses of weakly supervised localisation: embeddings, attention and class logits in, scalars out.
 
-Source: seed 002, equations 2 to 4; specs/heads.md section 2.2.
+Source: KR 10-2022-0050617, equations 2 to 4.
 Letters: B images, E channels of an embedding, K classes.
 """
 

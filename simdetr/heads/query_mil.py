@@ -2,8 +2,8 @@
 
 An image shows a class where some of its queries do (multiple-instance learning): the image's logit is the log-mean-exp
 of the queries' logits, and the box is that of the best query of the class. The contrastive attention loss on the
-feature maps is that of ``LocalisationHead``. Source: seed 002 for the loss, the rest is this library's; specs/heads.md
-section 2.4 (c). Letters: B images, L predictions of the decoder, Q queries, K classes.
+feature maps is that of ``LocalisationHead``. Source: KR 10-2022-0050617 for the loss, the rest is this library's.
+Letters: B images, L predictions of the decoder, Q queries, K classes.
 """
 
 from __future__ import annotations

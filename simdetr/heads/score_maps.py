@@ -1,6 +1,6 @@
 """Where a localisation head looks: attention or class evidence of a level in, score maps and boxes out.
 
-Source: seed 002, claims 1 and 5, [0059] and [0060]; specs/heads.md section 2.4.
+Source: KR 10-2022-0050617, claims 1 and 5, [0059] and [0060].
 Letters: B images, C channels, K classes, S pixels of a score map's side.
 """
 

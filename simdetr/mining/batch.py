@@ -1,6 +1,6 @@
 """Mining in memory: images or feature maps of a batch in, at most a few dozen regions per image out.
 
-Source: seed 003 [0032]-[0034], [0053], [0057]-[0063]; design §5.1-5.4. :func:`mine_batch` is the whole computation,
+Source: US 2025/0265826 [0032]-[0034], [0053], [0057]-[0063]. :func:`mine_batch` is the whole computation,
 :func:`mine_maps` the part after the encoder, :func:`cluster_maps` the part before the filters.
 """
 

@@ -1,6 +1,6 @@
 """Images [B, 3, H, W] in 0..1 -> maps at strides 16 and 32 that need no weights: what colour and texture a cell has.
 
-For the quickstart and for users without a checkpoint (design §5.1). A cell is described by its mean colour and colour
+For the quickstart and for users without a checkpoint. A cell is described by its mean colour and colour
 deviation in CIE L*a*b* and by the energy of its luma in the bands of a Haar wavelet pyramid, which tells fine from
 coarse and upright from flat texture. Each of these is scaled by its spread within the image, neighbours are mixed a
 little, and the fine level also knows where in the image it is. Random Fourier features (Rahimi and Recht 2007) then

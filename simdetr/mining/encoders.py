@@ -1,4 +1,4 @@
-"""Images [B, 3, H, W] in 0..1 -> feature maps at strides 16 and 32, by any timm backbone (seed 003 [0053]).
+"""Images [B, 3, H, W] in 0..1 -> feature maps at strides 16 and 32, by any timm backbone (US 2025/0265826 [0053]).
 
 The two top-most maps of a frozen encoder: stride 32 means more, stride 16 shows more. Every encoder is a module with
 ``strides``, ``region_dim`` and ``fingerprint`` and returns ``{16: map, 32: map}``; the one that needs no weights is in

@@ -1,6 +1,6 @@
 """Box filters: candidates and one limit in, fewer candidates out.
 
-Source: seed 003 [0034], [0057]-[0063]; design §5.4. All five have one signature, ``(candidates, limit) -> candidates``,
+Source: US 2025/0265826 [0034], [0057]-[0063]. All five have one signature, ``(candidates, limit) -> candidates``,
 so a recipe lists names with limits, in order. All work on a whole batch of images at once. "Smaller" is always the
 region with fewer cells; of two equal ones the later in the list. Where the document removes the smaller of a pair,
 every smaller partner goes, also when the larger one itself falls to a third: the outcome then depends on no order.

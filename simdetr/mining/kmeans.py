@@ -1,8 +1,8 @@
 """Feature blocks -> centroids: Lloyd's k-means over more rows than fit in memory, on one process or on many ranks.
 
-The global clustering of region features into pseudo-classes (seed 003 [0054]-[0055], Algorithm 1 line 8). Rows come as
-a tensor or as a repeatable iterable of blocks; an iteration is one pass over them; ranks add up their sums and counts,
-so every rank ends with the same centroids. A journal lets a killed clustering go on after its last iteration.
+The global clustering of region features into pseudo-classes (US 2025/0265826 [0054]-[0055], Algorithm 1 line 8). Rows
+come as a tensor or as a repeatable iterable of blocks; an iteration is one pass over them; ranks add up their sums and
+counts, so every rank ends with the same centroids. A journal lets a killed clustering go on after its last iteration.
 
 Letters: M rows (all blocks, all ranks), D dimensions, C clusters, n rows of one rank or block.
 """

@@ -430,7 +430,7 @@ class MiningBar:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Notes of a store's shards in, ``quarantine.csv`` and a stop past a fraction out (design.md section 11).
+# Notes of a store's shards in, ``quarantine.csv`` and a stop past a fraction out.
 #
 # Every process counts what the shards of all processes say, so that none needs to hear of the others; the list is put
 # together from the shards once they are all there.

@@ -1,8 +1,9 @@
 """Cluster labels in, regions out: connected components, their boxes, areas and pooled features.
 
-Source: seed 003 [0033]. Letters: B images of one shape, L clusterings (level and K), H x W cells of the finest grid,
-N = H W, R region rows per image (padded), C channels of the last level's map. A coarser level's labels are repeated on
-the finest grid, so that all masks of an image can be compared cell by cell. No loop goes over images or regions.
+Source: US 2025/0265826 [0033]. Letters: B images of one shape, L clusterings (level and K), H x W cells of the finest
+grid, N = H W, R region rows per image (padded), C channels of the last level's map. A coarser level's labels are
+repeated on the finest grid, so that all masks of an image can be compared cell by cell. No loop goes over images or
+regions.
 """
 
 from __future__ import annotations
@@ -263,7 +264,7 @@ def _resampling(coarse_hw: tuple[int, ...], fine_hw: tuple[int, ...]) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Connected components: label grids or masks in, one number per contiguous region out (seed 003 [0033]).
+# Connected components: label grids or masks in, one number per contiguous region out (US 2025/0265826 [0033]).
 
 
 def connected_components(labels: Tensor, *, connectivity: int = 4) -> Tensor:

@@ -1,8 +1,8 @@
 """Spectral clustering of feature maps: maps of a batch of images in, one label per cell and number of clusters out.
 
-Source: seed 003 [0032], [0053]; Ng, Jordan, Weiss 2001, "On spectral clustering". Letters: B images, D channels, H x W
-cells, N = H W nodes, K clusters. One eigen-decomposition per map serves all its K. Everything runs on the features'
-device, no loop goes over images or cells, and the labels of an image do not depend on its batch.
+Source: US 2025/0265826 [0032], [0053]; Ng, Jordan, Weiss 2001, "On spectral clustering". Letters: B images, D channels,
+H x W cells, N = H W nodes, K clusters. One eigen-decomposition per map serves all its K. Everything runs on the
+features' device, no loop goes over images or cells, and the labels of an image do not depend on its batch.
 
 A defined result for every graph: a node without neighbours (zero features) embeds at the origin; eigenvectors of
 non-positive eigenvalues describe no group and are dropped, which leaves identical nodes identical in the embedding, so

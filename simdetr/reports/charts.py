@@ -216,7 +216,7 @@ def _draw_sizes(axes: Axes, sizes: np.ndarray[Any, np.dtype[np.int64]]) -> None:
 # - equation 7: u + exp(-u)·v².
 #
 # No network is trained here; real losses are not free to move like this. A loss that has come to 0 stays there.
-# Source: seed 004, equations 5 to 7 and figures 11A to 11C, whose vertical axis is the class loss; heads, section 1.2.
+# Source: US 11,544,507, equations 5 to 7 and figures 11A to 11C, whose vertical axis is the class loss.
 
 
 Equation = Literal["eq5", "eq6", "eq7"]

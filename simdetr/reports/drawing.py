@@ -334,8 +334,8 @@ def _tile(image: Tensor, box_xyxy: NDArray[np.float32], tile_px: int) -> Image.I
 # ----------------------------------------------------------------------------------------------------------------------
 # An image and its score map in, a picture with the map over the image and the boxes in two colours out.
 #
-# As in the figures of the seed the found boxes are green and the human ones red.
-# Source: seed 002, figures 6 and 7.
+# As in the figures of the document the found boxes are green and the human ones red.
+# Source: KR 10-2022-0050617, figures 6 and 7.
 
 
 FOUND: Colour = (0, 230, 64)

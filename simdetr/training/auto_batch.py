@@ -34,7 +34,7 @@ _RESERVE = 0.08
 _CPU_SHARE = 0.5
 """Share of the free main memory that activations may take on the CPU, which would swap instead of refusing."""
 _CROP_ASPECT = 600 / 384
-"""Of the longest window that the random crop cuts out (specs/detectors.md A9)."""
+"""Of the longest window that the random crop cuts out."""
 _TILES = 4
 
 

@@ -1,7 +1,7 @@
 """Training of one detector on boxes and classes: a LightningModule around any detector of ``simdetr.detectors``.
 
 In: batches of ``simdetr.data.dataset.collate``. Out: logged losses, detections in validation, checkpoints that
-carry what is needed to rebuild the detector. Source: seed 003 Eq. 1-2, specs/detectors.md A8-A9.
+carry what is needed to rebuild the detector. Source: US 2025/0265826 Eq. 1-2.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def score(
 # Score maps of a trained localisation head over a set of images: pictures, and the numbers of the field, out.
 #
 # Beside the head's own map stand, in every scoring, the class activation map of the same network and a Gaussian in the
-# image's centre: a method that does not beat them has learned nothing of where. Source: specs/heads.md section 2.7.
+# image's centre: a method that does not beat them has learned nothing of where.
 
 
 THRESHOLD_STEP = 0.01

@@ -1,4 +1,4 @@
-"""Optimiser groups and learning-rate schedules of the published recipes (specs/detectors.md A9, B5).
+"""Optimiser groups and learning-rate schedules of the published recipes.
 
 In: a detector with parameters named as in the official Deformable DETR. Out: AdamW groups and a schedule factor.
 """
@@ -111,8 +111,8 @@ def lr_factor(
 # Stop a training when its loss has converged: the mean loss of each epoch in, the end of the training out.
 #
 # Lightning's own EarlyStopping waits for a logged number to stop improving by an absolute amount; trainings log the
-# loss of single steps, which says little. This compares whole epochs, by a fraction. Source: seed 004 (the update is
-# repeated until the total loss converges); specs/heads.md 1.4, step 4.
+# loss of single steps, which says little. This compares whole epochs, by a fraction. Source: US 11,544,507 (the update
+# is repeated until the total loss converges)
 
 
 LOG = logging.getLogger(__name__)

@@ -83,7 +83,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Layout of one run; see design.md section 4."""
+    """Layout of one run."""
 
     path: Path
 

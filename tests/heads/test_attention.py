@@ -108,7 +108,7 @@ def test_levels_of_another_kind():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Non-local attention block: heads, section 2.6 no. 5, and a plain implementation of its formula.
+# Non-local attention block: identity attention, and a plain implementation of its formula.
 
 
 def block(channels=6, seed=0, **widths):
@@ -260,7 +260,7 @@ def test_widths_below_one_are_refused(name):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Masks of attention: heads, section 2.6 nos. 1, 2 and 6.
+# Masks of attention: worked by hand, and bounds that always hold.
 
 
 A = torch.tensor([[[0.0, 0.1, 0.3], [0.2, 0.9, 0.6], [0.1, 0.5, 1.0]]])

@@ -1,6 +1,6 @@
 """Equations 1 to 7 against numbers worked out by hand, their derivatives, and what is coupled to what.
 
-The numbers are those of specs/heads.md 1.6, oracles 1 to 5; there the background is class 0, here it is the last.
+The numbers were worked out by hand with the background as class 0; here it is the last.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A small network learns discs and squares: first what they are, then where their points lie, and each class its own.
 
-Oracle 10 of specs/heads.md 1.6, with Equation 4. Discs have their point at the centre, squares at the lower right.
+With Equation 4. Discs have their point at the centre, squares at the lower right.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The localisation head: heads, section 2.6 nos. 7 and 8, its options, padding, bad input, and detectors with it."""
+"""The localisation head: drawn birds, class activation, its options, padding, bad input, and detectors with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of localisation: heads, section 2.6 nos. 2, 3 and 4."""
+"""Losses of localisation, by hand, by gradient and by bad input."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_images_and_batches_without_objects(variant, keep, recipe, own_scenes, t
     losses = logged(tmp_path / "run")
     assert all(torch.isfinite(torch.tensor(value)) for value in losses.values())
     if not keep:
-        assert losses["train/loss_bbox"] == losses["train/loss_giou"] == 0  # specs/detectors.md T18
+        assert losses["train/loss_bbox"] == losses["train/loss_giou"] == 0
         assert losses["train/loss_ce"] > 0
 
 

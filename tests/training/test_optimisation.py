@@ -18,7 +18,7 @@ def test_groups_of_the_base_model_have_the_official_sizes():
     detector = DeformableDETR(91)
     groups = parameter_groups(detector, lr=2e-4, backbone_lr=2e-5)
     sizes = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
-    assert sizes == {"rest": 15_824_735, "backbone": 23_232_512, "slow": 790_018}  # specs/detectors.md T5
+    assert sizes == {"rest": 15_824_735, "backbone": 23_232_512, "slow": 790_018}
     assert {g["name"]: g["lr"] for g in groups} == {"rest": 2e-4, "backbone": 2e-5, "slow": pytest.approx(2e-5)}
     members = [id(p) for group in groups for p in group["params"]]
     assert len(members) == len(set(members))
