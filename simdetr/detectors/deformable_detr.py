@@ -1,8 +1,8 @@
 """Deformable DETR: images [B, 3, H, W] and their padding mask in, class logits and boxes of every query out.
 
-Source: Deformable DETR (arXiv 2010.04159); numerics, initialisation and parameter names of the published code,
-so that the original's and transformers' checkpoints can be read (`simdetr.exchange.parameter_names`). Base, iterative box refinement,
-two-stage, single-scale and dilated variants.
+Source: Deformable DETR (arXiv 2010.04159); numerics, initialisation and parameter names of the published code, so that
+its checkpoints and those of transformers can be read. Base, iterative box refinement, two-stage, single-scale and
+dilated variants.
 Letters: B images, Q queries, K classes, C channels, L levels, S cells of all levels.
 """
 
