@@ -35,7 +35,6 @@ ORDER = (
 """Folders and files of the root; each may import those before it."""
 WITHOUT_LIGHTNING = ORDER[: ORDER.index("training")]
 TESTED_ELSEWHERE = {
-    "commands/fit.py": "tests/test_heads_at_work.py runs `simdetr fit`",
     "data/label_files.py": "tests/data/test_labels.py writes and reads them",
 }
 """Modules without a test file of their own name, and where they are tested."""
