@@ -16,7 +16,6 @@ from torchvision.ops import (
     box_convert,
     box_iou,
     clip_boxes_to_image,
-    generalized_box_iou,
     nms,
 )
 
@@ -61,17 +60,27 @@ def batched_iou(boxes_xyxy: Tensor) -> Tensor:
     return torch.where(union > 0, shared / union, 0.0)
 
 
-def pairwise_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
-    """Generalised IoU of all pairs, [N, 4] and [M, 4] to [N, M], in (-1, 1]."""
-    return generalized_box_iou(boxes_a_xyxy, boxes_b_xyxy)
-
-
 def paired_iou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
     """Intersection over union of box i of one set with box i of the other, [N, 4] and [N, 4] to [N]."""
-    top_left = torch.maximum(boxes_a_xyxy[:, :2], boxes_b_xyxy[:, :2])
-    bottom_right = torch.minimum(boxes_a_xyxy[:, 2:], boxes_b_xyxy[:, 2:])
-    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=1)
-    return intersection / (box_area(boxes_a_xyxy) + box_area(boxes_b_xyxy) - intersection)
+    intersection, union = _paired_overlaps(boxes_a_xyxy, boxes_b_xyxy)
+    return intersection / union
+
+
+def paired_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
+    """Generalised IoU of box i of one set with box i of the other, [N, 4] and [N, 4] to [N]."""
+    intersection, union = _paired_overlaps(boxes_a_xyxy, boxes_b_xyxy)
+    low = torch.minimum(boxes_a_xyxy[:, :2], boxes_b_xyxy[:, :2])
+    high = torch.maximum(boxes_a_xyxy[:, 2:], boxes_b_xyxy[:, 2:])
+    hull = (high - low).clamp(min=0).prod(dim=1)
+    return intersection / union - (hull - union) / hull
+
+
+def _paired_overlaps(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas of the intersection and of the union, [N] each."""
+    low = torch.maximum(boxes_a_xyxy[:, :2], boxes_b_xyxy[:, :2])
+    high = torch.minimum(boxes_a_xyxy[:, 2:], boxes_b_xyxy[:, 2:])
+    intersection = (high - low).clamp(min=0).prod(dim=1)
+    return intersection, box_area(boxes_a_xyxy) + box_area(boxes_b_xyxy) - intersection
 
 
 def batched_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
@@ -90,18 +99,6 @@ def batched_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
     return (intersection / union).add_(union / hull).sub_(1.0)
 
 
-def paired_giou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
-    """Generalised IoU of box i of one set with box i of the other, [N, 4] and [N, 4] to [N]."""
-    top_left = torch.maximum(boxes_a_xyxy[:, :2], boxes_b_xyxy[:, :2])
-    bottom_right = torch.minimum(boxes_a_xyxy[:, 2:], boxes_b_xyxy[:, 2:])
-    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=1)
-    union = box_area(boxes_a_xyxy) + box_area(boxes_b_xyxy) - intersection
-    hull_top_left = torch.minimum(boxes_a_xyxy[:, :2], boxes_b_xyxy[:, :2])
-    hull_bottom_right = torch.maximum(boxes_a_xyxy[:, 2:], boxes_b_xyxy[:, 2:])
-    hull = (hull_bottom_right - hull_top_left).clamp(min=0).prod(dim=1)
-    return intersection / union - (hull - union) / hull
-
-
 def clip(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> Tensor:
     """Boxes cut to an image of (height, width) pixels, [N, 4] to [N, 4]."""
     return clip_boxes_to_image(boxes_xyxy, size_hw)
@@ -115,20 +112,17 @@ def has_area(boxes_xyxy: Tensor, min_side: float = 0.0) -> Tensor:
 
 def normalise(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> Tensor:
     """Pixel corners to centre and size as fractions of an image of (height, width), [N, 4] to [N, 4]."""
-    height, width = size_hw
-    return xyxy_to_cxcywh(boxes_xyxy) / boxes_xyxy.new_tensor([width, height, width, height])
+    return xyxy_to_cxcywh(boxes_xyxy) / boxes_xyxy.new_tensor(size_hw[::-1] * 2)
 
 
 def denormalise(boxes_cxcywh: Tensor, size_hw: tuple[int, int]) -> Tensor:
     """Centre and size as fractions of an image of (height, width) to pixel corners, [N, 4] to [N, 4]."""
-    height, width = size_hw
-    return cxcywh_to_xyxy(boxes_cxcywh) * boxes_cxcywh.new_tensor([width, height, width, height])
+    return cxcywh_to_xyxy(boxes_cxcywh) * boxes_cxcywh.new_tensor(size_hw[::-1] * 2)
 
 
 def denormalise_points(points: Tensor, size_hw: tuple[int, int]) -> Tensor:
     """Points (x, y) as fractions of an image of (height, width) to pixels, [..., 2] to [..., 2]."""
-    height, width = size_hw
-    return points * points.new_tensor([width, height])
+    return points * points.new_tensor(size_hw[::-1])
 
 
 def suppress_overlaps(

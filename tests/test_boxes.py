@@ -52,7 +52,6 @@ def test_normalise_divides_x_by_width_and_y_by_height():
 def test_overlaps_match_torchvision():
     a, b = random_xyxy(30, seed=2), random_xyxy(20, seed=3)
     torch.testing.assert_close(boxes.pairwise_iou(a, b), ops.box_iou(a, b))
-    torch.testing.assert_close(boxes.pairwise_giou(a, b), ops.generalized_box_iou(a, b))
     paired = boxes.paired_giou(a[:20], b)
     torch.testing.assert_close(paired, ops.generalized_box_iou(a[:20], b).diagonal())
 

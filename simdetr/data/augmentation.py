@@ -1,11 +1,16 @@
 """Plain numbers in, augmentation and preparation of (image, target) pairs out; torchvision.transforms.v2 does the work.
 
-Source: multi-scale resize, flip and crop of Deformable DETR (Zhu et al. 2021, appendix); strong colour
-changes of US 2025/0265826 [0066], [0068] at the strength of MoCo v2 (Chen et al. 2020, section 3).
+`Mosaic` gives a dataset's items, some of them composed of four images.
+
+Sources: multi-scale resize, flip and crop of Deformable DETR (Zhu et al. 2021, appendix); strong colour changes of US
+2025/0265826 [0066], [0068] at the strength of MoCo v2 (Chen et al. 2020, section 3); mosaics [0065]-[0067]: images are
+put side by side, some of them at a lower resolution, so that their boxes shrink; without it a detector that is
+pretrained on pictures of single large objects does not learn to find small ones.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +32,8 @@ _CROP_SIDES = (384 / 800, 600 / 800)
 _MAX_CROP_ASPECT = 4  # bounds the memory that a strip of an image takes before it is cropped
 _COLOUR_STRENGTH = {"none": 0.0, "light": 0.4, "strong": 1.0}
 _BLUR_KERNEL_PX = 9
+_FILL_RGB = (124, 116, 104)  # ImageNet's mean colour: near zero after the normalisation, as the padding is
+_CENTRE_RANGE = (0.35, 0.65)  # where the four tiles of a mosaic meet, as a fraction of the canvas
 
 Colour = Literal["none", "light", "strong"]
 
@@ -42,9 +49,7 @@ class ResizeShortSide(nn.Module):
     def __init__(self, short_sides: Sequence[int], max_side: int) -> None:
         super().__init__()
         if not short_sides or min(short_sides) < 1 or max_side < 1:
-            raise ValueError(
-                f"expected lengths of at least 1 pixel, got short_sides={short_sides}, max_side={max_side}"
-            )
+            raise ValueError(f"expected lengths of at least 1 pixel, got {short_sides=}, {max_side=}")
         self.short_sides = tuple(int(side) for side in short_sides)
         self.max_side = int(max_side)
 
@@ -54,11 +59,9 @@ class ResizeShortSide(nn.Module):
         chosen = self.short_sides[int(torch.randint(len(self.short_sides), ()))]
         scale = min(chosen / min(height, width), self.max_side / max(height, width))
         size = [max(1, round(height * scale)), max(1, round(width * scale))]
+        factors = torch.tensor([size[1] / width, size[0] / height])
         return _on_all(
-            image,
-            target,
-            lambda value: F.resize(value, size, antialias=True),
-            lambda points: points * points.new_tensor([size[1] / width, size[0] / height]),
+            image, target, lambda value: F.resize(value, size, antialias=True), lambda points: points * factors
         )
 
 
@@ -82,11 +85,9 @@ class RandomSizeCrop(nn.Module):
         height, width = self._draw(full_height), self._draw(full_width)
         top = int(torch.randint(full_height - height + 1, ()))
         left = int(torch.randint(full_width - width + 1, ()))
+        corner = torch.tensor([left, top])
         return _on_all(
-            image,
-            target,
-            lambda value: F.crop(value, top, left, height, width),
-            lambda points: points - points.new_tensor([left, top]),
+            image, target, lambda value: F.crop(value, top, left, height, width), lambda points: points - corner
         )
 
     def _draw(self, side: int) -> int:
@@ -155,7 +156,7 @@ def train_transforms(
     """Augmentation for training.
 
     Args:
-        short_sides: lengths in pixels, one of which the short side gets.
+        short_sides: as `ResizeShortSide` has them.
         max_side: longest side in pixels.
         crop: in half of the images, cut out a random window before resizing.
         colour: strength of the colour changes, or 0 (none) to 1 (strong).
@@ -166,14 +167,9 @@ def train_transforms(
     largest = max(short_sides, default=0)
     resize: nn.Module = ResizeShortSide(short_sides, max_side)
     if crop:
-        cut = v2.Compose(
-            [
-                ResizeShortSide([round(part * largest) for part in _CROP_SHORT_SIDES], _MAX_CROP_ASPECT * largest),
-                RandomSizeCrop(*(round(part * largest) for part in _CROP_SIDES)),
-                ResizeShortSide(short_sides, max_side),
-            ]
-        )
-        resize = v2.RandomChoice([resize, cut])
+        before = ResizeShortSide([round(part * largest) for part in _CROP_SHORT_SIDES], _MAX_CROP_ASPECT * largest)
+        window = RandomSizeCrop(*(round(part * largest) for part in _CROP_SIDES))
+        resize = v2.RandomChoice([resize, v2.Compose([before, window, resize])])
     steps = [*([RandomMirror(0.5)] if flip else []), resize, *_colour_changes(colour)]
     composed: nn.Module = v2.Compose([*steps, *_preparation(mean, std)])
     return composed
@@ -214,15 +210,7 @@ def _colour_changes(colour: Colour | float) -> list[nn.Module]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A dataset in, the same dataset with some items composed of four images out.
-#
-# Source: US 2025/0265826 [0065]-[0067]: images are put side by side, some of them at a lower resolution, so that their
-# boxes shrink; without it a detector that is pretrained on pictures of single large objects does not learn to find
-# small ones.
-
-
-_FILL_RGB = (124, 116, 104)  # ImageNet's mean colour: near zero after the normalisation, as the padding is
-_CENTRE_RANGE = (0.35, 0.65)  # where the four tiles meet, as a fraction of the canvas
+# Mosaics
 
 
 @dataclass(frozen=True)
@@ -293,11 +281,8 @@ class Mosaic(Dataset[Sample | None]):
             return None
         own_height, own_width = samples[0][0].shape[-2:]
         canvas_hw = (max(2, self.canvas_px or own_height), max(2, self.canvas_px or own_width))
-        tiles = self._tiles(canvas_hw)
-        placements = [
-            self._place(tile, (sample[0].shape[-2], sample[0].shape[-1]))
-            for tile, sample in zip(tiles, samples, strict=False)  # fewer samples than tiles where some are unreadable
-        ]
+        pairs = zip(self._tiles(canvas_hw), samples, strict=False)  # fewer samples than tiles where some are unreadable
+        placements = [self._place(tile, (image.shape[-2], image.shape[-1])) for tile, (image, _) in pairs]
         return compose_tiles(samples, placements, canvas_hw)
 
     def _tiles(self, canvas_hw: tuple[int, int]) -> list[Placement]:
@@ -305,13 +290,8 @@ class Mosaic(Dataset[Sample | None]):
         low, high = _CENTRE_RANGE
         fractions = (torch.rand(2) * (high - low) + low).tolist()
         y, x = max(1, int(fractions[0] * height)), max(1, int(fractions[1] * width))
-        below, right = height - y, width - x
-        return [
-            Placement(0, 0, y, x),
-            Placement(0, x, y, right),
-            Placement(y, 0, below, x),
-            Placement(y, x, below, right),
-        ]
+        rows, columns = ((0, y), (y, height - y)), ((0, x), (x, width - x))
+        return [Placement(top, left, tall, wide) for top, tall in rows for left, wide in columns]
 
     def _place(self, tile: Placement, size_hw: tuple[int, int]) -> Placement:
         """Fit an image of (height, width) into a tile, perhaps at a lower resolution, at a random place."""
@@ -329,30 +309,25 @@ class Mosaic(Dataset[Sample | None]):
 def compose_tiles(samples: list[Sample], placements: list[Placement], canvas_hw: tuple[int, int]) -> Sample:
     """Draw samples (uint8 images with pixel boxes) at their placements on one canvas, with all that goes by box."""
     canvas = torch.tensor(_FILL_RGB, dtype=torch.uint8).view(3, 1, 1).repeat(1, *canvas_hw)
-    boxes: list[Tensor] = []
-    masks: list[Tensor] = []
-    points: list[Tensor] = []
+    columns: defaultdict[str, list[Tensor]] = defaultdict(list)
     for (image, target), place in zip(samples, placements, strict=True):
-        rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
-        canvas[:, rows, columns] = F.resize(image.as_subclass(Tensor), [place.height, place.width], antialias=True)
+        rows, across = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
+        canvas[:, rows, across] = F.resize(image.as_subclass(Tensor), [place.height, place.width], antialias=True)
         factors = torch.tensor([place.width / image.shape[-1], place.height / image.shape[-2]]).repeat(2)
         shift = torch.tensor([place.left, place.top]).repeat(2)
-        boxes.append(target["boxes"].as_subclass(Tensor) * factors + shift)
+        columns["boxes"].append(target["boxes"].as_subclass(Tensor) * factors + shift)
         if "masks" in target:
             resized = F.resize(target["masks"], [place.height, place.width]).as_subclass(Tensor)
-            masks.append(resized.new_zeros(len(resized), *canvas_hw))
-            masks[-1][:, rows, columns] = resized
+            columns["masks"].append(resized.new_zeros(len(resized), *canvas_hw))
+            columns["masks"][-1][:, rows, across] = resized
         if "points" in target:
-            points.append(target["points"] * factors[:2] + shift[:2])
-    extra: dict[str, Tensor] = {"masks": tv_tensors.Mask(torch.cat(masks))} if masks else {}
-    if points:
-        flags = {name: torch.cat([target[name] for _, target in samples]) for name in ("only_point", "one_sided")}
-        extra |= {"points": torch.cat(points), **flags}
-    return tv_tensors.Image(canvas), {
-        "boxes": pixel_boxes(torch.cat(boxes), canvas_hw),
-        "labels": torch.cat([target["labels"] for _, target in samples]),
-        "scores": torch.cat([target["scores"] for _, target in samples]),
-        "orig_size": torch.tensor(canvas_hw),
-        "image_index": samples[0][1]["image_index"],
-        **extra,
-    }
+            columns["points"].append(target["points"] * factors[:2] + shift[:2])
+        for name in ("labels", "scores", "only_point", "one_sided"):
+            if name in target:
+                columns[name].append(target[name])
+    made = {name: torch.cat(parts) for name, parts in columns.items()}
+    made["boxes"] = pixel_boxes(made["boxes"], canvas_hw)
+    if "masks" in made:
+        made["masks"] = tv_tensors.Mask(made["masks"])
+    facts = {"orig_size": torch.tensor(canvas_hw), "image_index": samples[0][1]["image_index"]}
+    return tv_tensors.Image(canvas), made | facts

@@ -1,4 +1,4 @@
-"""COCO JSON in, `Labels` and a count of what was wrong out; and back, with the ids as they came.
+"""COCO JSON in, `Labels` and a count of what was wrong out; and back, as annotations or results, with the ids they had.
 
 Category ids of any kind (gaps, strings) become class indices 0, 1, … in the order of the ids, so that two files of one
 data set that list the same categories agree. The id of an image is its ``file_name``. Problems are repaired or
@@ -7,7 +7,6 @@ dropped, and counted; ``strict`` makes the first one an error.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections import Counter
@@ -23,10 +22,13 @@ from simdetr.data import masks as mask_codes
 from simdetr.data import points as point_columns
 from simdetr.data.annotations import LINEAGE_COLUMNS, Category, ImageLabels, LabelError, Lineage
 from simdetr.data.labels import Labels
-from simdetr.data.storage import atomic_path
+from simdetr.data.storage import write_json
 
 _ROUNDING_PX = 0.1  # a box may leave the image by this much without being called wrong: COCO writes two decimals
 _EXAMPLES_PER_KIND = 5
+_BOX_DECIMALS = 4
+_KEYPOINT_OF_CATEGORY = {"keypoints": ["reference point"], "skeleton": []}
+_RESULT_FIELDS = ("image_id", "category_id", "bbox", "score", "segmentation", "keypoints", "num_keypoints")
 
 
 @dataclass
@@ -55,9 +57,8 @@ class LabelProblems:
         if self.strict:
             raise LabelError(f"{self.path}: {where}: {kind} (strict)")
         self.counts[kind] += 1
-        self.examples.setdefault(kind, [])
-        if len(self.examples[kind]) < _EXAMPLES_PER_KIND:
-            self.examples[kind].append(where)
+        if self.counts[kind] <= _EXAMPLES_PER_KIND:
+            self.examples.setdefault(kind, []).append(where)
 
     def lines(self) -> list[str]:
         """One line per kind: count, kind and examples."""
@@ -115,35 +116,12 @@ def read_coco(
             annotation = _annotation(entry, point, sizes[file_name], class_of, problems, where)
             if annotation is not None:
                 mask = _mask(entry, annotation, sizes[file_name], problems) if masks else None
-                boxes[file_name].append(annotation if mask is None else replace(annotation, mask=mask))
+                boxes[file_name].append(replace(annotation, mask=mask))
     _count_missing_masks(boxes.values(), problems)
     stage = int(content["info"].get("simdetr_stage", -1)) if isinstance(content.get("info"), dict) else -1
-    labels = Labels.from_images(
-        (_stack(file_name, sizes[file_name], annotations, stage) for file_name, annotations in boxes.items()),
-        categories,
-        stage,
-    )
+    images = (_stack(file_name, sizes[file_name], annotations, stage) for file_name, annotations in boxes.items())
+    labels = Labels.from_images(images, categories, stage)
     return (labels if image_ids is None else labels.select(image_ids)), problems
-
-
-@dataclass(frozen=True)
-class _Annotation:
-    box_xyxy: NDArray[np.float32]
-    class_index: int
-    score: float
-    crowd: bool
-    area: float
-    origin: tuple[int, ...] | None  # values of LINEAGE_COLUMNS
-    where: str
-    mask: bytes | None = None
-    point: tuple[float, float] | None = None
-
-    def filled_mask(self, size_hw: tuple[int, int]) -> bytes:
-        """The mask, or one that fills the box."""
-        if self.mask is not None:
-            return self.mask
-        filled: bytes = mask_codes.of_boxes(self.box_xyxy[None], size_hw)[0]
-        return filled
 
 
 def load_coco(path: Path) -> dict[str, Any]:
@@ -154,13 +132,30 @@ def load_coco(path: Path) -> dict[str, Any]:
         raise LabelError(f"labels: {path} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:
         raise LabelError(f"{path} cannot be read as JSON: {error}") from error
-    missing = {"images", "annotations", "categories"}
-    if isinstance(content, dict):
-        missing = {key for key in missing if not isinstance(content.get(key), list)}
+    found: dict[str, Any] = content if isinstance(content, dict) else {}
+    missing = [key for key in ("annotations", "categories", "images") if not isinstance(found.get(key), list)]
     if missing:
-        raise LabelError(f"{path} is no COCO annotation file: expected the lists {', '.join(sorted(missing))}")
-    checked: dict[str, Any] = content
-    return checked
+        raise LabelError(f"{path} is no COCO annotation file: expected the lists {', '.join(missing)}")
+    return found
+
+
+@dataclass(frozen=True)
+class _Annotation:
+    """One box, by the columns of `ImageLabels`."""
+
+    boxes_xyxy: NDArray[np.float32]
+    classes: int
+    scores: float
+    crowd: bool
+    areas: float
+    origin: tuple[int, ...] | None  # values of LINEAGE_COLUMNS
+    where: str
+    mask: bytes | None = None
+    point: tuple[float, float] | None = None
+
+    def filled_mask(self, size_hw: tuple[int, int]) -> bytes:
+        """The mask, or one that fills the box."""
+        return mask_codes.of_boxes(self.boxes_xyxy[None], size_hw)[0] if self.mask is None else self.mask
 
 
 def _plain_id(value: object) -> int | str | None:
@@ -213,14 +208,6 @@ def _images(
     return rows, sizes
 
 
-def _point(entry: Mapping[str, Any], problems: LabelProblems, where: str) -> tuple[float, float] | None:
-    try:
-        return point_columns.of_keypoints(entry.get("keypoints"))
-    except LabelError as error:
-        problems.add("keypoint cannot be read, left out", f"{where}: {error}")
-        return None
-
-
 def _annotation(
     entry: Mapping[str, Any],
     point: tuple[float, float] | None,
@@ -250,34 +237,42 @@ def _annotation(
     if not 0 <= score <= 1:
         problems.add("score outside 0 to 1, clipped", f"{where} with score {score}")
     return _Annotation(
-        box_xyxy=box,
-        class_index=class_of[_plain_id(entry["category_id"]) or 0],
-        score=min(max(score, 0.0), 1.0),
+        boxes_xyxy=box,
+        classes=class_of[_plain_id(entry["category_id"]) or 0],
+        scores=min(max(score, 0.0), 1.0),
         crowd=bool(entry.get("iscrowd", 0)),
-        area=area if area > 0 and math.isfinite(area) else float((box[2] - box[0]) * (box[3] - box[1])),
+        areas=area if area > 0 and math.isfinite(area) else float((box[2] - box[0]) * (box[3] - box[1])),
         origin=_origin(entry, problems, where),
         where=where,
         point=point,
     )
 
 
+def _point(entry: Mapping[str, Any], problems: LabelProblems, where: str) -> tuple[float, float] | None:
+    try:
+        return point_columns.of_keypoints(entry.get("keypoints"))
+    except LabelError as error:
+        problems.add("keypoint cannot be read, left out", f"{where}: {error}")
+        return None
+
+
 def _mask(
-    entry: Mapping[str, Any], annotation: _Annotation, size_hw: tuple[int, int], problems: LabelProblems
+    entry: Mapping[str, Any], one: _Annotation, size_hw: tuple[int, int], problems: LabelProblems
 ) -> bytes | None:
     try:
         return mask_codes.of_segmentation(entry.get("segmentation"), size_hw)
     except LabelError as error:
-        problems.add("segmentation cannot be read, the box stands in", f"{annotation.where}: {error}")
-        return annotation.filled_mask(size_hw)
+        problems.add("segmentation cannot be read, the box stands in", f"{one.where}: {error}")
+        return one.filled_mask(size_hw)
 
 
 def _count_missing_masks(images: Iterable[list[_Annotation]], problems: LabelProblems) -> None:
     """Only where others have one: a file of boxes alone lacks nothing."""
-    annotations = [annotation for image in images for annotation in image]
-    if any(annotation.mask is not None for annotation in annotations):
-        for annotation in annotations:
-            if annotation.mask is None:
-                problems.add("no segmentation, the box stands in", annotation.where)
+    annotations = [one for image in images for one in image]
+    missing = [one.where for one in annotations if one.mask is None]
+    if len(missing) < len(annotations):
+        for where in missing:
+            problems.add("no segmentation, the box stands in", where)
 
 
 def _origin(entry: Mapping[str, Any], problems: LabelProblems, where: str) -> tuple[int, ...] | None:
@@ -293,38 +288,19 @@ def _origin(entry: Mapping[str, Any], problems: LabelProblems, where: str) -> tu
 
 
 def _stack(file_name: str, size_hw: tuple[int, int], annotations: list[_Annotation], stage: int) -> ImageLabels:
-    lineage = None
-    origins = {row: annotation.origin for row, annotation in enumerate(annotations) if annotation.origin is not None}
+    names = ("boxes_xyxy", "classes", "scores", "crowd", "areas")
+    columns = {name: [getattr(one, name) for one in annotations] for name in names}
+    lineage, masks, points = None, None, None
+    origins = {row: one.origin for row, one in enumerate(annotations) if one.origin is not None}
     if origins:
         lineage = Lineage.first_seen(stage, np.array([0, len(annotations)]))
         for name, values in zip(LINEAGE_COLUMNS, zip(*origins.values(), strict=True), strict=True):
             getattr(lineage, name)[list(origins)] = values
-    masks = None
-    if any(annotation.mask is not None for annotation in annotations):
-        masks = mask_codes.column(annotation.filled_mask(size_hw) for annotation in annotations)
-    points = None
-    if any(annotation.point is not None for annotation in annotations):
-        points = [annotation.point or (math.nan, math.nan) for annotation in annotations]
-    return ImageLabels.build(
-        file_name,
-        size_hw,
-        boxes_xyxy=[annotation.box_xyxy for annotation in annotations],
-        classes=[annotation.class_index for annotation in annotations],
-        scores=[annotation.score for annotation in annotations],
-        crowd=[annotation.crowd for annotation in annotations],
-        areas=[annotation.area for annotation in annotations],
-        lineage=lineage,
-        masks=masks,
-        points=points,
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# `Labels` in, COCO JSON out: an annotation file with scores, or the results list that COCO evaluators read.
-
-
-_BOX_DECIMALS = 4
-_KEYPOINT_OF_CATEGORY = {"keypoints": ["reference point"], "skeleton": []}
+    if any(one.mask is not None for one in annotations):
+        masks = mask_codes.column(one.filled_mask(size_hw) for one in annotations)
+    if any(one.point is not None for one in annotations):
+        points = [one.point or (math.nan, math.nan) for one in annotations]
+    return ImageLabels.build(file_name, size_hw, **columns, lineage=lineage, masks=masks, points=points)
 
 
 def write_coco(labels: Labels, path: str | Path) -> None:
@@ -334,27 +310,18 @@ def write_coco(labels: Labels, path: str | Path) -> None:
     the fields ``stage``, ``born``, ``born_row``, ``stride``, ``k`` and ``cluster``, see `Lineage`.
     Masks are written as ``segmentation``, in compressed run lengths, points as the one keypoint of each annotation.
     """
+    sizes = zip(labels.image_ids, labels.sizes_hw.tolist(), strict=True)
+    keypoint = {} if labels.points is None else _KEYPOINT_OF_CATEGORY
     content = {
         "info": {"description": "written by simdetr", "simdetr_stage": labels.stage},
         "images": [
-            {"id": row + 1, "file_name": image_id, "height": height, "width": width}
-            for row, (image_id, (height, width)) in enumerate(
-                zip(labels.image_ids, labels.sizes_hw.tolist(), strict=True)
-            )
+            {"id": number, "file_name": image_id, "height": height, "width": width}
+            for number, (image_id, (height, width)) in enumerate(sizes, start=1)
         ],
-        "annotations": [
-            {"id": number + 1, **box, **mask, **point, **origin}
-            for number, (box, mask, point, origin) in enumerate(
-                zip(_boxes(labels), _segmentations(labels), _keypoints(labels), _origins(labels), strict=True)
-            )
-        ],
-        "categories": [
-            {"id": category.id, "name": category.name, **({} if labels.points is None else _KEYPOINT_OF_CATEGORY)}
-            for category in labels.categories
-        ],
+        "annotations": [{"id": number, **entry} for number, entry in enumerate(_entries(labels), start=1)],
+        "categories": [{"id": category.id, "name": category.name, **keypoint} for category in labels.categories],
     }
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content), encoding="utf-8")
+    write_json(path, content)
 
 
 def write_detections(labels: Labels, path: str | Path, coco_truth: str | Path | None = None) -> None:
@@ -372,19 +339,18 @@ def write_detections(labels: Labels, path: str | Path, coco_truth: str | Path | 
         LabelError: an image with detections is not in ``coco_truth``.
     """
     image_numbers = None if coco_truth is None else _truth_ids(Path(coco_truth))
-    entries: list[dict[str, Any]] = []
-    for box, mask, point in zip(_boxes(labels), _segmentations(labels), _keypoints(labels), strict=True):
-        file_name = labels.image_ids[box["image_id"] - 1]
-        entry = {key: box[key] for key in ("image_id", "category_id", "bbox", "score")} | mask | point
+    results: list[dict[str, Any]] = []
+    for entry in _entries(labels):
+        file_name = labels.image_ids[entry["image_id"] - 1]
+        result = {name: entry[name] for name in _RESULT_FIELDS if name in entry}
         if image_numbers is None:
-            entry["file_name"] = file_name
+            result["file_name"] = file_name
         elif file_name in image_numbers:
-            entry["image_id"] = image_numbers[file_name]
+            result["image_id"] = image_numbers[file_name]
         else:
             raise LabelError(f"image {file_name!r} has detections but is not in {coco_truth}; give its own truth file")
-        entries.append(entry)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(entries), encoding="utf-8")
+        results.append(result)
+    write_json(path, results)
 
 
 def _truth_ids(path: Path) -> dict[str, Any]:
@@ -395,48 +361,30 @@ def _truth_ids(path: Path) -> dict[str, Any]:
         raise LabelError(f"coco_truth: {path} cannot be read as a COCO annotation file: {error!r}") from error
 
 
-def _boxes(labels: Labels) -> Iterator[dict[str, Any]]:
-    owners = np.repeat(np.arange(1, len(labels) + 1), np.diff(labels.offsets)).tolist()
+def _entries(labels: Labels) -> Iterator[dict[str, Any]]:
+    """All that is known of each box, as annotations have it; images count from 1."""
+    owners = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
     corners = labels.boxes_xyxy.astype(np.float64)
-    bboxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).round(_BOX_DECIMALS).tolist()
-    # through text: the shortest decimal that gives the same float32 again, not its 17 digits as a double
-    scores = labels.scores.astype(str).astype(np.float64).tolist()
-    areas = labels.areas.astype(np.float64).round(_BOX_DECIMALS).tolist()
-    columns = zip(owners, labels.classes.tolist(), bboxes, scores, areas, labels.crowd.tolist(), strict=True)
-    for image_number, class_index, bbox, score, area, crowd in columns:
-        yield {
-            "image_id": image_number,
-            "category_id": labels.categories[class_index].id,
-            "bbox": bbox,
-            "area": area,
-            "iscrowd": int(crowd),
-            "score": score,
-        }
-
-
-def _segmentations(labels: Labels) -> Iterator[dict[str, Any]]:
-    if labels.masks is None:
-        yield from itertools.repeat({}, len(labels.boxes_xyxy))
-        return
-    sizes_hw = np.repeat(labels.sizes_hw, np.diff(labels.offsets), axis=0).tolist()
-    for size_hw, counts in zip(sizes_hw, labels.masks, strict=True):
-        yield {"segmentation": {"size": size_hw, "counts": counts.decode()}}
-
-
-def _keypoints(labels: Labels) -> Iterator[dict[str, Any]]:
-    if labels.points is None:
-        yield from itertools.repeat({}, len(labels.boxes_xyxy))
-        return
-    for (x, y), known in zip(
-        labels.points.astype(np.float64).round(_BOX_DECIMALS).tolist(), point_columns.known(labels.points), strict=True
-    ):
+    columns: dict[str, list[Any]] = {
+        "image_id": (owners + 1).tolist(),
+        "category_id": [labels.categories[index].id for index in labels.classes],
+        "bbox": np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]).round(_BOX_DECIMALS).tolist(),
+        "area": labels.areas.astype(np.float64).round(_BOX_DECIMALS).tolist(),
+        "iscrowd": labels.crowd.astype(int).tolist(),
+        # through text: the shortest decimal that gives the same float32 again, not its 17 digits as a double
+        "score": labels.scores.astype(str).astype(np.float64).tolist(),
+    }
+    if labels.masks is not None:
+        coded = zip(labels.sizes_hw[owners].tolist(), labels.masks, strict=True)
+        columns["segmentation"] = [{"size": size_hw, "counts": counts.decode()} for size_hw, counts in coded]
+    if labels.points is not None:
+        known = point_columns.known(labels.points)
+        points = labels.points.astype(np.float64).round(_BOX_DECIMALS).tolist()
         # COCO's visibility: 2 is seen, 0 is not labelled
-        yield {"keypoints": [x, y, 2] if known else [0, 0, 0], "num_keypoints": int(known)}
-
-
-def _origins(labels: Labels) -> Iterator[dict[str, int]]:
-    if labels.lineage is None:
-        yield from itertools.repeat({}, len(labels.boxes_xyxy))
-        return
-    for values in zip(*(getattr(labels.lineage, name).tolist() for name in LINEAGE_COLUMNS), strict=True):
-        yield {"stage": labels.stage, **dict(zip(LINEAGE_COLUMNS, values, strict=True))}
+        columns["keypoints"] = [[*xy, 2] if there else [0, 0, 0] for xy, there in zip(points, known, strict=True)]
+        columns["num_keypoints"] = known.astype(int).tolist()
+    if labels.lineage is not None:
+        columns["stage"] = [labels.stage] * len(owners)
+        columns |= {name: getattr(labels.lineage, name).tolist() for name in LINEAGE_COLUMNS}
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 
 from simdetr.boxes import clip, normalise
 from simdetr.data import masks as mask_codes
-from simdetr.data.annotations import LabelError
+from simdetr.data.annotations import ImageLabels, LabelError
 from simdetr.data.images import ImageSource, UnreadableImageError, read_image
 from simdetr.data.labels import Labels
 from simdetr.data.quarantine import Quarantine
@@ -158,40 +158,32 @@ class DetectionDataset(Dataset[Sample | None]):
         if self.reference_points is not None:
             target = transformed_points(self.reference_points, target, (height, width))
         boxes = target["boxes"].as_subclass(Tensor).float().reshape(-1, 4)
-        finished = {
-            "labels": target["labels"],
-            "boxes": normalise(boxes, (height, width)),
-            "orig_size": target["orig_size"],
-            "size": torch.tensor([height, width]),
-            "image_index": target["image_index"],
-        }
+        finished = {name: target[name] for name in ("labels", "scores", "orig_size", "image_index")}
+        finished |= {"boxes": normalise(boxes, (height, width)), "size": torch.tensor([height, width])}
         if "masks" in target:
             finished["masks"] = target["masks"].as_subclass(Tensor).bool()
         if self.reference_points is not None:
             finished["points"] = target["points"] / target["points"].new_tensor([width, height])
-        finished |= {"scores": target["scores"], "dropped": torch.tensor(0)}
+        finished["dropped"] = torch.tensor(0)
         if self.max_objects is not None and len(finished["labels"]) > self.max_objects:
             _keep_most_certain(finished, self.max_objects)
         return image.as_subclass(Tensor), finished
 
     def _raw_sample(self, row: int, pixels: Tensor) -> Sample:
         size_hw = (pixels.shape[-2], pixels.shape[-1])
-        boxes, classes = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-        scores = np.zeros(0, np.float32)
+        truth = ImageLabels.build("", size_hw, [], []) if self.labels is None else self.labels.image(row)
+        kept = ~truth.crowd
+        boxes, classes = truth.boxes_xyxy[kept], truth.classes[kept]
         extra: dict[str, Tensor] = {}
-        if self.labels is not None:
-            truth = self.labels.image(row)
-            boxes, classes = truth.boxes_xyxy[~truth.crowd], truth.classes[~truth.crowd]
-            scores = truth.scores[~truth.crowd]
-            if self.masks and truth.masks is not None:
-                extra["masks"] = pixel_masks(truth.masks[~truth.crowd], truth.size_hw, size_hw)
-            if self.reference_points is not None:
-                given = None if truth.points is None else truth.points[~truth.crowd]
-                extra |= untransformed_points(self.reference_points, boxes, classes, given, size_hw)
+        if self.masks and truth.masks is not None:
+            extra["masks"] = pixel_masks(truth.masks[kept], truth.size_hw, size_hw)
+        if self.reference_points is not None:
+            given = None if truth.points is None else truth.points[kept]
+            extra |= untransformed_points(self.reference_points, boxes, classes, given, size_hw)
         return tv_tensors.Image(pixels), {
             "boxes": pixel_boxes(clip(torch.from_numpy(boxes), size_hw), size_hw),
             "labels": torch.from_numpy(classes),
-            "scores": torch.from_numpy(scores),
+            "scores": torch.from_numpy(truth.scores[kept]),
             "orig_size": torch.tensor(size_hw),
             "image_index": torch.tensor(row),
             **extra,
@@ -241,11 +233,7 @@ def item_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
 
 
 def collate(samples: Sequence[Sample | None]) -> Batch | None:
-    """Stack samples of different sizes into a padded batch, without the None of unreadable images.
-
-    Returns:
-        The batch, or None where no sample is left.
-    """
+    """Stack samples of different sizes into a padded batch, without unreadable images; None where no sample is left."""
     readable = [sample for sample in samples if sample is not None]
     if not readable:
         return None

@@ -112,11 +112,20 @@ def examine(
                 findings.append(Finding("duplicate", checked.image_id, f"same content as {first}"))
         if progress is not None:
             progress(done, len(source))
-    fatal = _fatal_images(len(source), len(sizes), max_unreadable)
-    truth, problems = None, None
+    fatal: list[str] = []
+    unreadable = len(source) - len(sizes)
+    if not sizes:
+        fatal.append(f"none of the {len(source)} images can be read")
+    elif unreadable > max_unreadable * len(source):
+        fatal.append(f"{unreadable} of {len(source)} images cannot be read, more than {max_unreadable:.0%}")
+    truth: Labels | None = None
+    problems: LabelProblems | None = None
     if labels is not None:
         try:
-            truth, problems = _read(Path(labels))
+            if Path(labels).suffix.lower() == ".json":
+                truth, problems = read_coco(labels)
+            else:
+                truth = read_labels(labels)
             findings += _label_findings(truth, source, sizes)
             fatal += _fatal_labels(truth, source, Path(labels))
         except LabelError as error:
@@ -196,19 +205,6 @@ def _check(record: ImageRecord) -> _Checked:
     return _Checked(record.id, (height, width), digest, found)
 
 
-def _read(path: Path) -> tuple[Labels, LabelProblems | None]:
-    return read_coco(path) if path.suffix.lower() == ".json" else (read_labels(path), None)
-
-
-def _fatal_images(total: int, readable: int, max_unreadable: float) -> list[str]:
-    if readable == 0:
-        return [f"none of the {total} images can be read"]
-    unreadable = total - readable
-    if unreadable > max_unreadable * total:
-        return [f"{unreadable} of {total} images cannot be read, more than {max_unreadable:.0%}"]
-    return []
-
-
 def _fatal_labels(labels: Labels, source: ImageSource, path: Path) -> list[str]:
     if not any(image_id in source for image_id in labels.image_ids):
         return [f"{path}: none of its {len(labels)} images is in {source.root}; are its file names relative to it?"]
@@ -235,12 +231,9 @@ def _label_lines(report: DoctorReport) -> list[str]:
     boxes_per_image = np.diff(labels.offsets)
     per_class = np.bincount(labels.classes, minlength=labels.num_classes)
     without = [category.name for category, count in zip(labels.categories, per_class, strict=True) if count == 0]
-    lines = [
-        (
-            f"labels: {len(labels.boxes_xyxy)} boxes of {labels.num_classes} categories on {len(labels)} images, "
-            f"{int((boxes_per_image == 0).sum())} images without boxes, {int(labels.crowd.sum())} crowds"
-        )
-    ]
+    counts = f"{len(labels.boxes_xyxy)} boxes of {labels.num_classes} categories on {len(labels)} images"
+    empty, crowds = int((boxes_per_image == 0).sum()), int(labels.crowd.sum())
+    lines = [f"labels: {counts}, {empty} images without boxes, {crowds} crowds"]
     if len(per_class):
         lines.append(f"boxes per category: {per_class.min()} to {per_class.max()}, median {np.median(per_class):.0f}")
     if without:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +17,12 @@ import numpy as np
 from PIL import Image
 
 from simdetr.data.annotations import Category, ImageLabels, LabelError
-from simdetr.data.images import ImageRecord, ImageSource, find_images
+from simdetr.data.images import ImageRecord, ImageSource, exif_orientation, find_images
 from simdetr.data.labels import Labels
 
 LOG = logging.getLogger(__name__)
 
 _COLUMNS = ("image", "label")
-_EXIF_ORIENTATION = 0x0112
-_LYING = (5, 6, 7, 8)  # orientations that swap height and width
 _READERS = 8  # of image headers at a time: disks and networks are slow to answer, not to send
 
 
@@ -42,7 +40,7 @@ def image_level(labels: Labels) -> Labels:
     return replace(
         labels,
         offsets=np.concatenate([[0], np.cumsum(np.bincount(images, minlength=len(labels)))]),
-        boxes_xyxy=np.stack([np.zeros_like(widths), np.zeros_like(heights), widths, heights], axis=1),
+        boxes_xyxy=np.stack([0 * widths, 0 * heights, widths, heights], axis=1),
         classes=classes,
         scores=scores,
         areas=heights * widths,
@@ -85,9 +83,8 @@ def read_image_level(path: str | Path, source: ImageSource, categories: Sequence
     missing = [name for name in met if name not in index]
     if missing:
         raise LabelError(f"{path}: the class {', '.join(map(repr, missing))} is none of {', '.join(sorted(index))}")
-    return _whole_images(
-        source, {image_id: [index[name] for name in names] for image_id, names in names_of.items()}, known
-    )
+    classes_of = {image_id: [index[name] for name in names] for image_id, names in names_of.items()}
+    return _whole_images(source, classes_of, known)
 
 
 def _of_csv(path: Path) -> dict[str, list[str]]:
@@ -127,20 +124,18 @@ def _of_folders(folder: Path, source: ImageSource) -> dict[str, list[str]]:
 
 
 def _whole_images(source: ImageSource, classes_of: Mapping[str, list[int]], categories: Sequence[Category]) -> Labels:
+    images, unreadable = [], []
     with ThreadPoolExecutor(_READERS) as pool:
-        sizes = dict(zip(classes_of, pool.map(_upright_size, map(source.record, classes_of)), strict=True))
-    unreadable = [image_id for image_id, size in sizes.items() if size is None]
+        sizes = pool.map(_upright_size, map(source.record, classes_of))
+        for (image_id, classes), size_hw in zip(classes_of.items(), sizes, strict=True):
+            if size_hw is None:
+                unreadable.append(image_id)
+            else:
+                boxes = [[0, 0, size_hw[1], size_hw[0]]] * len(classes)
+                images.append(ImageLabels.build(image_id, size_hw, boxes, sorted(classes)))
     if unreadable:
         LOG.warning("%d images cannot be opened and are left out, the first is %s", len(unreadable), unreadable[0])
-    return Labels.from_images(_rows(sizes, classes_of), categories)
-
-
-def _rows(sizes: Mapping[str, tuple[int, int] | None], classes_of: Mapping[str, list[int]]) -> Iterable[ImageLabels]:
-    for image_id, size_hw in sizes.items():
-        if size_hw is not None:
-            classes = sorted(classes_of[image_id])
-            boxes = [[0, 0, size_hw[1], size_hw[0]]] * len(classes)
-            yield ImageLabels.build(image_id, size_hw, boxes, classes)
+    return Labels.from_images(images, categories)
 
 
 def _upright_size(record: ImageRecord) -> tuple[int, int] | None:
@@ -148,7 +143,7 @@ def _upright_size(record: ImageRecord) -> tuple[int, int] | None:
     try:
         with record.open() as stream, Image.open(stream) as image:
             width, height = image.size
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+            lying = exif_orientation(image) >= 5
     except Exception:  # decoders raise all kinds of errors on damaged files; training would put them aside too
         return None
-    return (width, height) if orientation in _LYING else (height, width)
+    return (width, height) if lying else (height, width)

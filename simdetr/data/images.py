@@ -1,5 +1,13 @@
 """A folder, list, COCO file or tar shards in, an ordered list of images with stable ids out; an image in, pixels out.
 
+A list is a .txt (one path per line, ``#`` starts a comment line), a .csv or .parquet (column ``path``, else the first
+column) or a COCO .json (the ``file_name`` of its images). An id is the posix path relative to the root; a path that
+lies outside the root keeps its absolute form, a URL stays as it is.
+
+In tar files, laid out as webdataset does, the id is ``<tar>/<member>``. The headers are read once; an image is then
+read by its offset, so any number of threads and processes may read the same tar. Members that are no images (labels,
+captions) are passed over.
+
 Whatever the file holds (EXIF rotation, grayscale, palette, transparency, 16 bits, CMYK), the pixels come out the same
 way: uint8 [3, H, W], RGB, upright. A file that cannot be decoded raises `UnreadableImageError` with the reason, so
 that a run can put it aside and go on.
@@ -29,13 +37,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from simdetr.data.storage import Location, below, files_below, is_url, locate
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
-_EXIF_ORIENTATION = 0x0112
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+LIST_SUFFIXES = (".csv", ".json", ".parquet", ".txt")
+_PROBED_NAMES = 32  # file names looked up when guessing the folder that a COCO file speaks of
+_TAR_BLOCK_BYTES = 512
+_NUMBERED = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)")
 _UPRIGHT = {  # EXIF orientation -> the transposition that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -45,7 +57,7 @@ _UPRIGHT = {  # EXIF orientation -> the transposition that undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_MAX_UINT16 = 65535
+_log = logging.getLogger(__name__)
 
 
 class UnreadableImageError(Exception):
@@ -90,6 +102,23 @@ class ImageRecord:
                 return BytesIO(stream.read(size))
         start, end = (None, None) if self.span is None else (self.span[0], sum(self.span))
         return BytesIO(self.path.fs.cat_file(self.path.path, start=start, end=end))
+
+
+@dataclass(frozen=True)
+class TarMembers:
+    """Where images lie in tar files.
+
+    Attributes:
+        tars: paths of the tar files, relative to the root of the source.
+        spans: int64 [N, 3]: for every image the number of its tar, and offset and size of its bytes.
+    """
+
+    tars: Sequence[str]
+    spans: NDArray[np.int64]
+
+    def take(self, positions: Sequence[int]) -> TarMembers:
+        """Those of some images."""
+        return TarMembers(self.tars, self.spans[np.asarray(positions, np.int64)])
 
 
 @dataclass(frozen=True)
@@ -184,11 +213,11 @@ def open_images(path: str | Location, root: str | Location | None = None) -> Ima
     suffix = place.suffix.lower()
     if place.is_dir() and len(names) == 1:
         ids = find_images(place)
-        source = ImageSource(place, ids) if ids else _tar_source(place, find_tars(place))
-    elif all(map(is_tar, names)):
+        source = ImageSource(place, ids) if ids else _tar_source(place, sorted(filter(_is_tar, files_below(place))))
+    elif all(map(_is_tar, names)):
         source = _tar_source(locate(parent), names)
     elif suffix in LIST_SUFFIXES and isinstance(place, Path):
-        source = _listed_source(place, *read_list(place, folder))
+        source = _listed_source(place, folder)
     elif suffix in IMAGE_SUFFIXES and len(names) == 1:
         source = ImageSource(place.parent, [place.name])
     else:
@@ -201,150 +230,52 @@ def open_images(path: str | Location, root: str | Location | None = None) -> Ima
     return source
 
 
-def _tar_source(root: Location, tars: Sequence[str]) -> ImageSource:
-    ids, members = index_tars(root, tars, IMAGE_SUFFIXES)
-    return ImageSource(root, ids, members)
-
-
-def _listed_source(path: Path, root: Location, names: Sequence[str]) -> ImageSource:
-    tars = sum(map(is_tar, names))
-    if tars not in (0, len(names)):
-        raise ValueError(
-            f"{path}: expected images or tar files, got {tars} tars among {len(names)} lines; split the list"
-        )
-    return _tar_source(root, names) if tars else ImageSource(root, names)
-
-
-def read_image(image: ImageRecord | str | Location, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode an image to RGB as a viewer shows it; uint8 [3, H, W].
-
-    Transparent pixels lie on white, 16-bit values are divided by 257, of an animation the first frame is taken.
-
-    Args:
-        image: an image of a source, or the path or URL of a file.
-        max_pixels: images with more pixels are refused before they are decoded.
-
-    Raises:
-        UnreadableImageError: the file is missing, empty, truncated, no image, too large, or of an undefined range.
-    """
-    record = image if isinstance(image, ImageRecord) else ImageRecord(str(image), locate(image))
-    try:
-        with _quiet_pillow(), record.open() as stream, Image.open(stream) as opened:
-            if opened.width * opened.height > max_pixels:
-                raise ValueError(f"{opened.width}×{opened.height} has more than {max_pixels} pixels")
-            orientation = _orientation(opened)
-            rgb = _to_rgb(opened)
-            upright = rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
-            pixels = torch.from_numpy(np.array(upright))
-    except Exception as error:  # decoders raise all kinds of errors on damaged files
-        raise UnreadableImageError(record.name, _reason(record, error)) from error
-    return pixels.permute(2, 0, 1).contiguous()
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # damaged metadata says nothing about the pixels
-        return 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined range; save as 8 or 16 bits")
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.size and (values.min() < 0 or values.max() > _MAX_UINT16):
-            raise ValueError(f"pixel values {values.min()} to {values.max()} exceed 16 bits; save as 8 or 16 bits")
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        coloured = image.convert("RGBA")
-        white = Image.new("RGBA", coloured.size, "white")
-        return Image.alpha_composite(white, coloured).convert("RGB")
-    return image.convert("RGB")
-
-
-def _reason(record: ImageRecord, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, UnidentifiedImageError):
-        with record.open() as stream:
-            return "no image, or of an unknown format" if stream.read(1) else "empty file"
-    return f"{error or type(error).__name__}"
-
-
-_quiet_lock = threading.Lock()
-_quiet_blocks: list[warnings.catch_warnings] = []
-_quiet_depth = 0
-
-
-@contextmanager
-def _quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings on odd but readable files (large, damaged metadata).
-
-    Warning filters belong to the process, so threads that decode at the same time share one block: the first one in
-    opens it, the last one out closes it.
-    """
-    global _quiet_depth
-    with _quiet_lock:
-        if _quiet_depth == 0:
-            block = warnings.catch_warnings()
-            block.__enter__()
-            _quiet_blocks.append(block)
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-        _quiet_depth += 1
-    try:
-        yield
-    finally:
-        with _quiet_lock:
-            _quiet_depth -= 1
-            if _quiet_depth == 0:
-                _quiet_blocks.pop().__exit__(None, None, None)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A folder or a list file in, a root folder and the image ids under it out.
-#
-# A list is a .txt (one path per line, ``#`` starts a comment line), a .csv or .parquet (column ``path``, else the first
-# column) or a COCO .json (the ``file_name`` of its images). An id is the posix path relative to the root; a path that
-# lies outside the root keeps its absolute form, a URL stays as it is.
-
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-LIST_SUFFIXES = (".csv", ".json", ".parquet", ".txt")
-_PROBED_NAMES = 32  # file names looked up when guessing the folder that a COCO file speaks of
-
-
 def find_images(folder: Location) -> list[str]:
     """Posix paths, relative to the folder and sorted, of all images below it; hidden files and folders are left out."""
     return sorted(name for name in files_below(folder) if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
 
 
-def find_tars(folder: Location) -> list[str]:
-    """The same of all tar files below it."""
-    return sorted(name for name in files_below(folder) if is_tar(name))
+def numbered(pattern: str) -> tuple[str, list[str]]:
+    """A folder, and the names in it that ``{000..009}`` in a path stands for; one name where there is no such range."""
+    cut = pattern.partition("{")[0].rfind("/") + 1
+    folder, name = pattern[:cut], pattern[cut:]
+    match = _NUMBERED.fullmatch(name)
+    if match is None or int(match[2]) > int(match[3]):
+        return folder, [name]
+    before, first, last, after = match.groups()
+    return folder, [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
 
 
-def read_list(path: Path, root: Location | None) -> tuple[Location, list[str]]:
-    """Root folder and ids, in the list's order and each once, of a list file.
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
 
-    Raises:
-        ValueError: the list cannot be read, names no images, or the images of a COCO file are in no folder near it.
-    """
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Lists
+
+
+def _listed_source(path: Path, root: Location | None) -> ImageSource:
+    """The images or tars of a list file, in its order and each once."""
     folder: Location
     try:
         if path.suffix.lower() == ".json":
-            names = coco_file_names(path)
+            names = _coco_names(path)
             folder = root if root is not None else _coco_root(path, names)
         else:
             names = {".txt": _txt_names, ".csv": _csv_names, ".parquet": _parquet_names}[path.suffix.lower()](path)
             folder = root if root is not None else path.parent
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read as an image list: {error}") from error
-    return folder, list(dict.fromkeys(_relative(names, folder)))
+    ids = list(dict.fromkeys(_relative(name, folder) for name in names))
+    tars = sum(map(_is_tar, ids))
+    if tars not in (0, len(ids)):
+        raise ValueError(
+            f"{path}: expected images or tar files, got {tars} tars among {len(ids)} lines; split the list"
+        )
+    return _tar_source(folder, ids) if tars else ImageSource(folder, ids)
 
 
-def coco_file_names(path: Path) -> list[str]:
-    """The ``file_name`` of every image of a COCO file, in the file's order."""
+def _coco_names(path: Path) -> list[str]:
     content: Any = json.loads(path.read_text(encoding="utf-8"))
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list):
@@ -382,22 +313,19 @@ def _parquet_names(path: Path) -> list[str]:
     return [str(value) for value in pq.read_table(path, columns=[column])[column].to_pylist()]
 
 
-def _relative(names: Iterable[str], root: Location) -> Iterable[str]:
-    for name in names:
-        if is_url(name):
-            yield name
-            continue
-        path = Path(name)
-        if isinstance(root, Path) and path.is_absolute() and path.is_relative_to(root.absolute()):
-            path = path.relative_to(root.absolute())
-        yield path.as_posix()
+def _relative(name: str, root: Location) -> str:
+    path = Path(name)
+    if is_url(name):
+        return name
+    if isinstance(root, Path) and path.is_absolute() and path.is_relative_to(root.absolute()):
+        path = path.relative_to(root.absolute())
+    return path.as_posix()
 
 
 def _coco_root(path: Path, names: list[str]) -> Path:
     """The folder in which the images of a COCO file lie: its own, or one beside it named like its split."""
-    splits = [part for part in path.stem.split("_") if part]
-    folders = [path.parent, *(path.parent / part for part in (*splits, "images"))]
-    folders += [path.parent.parent / part for part in (*splits, "images")]
+    parts = (*(part for part in path.stem.split("_") if part), "images")
+    folders = [path.parent, *(beside / part for beside in (path.parent, path.parent.parent) for part in parts)]
     probed = names[:: max(1, len(names) // _PROBED_NAMES)][:_PROBED_NAMES]
     hits = [sum((folder / name).is_file() for name in probed) for folder in folders]
     if probed and max(hits) == 0:
@@ -407,69 +335,19 @@ def _coco_root(path: Path, names: list[str]) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tar files of images in, as webdataset lays them out; the ids of the images and where their bytes lie out.
-#
-# An image's id is ``<tar>/<member>``. The headers are read once; an image is then read by its offset, so any number of
-# threads and processes may read the same tar. Members that are no images (labels, captions) are passed over.
+# Tar files
 
 
-TAR_SUFFIX = ".tar"
-_BLOCK_BYTES = 512
-_NUMBERED = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)")
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TarMembers:
-    """Where images lie in tar files.
-
-    Attributes:
-        tars: paths of the tar files, relative to the root of the source.
-        spans: int64 [N, 3]: for every image the number of its tar, and offset and size of its bytes.
-    """
-
-    tars: Sequence[str]
-    spans: NDArray[np.int64]
-
-    def take(self, positions: Sequence[int]) -> TarMembers:
-        """Those of some images."""
-        return TarMembers(self.tars, self.spans[np.asarray(positions, np.int64)])
-
-
-def is_tar(name: str) -> bool:
-    """Whether a file name is that of a tar."""
-    return name.lower().endswith(TAR_SUFFIX)
-
-
-def numbered(pattern: str) -> tuple[str, list[str]]:
-    """A folder, and the names in it that ``{000..009}`` in a path stands for; one name where there is no such range."""
-    cut = pattern.partition("{")[0].rfind("/") + 1
-    folder, name = pattern[:cut], pattern[cut:]
-    match = _NUMBERED.fullmatch(name)
-    if match is None or int(match[2]) > int(match[3]):
-        return folder, [name]
-    before, first, last, after = match.groups()
-    return folder, [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
-
-
-def index_tars(root: Location, tars: Iterable[str], suffixes: frozenset[str]) -> tuple[list[str], TarMembers]:
-    """Ids and places of all images in tar files, tar by tar in the order in which they lie there.
+def _tar_source(root: Location, tars: Iterable[str]) -> ImageSource:
+    """All images in tar files, tar by tar in the order in which they lie there.
 
     Of a damaged tar, or one that is cut short, the images before the damage are kept and a warning tells of it.
-
-    Args:
-        root: folder that the tars are relative to.
-        tars: their paths.
-        suffixes: of image files, lower case.
-
-    Raises:
-        FileNotFoundError: a tar does not exist.
     """
     names = list(dict.fromkeys(tars))
     ids: list[str] = []
-    spans: list[NDArray[np.int64]] = []
+    spans = [np.zeros((0, 3), np.int64)]
     with ThreadPoolExecutor() as pool:  # remote headers come with a delay
-        found = pool.map(lambda name: _index(below(root, name), suffixes), names)
+        found = pool.map(lambda name: _index(below(root, name)), names)
         for number, (name, (members, damage)) in enumerate(zip(names, found, strict=True)):
             if damage:
                 _log.warning(
@@ -478,10 +356,10 @@ def index_tars(root: Location, tars: Iterable[str], suffixes: frozenset[str]) ->
             ids += [f"{name}/{member}" for member in members]
             places = np.array(list(members.values()), np.int64).reshape(-1, 2)
             spans.append(np.insert(places, 0, number, axis=1))
-    return ids, TarMembers(tuple(names), np.concatenate([np.zeros((0, 3), np.int64), *spans]))
+    return ImageSource(root, ids, TarMembers(tuple(names), np.concatenate(spans)))
 
 
-def _index(tar: Location, suffixes: frozenset[str]) -> tuple[dict[str, tuple[int, int]], str]:
+def _index(tar: Location) -> tuple[dict[str, tuple[int, int]], str]:
     """Offset and size of every image of a tar by its name, and what is wrong with the tar, if anything."""
     members: dict[str, tuple[int, int]] = {}
     total = tar.stat().st_size
@@ -493,17 +371,99 @@ def _index(tar: Location, suffixes: frozenset[str]) -> tuple[dict[str, tuple[int
                     name = PurePosixPath(member.name)
                     if member.offset_data + member.size > total:
                         return members, f"is cut short within {member.name}"
-                    if member.isreg() and name.suffix.lower() in suffixes and not _is_hidden(name):
-                        members[name.as_posix()] = (
-                            member.offset_data,
-                            member.size,
-                        )  # of two of a name the last, as tar
+                    hidden = any(part.startswith(".") for part in name.parts)
+                    if member.isreg() and name.suffix.lower() in IMAGE_SUFFIXES and not hidden:
+                        # of two of a name the last, as tar
+                        members[name.as_posix()] = (member.offset_data, member.size)
                 stream.seek(archive.offset)
         except tarfile.TarError as error:
             return members, f"is damaged, compressed or no tar ({error})"
-        end = stream.read(_BLOCK_BYTES)
+        end = stream.read(_TAR_BLOCK_BYTES)
     return members, "" if end and not any(end) else "is cut short or damaged: it has no end mark"
 
 
-def _is_hidden(name: PurePosixPath) -> bool:
-    return any(part.startswith(".") for part in name.parts)
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+def read_image(image: ImageRecord | str | Location, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode an image to RGB as a viewer shows it; uint8 [3, H, W].
+
+    Transparent pixels lie on white, 16-bit values are divided by 257, of an animation the first frame is taken.
+
+    Args:
+        image: an image of a source, or the path or URL of a file.
+        max_pixels: images with more pixels are refused before they are decoded.
+
+    Raises:
+        UnreadableImageError: the file is missing, empty, truncated, no image, too large, or of an undefined range.
+    """
+    record = image if isinstance(image, ImageRecord) else ImageRecord(str(image), locate(image))
+    try:
+        with _quiet_pillow(), record.open() as stream, Image.open(stream) as opened:
+            if opened.width * opened.height > max_pixels:
+                raise ValueError(f"{opened.width}×{opened.height} has more than {max_pixels} pixels")
+            orientation = exif_orientation(opened)
+            rgb = _to_rgb(opened)
+            upright = rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+            pixels = torch.from_numpy(np.array(upright))
+    except Exception as error:  # decoders raise all kinds of errors on damaged files
+        raise UnreadableImageError(record.name, _reason(record, error)) from error
+    return pixels.permute(2, 0, 1).contiguous()
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """How a camera says that it was held, 1 to 8: 1 is upright, 5 and more swap height and width."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged metadata says nothing about the pixels
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range; save as 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise ValueError(f"pixel values {values.min()} to {values.max()} exceed 16 bits; save as 8 or 16 bits")
+        return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", coloured.size, "white")
+        return Image.alpha_composite(white, coloured).convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(record: ImageRecord, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, UnidentifiedImageError):
+        with record.open() as stream:
+            return "no image, or of an unknown format" if stream.read(1) else "empty file"
+    return f"{error or type(error).__name__}"
+
+
+_quiet_lock = threading.Lock()
+_quiet_blocks: list[warnings.catch_warnings] = []  # one of each thread that decodes; the first is entered
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Silence Pillow's warnings on odd but readable files (large, damaged metadata).
+
+    Warning filters belong to the process, so threads that decode at the same time share one block: the first one in
+    opens it, the last one out closes it.
+    """
+    with _quiet_lock:
+        _quiet_blocks.append(warnings.catch_warnings())
+        if len(_quiet_blocks) == 1:
+            _quiet_blocks[0].__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            block = _quiet_blocks.pop()
+            if not _quiet_blocks:
+                block.__exit__(None, None, None)

@@ -11,14 +11,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from simdetr.data import masks as mask_codes
 from simdetr.data import points as point_columns
 from simdetr.data.annotations import Category, ImageLabels, LabelError, Lineage, stack_lineages
 
-_LIST_COLUMNS = {"boxes_xyxy": pa.float32(), "classes": pa.int64(), "scores": pa.float32(), "areas": pa.float32()}
+_LIST_COLUMNS = ("boxes_xyxy", "classes", "scores", "areas")
 _OPTIONAL_COLUMNS = ("lineage", "masks", "points")
 
 
@@ -109,11 +108,11 @@ class Labels:
         }
         for rule, bad in bad_rows.items():
             if bad.any():
-                row = int(np.flatnonzero(bad)[0])
+                row = int(bad.argmax())
                 got = getattr(self, rule.split(":")[0])[row].tolist()
                 raise LabelError(f"{rule}, got {got} in image {self.image_ids[owners[row]]!r} ({int(bad.sum())} rows)")
         if (self.sizes_hw <= 0).any():
-            row = int(np.flatnonzero((self.sizes_hw <= 0).any(1))[0])
+            row = int((self.sizes_hw <= 0).any(1).argmax())
             raise LabelError(f"sizes_hw: expected > 0, got {self.sizes_hw[row].tolist()} for {self.image_ids[row]!r}")
         for name, values in (("image_ids", self.image_ids), ("categories", [c.id for c in self.categories])):
             if len(set(values)) != len(values):
@@ -149,18 +148,7 @@ class Labels:
         """The labels of the i-th image; views, not copies."""
         rows = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
         height, width = self.sizes_hw[i].tolist()
-        return ImageLabels(
-            image_id=self.image_ids[i],
-            size_hw=(height, width),
-            boxes_xyxy=self.boxes_xyxy[rows],
-            classes=self.classes[rows],
-            scores=self.scores[rows],
-            crowd=self.crowd[rows],
-            areas=self.areas[rows],
-            lineage=None if self.lineage is None else self.lineage[rows],
-            masks=None if self.masks is None else self.masks[rows],
-            points=None if self.points is None else self.points[rows],
-        )
+        return ImageLabels(image_id=self.image_ids[i], size_hw=(height, width), **self._columns(rows))
 
     def of(self, image_id: str) -> ImageLabels:
         """The labels of an image by its id."""
@@ -173,17 +161,20 @@ class Labels:
         counts = np.diff(self.offsets)[images]
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         rows = np.repeat(self.offsets[:-1][images] - offsets[:-1], counts) + np.arange(offsets[-1])
-        names = [*_LIST_COLUMNS, "crowd", *(name for name in _OPTIONAL_COLUMNS if getattr(self, name) is not None)]
-        columns = {name: getattr(self, name)[rows] for name in names}
+        columns = self._columns(rows)
         return replace(self, image_ids=wanted, sizes_hw=self.sizes_hw[images], offsets=offsets, **columns)
+
+    def _columns(self, rows: slice | NDArray[Any]) -> dict[str, Any]:
+        """Some rows of all that goes by box."""
+        names = [*_LIST_COLUMNS, "crowd", *(name for name in _OPTIONAL_COLUMNS if getattr(self, name) is not None)]
+        return {name: getattr(self, name)[rows] for name in names}
 
     def sharpened(self, min_score: float, power: float) -> Labels:
         """The boxes whose score is at least ``min_score``, and their scores to this power; all images stay."""
         kept = np.flatnonzero(self.scores >= min_score)
         owner = np.repeat(np.arange(len(self)), np.diff(self.offsets))[kept]
         offsets = np.concatenate([[0], np.bincount(owner, minlength=len(self)).cumsum()]).astype(np.int64)
-        names = [*_LIST_COLUMNS, "crowd", *(name for name in _OPTIONAL_COLUMNS if getattr(self, name) is not None)]
-        columns = {name: getattr(self, name)[kept] for name in names}
+        columns = self._columns(kept)
         return replace(self, offsets=offsets, **columns | {"scores": columns["scores"] ** power})
 
     def class_agnostic(self) -> Labels:

@@ -1,6 +1,9 @@
 """Landmarks of a 3-D map, poses and a camera in; points in the images out, as `Labels` to train on; and back.
 
-Source: US 11,544,507 (training points come from a map, of the landmarks that the sensor could see).
+Back are pairs of recognised points and map points, for a solver that finds the camera's pose.
+
+Source: US 11,544,507 (training points come from a map, of the landmarks that the sensor could see; it names the pose of
+a vehicle as a use of recognised landmarks, and no method).
 Camera frame: x right, y down, z forward, in metres. Pixels count from the outer corner of the top left pixel, so a
 camera matrix from OpenCV, which counts from that pixel's centre, needs 0.5 added to cx and cy. Letters: n map points, M
 map landmarks, V views.
@@ -26,7 +29,8 @@ from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.labels import Labels
 
 Floats = NDArray[np.float64]
-
+COLUMNS = ["image", "class", "score", "x_px", "y_px", "map_x", "map_y", "map_z", "landmark", "error_px"]
+"""Of the table of `correspondences`."""
 Z_MIN_M = 0.1
 """Points nearer than this, or behind the camera, are not seen."""
 _ORTHONORMAL_TOLERANCE = 1e-3
@@ -188,9 +192,10 @@ def back_project(pixels: ArrayLike, depths: ArrayLike, camera: Camera, pose: Pos
     """Points [n, 3] of the world that are seen at pixels [n, 2] at depths [n] in metres."""
     image = _array("pixels", pixels, (None, 2))
     along = _array("depths", depths, (len(image),))
-    plane = np.linalg.solve(camera.matrix, np.concatenate([image, np.ones((len(image), 1))], axis=1).T).T[:, :2]
-    plane = _undistort(plane, camera.distortion)
-    return pose.to_world(np.concatenate([plane, np.ones((len(image), 1))], axis=1) * along[:, None])
+    ones = np.ones((len(image), 1))
+    plane = np.linalg.solve(camera.matrix, np.concatenate([image, ones], axis=1).T).T[:, :2]
+    rays = np.concatenate([_undistort(plane, camera.distortion), ones], axis=1)
+    return pose.to_world(rays * along[:, None])
 
 
 def map_targets(landmarks: MapLandmarks, views: Sequence[View], visible: NDArray[np.bool_] | None = None) -> Labels:
@@ -218,80 +223,26 @@ def map_targets(landmarks: MapLandmarks, views: Sequence[View], visible: NDArray
         shown = in_sight & view.camera.sees(pixels, in_camera)
         points = pixels[shown]
         size_hw = (view.camera.height, view.camera.width)
-        boxes = np.concatenate([points, points], axis=1)
+        boxes = np.tile(points, 2)
         images.append(ImageLabels.build(view.image_id, size_hw, boxes, landmarks.classes[shown], points=points))
     return Labels.from_images(images, landmarks.categories)
 
 
-def _array(name: str, values: ArrayLike, shape: tuple[int | None, ...]) -> Floats:
-    """Values as finite float64 of a shape, in which None stands for any number."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0 and shape[0] in (None, 0):
-        array = array.reshape(0, *shape[1:])
-    fits = array.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
-    if not fits or not np.isfinite(array).all():
-        wanted = " × ".join("n" if side is None else str(side) for side in shape)
-        raise ValueError(f"{name}: expected {wanted} finite numbers, got shape {array.shape}: {array.tolist()!r:.200}")
-    return array
-
-
-def _pixels(in_camera: Floats, camera: Camera) -> Floats:
-    depth = np.where(in_camera[:, 2] > 0, in_camera[:, 2], np.nan)
-    plane, _ = _distort(in_camera[:, :2] / depth[:, None], camera.distortion)
-    return plane @ camera.matrix[:2, :2].T + camera.matrix[:2, 2]
-
-
-def _distort(plane: Floats, distortion: Floats) -> tuple[Floats, Floats]:
-    """Where the lens moves points [n, 2] of the plane at depth 1, and the derivative of that, [n, 2, 2]."""
-    k1, k2, p1, p2, k3 = distortion
-    x, y = plane.T
-    square = x**2 + y**2
-    radial = 1 + square * (k1 + square * (k2 + square * k3))
-    slope = k1 + square * (2 * k2 + square * 3 * k3)
-    moved = np.stack(
-        [
-            x * radial + 2 * p1 * x * y + p2 * (square + 2 * x**2),
-            y * radial + p1 * (square + 2 * y**2) + 2 * p2 * x * y,
-        ],
-        axis=1,
-    )
-    across = 2 * x * y * slope + 2 * p1 * x + 2 * p2 * y
-    rows: list[Any] = [
-        [radial + 2 * x**2 * slope + 2 * p1 * y + 6 * p2 * x, across],
-        [across, radial + 2 * y**2 * slope + 6 * p1 * y + 2 * p2 * x],
-    ]
-    return moved, np.moveaxis(np.array(rows), 2, 0)
-
-
-def _undistort(plane: Floats, distortion: Floats) -> Floats:
-    """The points that the lens moves to these, by Newton's method."""
-    if not distortion.any():
-        return plane
-    found = plane
-    for _ in range(_NEWTON_STEPS):
-        moved, derivative = _distort(found, distortion)
-        found = found - np.linalg.solve(derivative, (moved - plane)[:, :, None])[:, :, 0]
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A map in one JSON file: cameras, landmarks and the poses of images in, what `map_targets` takes out.
-#
-#     {"camera": {"width": 1280, "height": 720, "fov_deg": 60},
-#      "landmarks": [{"class": "sign", "xyz": [2, -1, 20]}],
-#      "images": [{"id": "a.png", "position": [0, 0, 0], "rotation": [[1, 0, 0], [0, 1, 0], [0, 0, 1]], "hidden": [0]}]}
-#
-# A camera may have ``matrix`` (3 × 3) in place of ``fov_deg``, and ``distortion`` (k1, k2, p1, p2, k3); an image may
-# have a ``camera`` of its own. ``rotation`` is world to camera, ``position`` the camera's centre in metres, and
-# ``hidden`` has the places, from 0, of landmarks that something hides.
-
-
 def read_map(path: str | Path) -> tuple[MapLandmarks, list[View], NDArray[np.bool_]]:
-    """Read a map file.
+    """Read a map from one JSON file: cameras, landmarks and the poses of images, as `map_targets` takes them.
+
+        {"camera": {"width": 1280, "height": 720, "fov_deg": 60},
+         "landmarks": [{"class": "sign", "xyz": [2, -1, 20]}],
+         "images": [{"id": "a.png", "position": [0, 0, 0], "rotation": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+                     "hidden": [0]}]}
+
+    A camera may have ``matrix`` (3 × 3) in place of ``fov_deg``, and ``distortion`` (k1, k2, p1, p2, k3); an image may
+    have a ``camera`` of its own. ``rotation`` is world to camera, ``position`` the camera's centre in metres, and
+    ``hidden`` has the places, from 0, of landmarks that something hides.
 
     Returns:
         The landmarks (classes by name, numbered from 1 in its order), the views, and which landmark is in sight of
-        which view, bool [V, M]: the arguments of `map_targets`.
+        which view, bool [V, M].
 
     Raises:
         LabelError: the file cannot be read, or an entry is missing or wrong; it is named.
@@ -318,41 +269,17 @@ def read_map(path: str | Path) -> tuple[MapLandmarks, list[View], NDArray[np.boo
         visible = np.ones((len(content["images"]), len(names)), np.bool_)
         for row, entry in enumerate(content["images"]):
             place = f"images, number {row + 1}"
-            views.append(_view(entry, shared))
-            visible[row, _hidden(entry, len(names))] = False
+            camera = shared if shared is not None and "camera" not in entry else _camera(entry["camera"])
+            views.append(View(str(entry["id"]), camera, Pose(entry["rotation"], entry["position"])))
+            hidden: list[int] = entry.get("hidden", [])
+            if not all(isinstance(spot, int) and 0 <= spot < len(names) for spot in hidden):
+                raise ValueError(f"hidden: expected places of landmarks from 0 to {len(names) - 1}, got {hidden}")
+            visible[row, hidden] = False
     except KeyError as error:
         raise LabelError(f"{path}: {place}: expected the field {error}") from error
     except (TypeError, ValueError) as error:
         raise LabelError(f"{path}: {place}: {error}") from error
     return landmarks, views, visible
-
-
-def _camera(entry: dict[str, Any]) -> Camera:
-    width, height, distortion = int(entry["width"]), int(entry["height"]), entry.get("distortion", [0.0] * 5)
-    if "matrix" in entry:
-        return Camera(width, height, entry["matrix"], distortion)
-    return Camera.from_field_of_view(float(entry["fov_deg"]), width, height, distortion)
-
-
-def _view(entry: dict[str, Any], shared: Camera | None) -> View:
-    camera = shared if shared is not None and "camera" not in entry else _camera(entry["camera"])
-    return View(str(entry["id"]), camera, Pose(entry["rotation"], entry["position"]))
-
-
-def _hidden(entry: dict[str, Any], count: int) -> list[int]:
-    rows: list[int] = entry.get("hidden", [])
-    if not all(isinstance(row, int) and 0 <= row < count for row in rows):
-        raise ValueError(f"hidden: expected places of landmarks from 0 to {count - 1}, got {rows}")
-    return rows
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Recognised points and a 3-D map in, pairs of pixels and map points out, for a solver that finds the camera's pose.
-#
-# Source: US 11,544,507 names the pose of a vehicle as a use of recognised landmarks, and no method.
-
-
-COLUMNS = ["image", "class", "score", "x_px", "y_px", "map_x", "map_y", "map_z", "landmark", "error_px"]
 
 
 def correspondences(
@@ -386,9 +313,8 @@ def correspondences(
         pixels, _ = project(landmarks.points_xyz, view.camera, view.pose)
         names = np.array([recognised.categories[c].name for c in found.classes], dtype=object)
         errors = np.linalg.norm(found.points[:, None].astype(np.float64) - pixels[None], axis=2)
-        usable = (
-            (names[:, None] == map_names[None]) & (errors <= radius_px) & point_columns.known(found.points)[:, None]
-        )
+        known = point_columns.known(found.points)[:, None]
+        usable = known & (names[:, None] == map_names[None]) & (errors <= radius_px)
         # a pair that is not allowed costs more than any that is, so that as many as possible are made
         costs = np.where(usable, errors, 1e3 * (radius_px + 1) * (1 + min(usable.shape, default=0)))
         for row, place in zip(*linear_sum_assignment(costs), strict=True):
@@ -396,3 +322,55 @@ def correspondences(
                 values = (found.scores[row], *found.points[row], *landmarks.points_xyz[place])
                 rows.append([view.image_id, names[row], *map(float, values), int(place), float(errors[row, place])])
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _camera(entry: dict[str, Any]) -> Camera:
+    width, height, distortion = int(entry["width"]), int(entry["height"]), entry.get("distortion", [0.0] * 5)
+    if "matrix" in entry:
+        return Camera(width, height, entry["matrix"], distortion)
+    return Camera.from_field_of_view(float(entry["fov_deg"]), width, height, distortion)
+
+
+def _array(name: str, values: ArrayLike, shape: tuple[int | None, ...]) -> Floats:
+    """Values as finite float64 of a shape, in which None stands for any number."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0 and shape[0] in (None, 0):
+        array = array.reshape(0, *shape[1:])
+    fits = array.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
+    if not fits or not np.isfinite(array).all():
+        wanted = " × ".join("n" if side is None else str(side) for side in shape)
+        raise ValueError(f"{name}: expected {wanted} finite numbers, got shape {array.shape}: {array.tolist()!r:.200}")
+    return array
+
+
+def _pixels(in_camera: Floats, camera: Camera) -> Floats:
+    depth = np.where(in_camera[:, 2] > 0, in_camera[:, 2], np.nan)
+    plane, _ = _distort(in_camera[:, :2] / depth[:, None], camera.distortion)
+    return plane @ camera.matrix[:2, :2].T + camera.matrix[:2, 2]
+
+
+def _distort(plane: Floats, distortion: Floats) -> tuple[Floats, Floats]:
+    """Where the lens moves points [n, 2] of the plane at depth 1, and the derivative of that, [n, 2, 2]."""
+    k1, k2, p1, p2, k3 = distortion
+    x, y = plane.T
+    square = x**2 + y**2
+    radial = 1 + square * (k1 + square * (k2 + square * k3))
+    slope = k1 + square * (2 * k2 + square * 3 * k3)
+    moved_x = x * radial + 2 * p1 * x * y + p2 * (square + 2 * x**2)
+    moved_y = y * radial + p1 * (square + 2 * y**2) + 2 * p2 * x * y
+    along_x = radial + 2 * x**2 * slope + 2 * p1 * y + 6 * p2 * x
+    along_y = radial + 2 * y**2 * slope + 6 * p1 * y + 2 * p2 * x
+    across = 2 * x * y * slope + 2 * p1 * x + 2 * p2 * y
+    derivative = np.stack([along_x, across, across, along_y], axis=1).reshape(-1, 2, 2)
+    return np.stack([moved_x, moved_y], axis=1), derivative
+
+
+def _undistort(plane: Floats, distortion: Floats) -> Floats:
+    """The points that the lens moves to these, by Newton's method."""
+    if not distortion.any():
+        return plane
+    found = plane
+    for _ in range(_NEWTON_STEPS):
+        moved, derivative = _distort(found, distortion)
+        found = found - np.linalg.solve(derivative, (moved - plane)[:, :, None])[:, :, 0]
+    return found

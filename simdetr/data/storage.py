@@ -1,4 +1,4 @@
-"""A path or URL in, something with pathlib's methods out; bytes in, a file that is there whole or not at all out.
+"""A path or URL in, something with pathlib's methods out; content in, a file that is there whole or not at all out.
 
 Local paths (also as ``file://``) become :class:`pathlib.Path`, every other URL that fsspec knows
 (``s3://bucket/folder``, ``memory://x``) a :class:`upath.UPath` with the same methods.
@@ -81,10 +81,6 @@ def write_whole(location: Location, content: Any) -> None:  # noqa: ANN401 (byte
         raise
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A target path in, a temporary path out; the target appears whole or not at all.
-
-
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` to write to, and rename it to ``path`` when the block ends well.
@@ -119,10 +115,15 @@ def check_writable(out: Path) -> None:
         raise OSError(f"out: {out.parent} cannot be written to ({error}); choose another place.") from error
 
 
+def write_json(path: str | Path, content: object, *, indent: int | None = None, sort_keys: bool = False) -> None:
+    """Write a JSON file through `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent, sort_keys=sort_keys), encoding="utf-8")
+
+
 def write_scores(scores: Mapping[str, float], out: Path) -> None:
     """Write scores as JSON."""
-    with atomic_path(out) as temporary:
-        temporary.write_text(json.dumps(json_ready(scores), indent=1), encoding="utf-8")
+    write_json(out, json_ready(scores), indent=1)
 
 
 def json_ready(scores: Mapping[str, float]) -> dict[str, float | None]:

@@ -2,14 +2,14 @@
 
 Any timm network serves: those with a hierarchy (ResNet, ConvNeXt, Swin, EfficientNet, ...) give maps of strides 8, 16
 and 32; a plain vision transformer gives one map, which a simple feature pyramid spreads over three strides. Freezing
-follows Deformable DETR: batch norm and everything before the stage of stride 8.
-The network lives in ``body``, so that names in a state dict are ``backbone.body.`` and timm's own.
+follows Deformable DETR: batch norm and everything before the stage of stride 8. The network lives in ``body``, so that
+names in a state dict are ``backbone.body.`` and timm's own. Padding masks are brought to the sizes of maps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import timm
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
 from timm.layers.norm_act import freeze_batch_norm_2d
-from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -74,8 +73,7 @@ class Backbone(nn.Module):
         body = _create(name, output_stride, pretrained and packaged is None)
         if packaged is not None:
             load_into(body, packaged.load())
-        info = body.feature_info
-        assert isinstance(info, FeatureInfo)
+        info: Any = body.feature_info
         channels, strides = list(info.channels()), list(info.reduction())
         plain = len(set(strides)) == 1 and output_stride == 32  # at 8 all maps of a hierarchy have one stride too
         expected = [min(stride, output_stride) for stride in (8, 16, 32)]
@@ -95,9 +93,8 @@ class Backbone(nn.Module):
         self.freeze_all = freeze_all
         self.pyramid = SimpleFeaturePyramid(channels[-1], pyramid_channels) if plain and num_maps == 3 else None
         self.channels: list[int] = [pyramid_channels] * 3 if self.pyramid is not None else channels[-num_maps:]
-        self.strides: list[int] = (
-            [strides[-1] // 2, strides[-1], strides[-1] * 2] if self.pyramid else strides[-num_maps:]
-        )
+        own = strides[-1]
+        self.strides: list[int] = strides[-num_maps:] if self.pyramid is None else [own // 2, own, own * 2]
         self.pad_multiple = (strides[-1] if plain else strides[0] // 2) if _takes_one_size(name) else 1
         self._channels_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
 
@@ -126,8 +123,11 @@ class Backbone(nn.Module):
         Returns:
             Maps [B, channels[l], H_l, W_l], fine to coarse.
         """
-        with self._seen_by(between):
+        if between is None:
             maps = self.body(images)
+        else:
+            with self._seen_by(between):
+                maps = self.body(images)
         if self._channels_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
         if self.pyramid is not None:
@@ -135,14 +135,13 @@ class Backbone(nn.Module):
             return pyramid
         return list(maps[-len(self.channels) :])
 
-    def _seen_by(self, between: Between | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def _seen_by(self, between: Between) -> Iterator[None]:
         """Hooks on the stages that end in a map, as ``forward`` describes them.
 
         Raises:
             ValueError: the maps come from a pyramid, after the network's last block: no stage follows another.
         """
-        if between is None:
-            return nullcontext()
         if self.pyramid is not None:
             raise ValueError("backbone: a plain vision transformer has no stages between its maps; choose one with")
 
@@ -152,7 +151,16 @@ class Backbone(nn.Module):
             return between(index, output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
         info: Any = self.body.feature_info
-        return _hooked([_submodule(self.body, name) for name in info.module_name()[-len(self.channels) :]], change)
+        stages = [_submodule(self.body, name) for name in info.module_name()[-len(self.channels) :]]
+        hooks = [
+            stage.register_forward_hook(lambda _, __, output, index=index: change(index, output))
+            for index, stage in enumerate(stages)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _submodule(body: nn.Module, name: str) -> nn.Module:
@@ -162,24 +170,9 @@ def _submodule(body: nn.Module, name: str) -> nn.Module:
     return known[flat] if flat in known else body.get_submodule(f"model.{name}")
 
 
-@contextmanager
-def _hooked(modules: Sequence[nn.Module], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """Let ``change`` replace the output of each of the modules, within the block."""
-    hooks = [
-        module.register_forward_hook(lambda _, __, output, index=index: change(index, output))
-        for index, module in enumerate(modules)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _takes_one_size(name: str) -> bool:
     """Whether a network is built for one image size unless told otherwise (transformers with positions or windows)."""
-    config = timm.get_pretrained_cfg(name)
-    return bool(config.fixed_input_size) if config is not None else False
+    return bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
 
 
 def _create(name: str, output_stride: int, pretrained: bool) -> nn.Module:
@@ -218,15 +211,10 @@ def _freeze_before(body: nn.Module, first_trainable: str) -> None:
     raise AssertionError(f"no parameter of the backbone is called {first_trainable}...")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A feature pyramid from the one map of a plain vision transformer: [B, D, h, w] in, three maps of C channels out.
-#
-# Source: the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3), its strides 8, 16 and 32 for a patch of
-# 16 px.
-
-
 class SimpleFeaturePyramid(nn.Module):
-    """Maps of twice, once and half the resolution of a transformer's map.
+    """Maps of twice, once and half the resolution of a transformer's map: strides 8, 16 and 32 for a patch of 16 px.
+
+    Source: the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3).
 
     Args:
         in_channels: D, width of the transformer.
@@ -259,15 +247,11 @@ def _smooth(in_channels: int, out_channels: int) -> list[nn.Module]:
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Frozen batch norm as one pass over the activations: a map [B, C, H, W] in, the same in its own precision out.
-#
-# torchvision's takes two passes and, under autocast, turns half precision into float32, which doubles the memory of
-# everything up to the next convolution. Names in a state dict are torchvision's and torch's.
-
-
 class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]
-    """Batch norm with fixed statistics and affine parameters, all of them buffers.
+    """Batch norm with fixed statistics and affine parameters, all of them buffers, as one pass over the activations.
+
+    torchvision's takes two passes and, under autocast, turns half precision into float32, which doubles the memory of
+    everything up to the next convolution. Names in a state dict are torchvision's and torch's.
 
     Args:
         num_features: channels.
@@ -282,20 +266,11 @@ class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]
 
 
 def with_one_pass(body: nn.Module) -> nn.Module:
-    """Put `FrozenBatchNorm` in the place of torchvision's frozen batch norms, with their buffers; returns ``body``."""
-    for parent in list(body.modules()):
-        for name, child in parent.named_children():
-            if type(child) is FrozenBatchNorm2d:
-                buffers = dict(child.named_buffers())
-                own = FrozenBatchNorm(len(buffers["weight"]), child.eps)
-                for key, value in buffers.items():
-                    setattr(own, key, value)
-                setattr(parent, name, own)
+    """Make torchvision's frozen batch norms `FrozenBatchNorm`, with the buffers that they have; returns ``body``."""
+    for module in body.modules():
+        if type(module) is FrozenBatchNorm2d:
+            module.__class__ = FrozenBatchNorm
     return body
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Padding masks: that of the images in, that of a map of any size out; and more padding where a backbone wants it.
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
@@ -314,25 +289,30 @@ def _nearest(pixels: int, cells: int, device: torch.device) -> Tensor:
     return (torch.arange(cells, device=device) * scale).long()
 
 
-def pad_to_multiple(images: Tensor, mask: Tensor | None, multiple: int) -> tuple[Tensor, Tensor]:
-    """Zero-pad to sides that are multiples; a mask without padding shrinks to one image to save work.
+def batch_mask(images: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask of images [B, 3, H, W]: bool [B, H, W], or, to save work, [1, H, W] and all False without padding.
 
     Args:
-        images: [B, 3, H, W].
-        mask: bool [B, H, W], True = padding; None if no image is padded.
-        multiple: in pixels.
+        images: padded images.
+        mask: True = padding; None if no image is padded.
 
-    Returns:
-        Images, and their mask [B, H, W], or [1, H, W] and all False if no image is padded.
+    Raises:
+        ValueError: a mask of another shape.
     """
-    height, width = images.shape[-2:]
+    wanted = [images.shape[0], *images.shape[-2:]]
     if mask is None:
-        mask = torch.zeros(1, height, width, dtype=torch.bool, device=images.device)
-    elif mask.shape != (images.shape[0], height, width):
-        raise ValueError(f"mask must be [B, H, W] = {[images.shape[0], height, width]}, got {list(mask.shape)}")
-    elif mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any():
-        mask = mask[:1]
-    extra_h, extra_w = -height % multiple, -width % multiple
+        return images.new_zeros(1, *wanted[1:], dtype=torch.bool)
+    if list(mask.shape) != wanted:
+        raise ValueError(f"mask must be [B, H, W] = {wanted}, got {list(mask.shape)}")
+    # on other devices the host would wait for the answer
+    free = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    return mask[:1] if free and not mask.any() else mask
+
+
+def pad_to_multiple(images: Tensor, mask: Tensor | None, multiple: int) -> tuple[Tensor, Tensor]:
+    """Zero-pad to sides that are multiples of so many pixels; arguments, mask and errors are ``batch_mask``'s."""
+    mask = batch_mask(images, mask)
+    extra_h, extra_w = (-side % multiple for side in images.shape[-2:])
     # a compiled or exported graph pads by 0 where eager mode would not pad: it serves every size
     if multiple > 1 and (torch.compiler.is_compiling() or extra_h or extra_w):
         images = F.pad(images, (0, extra_w, 0, extra_h))

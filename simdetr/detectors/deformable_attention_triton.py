@@ -33,16 +33,9 @@ _BACKWARD_WARPS = 1  # sums over channels then pass between threads without wait
 
 
 def by_triton(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Deformable attention by Triton kernels.
+    """Deformable attention by Triton kernels, on a CUDA device; as `by_grid_sample`, but in the dtype of ``value``.
 
-    Args:
-        value: float32, bfloat16 or float16 [B, S, M, D] on a CUDA device.
-        shapes: (height, width) of each level.
-        locations: [B, N, M, L, P, 2], any of these types.
-        weights: [B, N, M, L, P], any of these types.
-
-    Returns:
-        [B, N, M · D] in the dtype of ``value``.
+    Each input is float32, bfloat16 or float16 for itself.
     """
     attended: Tensor = _forward(value, list(itertools.chain.from_iterable(shapes)), locations, weights)
     return attended
@@ -217,16 +210,6 @@ def _options(value: Tensor, locations: Tensor, warps: int) -> dict[str, Any]:
     }
 
 
-def _grid(value: Tensor, locations: Tensor, options: dict[str, Any]) -> tuple[int]:
-    """One program per image, head and block of queries."""
-    return (value.shape[0] * value.shape[2] * triton.cdiv(locations.shape[1], options["BLOCK"]),)
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton starts kernels on the current device; on the CPU its interpreter runs them."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _level_table(sizes: Sequence[int], device: torch.device) -> Tensor:
     """Height, width and first cell of each level, int32 [L, 3]."""
     rows, start = [], 0
@@ -234,6 +217,25 @@ def _level_table(sizes: Sequence[int], device: torch.device) -> Tensor:
         rows.append((height, width, start))
         start += height * width
     return constant_table(tuple(rows), torch.int32, device)
+
+
+def _launch(
+    kernel: Any,  # noqa: ANN401 - Triton has no type for it
+    warps: int,
+    inputs: tuple[Tensor, Sequence[int], Tensor, Tensor],
+    results: Sequence[Tensor],
+    grad: Sequence[Tensor] = (),
+) -> None:
+    """Run a kernel: one program per image, head and block of queries."""
+    value, sizes, locations, weights = inputs
+    options = _options(value, locations, warps)
+    programs = value.shape[0] * value.shape[2] * triton.cdiv(locations.shape[1], options["BLOCK"])
+    levels = _level_table(sizes, value.device)
+    tensors = [*grad, value.contiguous(), levels, locations.contiguous(), weights.contiguous(), *results]
+    # Triton starts kernels on the current device; on the CPU its interpreter runs them
+    place: AbstractContextManager[object] = torch.cuda.device(value.device) if value.is_cuda else nullcontext()
+    with place:
+        kernel[(programs,)](*tensors, value.shape[1], locations.shape[1], **options)
 
 
 @torch.library.custom_op(
@@ -245,18 +247,7 @@ def _forward(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Te
     batch, _, heads, dim = value.shape
     out = value.new_empty(batch, locations.shape[1], heads * dim)
     if out.numel():
-        options = _options(value, locations, _FORWARD_WARPS)
-        with _current(value.device):
-            _forward_kernel[_grid(value, locations, options)](
-                value.contiguous(),
-                _level_table(sizes, value.device),
-                locations.contiguous(),
-                weights.contiguous(),
-                out,
-                value.shape[1],
-                locations.shape[1],
-                **options,
-            )
+        _launch(_forward_kernel, _FORWARD_WARPS, (value, sizes, locations, weights), [out])
     return out
 
 
@@ -271,21 +262,8 @@ def _backward(
     grad_value = value.new_zeros(value.shape, dtype=torch.float32)
     grad_locations, grad_weights = locations.new_empty(locations.shape), weights.new_empty(weights.shape)
     if grad.numel():
-        options = _options(value, locations, _BACKWARD_WARPS)
-        with _current(value.device):
-            _backward_kernel[_grid(value, locations, options)](
-                grad.contiguous(),
-                value.contiguous(),
-                _level_table(sizes, value.device),
-                locations.contiguous(),
-                weights.contiguous(),
-                grad_value,
-                grad_locations,
-                grad_weights,
-                value.shape[1],
-                locations.shape[1],
-                **options,
-            )
+        inputs, results = (value, sizes, locations, weights), (grad_value, grad_locations, grad_weights)
+        _launch(_backward_kernel, _BACKWARD_WARPS, inputs, results, [grad.contiguous()])
     return grad_value.to(value.dtype), grad_locations, grad_weights
 
 

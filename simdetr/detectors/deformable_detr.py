@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from simdetr.detectors.backbone import Backbone, pad_to_multiple, resize_mask
-from simdetr.detectors.deformable_transformer import DeformableTransformer, TransformerOutput
+from simdetr.detectors.deformable_transformer import DeformableTransformer, LayerSizes, TransformerOutput
 from simdetr.detectors.detector import (
     DetectorOutput,
     Features,
@@ -123,7 +123,11 @@ class DeformableDETR(QueryDetector):
         # what rebuilds this detector; kept beside its weights
         self.init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        _check_sizes(num_classes, hidden_dim, num_heads, num_feature_levels, num_decoder_layers, num_queries)
+        check_sizes(num_classes, hidden_dim, num_heads, num_decoder_layers, num_queries)
+        if num_feature_levels != 1 and num_feature_levels < 3:
+            raise ValueError(
+                f"num_feature_levels must be 1 (coarsest map only) or at least 3, got {num_feature_levels}"
+            )
         if two_stage and not with_box_refine:
             raise ValueError("two_stage=True needs with_box_refine=True; set both or neither")
         self.num_classes = num_classes
@@ -141,14 +145,9 @@ class DeformableDETR(QueryDetector):
         self.input_proj = _input_projections(self.backbone.channels, num_feature_levels, hidden_dim)
         self.position_encoding = (SineEncoding if position_encoding == "sine" else LearnedEncoding)(hidden_dim)
         self.transformer = DeformableTransformer(
-            hidden_dim,
-            num_heads,
+            LayerSizes(hidden_dim, ffn_dim, dropout, num_feature_levels, num_heads, num_points),
             num_encoder_layers,
             num_decoder_layers,
-            ffn_dim,
-            dropout,
-            num_feature_levels,
-            num_points,
             refine=with_box_refine,
             num_proposals=num_queries if two_stage else None,
             exclude_invalid=exclude_invalid_proposals,
@@ -165,11 +164,11 @@ class DeformableDETR(QueryDetector):
     ) -> None:
         """Class and box heads with the original's initialisation and names; the encoder's, if any, are the last."""
         count = num_layers + 1 if two_stage else num_layers
-        distinct = count if refine else 1
-        widths = [1 if two_stage and layer == num_layers else self.num_classes for layer in range(distinct)]
+        distinct = range(count if refine else 1)
+        widths = [1 if two_stage and layer == num_layers else self.num_classes for layer in distinct]
         class_heads = [nn.Linear(dim, width) for width in widths]
         # boxes start at sigmoid(-2) = 0.12 of the image; proposals of the encoder bring their own size
-        box_heads = [BoxHead(dim, -2.0 if layer == 0 and not two_stage else 0.0) for layer in range(distinct)]
+        box_heads = [BoxHead(dim, -2.0 if layer == 0 and not two_stage else 0.0) for layer in distinct]
         absent = -math.log((1 - class_prior) / class_prior)
         for layer, head in enumerate(class_heads):
             # with objectness, which brings the prior, each class is one of many
@@ -180,9 +179,8 @@ class DeformableDETR(QueryDetector):
             object_heads = [nn.Linear(dim, 1) for _ in range(num_layers if refine else 1)]
             for head in object_heads:
                 nn.init.constant_(head.bias, absent)
-            self.object_embed = nn.ModuleList(object_heads[min(i, len(object_heads) - 1)] for i in range(num_layers))
-        self.class_embed = nn.ModuleList(class_heads[min(layer, distinct - 1)] for layer in range(count))
-        self.bbox_embed = nn.ModuleList(box_heads[min(layer, distinct - 1)] for layer in range(count))
+            self.object_embed = one_per_layer(object_heads, num_layers)
+        self.class_embed, self.bbox_embed = one_per_layer(class_heads, count), one_per_layer(box_heads, count)
         # the original registers the heads again where the decoder uses them, and its checkpoints have both names
         if refine:
             self.transformer.decoder.bbox_embed = self.bbox_embed
@@ -190,11 +188,7 @@ class DeformableDETR(QueryDetector):
             self.transformer.decoder.class_embed = self.class_embed
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
-        """Detect.
-
-        Args:
-            images: normalised images [B, 3, H, W], zero-padded at the bottom and right.
-            mask: bool [B, H, W], True = padding; None if no image is padded.
+        """Detect; arguments as in ``Detector``.
 
         Returns:
             Predictions of the last layer, of the earlier ones and, in the two-stage variant, of the encoder.
@@ -215,9 +209,8 @@ class DeformableDETR(QueryDetector):
     def feature_sizes(self) -> FeatureSizes:
         """Sizes of what ``decoded`` gives."""
         dim, count = self.transformer.level_embed.shape[1], len(self.input_proj)
-        return FeatureSizes(
-            self.num_classes, (dim,) * count, self._strides(), dim, len(self.transformer.decoder.layers)
-        )
+        layers = len(self.transformer.decoder.layers)
+        return FeatureSizes(self.num_classes, (dim,) * count, self._strides(), dim, layers)
 
     def _strides(self) -> tuple[int, ...]:
         """Pixels per cell of every level: the backbone's, then each twice the one before."""
@@ -246,17 +239,9 @@ class DeformableDETR(QueryDetector):
 
     def predictions(self, out: TransformerOutput) -> DetectorOutput:
         """What ``forward`` returns, of states and boxes."""
-        layers = [
-            self._prediction(index, *layer) for index, layer in enumerate(zip(out.states, out.boxes, strict=True))
-        ]
-        last = layers.pop()
-        result: DetectorOutput = {
-            "pred_logits": last["pred_logits"],
-            "pred_boxes": last["pred_boxes"],
-            "aux_outputs": layers,
-        }
-        if "pred_objectness" in last:
-            result["pred_objectness"] = last["pred_objectness"]
+        layers = enumerate(zip(out.states, out.boxes, strict=True))
+        *earlier, last = [self._prediction(index, *layer) for index, layer in layers]
+        result = cast(DetectorOutput, {**last, "aux_outputs": earlier})
         if out.encoder_logits is not None and out.encoder_boxes is not None:
             result["enc_outputs"] = {"pred_logits": out.encoder_logits, "pred_boxes": out.encoder_boxes}
         return result
@@ -268,12 +253,8 @@ class DeformableDETR(QueryDetector):
         present = self.object_embed[layer](states)
         return {"pred_logits": logits + present, "pred_boxes": boxes, "pred_objectness": present}
 
-    def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Losses of all layers, see ``DetectionLoss``."""
-        return self.losses_of(self(images, mask), images, targets)
-
     def losses_of(self, outputs: DetectorOutput, images: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """``losses`` of outputs that are there already."""
+        """Losses of all layers, see ``DetectionLoss``."""
         terms: dict[str, Tensor] = self.criterion(outputs, targets)
         return terms
 
@@ -287,27 +268,30 @@ class DeformableDETR(QueryDetector):
         return levels
 
 
-def _check_sizes(classes: int, dim: int, heads: int, levels: int, layers: int, queries: int) -> None:
+def check_sizes(classes: int, dim: int, heads: int, layers: int, queries: int) -> None:
     """Raise for sizes that do not fit together."""
     if dim % 4 or dim % heads:
         raise ValueError(f"hidden_dim must be a multiple of 4 and of num_heads={heads}, got {dim}")
-    if levels != 1 and levels < 3:
-        raise ValueError(f"num_feature_levels must be 1 (coarsest map only) or at least 3, got {levels}")
     for name, value in (("num_classes", classes), ("num_decoder_layers", layers), ("num_queries", queries)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def one_per_layer(heads: Sequence[nn.Module], count: int) -> nn.ModuleList:
+    """A list of ``count`` heads: each its own, or all the only one."""
+    return nn.ModuleList(heads[min(layer, len(heads) - 1)] for layer in range(count))
+
+
+def map_projection(in_channels: int, dim: int, halve: bool = False) -> nn.Sequential:
+    """Convolution to C channels and group norm, for maps [B, in_channels, h, w]: 1x1, or 3x3 of stride 2 to halve."""
+    convolution = nn.Conv2d(in_channels, dim, 3, 2, padding=1) if halve else nn.Conv2d(in_channels, dim, 1)
+    nn.init.xavier_uniform_(convolution.weight)
+    assert convolution.bias is not None
+    nn.init.zeros_(convolution.bias)
+    return nn.Sequential(convolution, nn.GroupNorm(math.gcd(32, dim), dim))
+
+
 def _input_projections(channels: list[int], num_levels: int, dim: int) -> nn.ModuleList:
-    """1x1 convolutions for the backbone's maps, then 3x3 convolutions of stride 2; each with group norm."""
-    projections = nn.ModuleList()
-    for level in range(num_levels):
-        if level < len(channels):
-            convolution = nn.Conv2d(channels[level], dim, 1)
-        else:
-            convolution = nn.Conv2d(channels[-1] if level == len(channels) else dim, dim, 3, stride=2, padding=1)
-        nn.init.xavier_uniform_(convolution.weight)
-        assert convolution.bias is not None
-        nn.init.zeros_(convolution.bias)
-        projections.append(nn.Sequential(convolution, nn.GroupNorm(math.gcd(32, dim), dim)))
-    return projections
+    """Of the backbone's maps, then of maps that are half as large as the one before."""
+    widths = [*channels, channels[-1], *[dim] * num_levels][:num_levels]
+    return nn.ModuleList(map_projection(width, dim, level >= len(channels)) for level, width in enumerate(widths))

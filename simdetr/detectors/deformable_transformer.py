@@ -1,12 +1,15 @@
 """The transformer of Deformable DETR: feature maps of several levels in, query states and boxes of every layer out.
 
-Source: Deformable DETR (arXiv 2010.04159), numerics and names of the published code.
+Source: Deformable DETR (arXiv 2010.04159), numerics and names of the published code, post-norm; ``norm1`` of a decoder
+layer belongs to its cross-attention. Two-stage (section 4.2): every cell of the encoder's output proposes a box, and
+the best ones become queries.
 Letters: B images, C channels, L levels, S cells of all levels together, Q queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,44 @@ from torch.utils.checkpoint import checkpoint
 
 from simdetr.detectors.deformable_attention import MSDeformAttn
 from simdetr.detectors.position_encoding import sine_box_positions
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Sizes that all layers of a transformer share.
+
+    Attributes:
+        dim: C, a multiple of 4 and of ``num_heads``.
+        ffn_dim: Width of the perceptrons.
+        dropout: Probability at every residual, inside the perceptrons and in the queries' self-attention.
+        num_levels: L.
+        num_heads: Attention heads.
+        num_points: Points that a head reads per level.
+    """
+
+    dim: int
+    ffn_dim: int
+    dropout: float
+    num_levels: int
+    num_heads: int
+    num_points: int
+
+    def attention(self) -> MSDeformAttn:
+        """Deformable attention of these sizes."""
+        return MSDeformAttn(self.dim, self.num_levels, self.num_heads, self.num_points)
+
+
+class Memory(NamedTuple):
+    """Flattened feature maps, as decoder layers read them."""
+
+    tokens: Tensor
+    """[B, S, C], level after level, row by row."""
+    shapes: list[tuple[int, int]]
+    """(height, width) of each level."""
+    valid_ratios: Tensor
+    """Valid fraction of width and height, [B, L, 2]."""
+    padding: Tensor | None
+    """Bool [B, S], True = padding; None if no image is padded."""
 
 
 class TransformerOutput(NamedTuple):
@@ -32,6 +73,25 @@ class TransformerOutput(NamedTuple):
     """Boxes [B, S, 4] of the encoder's proposals (two-stage)."""
     start: Tensor
     """Where the first decoder layer starts, fractions of the valid image: [B, Q, 2] or boxes cxcywh [B, Q, 4]."""
+
+
+def flatten_maps(maps: Sequence[Tensor], masks: Sequence[Tensor]) -> Memory:
+    """The cells of all maps.
+
+    Args:
+        maps: [B, C, h_l, w_l] per level, in any order.
+        masks: bool per level, True = padding: [B, h_l, w_l], or [1, h_l, w_l] and all False if no image is padded.
+    """
+    tokens = _cells(maps)
+    ratios = [torch.stack(((~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)), dim=-1) for m in masks]
+    padded = masks[0].shape[0] == tokens.shape[0]
+    padding = torch.cat([mask.flatten(1) for mask in masks], dim=1) if padded else None
+    return Memory(tokens, [(m.shape[2], m.shape[3]) for m in maps], torch.stack(ratios, dim=1), padding)
+
+
+def _cells(maps: Sequence[Tensor]) -> Tensor:
+    """[B, S, C] of maps [B, C, h_l, w_l]."""
+    return torch.cat([rearrange(cells, "b c h w -> b (h w) c") for cells in maps], dim=1)
 
 
 def inverse_sigmoid(values: Tensor) -> Tensor:
@@ -59,56 +119,57 @@ def cell_references(shapes: Sequence[tuple[int, int]], valid_ratios: Tensor) -> 
     return torch.cat(centres, dim=1)[:, :, None] * valid_ratios[:, None]
 
 
-def run_layer(layer: nn.Module, *inputs: object, again: bool) -> Tensor:
-    """A layer's output; with ``again`` its activations are not kept but computed again in the backward pass."""
-    output: Tensor
-    if again and layer.training and torch.is_grad_enabled():
-        output = checkpoint(layer, *inputs, use_reentrant=False)
-    else:
-        output = layer(*inputs)
-    return output
+def initialise(transformer: nn.Module) -> None:
+    """Xavier for all matrices, and deformable attention's own start (A7)."""
+    for parameter in transformer.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    for module in transformer.modules():
+        if isinstance(module, MSDeformAttn):
+            module.reset_parameters()
 
 
-class DeformableEncoder(nn.Module):
-    """Layers that refine the cells of all levels.
-
-    Args:
-        layers: the layers, in order.
+class _Layers(nn.Module):
+    """Layers in order.
 
     Attributes:
         activation_checkpointing: compute the layers' activations again in the backward pass instead of keeping them.
     """
 
-    def __init__(self, layers: Iterable[DeformableEncoderLayer]) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.activation_checkpointing = False
+
+    def run(self, layer: nn.Module, *inputs: object) -> Tensor:
+        """The output of one of them."""
+        again = self.activation_checkpointing and layer.training and torch.is_grad_enabled()
+        output: Tensor = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
+        return output
+
+
+class DeformableEncoder(_Layers):
+    """Layers that refine the cells of all levels."""
 
     def forward(self, memory: Memory, positions: Tensor) -> Memory:
         """Memory with refined tokens; positions [B or 1, S, C]."""
         references = cell_references(memory.shapes, memory.valid_ratios)
         for layer in self.layers:
-            tokens = run_layer(layer, memory, positions, references, again=self.activation_checkpointing)
-            memory = memory._replace(tokens=tokens)
+            memory = memory._replace(tokens=self.run(layer, memory, positions, references))
         return memory
 
 
-class DeformableDecoder(nn.Module):
+class DeformableDecoder(_Layers):
     """Layers that turn queries into states and boxes.
 
     Args:
         layers: the layers, in order.
         refine: let each layer start from the boxes of the one before (iterative box refinement).
-
-    Attributes:
-        activation_checkpointing: compute the layers' activations again in the backward pass instead of keeping them.
     """
 
     def __init__(self, layers: Iterable[DeformableDecoderLayer], refine: bool) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
+        super().__init__(layers)
         self.refine = refine
-        self.activation_checkpointing = False
 
     def forward(
         self, target: Tensor, query: Tensor, reference: Tensor, memory: Memory, box_heads: nn.ModuleList
@@ -126,7 +187,7 @@ class DeformableDecoder(nn.Module):
         for layer, head in zip(self.layers, box_heads, strict=False):
             ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)
             places = reference[:, :, None] * ratios[:, None]
-            target = run_layer(layer, target, query, places, memory, again=self.activation_checkpointing)
+            target = self.run(layer, target, query, places, memory)
             offsets = head(target).float()
             start = inverse_sigmoid(reference)
             logits = offsets + F.pad(start, (0, 4 - start.shape[-1]))
@@ -141,14 +202,9 @@ class DeformableTransformer(nn.Module):
     """Encoder, choice of queries, decoder.
 
     Args:
-        dim: C, a multiple of 4.
-        num_heads: attention heads.
+        sizes: of all layers.
         num_encoder_layers: layers of the encoder.
         num_decoder_layers: layers of the decoder.
-        ffn_dim: width of the perceptrons.
-        dropout: probability of dropout.
-        num_levels: L.
-        num_points: points per head and level.
         refine: iterative box refinement.
         num_proposals: how many cells of the encoder's output become queries (two-stage); None for learned queries.
         exclude_invalid: never choose padding or border cells; the original lets them compete with one constant score.
@@ -156,24 +212,19 @@ class DeformableTransformer(nn.Module):
 
     def __init__(
         self,
-        dim: int,
-        num_heads: int,
+        sizes: LayerSizes,
         num_encoder_layers: int,
         num_decoder_layers: int,
-        ffn_dim: int,
-        dropout: float,
-        num_levels: int,
-        num_points: int,
         refine: bool,
         num_proposals: int | None,
         exclude_invalid: bool,
     ) -> None:
         super().__init__()
-        sizes = (dim, ffn_dim, dropout, num_levels, num_heads, num_points)
+        dim = sizes.dim
         self.num_proposals, self.exclude_invalid = num_proposals, exclude_invalid
-        self.encoder = DeformableEncoder(DeformableEncoderLayer(*sizes) for _ in range(num_encoder_layers))
-        self.decoder = DeformableDecoder((DeformableDecoderLayer(*sizes) for _ in range(num_decoder_layers)), refine)
-        self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
+        self.encoder = DeformableEncoder(DeformableEncoderLayer(sizes) for _ in range(num_encoder_layers))
+        self.decoder = DeformableDecoder((DeformableDecoderLayer(sizes) for _ in range(num_decoder_layers)), refine)
+        self.level_embed = nn.Parameter(torch.empty(sizes.num_levels, dim))
         if num_proposals is not None:
             self.enc_output = nn.Linear(dim, dim)
             self.enc_output_norm = nn.LayerNorm(dim)
@@ -181,18 +232,9 @@ class DeformableTransformer(nn.Module):
             self.pos_trans_norm = nn.LayerNorm(dim * 2)
         else:
             self.reference_points = nn.Linear(dim, 2)
-        self._reset_parameters()
-
-    def _reset_parameters(self) -> None:
-        """Initialise as the original does (A7)."""
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-        for module in self.modules():
-            if isinstance(module, MSDeformAttn):
-                module.reset_parameters()
+        initialise(self)
         nn.init.normal_(self.level_embed)
-        if self.num_proposals is None:
+        if num_proposals is None:
             nn.init.zeros_(self.reference_points.bias)
 
     def forward(
@@ -214,38 +256,29 @@ class DeformableTransformer(nn.Module):
             box_heads: box heads of the decoder's layers, then of the encoder in the two-stage variant.
             object_head: objectness of the encoder's cells (C to 1), which the choice of queries looks at (two-stage).
         """
-        memory = self.encoder(*self._flatten(maps, masks, positions))
+        placed = [_cells([cells]) + own for cells, own in zip(positions, self.level_embed, strict=True)]
+        memory = self.encoder(flatten_maps(maps, masks), torch.cat(placed, dim=1))
         batch = memory.tokens.shape[0]
         if self.num_proposals is not None:
             assert object_head is not None, "the two-stage variant chooses by objectness"
-            chosen = self._propose(memory, [mask.expand(batch, -1, -1) for mask in masks], object_head, box_heads[-1])
-            states, boxes = self.decoder(chosen.target, chosen.query, chosen.reference, memory, box_heads)
-            return TransformerOutput(states, boxes, chosen.logits, chosen.boxes, chosen.reference)
+            full = [mask.expand(batch, -1, -1) for mask in masks]
+            target, query, reference, logits, proposed = self._propose(memory, full, object_head, box_heads[-1])
+            states, boxes = self.decoder(target, query, reference, memory, box_heads)
+            return TransformerOutput(states, boxes, logits, proposed, reference)
         assert query_embed is not None, "learned queries need an embedding"
         query, target = query_embed[None].expand(batch, -1, -1).chunk(2, dim=-1)
         reference = self.reference_points(query).float().sigmoid()
         states, boxes = self.decoder(target, query, reference, memory, box_heads)
         return TransformerOutput(states, boxes, None, None, reference)
 
-    def _flatten(
-        self, maps: Sequence[Tensor], masks: Sequence[Tensor], positions: Sequence[Tensor]
-    ) -> tuple[Memory, Tensor]:
-        """Concatenate the cells of all levels; positions get the embedding of their level."""
-        tokens = torch.cat([rearrange(cells, "b c h w -> b (h w) c") for cells in maps], dim=1)
-        placed = [
-            rearrange(cells, "b c h w -> b (h w) c") + embedding
-            for cells, embedding in zip(positions, self.level_embed, strict=True)
-        ]
-        ratios = [torch.stack(((~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)), dim=-1) for m in masks]
-        padded = masks[0].shape[0] == tokens.shape[0]
-        padding = torch.cat([mask.flatten(1) for mask in masks], dim=1) if padded else None
-        shapes = [(cells.shape[2], cells.shape[3]) for cells in maps]
-        return Memory(tokens, shapes, torch.stack(ratios, dim=1), padding), torch.cat(placed, dim=1)
-
     def _propose(
         self, memory: Memory, masks: Sequence[Tensor], object_head: nn.Module, box_head: nn.Module
-    ) -> Proposals:
-        """Score all cells with the encoder's heads and turn the best into queries (section 4.2)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Score all cells with the encoder's heads and turn the best into queries.
+
+        Contents and positions of the queries [B, Q, C], their boxes cxcywh [B, Q, 4] without gradient; for the
+        encoder's own loss, objectness logits [B, S, 1] and boxes [B, S, 4] of all cells, 1 where one may not propose.
+        """
         assert self.num_proposals is not None
         tokens = memory.tokens
         if tokens.shape[1] < self.num_proposals:
@@ -264,52 +297,21 @@ class DeformableTransformer(nn.Module):
         reference = box_logits.detach().gather(1, best[..., None].expand(-1, -1, 4)).sigmoid()
         embedding = sine_box_positions(reference, tokens.shape[-1] // 2)
         query, target = self.pos_trans_norm(self.pos_trans(embedding)).chunk(2, dim=-1)
-        return Proposals(query, target, reference, logits, box_logits.sigmoid())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The two kinds of layers of a deformable transformer: memory and queries in, refined states out.
-#
-# Source: Deformable DETR (arXiv 2010.04159), numerics of the published code. Post-norm; names of parameters
-# are the original's, so ``norm1`` of a decoder layer belongs to its cross-attention. Letters: B images, C channels, L
-# levels, S cells of all levels together, Q queries.
-
-
-class Memory(NamedTuple):
-    """Flattened feature maps, as decoder layers read them."""
-
-    tokens: Tensor
-    """[B, S, C], level after level, row by row."""
-    shapes: list[tuple[int, int]]
-    """(height, width) of each level."""
-    valid_ratios: Tensor
-    """Valid fraction of width and height, [B, L, 2]."""
-    padding: Tensor | None
-    """Bool [B, S], True = padding; None if no image is padded."""
+        return target, query, reference, logits, box_logits.sigmoid()
 
 
 class DeformableEncoderLayer(nn.Module):
-    """Deformable self-attention of all cells, then a two-layer perceptron; each with residual and layer norm (A4).
+    """Deformable self-attention of all cells, then a two-layer perceptron; each with residual and layer norm (A4)."""
 
-    Args:
-        dim: C.
-        ffn_dim: width of the perceptron.
-        dropout: probability at every residual and inside the perceptron.
-        num_levels: L.
-        num_heads: attention heads.
-        num_points: points per head and level.
-    """
-
-    def __init__(
-        self, dim: int, ffn_dim: int, dropout: float, num_levels: int, num_heads: int, num_points: int
-    ) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.self_attn = MSDeformAttn(dim, num_levels, num_heads, num_points)
+        dim = sizes.dim
+        self.self_attn = sizes.attention()
         self.norm1 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.linear1 = nn.Linear(dim, sizes.ffn_dim)
+        self.linear2 = nn.Linear(sizes.ffn_dim, dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(sizes.dropout)
 
     def forward(self, memory: Memory, positions: Tensor, references: Tensor) -> Tensor:
         """New tokens [B, S, C]; positions [B or 1, S, C], references [B, S, L, 2]."""
@@ -322,27 +324,17 @@ class DeformableEncoderLayer(nn.Module):
 
 
 class DeformableDecoderLayer(nn.Module):
-    """Self-attention of the queries, deformable attention to the memory, perceptron (A5).
+    """Self-attention of the queries, deformable attention to the memory, perceptron (A5)."""
 
-    Args:
-        dim: C.
-        ffn_dim: width of the perceptron.
-        dropout: probability at every residual, inside the perceptron and in self-attention.
-        num_levels: L.
-        num_heads: attention heads.
-        num_points: points per head and level.
-    """
-
-    def __init__(
-        self, dim: int, ffn_dim: int, dropout: float, num_levels: int, num_heads: int, num_points: int
-    ) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.cross_attn = MSDeformAttn(dim, num_levels, num_heads, num_points)
+        dim, dropout = sizes.dim, sizes.dropout
+        self.cross_attn = sizes.attention()
         self.norm1 = nn.LayerNorm(dim)
-        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
+        self.self_attn = nn.MultiheadAttention(dim, sizes.num_heads, dropout=dropout, batch_first=True)
         self.norm2 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.linear1 = nn.Linear(dim, sizes.ffn_dim)
+        self.linear2 = nn.Linear(sizes.ffn_dim, dim)
         self.norm3 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
@@ -374,29 +366,6 @@ def attend(attention: nn.MultiheadAttention, placed: Tensor, values: Tensor) -> 
     dropout = attention.dropout if attention.training else 0.0
     attended = F.scaled_dot_product_attention(asked, found, read, dropout_p=dropout)
     return F.linear(rearrange(attended, "b m q d -> b q (m d)"), attention.out_proj.weight, attention.out_proj.bias)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Two-stage Deformable DETR: every cell of the encoder's output proposes a box, the best ones become queries.
-#
-# In: padding masks of the levels. Out: one candidate box per cell; the transformer scores them and chooses.
-# Source: Deformable DETR section 4.2, numerics of the published code.
-# Letters: B images, S cells of all levels, Q queries, C channels.
-
-
-class Proposals(NamedTuple):
-    """Queries chosen among the encoder's cells, with what the encoder's own loss needs."""
-
-    query: Tensor
-    """Positions of the queries [B, Q, C]."""
-    target: Tensor
-    """Content of the queries [B, Q, C]."""
-    reference: Tensor
-    """Boxes of the queries, cxcywh [B, Q, 4], without gradient."""
-    logits: Tensor
-    """Objectness logits of all cells [B, S, 1]."""
-    boxes: Tensor
-    """Boxes of all cells, cxcywh [B, S, 4]; 1 where a cell may not propose."""
 
 
 def cell_boxes(masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

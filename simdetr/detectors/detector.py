@@ -2,7 +2,9 @@
 
 Images and padding mask in, predictions out; images, mask and targets in, losses out. Deformable DETR, ViDT and the
 adapters to other libraries keep it, so the pipeline does not know which it has.
-Letters: B images, Q queries, K classes, T objects of one image.
+Heads read what a detector computes on its way to boxes: feature maps, and the queries of every layer.
+Letters: B images, Q queries, K classes, T objects of one image, C channels of a map, D those of a query, L predictions
+of the decoder.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from simdetr.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
@@ -99,11 +102,7 @@ class Detector(nn.Module, ABC):
 
     @classmethod
     def from_init_args(cls, init_args: Mapping[str, Any]) -> Detector:
-        """Build it anew from ``init_args``.
-
-        Args:
-            init_args: as the attribute of this name, or as a config file has them.
-        """
+        """Build it anew from ``init_args``, or from the arguments that a config file has."""
         return cls(**init_args)
 
     @property
@@ -122,29 +121,22 @@ class Detector(nn.Module, ABC):
 
     @classmethod
     def thawed(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments with which the whole backbone learns, as random weights need it.
-
-        Args:
-            init_args: this detector's arguments.
-        """
+        """This detector's arguments, changed so that the whole backbone learns, as random weights need it."""
         frozen = ("frozen_batch_norm", "freeze_stem", "freeze_backbone")
         own = signature(cls.__init__).parameters
         return {**init_args, **{name: False for name in frozen if name in own}}
 
     @classmethod
     def finetuned_as(cls, init_args: Mapping[str, Any]) -> tuple[type[Detector], dict[str, Any]]:
-        """Class and arguments of what fine-tuning makes of this detector: the same, unless it serves pretraining only.
+        """Class and arguments of what fine-tuning makes of a detector of these arguments.
 
-        Args:
-            init_args: this detector's arguments.
+        The same, unless it serves pretraining only.
         """
         return cls, dict(init_args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a detector computes on its way to boxes, for heads to read: feature maps, and the queries of every layer.
-#
-# Letters: B images, C channels, L predictions of the decoder, Q queries, D their width, K classes.
+# What a detector computes on its way to boxes, for heads to read.
 
 
 class Level(NamedTuple):
@@ -217,7 +209,7 @@ class QueryDetector(Detector):
     def decoded(
         self, images: Tensor, mask: Tensor | None = None, neck: Neck | None = None
     ) -> tuple[DetectorOutput, Features]:
-        """Detect, and keep what it was read from.
+        """Detect as ``forward`` does, and keep what it was read from.
 
         Args:
             images: as in ``forward``.
@@ -228,6 +220,10 @@ class QueryDetector(Detector):
     @abstractmethod
     def losses_of(self, outputs: DetectorOutput, images: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         """``losses`` of outputs that are there already."""
+
+    def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Losses of all layers."""
+        return self.losses_of(self(images, mask), images, targets)
 
 
 def levels_of(
@@ -255,14 +251,28 @@ def levels_of(
 def queries_of(
     states: Sequence[Tensor], boxes: Sequence[Tensor], logits: Sequence[Tensor], start: Tensor, refine: bool
 ) -> Queries:
-    """Queries of a decoder.
+    """Queries of a decoder, from what it gives after each prediction; shapes as in ``Queries``.
 
     Args:
-        states: [B, Q, D] of each prediction.
-        boxes: cxcywh [B, Q, 4] of each prediction.
-        logits: [B, Q, K] of each prediction.
+        states: of the queries.
+        boxes: predicted.
+        logits: predicted.
         start: where the first prediction starts, points or boxes [B, Q, 2 or 4].
         refine: whether each prediction starts from the box of the one before, else all from ``start``.
     """
     later = [found.detach() for found in boxes[:-1]] if refine else [start] * (len(boxes) - 1)
     return Queries(list(states), [place[..., :2] for place in (start, *later)], list(logits), list(boxes))
+
+
+def softmax_log_odds(logits: Tensor) -> Tensor:
+    """Logits of classes on their own, whose sigmoid is the softmax probability of each class.
+
+    Args:
+        logits: [..., K + 1], the last for "no object".
+
+    Returns:
+        float32 [..., K]; finite also where a probability rounds to 1.
+    """
+    log_probability = logits.float().log_softmax(dim=-1)[..., :-1]
+    rest = -torch.expm1(log_probability)
+    return log_probability - rest.clamp(min=torch.finfo(torch.float32).eps).log()

@@ -99,16 +99,7 @@ class DETReg(DeformableDETR):
 
     @torch.no_grad()
     def box_embeddings(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> list[Tensor]:
-        """What the head learns: the frozen features of each box's crop, averaged over the crop.
-
-        Args:
-            images: as in ``forward``.
-            mask: as in ``forward``.
-            targets: their ``boxes`` are cut out, all of them.
-
-        Returns:
-            One [T, D] per image.
-        """
+        """What the head learns: the frozen features of each box's crop, averaged over the crop; [T, D] per image."""
         sizes = valid_sizes(mask).flip(1).repeat(1, 2)
         boxes = [cxcywh_to_xyxy(target["boxes"].to(images)) * size for target, size in zip(targets, sizes, strict=True)]
         crops = roi_align(images, boxes, self.crop_size, aligned=True)

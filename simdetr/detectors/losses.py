@@ -59,15 +59,15 @@ class DetectionLoss(nn.Module):
     original's.
 
     Args:
-        class_weight: weight of the focal loss in the total.
-        box_weight: weight of the L1 loss of boxes in the total.
-        giou_weight: weight of the generalised IoU loss in the total.
-        class_cost: weight of the class term in matching.
-        box_cost: weight of the L1 term in matching.
-        giou_cost: weight of the generalised IoU term in matching.
+        class_weight: of the focal loss in the total.
+        box_weight: of the L1 loss of boxes in the total.
+        giou_weight: of the generalised IoU loss in the total.
+        class_cost: as those that follow, see ``HungarianMatcher``.
+        box_cost: of L1.
+        giou_cost: of generalised IoU.
         focal_alpha: weight of positives against negatives in the focal loss.
         focal_gamma: how much the focal loss plays down easy examples.
-        object_weight: weight of the focal loss of objectness, of detectors that have it, in the total.
+        object_weight: of the focal loss of objectness in the total, of detectors that have it.
         class_aware_encoder: let the encoder's proposals (two-stage) learn the targets' classes. By default, as in the
             original, they learn class 0 for every object, which is the class that the choice of queries looks at.
     """
@@ -119,7 +119,7 @@ class DetectionLoss(nn.Module):
     def match(self, outputs: Mapping[str, Any], targets: Sequence[Target]) -> MatchedLayers:
         """Match every layer for itself, all with one transfer from the device; arguments as in ``forward``."""
         counts = _check_targets(targets, *outputs["pred_logits"].shape[::2])
-        costs = [self.matcher.costs(*_stack(_decoder_layers(outputs)), targets)]
+        costs = [self.matcher.costs(*_stack(decoder_layers(outputs)), targets)]
         if "enc_outputs" in outputs:
             costs.append(self.matcher.costs(*_stack([outputs["enc_outputs"]]), self._encoder_targets(targets)))
         matches = self.matcher.assign(costs, counts)
@@ -133,8 +133,8 @@ class DetectionLoss(nn.Module):
         self, outputs: Mapping[str, Any], targets: Sequence[Target], matched: MatchedLayers
     ) -> dict[str, Tensor]:
         """The losses of layers that are matched already; as ``forward``."""
-        layers = _decoder_layers(outputs)
-        suffixes = [*(f"_{layer}" for layer in range(len(layers) - 1)), ""]
+        layers = decoder_layers(outputs)
+        suffixes = layer_suffixes(len(layers))
         present = torch.stack([p["pred_objectness"] for p in layers]) if "pred_objectness" in outputs else None
         parts = [self._layer_losses(*_stack(layers), matched.decoder, targets, present)]
         if matched.encoder is not None:
@@ -211,16 +211,20 @@ def _check_targets(targets: Sequence[Target], batch: int, num_classes: int) -> l
     return [len(target["labels"]) for target in targets]
 
 
-def _decoder_layers(outputs: Mapping[str, Any]) -> list[Mapping[str, Tensor]]:
+def decoder_layers(outputs: Mapping[str, Any]) -> list[Mapping[str, Tensor]]:
     """Predictions of the decoder's layers, the detector's own last."""
     return [*outputs.get("aux_outputs", []), outputs]
 
 
+def layer_suffixes(count: int) -> list[str]:
+    """What follows the names of the layers' losses: a number, and nothing for the last."""
+    return [*(f"_{layer}" for layer in range(count - 1)), ""]
+
+
 def _stack(layers: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
     """Logits [N, B, Q, K] and boxes [N, B, Q, 4] of layers of one shape; a view of a single layer."""
-    if len(layers) == 1:
-        return layers[0]["pred_logits"][None], layers[0]["pred_boxes"][None]
-    return torch.stack([p["pred_logits"] for p in layers]), torch.stack([p["pred_boxes"] for p in layers])
+    logits, boxes = ([layer[name] for layer in layers] for name in ("pred_logits", "pred_boxes"))
+    return (torch.stack(logits), torch.stack(boxes)) if len(layers) > 1 else (logits[0][None], boxes[0][None])
 
 
 def global_mean_count(count: float | Tensor, device: torch.device) -> float | Tensor:
@@ -238,9 +242,7 @@ def global_mean_count(count: float | Tensor, device: torch.device) -> float | Te
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the adapters to other libraries share: padding masks, losses in which every parameter takes part, sure targets.
-#
-# Letters: B images, H and W the padded size.
+# What the adapters to other libraries share.
 
 
 class _TakePart(torch.autograd.Function):

@@ -44,23 +44,8 @@ def cosine_matrix(side: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_masks(masks: Tensor, boxes_xyxy: Tensor, coefficients: int = NUM_COEFFICIENTS) -> Tensor:
-    """Vectors of masks.
-
-    Args:
-        masks: bool or uint8 [N, H, W].
-        boxes_xyxy: [N, 4] in pixels of the same image.
-        coefficients: D.
-
-    Returns:
-        float32 [N, D].
-    """
-    return encode_crops(crop_masks(masks, boxes_xyxy), coefficients)
-
-
-@torch.no_grad()
 def encode_crops(crops: Tensor, coefficients: int = NUM_COEFFICIENTS) -> Tensor:
-    """Vectors of masks that are cut out already, [N, S, S] to float32 [N, D]."""
+    """Vectors of masks that ``crop_masks`` cut out, [N, S, S] to float32 [N, D]."""
     crops = crops.float()
     with torch.autocast(crops.device.type, enabled=False):  # half precision would spoil the coefficients
         matrix = cosine_matrix(CROP_PX).to(crops)

@@ -43,17 +43,6 @@ class Matches(NamedTuple):
         return Matches(*to_device(torch.stack(self), device).unbind())
 
 
-class _BoxPair(NamedTuple):
-    """Boxes [..., 4] in both of the formats that costs are computed in."""
-
-    cxcywh: Tensor
-    xyxy: Tensor
-
-    @classmethod
-    def of(cls, boxes_cxcywh: Tensor) -> _BoxPair:
-        return cls(boxes_cxcywh, cxcywh_to_xyxy(boxes_cxcywh))
-
-
 class HungarianMatcher(nn.Module):
     """Assign every target to a query of its own at the least total cost.
 
@@ -108,21 +97,20 @@ class HungarianMatcher(nn.Module):
         """
         logits, boxes = at_least_float32(logits), at_least_float32(boxes_cxcywh)
         labels, target_boxes = (to_device(padded, boxes.device) for padded in pad_targets(targets))
-        wanted = _BoxPair.of(target_boxes.to(boxes.dtype))
+        wanted = target_boxes.to(boxes.dtype)
+        corners, wanted_corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted)
         # a processor's caches hold the temporary tensors of one layer, and its allocator does not give them back
         parts = len(boxes) if boxes.device.type == "cpu" else 1
-        predicted = zip(*(side.chunk(parts) for side in (logits, *_BoxPair.of(boxes))), strict=True)
-        costs = [self._turned_costs(scores, _BoxPair(*pair), labels, wanted) for scores, *pair in predicted]
+        costs = []
+        for scores, centred, cornered in zip(*(t.chunk(parts) for t in (logits, boxes, corners)), strict=True):
+            # only the logits of classes that occur are needed: K can be thousands, T is a few dozen
+            chosen = labels[None, :, None, :].expand(len(scores), -1, scores.shape[2], -1)
+            # [N, B, T, Q]: long rows for arithmetic on the CPU, and the solver wants the shorter side first
+            cost = focal_class_cost(scores.gather(3, chosen).transpose(2, 3).contiguous()).mul_(self.class_cost)
+            cost.add_(torch.cdist(wanted, centred, p=1), alpha=self.box_cost)
+            cost.sub_(batched_giou(wanted_corners, cornered), alpha=self.giou_cost)
+            costs.append(cost.nan_to_num_(nan=1e9, posinf=1e9, neginf=-1e9))
         return torch.cat(costs).transpose(2, 3)
-
-    def _turned_costs(self, logits: Tensor, predicted: _BoxPair, labels: Tensor, wanted: _BoxPair) -> Tensor:
-        """Costs [N, B, T, Q]: long rows for arithmetic on the CPU, and the solver wants the shorter side first."""
-        # only the logits of classes that occur are needed: K can be thousands, T is a few dozen
-        chosen = labels[None, :, None, :].expand(len(logits), -1, logits.shape[2], -1)
-        cost = focal_class_cost(logits.gather(3, chosen).transpose(2, 3).contiguous()).mul_(self.class_cost)
-        cost.add_(torch.cdist(wanted.cxcywh, predicted.cxcywh, p=1), alpha=self.box_cost)
-        cost.sub_(batched_giou(wanted.xyxy, predicted.xyxy), alpha=self.giou_cost)
-        return cost.nan_to_num_(nan=1e9, posinf=1e9, neginf=-1e9)
 
     @staticmethod
     def assign(costs: Sequence[Tensor], counts: Sequence[int]) -> list[Matches]:

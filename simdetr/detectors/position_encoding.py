@@ -1,7 +1,6 @@
 """Position encodings: a padding mask or boxes in, embeddings of their positions out. Nothing here depends on content.
 
-Sine encodings of image cells come in two flavours: Deformable DETR puts positions at cell
-centres (-0.5), DETR and the detection tokens of ViDT do not. Letters: B images, C channels, N boxes.
+Letters: B images, C channels, N boxes.
 """
 
 from __future__ import annotations

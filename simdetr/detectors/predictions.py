@@ -184,10 +184,7 @@ def _of_image(logits: Tensor, columns: Mapping[str, Tensor], size_hw: tuple[int,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# From predicted landmarks to those that are kept: of several predictions of one landmark the most confident.
-#
-# The best one's place is kept as it is. A mean over the group would move with every unsure neighbour, and with the
-# score below which predictions are left out. Letters: N landmarks of one image, M of them kept.
+# From predicted landmarks to those that are kept. N landmarks of one image, M of them kept.
 
 
 DUPLICATE_CELLS = 0.5
@@ -201,6 +198,7 @@ def distinct_points(
     """Which landmarks stay: those without a more confident one of their class around them that stays.
 
     Whether one stays depends on more confident ones alone, so leaving out the unsure changes nothing for the others.
+    The best one's place is kept as it is: a mean over the group would move with every unsure neighbour.
 
     Args:
         points: [N, 2] in pixels, best first.
@@ -220,11 +218,9 @@ def distinct_points(
         raise ValueError(f"point_radius: expected None, 0 or a part of the image's diagonal such as 0.02, got {radius}")
     if radius == 0 or (radius is None and cells is None):
         return torch.arange(len(points), device=points.device)
-    if radius is None:
-        assert cells is not None
+    units, reach = np.ones(2), (radius or 0.0) * math.hypot(*size_hw)
+    if radius is None and cells is not None:
         units, reach = cells.double().cpu().numpy(), DUPLICATE_CELLS
-    else:
-        units, reach = np.ones(2), radius * math.hypot(*size_hw)
     # each step depends on the one before: on the host that costs least
     places, kinds = points.double().cpu().numpy() / units, classes.cpu().numpy()
     apart = np.hypot(*(places[:, None] - places[None]).transpose(2, 0, 1))

@@ -1,9 +1,11 @@
 """Swin as the body of ViDT: images and padding mask in, feature maps and detection tokens out.
 
-An unmodified ``SwinTransformer`` of timm is walked stage by stage, so weights, names and loading stay timm's; detection
-tokens, their positions and a fourth patch merging stand beside it. Names in a state dict are ``backbone.body.`` and
-timm's own. Source: ViDT (arXiv 2110.03921), numerics of the published code.
-Letters: B images, N tokens, C_i channels of stage i, h_i and w_i its cells.
+An unmodified ``SwinTransformer`` of timm is walked stage by stage and its layers are called, so weights, names and
+loading stay timm's; detection tokens, their positions and a fourth patch merging stand beside it. Names in a state dict
+are ``backbone.body.`` and timm's own. Patches attend within windows as in plain Swin and never see the tokens. Tokens
+attend to each other and, in the last stage, to all patches of the image, by the same weights (reconfigured attention).
+Source: ViDT (arXiv 2110.03921, section 3.1), numerics of the published code.
+Letters: B images, N tokens, C_i channels of stage i, h_i and w_i its cells; of one block C, H and W.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 """Swins that timm lacks: one for laptops, and ViDT's smallest. Other names are timm's."""
 DROP_PATH = {"swin_pico": 0.0, "swin_nano": 0.0, "swin_tiny": 0.2, "swin_small": 0.3, "swin_base": 0.3}
 """Stochastic depth of ViDT by the start of the name; 0.1 for all others."""
+HIDDEN = -100.0
+"""What is added to attention that must not be; finite, so that a row without anything visible stays finite."""
 
 
 class RamFeatures(NamedTuple):
@@ -63,10 +67,9 @@ def create_swin(name: str, pretrained: bool = False, drop_path: float | None = N
             )
         return SwinTransformer(num_classes=0, **OWN_SIZES[name], **options)
     if not is_model_in_modules(name.split(".")[0], ["swin_transformer"]):
-        own = ", ".join(OWN_SIZES)
         raise ValueError(
-            f"backbone {name!r} is no Swin transformer, and ViDT needs one; expected {own} or a name of timm's "
-            "swin_transformer module, such as swin_tiny_patch4_window7_224"
+            f"backbone {name!r} is no Swin transformer, and ViDT needs one; expected {', '.join(OWN_SIZES)} or a name "
+            "of timm's swin_transformer module, such as swin_tiny_patch4_window7_224"
         )
     return cast(SwinTransformer, timm.create_model(name, pretrained=pretrained, num_classes=0, **options))
 
@@ -143,7 +146,9 @@ class RamSwin(nn.Module):
         maps = []
         for index, stage in enumerate(self.body.layers):
             if index > 0:
-                tokens = _merge_tokens(stage.downsample, tokens)
+                # tokens have no neighbours: each is merged with three copies of itself
+                merging = stage.downsample
+                tokens = merging.reduction(merging.norm(tokens.repeat(1, 1, 4)))
             patches = stage.downsample(patches)
             last = index == len(self.body.layers) - 1
             access = self._access(resize_mask(mask, eighth), patches) if last else None
@@ -168,25 +173,6 @@ class RamSwin(nn.Module):
         positions = sine_cell_positions(mask, patches.shape[-1], centred=False)
         bias = F.pad(mask.flatten(1).float() * HIDDEN, (0, self.det_token.shape[1]))
         return PatchAccess(rearrange(positions, "b c h w -> b h w c"), bias[:, None, None])
-
-
-def _merge_tokens(merging: PatchMerging, tokens: Tensor) -> Tensor:
-    """A patch merging for tokens [B, N, C], which have no neighbours: each is merged with three copies of itself."""
-    merged: Tensor = merging.reduction(merging.norm(tokens.repeat(1, 1, 4)))
-    return merged
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One Swin block with reconfigured attention: patches and detection tokens in, both refined by one set of weights out.
-#
-# Patches attend within windows as in plain Swin and never see the tokens. Tokens attend to each other and, in the stage
-# that says so, to all patches of the image. The block stays timm's: its layers are called, nothing is subclassed.
-# Source: ViDT (arXiv 2110.03921, section 3.1), numerics of the published code.
-# Letters: B images, H and W cells, C channels, N tokens.
-
-
-HIDDEN = -100.0
-"""What is added to attention that must not be; finite, so that a row without anything visible stays finite."""
 
 
 class PatchAccess(NamedTuple):
@@ -215,7 +201,7 @@ def ram_block(
         patches: [B, H, W, C].
         tokens: [B, N, C].
         token_positions: [1, N, P].
-        shift_mask: attention mask of shifted windows, see ``shift_mask``; unused by blocks that do not shift.
+        shift_mask: see ``shift_mask``; unused by blocks that do not shift.
         access: lets the tokens read the patches; None for attention among tokens alone.
 
     Returns:
@@ -248,7 +234,7 @@ def attend_windows(block: Any, normed: Tensor, mask: Tensor | None) -> Tensor:  
     """
     height, width = normed.shape[1:3]
     (high, wide), (down, right) = block.window_size, block.shift_size
-    shifts = bool(down or right)
+    shifts = down or right
     cells = F.pad(normed, (0, 0, 0, -width % wide, 0, -height % high))
     padded_height, padded_width = cells.shape[1:3]
     if shifts:

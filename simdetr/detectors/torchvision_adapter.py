@@ -23,6 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from simdetr.boxes import denormalise, has_area, normalise
+from simdetr.detectors.backbone import batch_mask
 from simdetr.detectors.detector import Detector, DetectorOutput
 from simdetr.detectors.losses import in_graph, likely_objects, valid_sizes
 from simdetr.detectors.matcher import Target
@@ -39,23 +40,19 @@ class _Family:
     """Label of class 0; Faster R-CNN keeps 0 for background."""
     maps: tuple[int, ...]
     """Stages of the ResNet that the FPN takes."""
-    anchors: str
+    anchors: str = "anchor_generator"
     """Name of the argument for anchors; those for scores and numbers of detections follow."""
-    threshold: str
-    most: str
+    threshold: str = "score_thresh"
+    most: str = "detections_per_img"
 
 
 _FAMILIES = {
     "fasterrcnn_resnet50_fpn": _Family(
         FasterRCNN, 1, (1, 2, 3, 4), "rpn_anchor_generator", "box_score_thresh", "box_detections_per_img"
     ),
-    "fcos_resnet50_fpn": _Family(FCOS, 0, (2, 3, 4), "anchor_generator", "score_thresh", "detections_per_img"),
-    "retinanet_resnet50_fpn": _Family(
-        RetinaNet, 0, (2, 3, 4), "anchor_generator", "score_thresh", "detections_per_img"
-    ),
+    "fcos_resnet50_fpn": _Family(FCOS, 0, (2, 3, 4)),
+    "retinanet_resnet50_fpn": _Family(RetinaNet, 0, (2, 3, 4)),
 }
-_RESNETS = ("resnet*", "resnext*", "wide_resnet*")
-_OF_IMAGES = ("min_size", "max_size")
 
 
 class TorchvisionDetector(Detector):
@@ -123,10 +120,6 @@ class TorchvisionDetector(Detector):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
         """Detect, in evaluation mode.
-
-        Args:
-            images: normalised images [B, 3, H, W], zero-padded at the bottom and right.
-            mask: bool [B, H, W], True = padding; None if no image is padded.
 
         Raises:
             RuntimeError: in training mode these detectors have losses, but no detections.
@@ -196,18 +189,15 @@ def _crops(images: Tensor, mask: Tensor | None) -> list[Tensor]:
     """Images [3, h, w] without their padding."""
     if mask is None:
         return list(images)
-    if mask.shape != (len(images), *images.shape[-2:]):
-        raise ValueError(f"mask must be [B, H, W] = {[len(images), *images.shape[-2:]]}, got {list(mask.shape)}")
-    return [
-        image[:, :height, :width] for image, (height, width) in zip(images, valid_sizes(mask).tolist(), strict=True)
-    ]
+    sizes = valid_sizes(batch_mask(images, mask).expand(len(images), -1, -1)).tolist()
+    return [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
 
 
 def _backbone(
     name: str, family: _Family, pretrained: bool, trainable_layers: int, frozen_batch_norm: bool
 ) -> nn.Module:
     """A ResNet under an FPN."""
-    known = list_models(include=_RESNETS)
+    known = list_models(include=("resnet*", "resnext*", "wide_resnet*"))
     if name not in known:
         raise ValueError(f"backbone must be one of {', '.join(known)}, got {name!r}")
     if not 0 <= trainable_layers <= 5:
@@ -241,7 +231,7 @@ def _check_options(family: _Family, options: dict[str, int | float]) -> None:
     known = [
         name
         for name, parameter in signature(family.model).parameters.items()
-        if isinstance(parameter.default, int | float) and name not in _OF_IMAGES
+        if isinstance(parameter.default, int | float) and name not in ("min_size", "max_size")
     ]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"options: {', '.join(unknown)} cannot be set; there are {', '.join(known)}")

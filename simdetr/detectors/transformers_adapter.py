@@ -1,8 +1,9 @@
 """Any DETR of transformers behind this package's contract: its config in, predictions and its own losses out.
 
 What ``AutoModelForObjectDetection`` builds and answers with ``logits`` and ``pred_boxes`` serves: Deformable DETR,
-Conditional DETR, DETR, DAB-DETR, RT-DETR, RT-DETRv2, D-FINE, YOLOS and their kin.
-Source: transformers.
+Conditional DETR, DETR, DAB-DETR, RT-DETR, RT-DETRv2, D-FINE, YOLOS and their kin. The second part holds all that
+depends on transformers' families. Nothing is downloaded unless a hub id is given.
+Source: transformers (Apache-2.0).
 Letters: B images, Q queries, K classes, L decoder layers.
 """
 
@@ -11,13 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simdetr.detectors.detector import Detector, DetectorOutput, Prediction
+from simdetr.detectors.backbone import batch_mask
+from simdetr.detectors.detector import Detector, DetectorOutput, Prediction, softmax_log_odds
 from simdetr.detectors.losses import DetectionLoss, in_graph, likely_objects, valid_sizes
 from simdetr.detectors.matcher import Target
 
@@ -56,19 +58,13 @@ class TransformersDetector(Detector):
         loss: Literal["own", "simdetr"] = "own",
         pad_multiple: int | None = None,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         settings = resolve_config(config)
         # with all settings written out, neither folder nor hub is needed to rebuild it
-        self.init_args = {
-            "num_classes": num_classes,
-            "config": settings,
-            "pretrained": pretrained,
-            "boxes_of": boxes_of,
-            "loss": loss,
-            "pad_multiple": pad_multiple,
-        }
+        self.init_args = {**given, "config": settings}
         self.num_classes = num_classes
         self.model = build_model(settings, num_classes, pretrained)
         self.backbone_name, self.body_name = (f"model.{name}" for name in backbone_names(self.model))
@@ -88,12 +84,7 @@ class TransformersDetector(Detector):
         return {**init_args, "config": {**config, name: False}}
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
-        """Detect; in training mode with the predictions of earlier layers, where ``auxiliary_loss`` is on.
-
-        Args:
-            images: normalised images [B, 3, H, W], zero-padded at the bottom and right.
-            mask: bool [B, H, W], True = padding; None if no image is padded.
-        """
+        """Detect; in training mode with the predictions of earlier layers, where ``auxiliary_loss`` is on."""
         images, mask = self._pad(images, mask)
         to_valid = 1.0 / self._box_scale(mask)[:, None]
         if self.training:
@@ -102,8 +93,7 @@ class TransformersDetector(Detector):
             found = self._run(images, mask, [nothing] * len(images), _layers_instead_of_loss)
         else:
             found = self._run(images, mask)
-        last = self._prediction(found, to_valid)
-        result: DetectorOutput = {"pred_logits": last["pred_logits"], "pred_boxes": last["pred_boxes"]}
+        result = cast(DetectorOutput, self._prediction(found, to_valid))
         if self.training:
             result["aux_outputs"] = [self._prediction(layer, to_valid) for layer in found["auxiliary_outputs"]]
             if (proposed := self._proposals(found)) is not None:
@@ -159,12 +149,12 @@ class TransformersDetector(Detector):
     def _own_loss_or_nan(
         self,
         logits: Tensor,
-        labels: Any,  # noqa: ANN401
-        device: Any,  # noqa: ANN401
+        labels: object,
+        device: object,
         pred_boxes: Tensor,
-        *rest: Any,  # noqa: ANN401
-        **more: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        *rest: object,
+        **more: object,
+    ) -> object:
         """The family's loss; NaN where it would raise, so that the caller can stop and keep the batch."""
         if torch.isfinite(logits).all() and torch.isfinite(pred_boxes).all():
             return self.own_loss(logits, labels, device, pred_boxes, *rest, **more)
@@ -179,7 +169,7 @@ class TransformersDetector(Detector):
                     f"loss: classes of {self.model.config.model_type} compete in a softmax, which simdetr's loss is "
                     "not for; choose own."
                 )
-            logits = per_class(logits)
+            logits = softmax_log_odds(logits)
         return {"pred_logits": logits, "pred_boxes": layer["pred_boxes"] * to_valid}
 
     def _proposals(self, found: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -193,11 +183,8 @@ class TransformersDetector(Detector):
 
     def _pad(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Zero-pad to the sides that the model needs."""
+        mask = batch_mask(images, mask).expand(len(images), -1, -1)
         height, width = images.shape[-2:]
-        if mask is None:
-            mask = torch.zeros(len(images), height, width, dtype=torch.bool, device=images.device)
-        elif mask.shape != (len(images), height, width):
-            raise ValueError(f"mask must be [B, H, W] = {[len(images), height, width]}, got {list(mask.shape)}")
         extra = (0, -width % self.pad_multiple, 0, -height % self.pad_multiple)
         return (F.pad(images, extra), F.pad(mask, extra, value=True)) if any(extra) else (images, mask)
 
@@ -209,27 +196,16 @@ class TransformersDetector(Detector):
         return valid_sizes(mask)[:, [1, 0, 1, 0]] / torch.tensor([width, height] * 2, device=mask.device)
 
 
-def per_class(logits: Tensor) -> Tensor:
-    """Logits [..., K] of classes on their own from those of a softmax [..., K + 1], the last for no object.
-
-    Their sigmoid is the softmax's probability.
-    """
-    log_probability = logits.float().log_softmax(dim=-1)[..., :-1]
-    # a probability that rounds to 1 would have an infinite logit
-    log_probability = log_probability.clamp(max=-torch.finfo(torch.float32).eps)
-    return log_probability - torch.log(-torch.expm1(log_probability))
-
-
 def _layers_instead_of_loss(
     logits: Tensor,
-    labels: Any,  # noqa: ANN401
-    device: Any,  # noqa: ANN401
+    labels: object,
+    device: object,
     pred_boxes: Tensor,
-    config: Any,  # noqa: ANN401
+    config: object,
     outputs_class: Tensor | None = None,
     outputs_coord: Tensor | None = None,
-    *rest: Any,  # noqa: ANN401
-    **more: Any,  # noqa: ANN401
+    *rest: object,
+    **more: object,
 ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]]]:
     """In place of a model's loss, with the same arguments: no loss, and the predictions of its earlier layers."""
     layers: list[dict[str, Tensor]] = []
@@ -244,26 +220,14 @@ def _layers_instead_of_loss(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configs of transformers in, object detectors of transformers out, and what their adapter must know of them.
-#
-# Everything that depends on transformers' families stands here. Nothing is downloaded unless a hub id is given.
-# Source: transformers (Apache-2.0).
 
 
 BoxesOf = Literal["auto", "valid", "canvas"]
 
 _BLIND_TO_PADDING = ("rt_detr", "d_fine", "deimv2", "pp_doclayout")
 """Starts of the names of families that take a mask of padding and do not look at it."""
-_NOT_ARCHITECTURE = (
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "id2label",
-    "label2id",
-    "num_labels",
-    "problem_type",
-    "torch_dtype",
-    "transformers_version",
-)
+_LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
+_NOT_ARCHITECTURE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"} | _LABELS
 """Settings that say nothing about the network: classes come from the data, weights are float32."""
 _TRANSLATED = ("backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone")
 """Settings that configs take and turn into ``backbone_config``."""
@@ -293,13 +257,12 @@ def resolve_config(config: dict[str, Any] | str) -> dict[str, Any]:
     else:
         given = dict(config)
     default = _default_settings(given.get("model_type"))
-    unknown = sorted(set(given) - set(default) - {*_NOT_ARCHITECTURE, *_TRANSLATED})
+    unknown = sorted(set(given) - set(default) - _NOT_ARCHITECTURE - {*_TRANSLATED})
     if unknown and not isinstance(config, str):  # stored configs carry what older versions knew
         raise ValueError(
             f"config: {default['model_type']} has no setting {', '.join(unknown)}; it has {', '.join(sorted(default))}."
         )
-    wanted = {name: value for name, value in given.items() if name not in (*unknown, *_NOT_ARCHITECTURE)}
-    made = _plain(_config_of(wanted))
+    made = _plain(_config_of({name: value for name, value in _architecture(given).items() if name not in unknown}))
     return {name: None if name in _FIXED_SIZES else made[name] for name in default if name in made}
 
 
@@ -392,16 +355,14 @@ def _default_settings(model_type: str | None) -> dict[str, Any]:
             f"config: model_type must be one of {', '.join(FAMILIES)}, which transformers can detect objects with; "
             f"got {model_type!r}."
         )
-    plain = _plain(_config_of({"model_type": model_type}))
-    return {name: value for name, value in plain.items() if name not in _NOT_ARCHITECTURE}
+    return _architecture(_plain(_config_of({"model_type": model_type})))
 
 
 def _config_of(settings: dict[str, Any], **more: Any) -> Any:  # noqa: ANN401
     """Transformers' config of settings; it never asks for weights of the backbone."""
     transformers = import_transformers()
-    arguments = {name: value for name, value in settings.items() if name != "model_type"}
     try:
-        config = transformers.AutoConfig.for_model(settings["model_type"], **arguments, **more)
+        config = transformers.AutoConfig.for_model(**settings, **more)
     except Exception as error:  # checks of transformers raise their own types
         raise ValueError(f"config: {settings['model_type']} refuses its settings ({error}).") from error
     parts: list[Any] = [config, getattr(config, "backbone_config", None)]
@@ -415,8 +376,12 @@ def _plain(config: Any) -> dict[str, Any]:  # noqa: ANN401
     """All settings of a config as JSON types."""
     plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     if isinstance(backbone := plain.get("backbone_config"), dict):
-        plain["backbone_config"] = {name: value for name, value in backbone.items() if name not in _NOT_ARCHITECTURE}
+        plain["backbone_config"] = _architecture(backbone)
     return plain
+
+
+def _architecture(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in _NOT_ARCHITECTURE}
 
 
 def _children(model: nn.Module, name: str) -> set[str]:

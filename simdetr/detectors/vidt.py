@@ -1,9 +1,10 @@
 """ViDT and ViDT+: images [B, 3, H, W] and their padding mask in, class logits and boxes of every detection token out.
 
-Detection tokens pass through a Swin beside the image's patches (``swin_ram``); a decoder without encoder refines them.
-By default this is ViDT+: fused maps, 300 tokens, estimates of IoU, masks as vectors, classes of cells. Source: ViDT and
-ViDT+ (arXiv 2110.03921, 2204.07962); numerics, initialisation and names of the published code.
-Letters: B images, Q queries (detection tokens), K classes, C channels.
+Detection tokens pass through a Swin beside the image's patches (``swin_ram``); a neck without encoder refines them: its
+decoder reads the maps as they are, without positions or level embeddings, or fused from coarse to fine. By default this
+is ViDT+: fused maps, 300 tokens, estimates of IoU, masks as vectors, classes of cells. Source: ViDT and ViDT+ (arXiv
+2110.03921, 2204.07962); numerics, initialisation and names of the published code.
+Letters: B images, Q queries (detection tokens), K classes, C channels, L levels of h_l by w_l cells, S cells of all.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from simdetr.detectors.backbone import resize_mask
-from simdetr.detectors.deformable_attention import MSDeformAttn
-from simdetr.detectors.deformable_detr import BoxHead
+from simdetr.detectors.backbone import batch_mask, resize_mask
+from simdetr.detectors.deformable_detr import BoxHead, check_sizes, one_per_layer
+from simdetr.detectors.deformable_detr import map_projection as map_projection  # heads take it from here
 from simdetr.detectors.deformable_transformer import (
     DeformableDecoder,
     DeformableDecoderLayer,
+    LayerSizes,
     Memory,
     cell_boxes,
+    flatten_maps,
+    initialise,
     inverse_sigmoid,
 )
 from simdetr.detectors.detector import (
@@ -36,6 +40,7 @@ from simdetr.detectors.detector import (
     QueryDetector,
     levels_of,
     queries_of,
+    softmax_log_odds,
 )
 from simdetr.detectors.mask_vectors import NUM_COEFFICIENTS
 from simdetr.detectors.matcher import Target
@@ -107,7 +112,7 @@ class ViDT(QueryDetector):
         # what rebuilds this detector; kept beside its weights
         self.init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        _check_sizes(num_classes, hidden_dim, num_heads, num_decoder_layers, num_queries)
+        check_sizes(num_classes, hidden_dim, num_heads, num_decoder_layers, num_queries)
         self.num_classes, self.num_decoder_layers = num_classes, num_decoder_layers
         self.inference_layers = inference_layers
         self.backbone = RamSwin(
@@ -125,24 +130,20 @@ class ViDT(QueryDetector):
         self.criterion = VidtLoss()
         class_bias = -math.log((1 - class_prior) / class_prior)
         self.transformer = VidtNeck(
-            hidden_dim,
-            num_heads,
+            LayerSizes(hidden_dim, ffn_dim, dropout, len(self.backbone.channels), num_heads, num_points),
             num_decoder_layers,
-            ffn_dim,
-            dropout,
-            len(self.backbone.channels),
-            num_points,
             refine=with_box_refine,
             token_classes=num_classes if token_labels else None,
             class_bias=class_bias,
         )
         self._add_projections(hidden_dim, fusion)
         self._add_heads(hidden_dim, with_box_refine, class_bias)
+        count = num_decoder_layers + 1
         # IoU is as layers see it; a mask is the same for all layers, and so is its head
-        distinct = [Perceptron(hidden_dim, 1) for _ in range(num_decoder_layers + 1 if with_box_refine else 1)]
-        self.iou_embed = _one_per_layer(distinct, num_decoder_layers + 1) if iou_aware else None
+        distinct = [Perceptron(hidden_dim, 1) for _ in range(count if with_box_refine else 1)]
+        self.iou_embed = one_per_layer(distinct, count) if iou_aware else None
         shared = [vector_head(hidden_dim, NUM_COEFFICIENTS, vector_bias)]
-        self.vector_embed = _one_per_layer(shared, num_decoder_layers + 1) if mask_vectors else None
+        self.vector_embed = one_per_layer(shared, count) if mask_vectors else None
 
     def _add_projections(self, dim: int, fusion: bool) -> None:
         """To C channels: the maps, the tokens and their positions."""
@@ -155,14 +156,12 @@ class ViDT(QueryDetector):
     def _add_heads(self, dim: int, refine: bool, class_bias: float) -> None:
         """Class and box heads of the body and of every layer, with the original's initialisation and names."""
         count = self.num_decoder_layers + 1
-        distinct = count if refine else 1
-        class_heads = [nn.Linear(dim, self.num_classes) for _ in range(distinct)]
+        distinct = range(count if refine else 1)
+        class_heads = [nn.Linear(dim, self.num_classes) for _ in distinct]
         for head in class_heads:
             nn.init.constant_(head.bias, class_bias)
-        self.class_embed = _one_per_layer(class_heads, count)
-        self.bbox_embed = _one_per_layer(
-            [BoxHead(dim, -2.0 if layer == 0 else 0.0) for layer in range(distinct)], count
-        )
+        self.class_embed = one_per_layer(class_heads, count)
+        self.bbox_embed = one_per_layer([BoxHead(dim, -2.0 if layer == 0 else 0.0) for layer in distinct], count)
         if refine:
             # the original registers the heads again where the decoder uses them, and its checkpoints have both names
             self.transformer.decoder.bbox_embed = self.bbox_embed
@@ -180,11 +179,7 @@ class ViDT(QueryDetector):
         self.init_args["inference_layers"] = layers
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
-        """Detect.
-
-        Args:
-            images: normalised images [B, 3, H, W], padded at the bottom and right.
-            mask: bool [B, H, W], True = padding; None if no image is padded.
+        """Detect; arguments as in ``Detector``.
 
         Returns:
             Predictions of the last layer and of the earlier ones, with ``pred_ious`` [B, Q, 1] and ``pred_vectors``
@@ -219,12 +214,11 @@ class ViDT(QueryDetector):
 
     def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses of all layers, see ``VidtLoss``, or ``NeckFreeLoss`` without a neck."""
-        terms: dict[str, Tensor]
         if self.neck_free_head is None:
-            return self.losses_of(self(images, mask), images, targets)
+            return super().losses(images, mask, targets)
         features = self.backbone(*_clear_padding(images, mask))
         outputs, class_logits = self._predict_without_neck(features)
-        terms = self.criterion(class_logits, outputs, targets)
+        terms: dict[str, Tensor] = self.criterion(class_logits, outputs, targets)
         # nothing reads the last maps, but every parameter has to take part
         return {**terms, "loss": terms["loss"] + 0.0 * features.maps[-1].float().sum()}
 
@@ -276,102 +270,38 @@ class ViDT(QueryDetector):
         return {"pred_logits": softmax_log_odds(class_logits), "pred_boxes": boxes}, class_logits
 
 
-def _one_per_layer(heads: Sequence[nn.Module], count: int) -> nn.ModuleList:
-    """A list of ``count`` heads: each its own, or all the only one."""
-    return nn.ModuleList(heads[min(layer, len(heads) - 1)] for layer in range(count))
-
-
 def _clear_padding(images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Images that are zero at padding, which windows see; a mask without padding shrinks to one image to save work."""
-    wanted = (images.shape[0], *images.shape[-2:])
-    if mask is None:
-        return images, images.new_zeros(1, *wanted[1:], dtype=torch.bool)
-    if mask.shape != wanted:
-        raise ValueError(f"mask must be [B, H, W] = {list(wanted)}, got {list(mask.shape)}")
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any():
-        return images, mask[:1]
-    return images.masked_fill(mask[:, None], 0.0), mask
-
-
-def _check_sizes(classes: int, dim: int, heads: int, layers: int, queries: int) -> None:
-    """Raise for sizes that do not fit together."""
-    if dim % 4 or dim % heads:
-        raise ValueError(f"hidden_dim must be a multiple of 4 and of num_heads={heads}, got {dim}")
-    for name, value in (("num_classes", classes), ("num_decoder_layers", layers), ("num_queries", queries)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# ViDT's neck, a decoder without encoder: feature maps and detection tokens in, states and boxes of every layer out.
-#
-# The maps are read as they are, without positions or level embeddings. The first prediction is the body's own; then
-# each layer adds one. Source: ViDT and ViDT+ (arXiv 2110.03921, 2204.07962), numerics and names of the published code.
-# Letters: B images, C channels, L levels, S cells of all levels together, Q queries (detection tokens), K classes.
-
-
-def flatten_maps(maps: Sequence[Tensor], masks: Sequence[Tensor]) -> Memory:
-    """The maps as a decoder reads them.
-
-    Args:
-        maps: [B, C, h_l, w_l] per level, in any order.
-        masks: bool per level, True = padding: [B, h_l, w_l], or [1, h_l, w_l] and all False if no image is padded.
-    """
-    tokens = torch.cat([rearrange(cells, "b c h w -> b (h w) c") for cells in maps], dim=1)
-    ratios = [torch.stack(((~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)), dim=-1) for m in masks]
-    padded = masks[0].shape[0] == tokens.shape[0]
-    padding = torch.cat([mask.flatten(1) for mask in masks], dim=1) if padded else None
-    return Memory(tokens, [(m.shape[2], m.shape[3]) for m in maps], torch.stack(ratios, dim=1), padding)
+    """Images that are zero at padding, which windows see, and their mask as of ``batch_mask``."""
+    padding = batch_mask(images, mask)
+    if mask is None or len(padding) < len(images):
+        return images, padding
+    return images.masked_fill(padding[:, None], 0.0), padding
 
 
 class VidtNeck(nn.Module):
-    """Decoder layers behind the body's own prediction, and classes of the maps' cells.
+    """Decoder layers behind the body's own prediction, which is the first, and classes of the maps' cells.
 
     Args:
-        dim: C.
-        num_heads: attention heads.
+        sizes: of all layers.
         num_layers: layers of the decoder.
-        ffn_dim: width of the perceptrons.
-        dropout: probability of dropout.
-        num_levels: L.
-        num_points: points that a head reads per level.
         refine: each layer starts from the boxes of the one before.
         token_classes: K, to learn the classes of cells as well (token labelling); None to leave that out.
         class_bias: bias of the cells' class logits at the start.
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        num_layers: int,
-        ffn_dim: int,
-        dropout: float,
-        num_levels: int,
-        num_points: int,
-        refine: bool,
-        token_classes: int | None,
-        class_bias: float,
+        self, sizes: LayerSizes, num_layers: int, refine: bool, token_classes: int | None, class_bias: float
     ) -> None:
         super().__init__()
-        sizes = (dim, ffn_dim, dropout, num_levels, num_heads, num_points)
-        self.decoder = DeformableDecoder((DeformableDecoderLayer(*sizes) for _ in range(num_layers)), refine)
-        self.reference_points = nn.Linear(dim, 2)
+        dim = sizes.dim
+        self.decoder = DeformableDecoder((DeformableDecoderLayer(sizes) for _ in range(num_layers)), refine)
+        self.reference_points = nn.Linear(dim, 2)  # its bias keeps PyTorch's start, as in the original
         self.token_embed = None
         if token_classes is not None:
             self.enc_output = nn.Linear(dim, dim)
             self.enc_output_norm = nn.LayerNorm(dim)
             self.token_embed = nn.Linear(dim, token_classes)
-        self._reset_parameters(class_bias)
-
-    def _reset_parameters(self, class_bias: float) -> None:
-        """Initialise as the original does; the bias of the reference points keeps PyTorch's default."""
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-        for module in self.modules():
-            if isinstance(module, MSDeformAttn):
-                module.reset_parameters()
+        initialise(self)
         if self.token_embed is not None:
             nn.init.constant_(self.token_embed.bias, class_bias)
 
@@ -410,10 +340,7 @@ class VidtNeck(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Fusion of feature maps from coarse to fine: maps of several widths in, maps of C channels out, the coarsest first.
-#
-# Source: the efficient pyramid feature fusion of ViDT+ (arXiv 2204.07962), numerics and names of the published code.
-# Letters: B images, C channels, h_l and w_l cells of level l.
+# Fusion of feature maps from coarse to fine, of ViDT+.
 
 
 class ResidualUnit(nn.Module):
@@ -473,22 +400,11 @@ class PyramidFusion(nn.Module):
         self.num_levels = len(channels)
         self.multi_scaler = nn.ModuleDict()
         for level, width in enumerate(channels):
-            self.multi_scaler[f"layer_{level}_rn"] = projection = nn.Conv2d(width, dim, 1)
-            nn.init.xavier_uniform_(projection.weight)
-            assert projection.bias is not None
-            nn.init.zeros_(projection.bias)
-            self.multi_scaler[f"p_norm_{level}"] = nn.GroupNorm(math.gcd(32, dim), dim)
+            self.multi_scaler[f"layer_{level}_rn"], self.multi_scaler[f"p_norm_{level}"] = map_projection(width, dim)
             self.multi_scaler[f"refinenet_{level}"] = FusionBlock(dim, coarsest=level == len(channels) - 1)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Fuse the maps of one batch.
-
-        Args:
-            maps: [B, channels[l], h_l, w_l], fine to coarse.
-
-        Returns:
-            [B, C, h_l, w_l], **coarse to fine**.
-        """
+        """Maps [B, channels[l], h_l, w_l], fine to coarse, to [B, C, h_l, w_l], **coarse to fine**."""
         fused: list[Tensor] = []
         for level in reversed(range(self.num_levels)):
             projected = self.multi_scaler[f"p_norm_{level}"](self.multi_scaler[f"layer_{level}_rn"](maps[level]))
@@ -497,10 +413,7 @@ class PyramidFusion(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Small networks between detection tokens and predictions: projections, perceptrons, softmax classes as logits.
-#
-# Source: ViDT and ViDT+ (arXiv 2110.03921, 2204.07962)
-# Letters: B images, N tokens, C channels, K classes.
+# Small networks between detection tokens and predictions. N tokens.
 
 
 class Perceptron(nn.Module):
@@ -534,15 +447,6 @@ def vector_head(dim: int, num_coefficients: int, bias: float) -> Perceptron:
     return head
 
 
-def map_projection(in_channels: int, dim: int) -> nn.Sequential:
-    """1x1 convolution to C channels and group norm, for maps [B, in_channels, h, w]."""
-    convolution = nn.Conv2d(in_channels, dim, 1)
-    nn.init.xavier_uniform_(convolution.weight)
-    assert convolution.bias is not None
-    nn.init.zeros_(convolution.bias)
-    return nn.Sequential(convolution, nn.GroupNorm(math.gcd(32, dim), dim))
-
-
 def project_tokens(projection: nn.Sequential, tokens: Tensor) -> Tensor:
     """A map projection for tokens, [B, N, in_channels] to [B, N, C]; its group norm mixes the tokens of an image."""
     projected: Tensor = projection(rearrange(tokens, "b n c -> b c n 1"))
@@ -568,17 +472,3 @@ class NeckFreeHead(nn.Module):
         """Tokens [B, N, token_channels] to softmax logits [B, N, K + 1] and boxes cxcywh [B, N, 4]."""
         states = project_tokens(self.input_proj, tokens)
         return self.class_embed(states), self.bbox_embed(states).float().sigmoid()
-
-
-def softmax_log_odds(logits: Tensor) -> Tensor:
-    """Logits whose sigmoid is the softmax probability of each class.
-
-    Args:
-        logits: [..., K + 1], the last for "no object".
-
-    Returns:
-        float32 [..., K].
-    """
-    log_probability = logits.float().log_softmax(dim=-1)[..., :-1]
-    rest = -torch.expm1(log_probability)
-    return log_probability - rest.clamp(min=torch.finfo(torch.float32).eps).log()

@@ -1,8 +1,10 @@
 """Losses of ViDT and ViDT+: a detector's output and the targets of a batch in, a dictionary of scalars out.
 
 To the detection losses of classes and boxes come, for outputs that have them, an estimate of each box's overlap, mask
-vectors and token labels; all share the one matching. Source: ViDT+ (arXiv 2204.07962)
-Letters: N layers, B images, Q queries, K classes, T targets of one image, M matched pairs of one layer, D coefficients.
+vectors and token labels; all share the one matching. The ViDT without a neck has DETR's softmax loss instead.
+Source: ViDT+ (arXiv 2204.07962), DETR (arXiv 2005.12872); definitions and weights of the published code.
+Letters: N layers, B images, Q queries, K classes, T targets of one image, M matched pairs of one layer, D coefficients,
+h and w of a feature map.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from simdetr.boxes import cxcywh_to_xyxy, denormalise, paired_iou
 from simdetr.detectors.detector import DetectorOutput
-from simdetr.detectors.losses import DetectionLoss
+from simdetr.detectors.losses import DetectionLoss, decoder_layers, layer_suffixes
 from simdetr.detectors.mask_vectors import crop_masks, encode_crops, portions
 from simdetr.detectors.matcher import (
     FOCAL_ALPHA,
@@ -50,9 +52,9 @@ class VidtLoss(nn.Module):
 
     Args:
         iou_weight: weight of the overlap estimates in the total.
-        vector_weight: weight of the mask vectors in the total.
-        token_weight: weight of the token labels' focal loss in the total.
-        token_dice_weight: weight of the token labels' dice loss in the total.
+        vector_weight: of the mask vectors.
+        token_weight: of the token labels' focal loss.
+        token_dice_weight: of the token labels' dice loss.
         detach_iou: keep the overlap that an estimate is to learn out of the gradient. The original lets it flow, so
             that a confident estimate pulls its box towards the object and a doubtful one pushes it away.
         token_foreground: channel 0 of the token labels is foreground, as in the original; for data without a class 0.
@@ -120,7 +122,7 @@ class VidtLoss(nn.Module):
         """
         matched = self.detection.match(outputs, targets)
         losses = self.detection.of_matched(outputs, targets, matched)
-        layers: list[Mapping[str, Tensor]] = [*outputs.get("aux_outputs", []), outputs]
+        layers = decoder_layers(outputs)
         pairs = _pairs(matched.decoder, targets, outputs["pred_boxes"].device)
         with_masks = _all_have_masks(targets)
         terms: dict[str, Tensor] = {}
@@ -128,7 +130,7 @@ class VidtLoss(nn.Module):
         if "pred_ious" in outputs:
             terms["loss_iouaware"] = self._iou_aware(layers, pairs, targets) / matched.num_boxes
         if "pred_vectors" in outputs:
-            vectors = at_least_float32(torch.stack([layer["pred_vectors"] for layer in layers]))
+            vectors = _stacked(layers, "pred_vectors")
             if with_masks:
                 terms["loss_vector"] = _vector_loss(vectors, pairs, targets)
             else:
@@ -154,16 +156,14 @@ class VidtLoss(nn.Module):
         for name, values in terms.items():
             total = total + self.weights[name] * values.sum()
             if values.ndim:
-                suffixes = [*(f"_{layer}" for layer in range(len(values) - 1)), ""]
-                losses |= {name + suffix: value for suffix, value in zip(suffixes, values.unbind(), strict=True)}
+                losses |= {name + suffix: v for suffix, v in zip(layer_suffixes(len(values)), values, strict=True)}
             else:
                 losses[name] = values
         return {**losses, "loss": total}
 
     def _iou_aware(self, layers: Sequence[Mapping[str, Tensor]], pairs: _Pairs, targets: Sequence[Target]) -> Tensor:
         """Cross-entropy of the matched boxes' overlap estimates against their IoU, summed; [N]."""
-        logits = at_least_float32(torch.stack([layer["pred_ious"] for layer in layers])).squeeze(-1)
-        boxes = at_least_float32(torch.stack([layer["pred_boxes"] for layer in layers]))
+        logits, boxes = _stacked(layers, "pred_ious").squeeze(-1), _stacked(layers, "pred_boxes")
         predicted = boxes[pairs.layer, pairs.image, pairs.query]
         wanted = torch.cat([target["boxes"] for target in targets]).to(predicted)[pairs.target_row]
         corners = (cxcywh_to_xyxy(side).flatten(0, 1) for side in (predicted, wanted))
@@ -194,6 +194,11 @@ class VidtLoss(nn.Module):
         self._said_off = True
 
 
+def _stacked(layers: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
+    """One output of all layers, [N, ...]."""
+    return at_least_float32(torch.stack([layer[name] for layer in layers]))
+
+
 def _all_have_masks(targets: Sequence[Target]) -> bool:
     """Whether all targets have masks.
 
@@ -219,34 +224,22 @@ def _pairs(matches: Matches, targets: Sequence[Target], device: torch.device) ->
 
 def _vector_loss(vectors: Tensor, pairs: _Pairs, targets: Sequence[Target]) -> Tensor:
     """Mean distance of the matched vectors' coefficients, times 3 as in the original; vectors [N, B, Q, D], to [N]."""
-    crops = torch.cat([_target_crops(target, vectors.device) for target in targets])
-    wanted = encode_crops(crops, vectors.shape[-1]).to(vectors)
+    crops = []
+    for target in targets:
+        masks, boxes = (target[name].to(vectors.device, non_blocking=True) for name in ("masks", "boxes"))
+        crops.append(crop_masks(masks, denormalise(boxes, (masks.shape[1], masks.shape[2]))))
+    wanted = encode_crops(torch.cat(crops), vectors.shape[-1]).to(vectors)
     distance = (vectors[pairs.layer, pairs.image, pairs.query] - wanted[pairs.target_row]).abs()
     watch = 0.0 * vectors.flatten(1).sum(dim=1)  # as of the overlap estimates
     return _VECTOR_SCALE * distance.sum(dim=(1, 2)) / max(1, distance[0].numel()) + watch
 
 
-def _target_crops(target: Target, device: torch.device) -> Tensor:
-    """Masks of one image within their boxes, [T, S, S]."""
-    masks, boxes = (target[name].to(device, non_blocking=True) for name in ("masks", "boxes"))
-    return crop_masks(masks, denormalise(boxes, (masks.shape[1], masks.shape[2])))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Loss of the ViDT without a neck: softmax classes, boxes and the targets of a batch in, a dictionary of scalars out.
-#
-# Source: DETR (arXiv 2005.12872), definitions and weights of the published code.
-# Letters: N layers, B images, Q queries, K classes, T targets of one image.
+# Loss of the ViDT without a neck.
 
 
 class ProbabilityMatcher(HungarianMatcher):
-    """A Hungarian matcher whose class term is the probability of the target's class, negative.
-
-    Args:
-        class_cost: weight of the class term.
-        box_cost: weight of the L1 distance of boxes.
-        giou_cost: weight of the generalised IoU.
-    """
+    """A Hungarian matcher whose class term is the probability of the target's class, negative; arguments as there."""
 
     def __init__(self, class_cost: float = 2.0, box_cost: float = 5.0, giou_cost: float = 2.0) -> None:
         super().__init__(0.0, box_cost, giou_cost)
@@ -265,9 +258,9 @@ class NeckFreeLoss(nn.Module):
     """Cross-entropy with a class for "no object", L1 and generalised IoU losses of one layer of predictions.
 
     Args:
-        class_weight: weight of the cross-entropy in the total.
-        box_weight: weight of the L1 loss of boxes in the total.
-        giou_weight: weight of the generalised IoU loss in the total.
+        class_weight: of the cross-entropy in the total.
+        box_weight: of the L1 loss of boxes in the total.
+        giou_weight: of the generalised IoU loss in the total.
         no_object_weight: weight of queries without an object in the cross-entropy.
     """
 
@@ -310,13 +303,7 @@ class NeckFreeLoss(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Token labelling: masks and classes of a batch in, the classes that each cell of a feature map covers out; its losses.
-#
-# Channel c of a target is the share of the cell's area that objects of class c cover, so that the channels of a cell
-# sum to the share of foreground. The original has one class too many, 0, which no object has, and uses its channel for
-# the foreground; ``foreground_channel`` does the same, for data whose classes start at 1. Source: ViDT+ (arXiv
-# 2204.07962), after token labelling (arXiv 2104.10858); definitions of the published code. Letters: B images, T
-# objects of one image, K classes, H and W of the padded batch, h and w of a feature map.
+# Token labelling: the classes that each cell of a feature map covers, and its losses.
 
 
 @torch.no_grad()
@@ -327,7 +314,11 @@ def token_targets(
     maps_hw: Sequence[tuple[int, int]],
     foreground_channel: bool = False,
 ) -> list[Tensor]:
-    """Classes that each cell covers.
+    """Share of each cell's area that objects of each class cover; all shares of a cell sum to that of foreground.
+
+    Source: ViDT+, after token labelling (arXiv 2104.10858). The original has one class too many, 0, which no object
+    has, and uses its channel for the foreground; ``foreground_channel`` does the same, for data whose classes start
+    at 1.
 
     Args:
         targets: ``masks`` bool or uint8 [T, h, w] of each valid image, which lies at the top left of the canvas, and
@@ -386,11 +377,8 @@ def token_losses(
     for cells, shares in zip(tokens, targets, strict=True):
         logits, wanted = at_least_float32(cells).flatten(1, 2), shares.flatten(1, 2)
         focal.append(sigmoid_focal_loss(logits, wanted.to(logits), alpha, gamma).mean(dim=1).sum())
-        dice.append(_dice(logits.sigmoid().flatten(1), wanted.flatten(1)).sum())
+        found, aim = logits.sigmoid().flatten(1), wanted.flatten(1)
+        # 1 is added to both parts for images without objects
+        ratio = (2.0 * (found * aim).sum(dim=1) + 1.0) / (found.sum(dim=1) + aim.sum(dim=1) + 1.0)
+        dice.append((1.0 - ratio).sum())
     return torch.stack(focal).sum(), torch.stack(dice).sum()
-
-
-def _dice(probabilities: Tensor, shares: Tensor) -> Tensor:
-    """1 - the dice coefficient of rows, [B, n] to [B]; 1 is added to both of its parts, for images without objects."""
-    common = (probabilities * shares).sum(dim=1)
-    return 1.0 - (2.0 * common + 1.0) / (probabilities.sum(dim=1) + shares.sum(dim=1) + 1.0)

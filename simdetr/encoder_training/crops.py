@@ -34,14 +34,9 @@ def as_it_is(image: Tensor, target: dict[str, object]) -> Sample:
 
 
 class Views(Dataset[list[Tensor]]):
-    """Random views of the images of a source; an unreadable image is replaced by the next one.
+    """Random views of the images of a source; an unreadable one is recorded and replaced by the next.
 
-    Args:
-        source: the images.
-        crops: makes the views of one image.
-        quarantine: where unreadable images are recorded.
-        seed: of the crops.
-        epoch: that the crops are drawn for.
+    Seed and epoch are those that the crops are drawn for.
     """
 
     def __init__(
@@ -74,15 +69,7 @@ def numpy_randomness(seed: int) -> Iterator[None]:
 
 
 class EncoderData(pl.LightningDataModule):
-    """Loaders of views whose position in the epoch is saved.
-
-    Args:
-        source: the images.
-        crops: makes the views of one image.
-        batch_size: images per step.
-        num_workers: processes that decode and crop; 0 does it in between.
-        seed: of order and crops.
-        quarantine: file for unreadable images.
+    """Loaders of views whose position in the epoch is saved; ``quarantine`` is the file for unreadable images.
 
     Raises:
         ValueError: for fewer images than a batch has: it would hold an image twice, as if it were two.
@@ -126,12 +113,8 @@ class EncoderData(pl.LightningDataModule):
 class CropWithPlaces:
     """A random crop, resized and perhaps mirrored, with the centres of its cells in the image that it came from.
 
-    Lightly's own crop is not used: it spreads the cells of a view over more than the view.
-
-    Args:
-        size: side of the crop in pixels.
-        cells: per side.
-        scale: smallest and largest part of the image's area.
+    Lightly's own crop is not used: it spreads the cells of a view over more than the view. ``size`` is the crop's side
+    in pixels, with ``cells`` per side; ``scale`` the smallest and largest part of the image's area.
     """
 
     def __init__(self, size: int, cells: int, scale: Sequence[float]) -> None:

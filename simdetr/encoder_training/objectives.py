@@ -37,11 +37,7 @@ class MissingExtraError(RuntimeError):
 
 
 def require_lightly() -> None:
-    """Say how to install LightlySSL where it is missing.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """Raise a MissingExtraError that says how to install LightlySSL where it is missing."""
     try:
         importlib.import_module("lightly")
     except ImportError as error:
@@ -80,12 +76,7 @@ class VICReg(Objective):
         hidden_dim, output_dim: of the projection head.
     """
 
-    def __init__(
-        self,
-        encoder: LearningEncoder,
-        hidden_dim: int = 2048,
-        output_dim: int = 2048,
-    ) -> None:
+    def __init__(self, encoder: LearningEncoder, hidden_dim: int = 2048, output_dim: int = 2048) -> None:
         super().__init__()
         from lightly.loss import VICRegLoss
         from lightly.models.modules.heads import VICRegProjectionHead
@@ -136,9 +127,8 @@ class DINO(Objective):
             warnings.filterwarnings("ignore", message=".*weight_norm")  # lightly's head uses torch's older one
             self.head, self.teacher_head = DINOProjectionHead(*sizes), DINOProjectionHead(*sizes)
         self.teacher_head.load_state_dict(self.head.state_dict())
-        self.teacher = copy.deepcopy(encoder)
-        self.teacher.requires_grad_(False)
         self.teacher_head.requires_grad_(False)
+        self.teacher = copy.deepcopy(encoder).requires_grad_(False)
         self.loss = DINOLoss(output_dim, teacher_temp=teacher_temperature)
         self.momentum = momentum
 
@@ -205,12 +195,8 @@ class VICRegL(Objective):
         if not set(strides) <= set(encoder.channels) or not strides:
             raise ValueError(f"strides: expected some of {sorted(encoder.channels)}, got {list(strides)}")
         self.head = VICRegProjectionHead(encoder.region_dim, hidden_dim, output_dim)
-        self.cell_heads = nn.ModuleDict(
-            {
-                str(stride): VicRegLLocalProjectionHead(encoder.channels[stride], local_dim, local_dim)
-                for stride in strides
-            }
-        )
+        heads = {s: VicRegLLocalProjectionHead(encoder.channels[s], local_dim, local_dim) for s in strides}
+        self.cell_heads = nn.ModuleDict({str(stride): head for stride, head in heads.items()})
         self.loss = VICRegLLoss(alpha=alpha, num_matches=(int(matches[0]), int(matches[1])))
         self.crop_scale = crop_scale
         self.finest = min(strides)
@@ -257,13 +243,9 @@ OBJECTIVES: dict[str, type[Objective]] = {"vicreg": VICReg, "dino": DINO, "vicre
 
 
 def build_objective(name: str, encoder: LearningEncoder, arguments: Mapping[str, Any], seed: int = 0) -> Objective:
-    """An objective by name or class path, with its heads for this encoder.
+    """An objective, one of ``OBJECTIVES`` or ``package.module.Class``, with its heads for this encoder.
 
-    Args:
-        name: one of ``OBJECTIVES``, or ``package.module.Class`` of an :class:`Objective`.
-        encoder: the backbone.
-        arguments: those of the class after the encoder.
-        seed: of the heads' weights.
+    ``arguments`` are those of the class after the encoder, ``seed`` is that of the heads' weights.
 
     Raises:
         ValueError: for an unknown name, a class that is no objective, or arguments that it does not take.
@@ -292,11 +274,7 @@ def build_objective(name: str, encoder: LearningEncoder, arguments: Mapping[str,
 
 
 def make_crops(objective: Objective, image_size: int, views: Mapping[str, Any]) -> Crops:
-    """The crops of an objective.
-
-    Raises:
-        ValueError: ``views`` does not fit lightly's transform.
-    """
+    """The crops of an objective; a ValueError where ``views`` does not fit lightly's transform."""
     try:
         return objective.crops(image_size, views)
     except TypeError as error:
@@ -305,12 +283,10 @@ def make_crops(objective: Objective, image_size: int, views: Mapping[str, Any]) 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A timm backbone that learns: name in, maps with gradients out; and its weights under timm's names, to be kept.
-#
-# The same class as the frozen encoder of mining, so that what is trained is what is mined with, pixel by pixel.
 
 
 class LearningEncoder(TimmEncoder):
-    """A backbone with the maps of :class:`TimmEncoder`, but trainable.
+    """A trainable :class:`TimmEncoder`, so that what is trained is what is mined with, pixel by pixel.
 
     Args:
         model: timm's name.
@@ -340,11 +316,7 @@ class LearningEncoder(TimmEncoder):
 
 
 def check_model(model: str) -> None:
-    """Refuse a name that timm does not know, with the nearest ones that it does.
-
-    Raises:
-        ValueError: for such a name.
-    """
+    """Raise a ValueError for a name that timm does not know, with the nearest ones that it does."""
     if timm.is_model(model):
         return
     near = difflib.get_close_matches(model, timm.list_models(), n=3)

@@ -30,9 +30,9 @@ from simdetr.mining.batch import MiningConfig, encode, load_image, mine_batch, s
 from simdetr.mining.encoders import Encoder
 from simdetr.training.datamodule import read_training_labels
 
-Recall = Callable[[Encoder, torch.device], dict[str, float]]
-"""An encoder and its device to named recall numbers."""
+Recall = Callable[[Encoder, torch.device], dict[str, float]]  # An encoder and its device to named recall numbers
 Row = dict[str, float]
+MAX_BOXES = 25
 MIN_SPREAD, MIN_RANK = 0.02, 1.5
 LOG = logging.getLogger(__name__)
 
@@ -40,11 +40,8 @@ LOG = logging.getLogger(__name__)
 class EncoderProbe(Callback):
     """Writes a row at the start, every so many steps, and at the end; warns when the features collapse.
 
-    Args:
-        path: the CSV file; rows of an interrupted run are kept up to the step that it resumes from.
-        images: uint8 [3, H, W] each.
-        every_n_steps: steps between rows.
-        recall: what mining with the encoder finds; None where there is no truth.
+    Rows of an interrupted run are kept up to the step that it resumes from. Without truth there is no ``recall`` of
+    what mining with the encoder finds.
     """
 
     def __init__(self, path: Path, images: Sequence[Tensor], every_n_steps: int, recall: Recall | None = None) -> None:
@@ -57,14 +54,7 @@ class EncoderProbe(Callback):
         if trainer.global_step == 0:
             self._probe(trainer, pl_module)
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:  # noqa: ANN401
         """A row when it is time."""
         self._losses.append(outputs["loss"].detach())
         if trainer.global_step % self.every_n_steps == 0:
@@ -95,17 +85,11 @@ class EncoderProbe(Callback):
 
 
 def feature_spread(encoder: Encoder, images: Sequence[Tensor], device: str | torch.device = "cpu") -> Row:
-    """How much the features of different images, and of different cells, differ.
+    """How much the features of different images, and of different cells, differ; the encoder is in evaluation mode.
 
-    Args:
-        encoder: in evaluation mode.
-        images: uint8 [3, H, W] each.
-        device: the encoder's.
-
-    Returns:
-        ``spread``: standard deviation of the images' features of unit length, over dimensions, times the square root of
-        their number: 0 = all alike, 1 = spread evenly (Chen and He 2021). ``rank`` and ``cell_rank``: effective number
-        of dimensions (Roy and Vetterli 2007) among images, and among the cells of all images at stride 32.
+    ``spread``: standard deviation of the images' features of unit length, over dimensions, times the square root of
+    their number: 0 = all alike, 1 = spread evenly (Chen and He 2021). ``rank`` and ``cell_rank``: effective number
+    of dimensions (Roy and Vetterli 2007) among images, uint8 [3, H, W], and among all their cells at stride 32.
     """
     cells = [encode(image[None].to(device), encoder)[32][0].float().flatten(1).T for image in images]
     pooled = torch.stack([rows.mean(dim=0) for rows in cells])
@@ -128,9 +112,7 @@ def effective_rank(rows: Tensor) -> float:
 
 def warn_of_collapse(row: Row) -> None:
     """Say so when all images look alike to an encoder that has been trained; some do so before."""
-    if row["step"] == 0:
-        return
-    if row["spread"] < MIN_SPREAD or row["rank"] < MIN_RANK:
+    if row["step"] > 0 and (row["spread"] < MIN_SPREAD or row["rank"] < MIN_RANK):
         LOG.warning(
             "the encoder collapses: at step %d its features of different images hardly differ (spread %.3f of 1, rank "
             "%.1f). Lower lr, raise batch_size, or take vicreg or vicregl, whose losses keep the variance.",
@@ -159,13 +141,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def probe_images(source: ImageSource, count: int, image_size: int) -> list[Tensor]:
-    """Evenly spaced readable images of a source, uint8 [3, H, W], the long side of each ``image_size`` pixels.
-
-    Raises:
-        ValueError: fewer than two can be read.
-    """
-    positions = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)).tolist()
-    loaded = [load_image(source[position], image_size) for position in positions]
+    """Evenly spaced readable images, uint8 [3, H, W], ``image_size`` pixels long; a ValueError for fewer than two."""
+    loaded = [load_image(source[position], image_size) for position in _evenly(len(source), count)]
     images = [image.pixels for image in loaded if image.pixels is not None]
     if len(images) < 2:
         raise ValueError(
@@ -175,54 +152,34 @@ def probe_images(source: ImageSource, count: int, image_size: int) -> list[Tenso
     return images
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How many objects does an encoder's mining find? Some labelled images in; per encoder, recall numbers out.
-#
-# For the probe of ``simdetr encoder fit``: the same few images are mined again and again, so they are decoded once.
-
-
-MAX_BOXES = 25
+def _evenly(total: int, count: int) -> list[int]:
+    """At most so many positions out of all, evenly spaced."""
+    positions: list[int] = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
+    return positions
 
 
 @dataclass(frozen=True)
 class EncoderRecall:
-    """Mines its images with an encoder and compares the boxes with the truth.
-
-    Attributes:
-        truth: labels of the images.
-        images: uint8 [3, H, W] each, already of the size that they are mined at, in the order of ``truth``.
-        mining: settings.
-    """
+    """Mines its images, which are decoded once, with encoder after encoder and compares the boxes with the truth."""
 
     truth: Labels
-    images: tuple[Tensor, ...]
+    images: tuple[Tensor, ...]  # uint8 [3, H, W], of the size that they are mined at, in the order of the truth
     mining: MiningConfig
 
     def __call__(self, encoder: Encoder, device: str | torch.device = "cpu") -> dict[str, float]:
-        """Class-agnostic recall of the at most 25 best boxes per image.
-
-        Returns:
-            ``recall50@25``, ``AR@25`` (IoU 0.50:0.95), fractions 0..1, and ``boxes`` per image.
-        """
+        """Class-agnostic ``recall50@25`` and ``AR@25`` (IoU 0.50:0.95), fractions 0..1, and ``boxes`` per image."""
         rows = []
+        mined = mine_batch(self.images, encoder, self.mining, device)
         for image_id, size_hw, image, found in zip(
-            self.truth.image_ids,
-            self.truth.sizes_hw.tolist(),
-            self.images,
-            mine_batch(self.images, encoder, self.mining, device),
-            strict=True,
+            self.truth.image_ids, self.truth.sizes_hw.tolist(), self.images, mined, strict=True
         ):
             scale = np.array([size_hw[1] / image.shape[2], size_hw[0] / image.shape[1]] * 2)
-            best = np.argsort(-found.score, kind="stable")
-            boxes = found.boxes_xyxy[best] * scale
+            boxes = found.boxes_xyxy[np.argsort(-found.score, kind="stable")] * scale
             rows.append(ImageLabels.build(image_id, (size_hw[0], size_hw[1]), boxes, np.zeros(len(boxes))))
-        mined = Labels.from_images(rows, (Category(1, "object"),), stage=0)
-        recall = proposal_recall(self.truth, mined, (MAX_BOXES,))
-        return {
-            f"recall50@{MAX_BOXES}": recall[f"recall50@{MAX_BOXES}"],
-            f"AR@{MAX_BOXES}": recall[f"AR@{MAX_BOXES}"],
-            "boxes": sum(map(len, rows)) / len(rows),
-        }
+        labels = Labels.from_images(rows, (Category(1, "object"),), stage=0)
+        recall = proposal_recall(self.truth, labels, (MAX_BOXES,))
+        kept = {name: recall[name] for name in (f"recall50@{MAX_BOXES}", f"AR@{MAX_BOXES}")}
+        return kept | {"boxes": sum(map(len, rows)) / len(rows)}
 
 
 def load_encoder_recall(
@@ -248,7 +205,6 @@ def load_encoder_recall(
             f"truth: none of its {len(labels)} images is in {source.root} (first: {labels.image_ids[0]!r}, there are "
             f"ids like {source.ids[0]!r}); give the folder that its file names are relative to"
         )
-    rows = np.unique(np.linspace(0, len(present) - 1, min(count, len(present))).round().astype(int))
-    chosen = labels.select(present[row] for row in rows)
+    chosen = labels.select(present[row] for row in _evenly(len(present), count))
     pixels = (read_image(record) for record in source.subset(chosen.image_ids))
     return EncoderRecall(chosen, tuple(shrink(image, mining.image_size) for image in pixels), mining)

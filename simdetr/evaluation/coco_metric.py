@@ -47,10 +47,7 @@ class MatchScores:
 
 
 def _thresholds(iou: int | None) -> slice:
-    if iou is None:
-        return slice(None)
-    index = (iou - 50) // 5
-    return slice(index, index + 1)
+    return slice(None) if iou is None else slice((iou - 50) // 5, (iou - 45) // 5)
 
 
 def mean_of_present(values: NDArray[np.float64]) -> float:
@@ -74,22 +71,14 @@ def coco_metrics(truth: Labels, predictions: Labels) -> dict[str, float]:
         ValueError: predictions for images that the truth does not hold, or no category id in common.
     """
     scores = match_boxes(truth, predictions)
-    metrics = {
-        "AP": scores.average_precision(),
-        "AP50": scores.average_precision(iou=50),
-        "AP75": scores.average_precision(iou=75),
-    }
+    metrics = {"AP": scores.average_precision()} | {f"AP{iou}": scores.average_precision(iou=iou) for iou in (50, 75)}
     metrics |= {f"AP{size[0]}": scores.average_precision(size=size) for size in SIZES[1:]}
     metrics |= {f"AR{boxes}": scores.average_recall(boxes) for boxes in scores.max_boxes}
     return metrics | {f"AR{size[0]}": scores.average_recall(100, size=size) for size in SIZES[1:]}
 
 
 def per_class_ap(truth: Labels, predictions: Labels) -> dict[int | str, float]:
-    """AP (IoU 0.50:0.95) of each category of the truth by its id, ``nan`` for a category without objects.
-
-    Raises:
-        ValueError: as `coco_metrics`.
-    """
+    """AP (IoU 0.50:0.95) of each category of the truth by its id, ``nan`` without objects; errors as `coco_metrics`."""
     precision = match_boxes(truth, predictions).precision[:, :, :, 0, -1]
     return {c.id: mean_of_present(precision[:, :, index]) for index, c in enumerate(truth.categories)}
 
@@ -97,13 +86,10 @@ def per_class_ap(truth: Labels, predictions: Labels) -> dict[int | str, float]:
 def match_boxes(
     truth: Labels, predictions: Labels, *, class_agnostic: bool = False, max_boxes: Sequence[int] = (1, 10, 100)
 ) -> MatchScores:
-    """Match predictions to truth greedily by score in every image, as COCOeval does.
+    """Match scored predictions to truth greedily in every image, as COCOeval does.
 
-    Args:
-        truth: the human labels.
-        predictions: scored boxes on the same images.
-        class_agnostic: ignore the classes of both sides (COCOeval's ``useCats=0``).
-        max_boxes: numbers of best-scored boxes per image (and class) that are looked at.
+    ``class_agnostic`` ignores the classes of both sides (COCOeval's ``useCats=0``); ``max_boxes`` are numbers of
+    best-scored boxes per image (and class) that are looked at.
 
     Raises:
         ValueError: predictions for unknown images, no category in common, or ``max_boxes`` empty or below 1.
@@ -111,27 +97,44 @@ def match_boxes(
     if not max_boxes or min(max_boxes) < 1:
         raise ValueError(f"max_boxes: expected at least one number of boxes >= 1, got {tuple(max_boxes)}")
     images = rows_of_images(truth, predictions)
+    category_ids = range(1, 2 if class_agnostic else len(truth.categories) + 1)
     if class_agnostic:
-        category_ids = [1]
-        truth_categories = np.ones(len(truth.classes), np.int64)
-        predicted_categories = np.ones(len(predictions.classes), np.int64)
+        truth_categories, predicted_categories = np.ones_like(truth.classes), np.ones_like(predictions.classes)
     else:
-        category_ids = list(range(1, len(truth.categories) + 1))
-        truth_categories = truth.classes + 1
-        predicted_categories = categories_in_truth(truth, predictions)
-    own_images = np.repeat(np.arange(len(truth)), np.diff(truth.offsets))
+        truth_categories, predicted_categories = truth.classes + 1, categories_in_truth(truth, predictions)
+    human = _columns(truth, images_of_rows(truth), truth_categories)
+    found = _columns(predictions, images, predicted_categories, as_detections=True)
+    evaluation = COCOeval(indexed(human, len(truth), category_ids), indexed(found, len(truth), category_ids), "bbox")
+    evaluation.params.maxDets = sorted(set(max_boxes))
+    run_quietly(evaluation)
+    return MatchScores(evaluation.eval["precision"], evaluation.eval["recall"], tuple(evaluation.params.maxDets))
+
+
+def run_quietly(evaluation: COCOeval) -> None:
+    """Match and accumulate, without what COCOeval prints."""
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(
-            _coco(truth, own_images, truth_categories, category_ids),
-            _coco(predictions, images, predicted_categories, category_ids, as_detections=True),
-            "bbox",
-        )
-        evaluation.params.imgIds = list(range(len(truth)))
-        evaluation.params.catIds = category_ids
-        evaluation.params.maxDets = sorted(set(max_boxes))
         evaluation.evaluate()
         evaluation.accumulate()
-    return MatchScores(evaluation.eval["precision"], evaluation.eval["recall"], tuple(evaluation.params.maxDets))
+
+
+def indexed(columns: dict[str, NDArray[Any]], images: int, category_ids: Sequence[int]) -> COCO:
+    """Annotations by column as pycocotools has them; their ids start at 1, since COCOeval takes 0 for no match."""
+    columns = {"id": np.arange(1, len(columns["image_id"]) + 1)} | columns
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": index} for index in range(images)],
+        "categories": [{"id": category} for category in category_ids],
+        "annotations": [dict(zip(columns, row, strict=True)) for row in rows],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def images_of_rows(labels: Labels) -> NDArray[np.int64]:
+    """Index of the image of every box."""
+    return np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
 
 
 def rows_of_images(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
@@ -160,33 +163,17 @@ def categories_in_truth(truth: Labels, predictions: Labels) -> NDArray[np.int64]
     return lookup[predictions.classes]
 
 
-def _coco(
-    labels: Labels,
-    images: NDArray[np.int64],
-    categories: NDArray[np.int64],
-    category_ids: list[int],
-    *,
-    as_detections: bool = False,
-) -> COCO:
-    """The labels as an indexed pycocotools object; annotation ids start at 1, since COCOeval takes 0 for no match."""
-    xywh = labels.boxes_xyxy.astype(np.float64)
-    xywh[:, 2:] -= xywh[:, :2]
-    areas = xywh[:, 2] * xywh[:, 3] if as_detections else labels.areas.astype(np.float64)
-    crowd = np.zeros(len(images), np.int64) if as_detections else labels.crowd.astype(np.int64)
-    columns: dict[str, list[Any]] = {
-        "id": list(range(1, len(images) + 1)),
-        "image_id": images.tolist(),
-        "category_id": categories.tolist(),
-        "bbox": xywh.tolist(),
-        "area": areas.tolist(),
-        "iscrowd": crowd.tolist(),
-        "score": labels.scores.astype(np.float64).tolist(),
+def _columns(
+    labels: Labels, images: NDArray[np.int64], categories: NDArray[np.int64], *, as_detections: bool = False
+) -> dict[str, NDArray[Any]]:
+    """What COCOeval reads of every box."""
+    corners = labels.boxes_xyxy.astype(np.float64)
+    sides = corners[:, 2:] - corners[:, :2]
+    return {
+        "image_id": images,
+        "category_id": categories,
+        "bbox": np.concatenate([corners[:, :2], sides], axis=1),
+        "area": sides.prod(axis=1) if as_detections else labels.areas.astype(np.float64),
+        "iscrowd": (labels.crowd & (not as_detections)).astype(np.int64),
+        "score": labels.scores.astype(np.float64),
     }
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": index} for index in range(len(labels))],
-        "categories": [{"id": category} for category in category_ids],
-        "annotations": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
-    }
-    coco.createIndex()
-    return coco

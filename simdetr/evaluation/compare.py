@@ -75,11 +75,7 @@ class ComparisonRows:
 
 
 def summarise_seeds(rows: Sequence[Mapping[str, Any]], *, baseline: str | None = None) -> list[SeedSummary]:
-    """Group runs by label budget and initialisation, in the order in which they first appear.
-
-    Args:
-        rows: one per run, see the module's docstring.
-        baseline: the initialisation that gains are measured against; see `baseline_of`.
+    """Group runs by label budget and initialisation, in the order in which they first appear; see `comparison_table`.
 
     Raises:
         ValueError: a row without initialisation, label budget or AP, or a metric that only some rows have.
@@ -94,20 +90,13 @@ def summarise_seeds(rows: Sequence[Mapping[str, Any]], *, baseline: str | None =
         baseline_ap = [run["AP"] for run in by_initialisation.get(baseline, [])]
         for initialisation, runs in by_initialisation.items():
             values = {metric: 100 * np.asarray([run[metric] for run in runs], np.float64) for metric in metrics}
+            mean = {metric: float(v.mean()) for metric, v in values.items()}
+            std = {metric: float(v.std(ddof=1)) if len(v) > 1 else math.nan for metric, v in values.items()}
             gain = None
             if baseline_ap and initialisation != baseline:
-                difference = float(values["AP"].mean() - 100 * np.asarray(baseline_ap, np.float64).mean())
+                difference = mean["AP"] - 100 * float(np.asarray(baseline_ap, np.float64).mean())
                 gain = None if math.isnan(difference) else difference
-            summaries.append(
-                SeedSummary(
-                    label_budget=budget,
-                    initialisation=initialisation,
-                    runs=len(runs),
-                    mean={metric: float(v.mean()) for metric, v in values.items()},
-                    std={metric: float(v.std(ddof=1)) if len(v) > 1 else math.nan for metric, v in values.items()},
-                    gain=gain,
-                )
-            )
+            summaries.append(SeedSummary(budget, initialisation, len(runs), mean, std, gain))
     return summaries
 
 

@@ -64,11 +64,7 @@ def heat_map_boxes(
 
 
 def check_score_map(score_map: ArrayLike) -> NDArray[np.float64]:
-    """The map as float64 [H, W].
-
-    Raises:
-        ValueError: not 2-D or empty, not finite, or outside [0, 1].
-    """
+    """The map as float64 [H, W]; a ValueError for one that is not 2-D or empty, not finite, or outside [0, 1]."""
     values = np.asarray(score_map, dtype=np.float64)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"score_map: expected one map [H, W], got shape {list(values.shape)}")
@@ -111,12 +107,11 @@ def component_boxes(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def contour_boxes(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Boxes of all contours of a mask [H, W], as OpenCV's tree of contours has them.
+    """Boxes [n, 4] of all contours of a mask [H, W], as OpenCV's tree of contours has them; at least one.
 
-    Returns:
-        int64 [n, 4], at least one: that of the contour with the largest area comes first (of equal ones that which
-        OpenCV lists first), then the other outer contours, then those around holes. x1 and y1 are half-open, but cut
-        to W - 1 and H - 1; (0, 0, 0, 0) without a contour.
+    That of the contour with the largest area comes first (of equal ones that which OpenCV lists first), then the other
+    outer contours, then those around holes. x1 and y1 are half-open, but cut to W - 1 and H - 1; (0, 0, 0, 0) without a
+    contour.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
@@ -147,13 +142,10 @@ def _extents(labels: NDArray[Any]) -> NDArray[np.int64]:
 def _largest_component(components: NDArray[Any], background: NDArray[Any] | None) -> int:
     """Index of the component whose outer contour has the largest area; it is never inside another one's hole.
 
-    Args:
-        components: labels [h, w] of the foreground.
-        background: labels of the padded background [h + 2, w + 2], its outside labelled 1; None without holes.
+    ``background`` has the labels [h + 2, w + 2] of the padded background, its outside labelled 1; None without holes.
     """
-    if background is None:
-        filled = components
-    else:
+    filled = components
+    if background is not None:
         filled, _ = ndimage.label(background[1:-1, 1:-1] != 1, EDGES_AND_CORNERS)
     areas = _polygon_areas(filled)
     label = len(areas) - int(areas[::-1].argmax())  # of equal ones OpenCV lists that which starts lowest first

@@ -11,7 +11,7 @@ Right, 2020.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,8 +51,7 @@ class LocalisationMetric:
             raise ValueError(f"step: expected a distance of thresholds in (0, 1), got {step}")
         self.deltas = tuple(deltas)
         self.thresholds: NDArray[np.float64] = np.arange(0, 1, step)
-        self.images = 0
-        self.constant_maps = 0
+        self.images = self.constant_maps = 0
         self._classified = 0  # images of which it was said whether their class is right
         self._correct = np.zeros((len(CONTOURS), len(self.deltas), len(self.thresholds)), np.int64)
         self._correct_with_class = np.zeros(len(self.thresholds), np.int64)
@@ -81,7 +80,11 @@ class LocalisationMetric:
         truth = resize_boxes(boxes_xyxy, size_hw)
         levels = eight_bit(values)
         cuts, cut_of_threshold = np.unique((self.thresholds * int(levels.max())).astype(np.int64), return_inverse=True)
-        ious = _ious_at_cuts(levels, cuts, truth)[:, cut_of_threshold]
+        boxes = [contour_boxes(levels > cut) for cut in cuts]
+        met = inclusive_iou(np.concatenate(boxes), truth).max(axis=1)
+        firsts = np.cumsum([0, *(len(own) for own in boxes[:-1])])
+        # at each cut of the largest contour's box, which comes first, and of any contour's
+        ious = np.stack([met[firsts], np.maximum.reduceat(met, firsts)])[:, cut_of_threshold]
         hits = ious[:, None] >= np.array(self.deltas)[:, None]
         self.images += 1
         self.constant_maps += int(values.max() == 0)
@@ -111,12 +114,10 @@ class LocalisationMetric:
     def accuracy_at(self, thresholds: float | Mapping[float, float], contours: Contours) -> dict[float, float]:
         """Share of right images per IoU limit at thresholds chosen elsewhere.
 
-        Args:
-            thresholds: one for all limits, or one per limit, such as `best_thresholds` of other images gives.
-            contours: as in `accuracies`.
+        They are one for all limits, or one per limit, such as `best_thresholds` of other images gives.
 
         Raises:
-            ValueError: a limit without threshold, or a threshold outside [0, 1).
+            ValueError: as `accuracies`, a limit without threshold, or a threshold outside [0, 1).
         """
         table = self.accuracies(contours)
         given = thresholds if isinstance(thresholds, Mapping) else dict.fromkeys(self.deltas, thresholds)
@@ -138,12 +139,11 @@ class LocalisationMetric:
         Raises:
             ValueError: no image scored yet, or a threshold outside [0, 1).
         """
-        largest = self.best_thresholds("largest") if threshold is None else threshold
-        every = self.best_thresholds("all") if threshold is None else threshold
+        given = None if threshold is None else dict.fromkeys(self.deltas, threshold)
+        largest = given or self.best_thresholds("largest")
         box_acc = self.accuracy_at(largest, "largest")[MAIN_DELTA]
-        by_delta = self.accuracy_at(every, "all")
-        chosen = largest if isinstance(largest, Mapping) else {MAIN_DELTA: largest}
-        with_class = self._correct_with_class[self._index_of(chosen, MAIN_DELTA)] / self.images
+        by_delta = self.accuracy_at(given or self.best_thresholds("all"), "all")
+        with_class = self._correct_with_class[self._index_of(largest, MAIN_DELTA)] / self.images
         name = "MaxBoxAcc" if threshold is None else "BoxAcc"
         return {
             name: box_acc,
@@ -151,7 +151,7 @@ class LocalisationMetric:
             **{f"{name}V2@{100 * delta:g}": accuracy for delta, accuracy in by_delta.items()},
             "GT-known Loc": box_acc,
             "Top-1 Loc": float(with_class) if self._classified == self.images else float("nan"),
-            "threshold": chosen[MAIN_DELTA],
+            "threshold": largest[MAIN_DELTA],
             "images": float(self.images),
             "constant_maps": float(self.constant_maps),
         }
@@ -201,8 +201,7 @@ class PixelAveragePrecision:
         false_positives, true_positives = self._counts[:, ::-1].cumsum(axis=1)
         if not true_positives[-1]:
             return float("nan")
-        predicted = true_positives + false_positives
-        precision = true_positives / np.maximum(predicted, 1)
+        precision = true_positives / np.maximum(true_positives + false_positives, 1)
         gained = np.diff(true_positives, prepend=0) / true_positives[-1]
         return float((precision * gained).sum())
 
@@ -248,18 +247,10 @@ def inclusive_iou(boxes_a: NDArray[np.int64], boxes_b: NDArray[np.int64]) -> NDA
     return ious
 
 
-def _ious_at_cuts(levels: NDArray[np.uint8], cuts: NDArray[np.int64], truth: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Best IoU with a human box at each cut, of the largest contour's box and of any contour's: [2, cuts]."""
-    boxes = [contour_boxes(levels > cut) for cut in cuts]
-    best = inclusive_iou(np.concatenate(boxes), truth).max(axis=1)
-    firsts = np.cumsum([0, *(len(own) for own in boxes[:-1])])
-    return np.stack([best[firsts], np.maximum.reduceat(best, firsts)])
-
-
 def _resize_mask(name: str, mask: ArrayLike) -> NDArray[np.bool_]:
     values = np.asarray(mask, dtype=np.bool_)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"{name}: expected one mask [h, w], got shape {list(values.shape)}")
     rows, columns = (np.arange(SIDE_PX) * side // SIDE_PX for side in values.shape)  # nearest, as OpenCV rounds
-    resized: NDArray[Any] = values[np.ix_(rows, columns)]
+    resized: NDArray[np.bool_] = values[np.ix_(rows, columns)]
     return resized

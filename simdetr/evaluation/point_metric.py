@@ -5,61 +5,56 @@ Both sides are `Labels` with points. Two ways to pair them:
 - by distance, whatever the class, for class accuracy, errors and PCK: in every image the two points nearest to each
   other become a pair, then the next two, until one side is used up. Only predictions with a score of at least
   ``min_score`` take part. There is no farthest distance, so that gross errors show.
-- by score within a class, for point-AP, see `simdetr.evaluation.point_metric`.
+- by score within a class, for point-AP: COCO's matching and 101-point average (`simdetr.evaluation.coco_metric`), with
+  a distance of at most a share of the image's diagonal in place of an IoU: in every image and class the best-scored
+  prediction takes the nearest human point that is near enough and free, then the next one.
 
-Objects without a point (NaN) and crowds are not looked for. Errors in percent are of the image's diagonal.
-Letters: n points, P pairs.
-Source: US 11,544,507, class and reference point. The document reports no numbers to compare with.
+Objects without a point (NaN) and crowds are not looked for; for point-AP a prediction of their class inside their box
+counts for nothing. Errors in percent are of the image's diagonal. Letters: n, m points, P pairs.
+Source: US 11,544,507, class and reference point, which reports no numbers to compare with; for the matching
+https://cocodataset.org/#keypoints-eval.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from simdetr.data import points as point_columns
 from simdetr.data.labels import Labels
-from simdetr.evaluation.coco_metric import categories_in_truth, mean_of_present, rows_of_images
+from simdetr.evaluation.coco_metric import (
+    categories_in_truth,
+    images_of_rows,
+    indexed,
+    mean_of_present,
+    rows_of_images,
+    run_quietly,
+)
 
+MAX_POINTS = 100  # best-scored predictions of a class per image, as COCO has it
 TOLERANCES = (0.01, 0.02, 0.05)  # shares of the image's diagonal
 
 
 @dataclass(frozen=True)
 class PointPairs:
-    """Predicted points paired with human ones, by column.
+    """Predicted points paired with human ones, by column."""
 
-    Attributes:
-        truth_classes: int64 [n], class of every human point, paired or not.
-        classes: int64 [P], class of the pairs' human points.
-        same_class: bool [P], whether the prediction has this class too.
-        errors_px: float64 [P], distance between both.
-        diagonals_px: float64 [P], of their images.
-    """
-
-    truth_classes: NDArray[np.int64]
-    classes: NDArray[np.int64]
-    same_class: NDArray[np.bool_]
-    errors_px: NDArray[np.float64]
-    diagonals_px: NDArray[np.float64]
+    truth_classes: NDArray[np.int64]  # [n], class of every human point, paired or not
+    classes: NDArray[np.int64]  # [P], class of the pairs' human points
+    same_class: NDArray[np.bool_]  # [P], whether the prediction has this class too
+    errors_px: NDArray[np.float64]  # [P], distance between both
+    diagonals_px: NDArray[np.float64]  # [P], of their images
 
     def of_class(self, index: int) -> PointPairs:
         """The human points of one class and their pairs."""
         rows = self.classes == index
-        return PointPairs(
-            self.truth_classes[self.truth_classes == index],
-            self.classes[rows],
-            self.same_class[rows],
-            self.errors_px[rows],
-            self.diagonals_px[rows],
-        )
+        by_pair = (self.classes, self.same_class, self.errors_px, self.diagonals_px)
+        return PointPairs(self.truth_classes[self.truth_classes == index], *(column[rows] for column in by_pair))
 
 
 def point_metrics(
@@ -108,11 +103,7 @@ def per_class_point_metrics(
 
 
 def pair_points(truth: Labels, predictions: Labels, min_score: float = 0.5) -> PointPairs:
-    """Pair the points of both sides by distance, whatever their class, see the head of this file.
-
-    Raises:
-        ValueError: as `point_metrics`.
-    """
+    """Pair the points of both sides by distance, whatever their class; errors as in `point_metrics`."""
     if not 0 <= min_score <= 1:
         raise ValueError(f"min_score: expected 0 to 1, got {min_score}")
     sought, found = points_of("truth", truth), points_of("predictions", predictions)
@@ -154,9 +145,8 @@ def nearest_pairs(
 
 def _rows(labels: Labels, image: int, wanted: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Rows of an image that are wanted."""
-    start, stop = labels.offsets[image : image + 2].tolist()
-    rows: NDArray[np.int64] = start + np.flatnonzero(wanted[start:stop])
-    return rows
+    rows = np.arange(*labels.offsets[image : image + 2])
+    return rows[wanted[rows]]
 
 
 def _numbers(pairs: PointPairs, precisions: NDArray[np.float64], tolerances: Sequence[float]) -> dict[str, float]:
@@ -168,12 +158,15 @@ def _numbers(pairs: PointPairs, precisions: NDArray[np.float64], tolerances: Seq
     def found(number: int) -> float:
         return number / points if points else float("nan")
 
+    def typical(average: Callable[[NDArray[Any]], Any], of_pairs: NDArray[Any]) -> float:
+        return float(average(of_pairs)) if len(of_pairs) else float("nan")
+
     return {
-        "class_accuracy": _mean(pairs.same_class),
-        "point_error_px": _mean(pairs.errors_px),
-        "point_error_px_median": _median(pairs.errors_px),
-        "point_error_percent": 100 * _mean(shares),
-        "point_error_percent_median": 100 * _median(shares),
+        "class_accuracy": typical(np.mean, pairs.same_class),
+        "point_error_px": typical(np.mean, pairs.errors_px),
+        "point_error_px_median": typical(np.median, pairs.errors_px),
+        "point_error_percent": 100 * typical(np.mean, shares),
+        "point_error_percent_median": 100 * typical(np.median, shares),
         **{f"PCK@{percent}": found(int((shares <= tolerance).sum())) for percent, tolerance in within.items()},
         "point_recall": found(len(pairs.classes)),
         **{f"point_AP@{percent}": mean_of_present(precisions[row]) for row, percent in enumerate(within)},
@@ -182,59 +175,27 @@ def _numbers(pairs: PointPairs, precisions: NDArray[np.float64], tolerances: Seq
     }
 
 
-def _mean(values: NDArray[Any]) -> float:
-    return float(values.mean()) if len(values) else float("nan")
-
-
-def _median(values: NDArray[np.float64]) -> float:
-    return float(np.median(values)) if len(values) else float("nan")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Human and predicted points in, precision of the predictions at every recall out, as COCO has it for boxes.
-#
-# COCO's matching and 101-point average (`simdetr.evaluation.coco_metric`), with a distance of at most a share of the
-# image's diagonal in place of an IoU: in every image and class the best-scored prediction takes the nearest human point
-# that is near enough and free, then the next one. Objects without a point (NaN) and crowds are not looked for; a
-# prediction of their class inside their box counts for nothing. Letters: n, m points.
-# Source: https://cocodataset.org/#keypoints-eval for the matching.
-
-
-MAX_POINTS = 100  # best-scored predictions of a class per image, as COCO has it
-
-
 def point_precisions(truth: Labels, predictions: Labels, tolerances: Sequence[float]) -> NDArray[np.float64]:
     """Precision at the recalls 0.00, 0.01 .. 1.00, float64 [tolerances, 101, classes of the truth].
 
-    Args:
-        truth: human labels with points; images without predictions count as missed.
-        predictions: scored points on these images.
-        tolerances: farthest distances, as shares of the image's diagonal.
-
-    Returns:
-        0 where a recall is not reached, -1 for classes without human points; the mean over the second axis is a
-        class's point-AP.
-
-    Raises:
-        ValueError: labels without points, predictions for images that the truth does not hold, no category in common,
-            or tolerances that are not above 0.
+    It is 0 where a recall is not reached, -1 for classes without human points; the mean over the second axis is a
+    class's point-AP. Arguments and errors are those of `point_metrics`.
     """
     if not tolerances or min(tolerances) <= 0:
         raise ValueError(f"tolerances: expected shares of the diagonal above 0, got {tuple(tolerances)}")
     shown = point_columns.known(points_of("predictions", predictions))
     columns = _columns(predictions, rows_of_images(truth, predictions), categories_in_truth(truth, predictions))
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = _PointMatching(
-            _coco(truth, _columns(truth, images_of_rows(truth), truth.classes + 1)),
-            _coco(truth, {name: values[shown] for name, values in columns.items()}),
-            "keypoints",
-        )
-        evaluation.diagonals_px = diagonals_px(truth)
-        evaluation.params.iouThrs = -np.asarray(tolerances)
-        evaluation.params.maxDets = [MAX_POINTS]
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1]], ["all"]  # the area of all is 1
-        evaluation.evaluate()
-        evaluation.accumulate()
+    category_ids = range(1, len(truth.categories) + 1)
+    evaluation = _PointMatching(
+        indexed(_columns(truth, images_of_rows(truth), truth.classes + 1), len(truth), category_ids),
+        indexed({name: values[shown] for name, values in columns.items()}, len(truth), category_ids),
+        "keypoints",
+    )
+    evaluation.diagonals_px = diagonals_px(truth)
+    evaluation.params.iouThrs = -np.asarray(tolerances)
+    evaluation.params.maxDets = [MAX_POINTS]
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1]], ["all"]  # the area of all is 1
+    run_quietly(evaluation)
     precision: NDArray[np.float64] = evaluation.eval["precision"][..., 0, 0]
     return precision
 
@@ -259,10 +220,9 @@ class _PointMatching(COCOeval):  # type: ignore[misc]  # pycocotools carries no 
 
 
 def _columns(labels: Labels, images: NDArray[np.int64], categories: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """What COCOeval reads of every row; COCO's ids of annotations start at 1, since it takes 0 for no match."""
+    """What COCOeval reads of every point."""
     points = points_of("truth", labels)
     return {
-        "id": np.arange(1, len(points) + 1),
         "image_id": images,
         "category_id": categories,
         "num_keypoints": (point_columns.known(points) & ~labels.crowd).astype(np.int64),
@@ -274,33 +234,11 @@ def _columns(labels: Labels, images: NDArray[np.int64], categories: NDArray[np.i
     }
 
 
-def _coco(truth: Labels, columns: dict[str, NDArray[Any]]) -> COCO:
-    """Points on the truth's images as an indexed pycocotools object; category ids are class indices + 1."""
-    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": index} for index in range(len(truth))],
-        "categories": [{"id": index + 1} for index in range(len(truth.categories))],
-        "annotations": [dict(zip(columns, row, strict=True)) for row in rows],
-    }
-    coco.createIndex()
-    return coco
-
-
 def points_of(name: str, labels: Labels) -> point_columns.Points:
-    """The points of labels that must have them, none if there are no boxes at all.
-
-    Raises:
-        ValueError: boxes without points.
-    """
+    """The points of labels, none if there are no boxes at all; a ValueError for boxes without points."""
     if labels.points is None and len(labels.boxes_xyxy):
         raise ValueError(f"{name}: expected labels with points, got {len(labels.boxes_xyxy)} boxes without them")
     return point_columns.unknown(0) if labels.points is None else labels.points
-
-
-def images_of_rows(labels: Labels) -> NDArray[np.int64]:
-    """Index of the image of every box."""
-    return np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
 
 
 def diagonals_px(labels: Labels) -> NDArray[np.float64]:

@@ -1,12 +1,13 @@
 """Detectors between simdetr and other projects: a checkpoint in, a file or folder of another format out.
 
 What each format is for: a detector folder (safetensors and JSON) for simdetr, a folder for transformers, a .pth for the
-original's code. Tensors are copied bit by bit.
+original's code. Tensors are copied bit by bit. Deformable DETR is written under transformers' names, with equal
+outputs, without transformers itself; the folder is a checkpoint for every command. Detectors that are transformers' own
+write and read themselves.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
@@ -38,9 +39,22 @@ from simdetr.exchange.weights import (
     checkpoint_config,
     load_detector,
     read_checkpoint,
+    read_json,
     rebuild,
     save_detector,
+    write_json,
 )
+
+_GROUPS, _EPSILON, _STAGES = 32, 1e-5, 5
+_SHARED = ("model.", "class_embed.", "bbox_embed.")
+"""Where transformers' Deformable DETR has its tensors; subclasses of ours may have more."""
+_PROCESSORS = {
+    MODEL_TYPE: "DeformableDetrImageProcessor",
+    "conditional_detr": "ConditionalDetrImageProcessor",
+    "dab_detr": "ConditionalDetrImageProcessor",
+    "detr": "DetrImageProcessor",
+}
+"""Image processors that prepare images as we do, by model type; other families squash images to one size."""
 
 
 def import_checkpoint(
@@ -60,7 +74,7 @@ def import_checkpoint(
         image_settings: ``short_side`` and others to put over those of the checkpoint, or of the publications.
 
     Returns:
-        What was written, in one line.
+        What was written, in one line; the other functions return the same.
 
     Raises:
         ValueError: The tensors do not tell the detector, or do not fit what was told.
@@ -95,11 +109,7 @@ def name_classes(categories: Sequence[Category], num_classes: int) -> tuple[Cate
 
 
 def export_safetensors(checkpoint: Path, out: Path) -> str:
-    """Write a detector folder: ``model.safetensors`` and ``config.json``.
-
-    Returns:
-        What was written, in one line.
-    """
+    """Write a detector folder, ``model.safetensors`` and ``config.json``."""
     _check_apart(checkpoint, out)
     return _write_folder(load_detector(checkpoint), out)
 
@@ -114,9 +124,6 @@ def export_official(checkpoint: Path, out: Path) -> str:
     """Write a .pth that the code of the original Deformable DETR, DETReg or ViDT loads; its entry is ``model``.
 
     An entry beside it, which the original ignores, keeps what rebuilds the detector here.
-
-    Returns:
-        What was written, in one line.
 
     Raises:
         ValueError: The detector has no original.
@@ -151,35 +158,8 @@ def _check_apart(source: Path, out: Path) -> None:
         raise ValueError(f"out: {out} holds the checkpoint itself; give another folder.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Folders of transformers: a detector in, what ``AutoModelForObjectDetection.from_pretrained`` loads out; and back.
-#
-# Deformable DETR is written under transformers' names, with equal outputs; transformers itself is not needed for it,
-# and the folder is a checkpoint for every command (`read_checkpoint` reads it). Detectors that are transformers' own
-# write and read themselves.
-
-
-_GROUPS, _EPSILON, _STAGES = 32, 1e-5, 5
-_SHARED = ("model.", "class_embed.", "bbox_embed.")
-"""Where transformers' Deformable DETR has its tensors; subclasses of ours may have more."""
-_PROCESSORS = {
-    MODEL_TYPE: "DeformableDetrImageProcessor",
-    "conditional_detr": "ConditionalDetrImageProcessor",
-    "dab_detr": "ConditionalDetrImageProcessor",
-    "detr": "DetrImageProcessor",
-}
-"""Image processors that prepare images as we do, by model type; other families squash images to one size."""
-
-
 def write_transformers_folder(loaded: LoadedDetector, folder: Path) -> str:
     """Write ``model.safetensors`` and ``config.json``, and ``preprocessor_config.json`` where it can say what we do.
-
-    Args:
-        loaded: a ``DeformableDETR`` or ``TransformersDetector``, its categories and image settings.
-        folder: where to; it is made.
-
-    Returns:
-        What was written, in one line.
 
     Raises:
         ValueError: transformers has no detector that computes the same.
@@ -207,7 +187,7 @@ def write_transformers_folder(loaded: LoadedDetector, folder: Path) -> str:
             f"{loaded.image_settings.get('short_side')}, long side at most {loaded.image_settings.get('max_side')} px."
         )
     images = {"image_processor_type": _PROCESSORS[model_type], **images_to_transformers(loaded.image_settings)}
-    _write_json(images, folder / PREPROCESSOR_NAME)
+    write_json(images, folder / PREPROCESSOR_NAME)
     return f"{model_type} with {detector.num_classes} classes in {folder}"
 
 
@@ -220,12 +200,7 @@ def _write_deformable_detr(detector: DeformableDETR, categories: tuple[Category,
     }
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, {"format": "pt"})
-    _write_json(config_to_transformers(all_arguments(detector), categories), folder / CONFIG_NAME)
-
-
-def _write_json(content: dict[str, Any], path: Path) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_json(config_to_transformers(all_arguments(detector), categories), folder / CONFIG_NAME)
 
 
 def all_arguments(detector: DeformableDETR) -> dict[str, Any]:
@@ -235,11 +210,7 @@ def all_arguments(detector: DeformableDETR) -> dict[str, Any]:
 
 
 def check_same_outputs(detector: DeformableDETR) -> None:
-    """Raise for a detector that transformers' Deformable DETR would compute otherwise.
-
-    Raises:
-        ValueError: the argument that has no counterpart there.
-    """
+    """Raise ValueError for a detector that transformers' Deformable DETR would compute otherwise."""
     arguments, body = all_arguments(detector), detector.backbone.body
     info: Any = body.feature_info
     norms = [module for module in body.modules() if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d)]
@@ -262,25 +233,19 @@ def check_same_outputs(detector: DeformableDETR) -> None:
 
 def model_type_of(folder: Path) -> str | None:
     """The kind of model in a folder of transformers; None for everything else."""
-    config = folder / CONFIG_NAME
-    return json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    return (read_json(folder / CONFIG_NAME) or {}).get("model_type")
 
 
 def read_transformers_folder(folder: Path) -> LoadedDetector:
-    """A detector of any family of transformers, behind ``TransformersDetector``.
-
-    Args:
-        folder: what ``save_pretrained`` wrote, with ``model.safetensors``.
+    """A detector of any family of transformers, which ``save_pretrained`` wrote, behind ``TransformersDetector``.
 
     Raises:
         FileNotFoundError: there is no ``model.safetensors``; pickled weights are not read.
     """
     if not (folder / WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"checkpoint: expected {WEIGHTS_NAME} in {folder}; pickled weights are not read.")
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    names: dict[str, str] = config.get("id2label") or {"0": "class 0", "1": "class 1"}
+    names: dict[str, str] = (read_json(folder / CONFIG_NAME) or {}).get("id2label") or {"0": "class 0", "1": "class 1"}
     detector = TransformersDetector(len(names), str(folder), pretrained=str(folder))
-    preprocessor = folder / PREPROCESSOR_NAME
-    images = json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor.is_file() else {}
     categories = tuple(Category(int(number), name) for number, name in names.items())
-    return LoadedDetector(detector.eval(), categories, images_from_transformers(images))
+    images = images_from_transformers(read_json(folder / PREPROCESSOR_NAME) or {})
+    return LoadedDetector(detector.eval(), categories, images)

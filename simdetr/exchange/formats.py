@@ -1,8 +1,10 @@
-"""Which detector a state dict is of: shapes and names of tensors in, the class and the arguments that build it out.
+"""Whose checkpoint it is: names, shapes or settings of a file in; its format and the detector that it is of, out.
 
-Tensors do not tell everything: heads and points only as a product, neither dilation nor the queries of the two-stage
-variant. Those come from the options that the original keeps beside its tensors; where there are none, the published
-values are assumed, and named.
+A format is recognised by names of tensors that only it has; what fits none is read as simdetr's own. Class and
+arguments of the detector are read off names and shapes. Tensors do not tell everything: heads and points only as a
+product, neither dilation nor the queries of the two-stage variant. Those come from the options that the original keeps
+beside its tensors; where there are none, the published values are assumed, and named. A folder of transformers tells
+them in its ``config.json``.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from simdetr.data.annotations import Category
+from simdetr.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from simdetr.exchange.parameter_names import from_detr, from_official, from_official_vidt, from_transformers, has_neck
 
 # of torchvision and timm: (blocks of each stage, whether they are bottlenecks, width of their first 3x3 convolution)
@@ -39,6 +42,7 @@ _SWINS = {
     (192, (2, 2, 18, 2)): "swin_large_patch4_window7_224",
 }
 _PUBLISHED_HEADS, _PUBLISHED_POINTS, _PUBLISHED_QUERIES = 8, 4, 300
+State = Mapping[str, Tensor]
 
 
 class UnknownArchitectureError(ValueError):
@@ -50,9 +54,7 @@ class Architecture:
     """A detector to build.
 
     Attributes:
-        class_path: its class.
-        init_args: its arguments.
-        assumed: those among them that neither tensors nor options told, as ``name=value``.
+        assumed: arguments that neither tensors nor options told, as ``name=value``.
     """
 
     class_path: str
@@ -60,7 +62,7 @@ class Architecture:
     assumed: tuple[str, ...] = ()
 
 
-def deformable_detr_of(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> Architecture:
+def deformable_detr_of(state: State, known: Mapping[str, Any]) -> Architecture:
     """The Deformable DETR that a state dict is of.
 
     Args:
@@ -75,34 +77,23 @@ def deformable_detr_of(state: Mapping[str, Tensor], known: Mapping[str, Any]) ->
     assumed = {"dilation": False, "num_heads": _PUBLISHED_HEADS}
     if two_stage:
         assumed["num_queries"] = _PUBLISHED_QUERIES
-    heads = int(known.get("num_heads", _PUBLISHED_HEADS))
     told = {
-        "num_classes": len(state["class_embed.0.bias"]),
         "backbone": known.get("backbone") or resnet_of(state),
         "hidden_dim": len(state["input_proj.0.0.weight"]),
-        "num_heads": heads,
         "num_encoder_layers": count(state, r"transformer\.encoder\.layers\.(\d+)\."),
-        "num_decoder_layers": count(state, r"transformer\.decoder\.layers\.(\d+)\."),
-        "ffn_dim": len(state["transformer.decoder.layers.0.linear1.weight"]),
         "num_queries": _PUBLISHED_QUERIES if two_stage else len(state["query_embed.weight"]),
         "num_feature_levels": levels,
-        "num_points": points_of(state, levels, heads, heads_are_known="num_heads" in known),
-        "with_box_refine": any(name.startswith("transformer.decoder.bbox_embed.") for name in state),
         "two_stage": two_stage,
         "dilation": False,
         "position_encoding": "learned" if "position_encoding.row_embed.weight" in state else "sine",
         "frozen_batch_norm": not any(name.endswith("num_batches_tracked") for name in state),
+        **_decoder_of(state, known, levels),
     }
-    guesses = tuple(f"{name}={value}" for name, value in assumed.items() if name not in known)
-    return Architecture("simdetr.detectors.DeformableDETR", {**told, **known}, guesses)
+    return _architecture("DeformableDETR", told, assumed, known)
 
 
-def vidt_of(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> Architecture:
-    """The ViDT that a state dict is of, with what it has of ViDT+.
-
-    Args:
-        state: state dict in our names.
-        known: arguments that somebody told; they go over what the tensors say.
+def vidt_of(state: State, known: Mapping[str, Any]) -> Architecture:
+    """The ViDT that a state dict is of, with what it has of ViDT+; arguments as of ``deformable_detr_of``.
 
     Raises:
         UnknownArchitectureError: the backbone is no Swin of ViDT, or heads and points cannot be told apart.
@@ -113,29 +104,38 @@ def vidt_of(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> Architectu
         "hidden_dim": state["backbone.det_pos_embed"].shape[2],
         "neck": has_neck(state),
     }
-    assumed = {}
-    if told["neck"]:
-        heads = int(known.get("num_heads", _PUBLISHED_HEADS))
-        assumed["num_heads"] = _PUBLISHED_HEADS
-        told |= {
-            "num_classes": len(state["class_embed.0.bias"]),
-            "num_heads": heads,
-            "num_decoder_layers": count(state, r"transformer\.decoder\.layers\.(\d+)\."),
-            "ffn_dim": len(state["transformer.decoder.layers.0.linear1.weight"]),
-            "num_points": points_of(state, 4, heads, heads_are_known="num_heads" in known),
-            "with_box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in state,
-            "fusion": any(name.startswith("fusion.") for name in state),
-            "iou_aware": "iou_embed.0.layers.0.weight" in state,
-            "mask_vectors": "vector_embed.0.layers.0.weight" in state,
-            "token_labels": "transformer.token_embed.weight" in state,
-        }
-    else:
+    if not told["neck"]:
         told["num_classes"] = len(state["neck_free_head.class_embed.layers.2.bias"]) - 1
-    guesses = tuple(f"{name}={value}" for name, value in assumed.items() if name not in known)
-    return Architecture("simdetr.detectors.ViDT", {**told, **known}, guesses)
+        return _architecture("ViDT", told, {}, known)
+    told |= {
+        "fusion": any(name.startswith("fusion.") for name in state),
+        "iou_aware": "iou_embed.0.layers.0.weight" in state,
+        "mask_vectors": "vector_embed.0.layers.0.weight" in state,
+        "token_labels": "transformer.token_embed.weight" in state,
+        **_decoder_of(state, known, 4),
+    }
+    return _architecture("ViDT", told, {"num_heads": _PUBLISHED_HEADS}, known)
 
 
-def points_of(state: Mapping[str, Tensor], levels: int, heads: int, *, heads_are_known: bool) -> int:
+def _decoder_of(state: State, known: Mapping[str, Any], levels: int) -> dict[str, Any]:
+    """Arguments of the decoder that Deformable DETR and ViDT share, and of its heads."""
+    heads = int(known.get("num_heads", _PUBLISHED_HEADS))
+    return {
+        "num_classes": len(state["class_embed.0.bias"]),
+        "num_heads": heads,
+        "num_decoder_layers": count(state, r"transformer\.decoder\.layers\.(\d+)\."),
+        "ffn_dim": len(state["transformer.decoder.layers.0.linear1.weight"]),
+        "num_points": points_of(state, levels, heads, heads_are_known="num_heads" in known),
+        "with_box_refine": any(name.startswith("transformer.decoder.bbox_embed.") for name in state),
+    }
+
+
+def _architecture(name: str, told: dict[str, Any], assumed: dict[str, Any], known: Mapping[str, Any]) -> Architecture:
+    guesses = tuple(f"{argument}={value}" for argument, value in assumed.items() if argument not in known)
+    return Architecture(f"simdetr.detectors.{name}", {**told, **known}, guesses)
+
+
+def points_of(state: State, levels: int, heads: int, *, heads_are_known: bool) -> int:
     """Points that a head of deformable attention reads per level.
 
     Raises:
@@ -153,16 +153,15 @@ def points_of(state: Mapping[str, Tensor], levels: int, heads: int, *, heads_are
     return product // heads
 
 
-def resnet_of(state: Mapping[str, Tensor]) -> str:
+def resnet_of(state: State) -> str:
     """Name in timm of the ResNet below ``backbone.body.``.
 
     Raises:
         UnknownArchitectureError: it is none of the usual ones.
     """
-    prefix = "backbone.body."
     stages = tuple(count(state, rf"backbone\.body\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
-    first = state.get(f"{prefix}layer1.0.conv2.weight")
-    known = (stages, f"{prefix}layer1.0.conv3.weight" in state, 0 if first is None else len(first))
+    width = len(state.get("backbone.body.layer1.0.conv2.weight", ()))
+    known = (stages, "backbone.body.layer1.0.conv3.weight" in state, width)
     if known not in _RESNETS:
         raise UnknownArchitectureError(
             f"backbone: cannot be told from the tensors (blocks per stage of a ResNet: {stages}); give "
@@ -171,7 +170,7 @@ def resnet_of(state: Mapping[str, Tensor]) -> str:
     return _RESNETS[known]
 
 
-def swin_of(state: Mapping[str, Tensor]) -> str:
+def swin_of(state: State) -> str:
     """Name of the Swin below ``backbone.body.``.
 
     Raises:
@@ -194,17 +193,11 @@ def count(names: Collection[str], pattern: str) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Deformable DETR's settings in two vocabularies: simdetr's arguments and transformers' ``config.json``.
-#
-# Plain dictionaries in and out; transformers itself is not needed. Its newer versions write the backbone as a
-# configuration of its own, older ones as a name, and leave defaults out; both are read, and the older form, which all
-# versions read, is written.
-
+# Settings of transformers, which itself is not needed: its newer versions write the backbone as a configuration of its
+# own, older ones as a name, and leave defaults out. Both are read; the older form, which all versions read, is written.
 
 MODEL_TYPE = "deformable_detr"
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _SHORT_SIDE, _MAX_SIDE = 800, 1333
-
 # (simdetr, transformers' names of the same, default of both); several names must hold one value
 _SAME: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("hidden_dim", ("d_model",), 256),
@@ -220,15 +213,6 @@ _SAME: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("dilation", ("dilation",), False),
     ("position_encoding", ("position_embedding_type",), "sine"),
 )
-_LOSS = {
-    "auxiliary_loss": True,
-    "class_cost": 2,
-    "bbox_cost": 5,
-    "giou_cost": 2,
-    "bbox_loss_coefficient": 5,
-    "giou_loss_coefficient": 2,
-    "focal_alpha": 0.25,
-}
 
 
 def config_to_transformers(arguments: Mapping[str, Any], categories: Sequence[Category]) -> dict[str, Any]:
@@ -239,7 +223,7 @@ def config_to_transformers(arguments: Mapping[str, Any], categories: Sequence[Ca
         categories: its classes in order; numbers stand for names where there are none.
     """
     labels = label_names(categories, arguments["num_classes"])
-    config = {
+    return {
         "architectures": ["DeformableDetrForObjectDetection"],
         "model_type": MODEL_TYPE,
         "use_timm_backbone": True,
@@ -250,11 +234,15 @@ def config_to_transformers(arguments: Mapping[str, Any], categories: Sequence[Ca
         "two_stage_num_proposals": arguments["num_queries"],
         "id2label": {str(number): name for number, name in enumerate(labels)},
         "label2id": {name: number for number, name in enumerate(labels)},
-        **_LOSS,
+        "auxiliary_loss": True,
+        "focal_alpha": 0.25,
+        "class_cost": 2,
+        "bbox_cost": 5,
+        "giou_cost": 2,
+        "bbox_loss_coefficient": 5,
+        "giou_loss_coefficient": 2,
+        **{name: arguments[ours] for ours, theirs, _ in _SAME for name in theirs},
     }
-    for ours, theirs, _ in _SAME:
-        config.update(dict.fromkeys(theirs, arguments[ours]))
-    return config
 
 
 def label_names(categories: Sequence[Category], num_classes: int) -> list[str]:
@@ -281,8 +269,7 @@ def config_from_transformers(
     Raises:
         ValueError: another kind of detector, or settings that our ``DeformableDETR`` does not have.
     """
-    kind = config["model_type"]
-    if kind != MODEL_TYPE:
+    if (kind := config["model_type"]) != MODEL_TYPE:
         raise ValueError(
             f"weights: {path} holds transformers' {kind!r}, expected {MODEL_TYPE!r}; turn other families into a "
             "detector of simdetr by `simdetr import`."
@@ -300,13 +287,17 @@ def config_from_transformers(
         "backbone": _backbone_of(config, path),
     }
     names = {int(number): name for number, name in (config.get("id2label") or {}).items()}
-    numbers = range(arguments["num_classes"])
     return {
         "class_path": "simdetr.detectors.DeformableDETR",
         "init_args": arguments,
-        "categories": [{"id": number, "name": names.get(number, f"class {number}")} for number in numbers],
+        "categories": numbered_categories(arguments["num_classes"], names),
         "image_settings": images_from_transformers(preprocessor),
     }
+
+
+def numbered_categories(num_classes: int, names: Mapping[int, str] | None = None) -> list[dict[str, Any]]:
+    """A category for each number of a class, called by it where there is no name."""
+    return [{"id": number, "name": (names or {}).get(number, f"class {number}")} for number in range(num_classes)]
 
 
 def _backbone_of(config: Mapping[str, Any], path: Path) -> str:
@@ -322,20 +313,18 @@ def _backbone_of(config: Mapping[str, Any], path: Path) -> str:
 
 def images_to_transformers(image_settings: Mapping[str, Any]) -> dict[str, Any]:
     """The ``preprocessor_config.json`` of transformers that prepares images as we do."""
+    settings = {**images_from_transformers({}), **image_settings}
     return {
         "image_processor_type": "DeformableDetrImageProcessor",
         "format": "coco_detection",
         "do_resize": True,
-        "size": {
-            "shortest_edge": image_settings.get("short_side", _SHORT_SIDE),
-            "longest_edge": image_settings.get("max_side", _MAX_SIDE),
-        },
+        "size": {"shortest_edge": settings["short_side"], "longest_edge": settings["max_side"]},
         "resample": 2,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(image_settings.get("mean", IMAGENET["image_mean"])),
-        "image_std": list(image_settings.get("std", IMAGENET["image_std"])),
+        "image_mean": list(settings["mean"]),
+        "image_std": list(settings["std"]),
         "do_convert_annotations": True,
         "do_pad": True,
     }
@@ -349,23 +338,13 @@ def images_from_transformers(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     if "height" in size:  # squashed to one size there; here the shape is kept
         size = {"shortest_edge": min(size.values()), "longest_edge": max(size.values())}
     raw = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
-    normalisation = {**IMAGENET, **preprocessor} if preprocessor.get("do_normalize", True) else raw
+    normalisation = preprocessor if preprocessor.get("do_normalize", True) else raw
     return {
         "short_side": size.get("shortest_edge", _SHORT_SIDE),
         "max_side": size.get("longest_edge", _MAX_SIDE),
-        "mean": list(normalisation["image_mean"]),
-        "std": list(normalisation["image_std"]),
+        "mean": list(normalisation.get("image_mean", IMAGENET_MEAN)),
+        "std": list(normalisation.get("image_std", IMAGENET_STD)),
     }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Whose checkpoint it is: names of tensors in, one of the known formats out, which gives our names and the detector.
-#
-# A format is recognised by names that only it has. What none of them fits is read as simdetr's own names; tensors
-# decide then what is kept.
-
-
-State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -391,37 +370,28 @@ class CheckpointFormat:
 
 _RESNET, _DETR_ATTENTION = "backbone.0.body.", "transformer.decoder.layers.0.multihead_attn."
 _DEFORMABLE_ATTENTION = "transformer.encoder.layers.0.self_attn.sampling_offsets."
-
-
-def _official(state: State, own: State) -> dict[str, Tensor]:
-    return from_official(state)
-
-
-def _hugging_face(state: State, own: State) -> dict[str, Tensor]:
-    return from_transformers(state)
-
-
-def _vidt(state: State, own: State) -> dict[str, Tensor]:
-    return from_official_vidt(state)
-
-
-def _as_they_are(state: State, own: State) -> dict[str, Tensor]:
-    return dict(state)
-
-
-OWN = CheckpointFormat("simdetr", (), _as_they_are)
+OWN = CheckpointFormat("simdetr", (), lambda state, own: dict(state))
+_DEFORMABLE_DETR = CheckpointFormat(
+    "Deformable DETR",
+    (_RESNET, _DEFORMABLE_ATTENTION),
+    lambda state, own: from_official(state),
+    architecture=deformable_detr_of,
+)
 FORMATS = (
     CheckpointFormat("UP-DETR", (_RESNET, _DETR_ATTENTION, "patch2query."), from_detr, is_partial=True),
     CheckpointFormat("DETR", (_RESNET, _DETR_ATTENTION), from_detr, is_partial=True),
+    replace(_DEFORMABLE_DETR, title="DETReg", marks=(*_DEFORMABLE_DETR.marks, "feature_embed.")),
+    _DEFORMABLE_DETR,
     CheckpointFormat(
-        "DETReg", (_RESNET, _DEFORMABLE_ATTENTION, "feature_embed."), _official, architecture=deformable_detr_of
+        "ViDT",
+        ("backbone.det_token", "backbone.patch_embed."),
+        lambda state, own: from_official_vidt(state),
+        architecture=vidt_of,
     ),
-    CheckpointFormat("Deformable DETR", (_RESNET, _DEFORMABLE_ATTENTION), _official, architecture=deformable_detr_of),
-    CheckpointFormat("ViDT", ("backbone.det_token", "backbone.patch_embed."), _vidt, architecture=vidt_of),
     CheckpointFormat(
         "transformers' Deformable DETR",
         ("model.backbone.", "model.encoder.layers.0.self_attn.sampling_offsets.", "model.level_embed"),
-        _hugging_face,
+        lambda state, own: from_transformers(state),
     ),
     OWN,
 )

@@ -2,8 +2,8 @@
 
 The graph takes ``images``, float32 [B, 3, H, W], normalised and zero-padded at the bottom and right, and ``mask``, bool
 [B, H, W], True = padding; it gives ``logits`` [B, Q, K] and ``boxes`` [B, Q, 4], cxcywh in fractions of each image
-without its padding. B, H and W are free. Categories, image sizes and normalisation stand in the file's metadata.
-Source: torch.export and torch.onnx; `compare_with_file` checks the result.
+without its padding: Q queries, K classes. B, H and W are free. Categories, image sizes and normalisation stand in the
+file's metadata. Source: torch.export and torch.onnx; `compare_with_file` checks the result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from simdetr.boxes import pairwise_iou
 from simdetr.data.storage import atomic_path
 from simdetr.detectors.detector import Detector, DetectorOutput, Prediction
-from simdetr.detectors.predictions import Detections, postprocess
+from simdetr.detectors.predictions import postprocess
 from simdetr.detectors.torchvision_adapter import TorchvisionDetector
 from simdetr.exchange.weights import LoadedDetector, checkpoint_config, load_detector
 
@@ -38,6 +38,11 @@ _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _SMALLEST_EXAMPLE = 320
 _NO_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 _NOISY_LOGGERS = ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")
+LARGEST_DIFFERENCE = 1e-3
+"""Of two logits, or of two coordinates in fractions of the image."""
+LEAST_AGREEMENT = 0.99
+SAME_BOX_IOU = 0.99
+TOP_K = 100
 
 
 class OnnxExportError(RuntimeError):
@@ -45,11 +50,7 @@ class OnnxExportError(RuntimeError):
 
 
 class _Outputs(nn.Module):
-    """A detector with plain tensors as outputs, without those that only training needs.
-
-    Args:
-        detector: The detector.
-    """
+    """A detector with plain tensors as outputs, without those that only training needs."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
@@ -87,7 +88,11 @@ def export_onnx(
         ValueError: ``image_size`` is no size.
         OnnxExportError: The detector cannot be exported, or onnxruntime finds something else.
     """
-    _check_packages()
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"Exporting to ONNX needs {', '.join(missing)}, which the extra `onnx` brings: pip install 'simdetr[onnx]'"
+        )
     if image_size is not None and min(image_size) < 1:
         raise ValueError(f"image_size: expected a height and a width in pixels, got {image_size}.")
     loaded = load_detector(checkpoint)
@@ -96,18 +101,16 @@ def export_onnx(
             f"checkpoint: {loaded.detector.init_args['architecture']} of torchvision chooses boxes one by one, which "
             "this exporter cannot trace; export its `model` by torchvision's own recipe, or to safetensors."
         )
-    program, fixed_size = _trace_any_size(loaded, image_size, opset or OPSET)
+    opset = opset or OPSET
+    program, fixed_size = _trace_any_size(loaded, image_size, opset)
     program.model.metadata_props.update(metadata(loaded))
     name, classes = type(loaded.detector).__name__, loaded.detector.num_classes
+    shapes = _other_shapes(_example_size(loaded.image_settings))
+    if fixed_size:
+        shapes = [(batch, *fixed_size) for batch in (1, 2, 3)]
     with atomic_path(out) as temporary:
         program.save(temporary)
-        if verify and fixed_size:
-            compared = compare_with_file(loaded.detector, temporary, [(batch, *fixed_size) for batch in (1, 2, 3)])
-        elif verify:
-            shapes = _other_shapes(_example_size(loaded.image_settings))
-            compared = compare_with_file(loaded.detector, temporary, shapes)
-        else:
-            compared = []
+        compared = compare_with_file(loaded.detector, temporary, shapes) if verify else []
         if not all(result.is_equal for result in compared):
             raise OnnxExportError(
                 f"verify: onnxruntime does not find what {name} finds, {out} is not written:\n"
@@ -115,7 +118,7 @@ def export_onnx(
                 + "\nTry another opset, or image_size for a graph of one size."
             )
     size = "any height and width" if fixed_size is None else f"{fixed_size[0]} x {fixed_size[1]} px, padding included"
-    title = f"{name} with {classes} classes in {out} ({out.stat().st_size / 1e6:.1f} MB, opset {opset or OPSET})"
+    title = f"{name} with {classes} classes in {out} ({out.stat().st_size / 1e6:.1f} MB, opset {opset})"
     return "\n".join([f"{title}: any number of images, {size}", *(result.line() for result in compared)])
 
 
@@ -128,14 +131,6 @@ def metadata(loaded: LoadedDetector) -> dict[str, str]:
         "class_path": config["class_path"],
         "simdetr_version": version("simdetr"),
     }
-
-
-def _check_packages() -> None:
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"Exporting to ONNX needs {', '.join(missing)}, which the extra `onnx` brings: pip install 'simdetr[onnx]'"
-        )
 
 
 def _example_size(settings: Mapping[str, Any]) -> tuple[int, int]:
@@ -172,8 +167,8 @@ def _trace_checked(detector: Detector, example: tuple[int, int], opset: int) -> 
     Raises:
         OnnxExportError: There is none, or it serves the example's size alone.
     """
-    if _has_windows(detector):
-        # they are padded, shifted and masked by the map's size: the exporter would work on that for hours
+    if any(getattr(module, "window_size", None) for module in detector.modules()):
+        # Swin's windows are padded, shifted and masked by the map's size: the exporter would work on that for hours
         raise OnnxExportError(_cannot(detector, "any size", "its backbone attends within windows"))
     program = _trace(detector, example, opset, any_size=True)
     try:
@@ -183,11 +178,6 @@ def _trace_checked(detector: Detector, example: tuple[int, int], opset: int) -> 
     if not result.is_equal:
         raise OnnxExportError(_cannot(detector, "any size", f"its graph serves one size alone,{result.line()}"))
     return program
-
-
-def _has_windows(detector: Detector) -> bool:
-    """Whether its backbone attends within windows, as Swin does."""
-    return any(getattr(module, "window_size", None) for module in detector.modules())
 
 
 def _trace(detector: Detector, size_hw: tuple[int, int], opset: int, *, any_size: bool) -> Any:  # noqa: ANN401
@@ -242,16 +232,7 @@ def _quiet() -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Whether an ONNX file computes what its detector computes: both in, numbers of each batch out.
-#
-# Letters: B images, Q queries, K classes, H and W the padded size in pixels.
-
-
-LARGEST_DIFFERENCE = 1e-3
-"""Of two logits, or of two coordinates in fractions of the image."""
-LEAST_AGREEMENT = 0.99
-SAME_BOX_IOU = 0.99
-TOP_K = 100
+# Whether the file computes what its detector computes.
 
 
 @dataclass(frozen=True)
@@ -259,7 +240,6 @@ class Comparison:
     """What an ONNX file and its detector make of one batch.
 
     Attributes:
-        batch: Images.
         size_hw: Height and width of the padded batch, in pixels.
         logits: Largest difference of two logits.
         boxes: Largest difference of two coordinates.
@@ -294,12 +274,9 @@ class Comparison:
 def compare_with_file(
     detector: Detector, file: Path | bytes, shapes: Sequence[tuple[int, int, int]]
 ) -> list[Comparison]:
-    """Run a file by onnxruntime on the CPU, beside the detector, on one batch of each shape; see ``example_batch``.
+    """Run an ONNX file, or what is in it, by onnxruntime beside the detector, in evaluation mode and on the CPU both.
 
-    Args:
-        detector: In evaluation mode, on the CPU.
-        file: The ONNX file, or what is in it.
-        shapes: B, H and W of each batch.
+    ``shapes`` are B, H and W of batches, see ``example_batch``.
 
     Raises:
         RuntimeError: onnxruntime cannot run it.
@@ -341,18 +318,13 @@ def example_batch(batch: int, size_hw: tuple[int, int]) -> tuple[Tensor, Tensor]
 
 
 def compare(wanted: Prediction, found: Prediction, size_hw: tuple[int, int]) -> Comparison:
-    """Compare two outputs for one batch.
-
-    Args:
-        wanted: Of the detector.
-        found: Of the file.
-        size_hw: Height and width of the batch in pixels, for the record.
-    """
+    """Compare the detector's output with the file's, for one batch of this size."""
     kinds = (wanted["pred_logits"], found["pred_logits"]), (wanted["pred_boxes"], found["pred_boxes"])
     logits, boxes = (_difference(ours, theirs) for ours, theirs in kinds)
     reordered = max(logits, boxes) > LARGEST_DIFFERENCE
-    if reordered:
-        nearest = _nearest_queries(wanted, found)
+    if reordered:  # for each query the one of the file that is most like it
+        rows, others = (torch.cat((out["pred_logits"], out["pred_boxes"]), dim=-1) for out in (wanted, found))
+        nearest = torch.cdist(rows, others, p=torch.inf).argmin(dim=-1, keepdim=True)
         logits, boxes = (_difference(ours, theirs.gather(1, nearest.expand_as(ours))) for ours, theirs in kinds)
     return Comparison(
         batch=len(wanted["pred_logits"]),
@@ -369,25 +341,14 @@ def agreement(wanted: Prediction, found: Prediction) -> float:
     pixels = [(1000, 1000)] * len(wanted["pred_logits"])
     matched = total = 0
     for ours, theirs in zip(postprocess(wanted, pixels, TOP_K), postprocess(found, pixels, TOP_K), strict=True):
-        matched += int(_also_in(ours, theirs).sum())
+        same_class = ours["labels"][:, None] == theirs["labels"][None]
+        boxes = ours["boxes_xyxy"].double(), theirs["boxes_xyxy"].double()
+        same_place = (pairwise_iou(*boxes) > SAME_BOX_IOU) | (torch.cdist(*boxes, p=torch.inf) < 0.1)
+        matched += int((same_class & same_place).any(dim=1).sum())
         total += len(ours["scores"])
     return matched / total if total else 1.0
-
-
-def _also_in(ours: Detections, theirs: Detections) -> Tensor:
-    """Bool [N]: whether a detection is among others, with its class and its place."""
-    same_class = ours["labels"][:, None] == theirs["labels"][None]
-    boxes = ours["boxes_xyxy"].double(), theirs["boxes_xyxy"].double()
-    same_place = (pairwise_iou(*boxes) > SAME_BOX_IOU) | (torch.cdist(*boxes, p=torch.inf) < 0.1)
-    return (same_class & same_place).any(dim=1)
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference; equal infinities, as rows without a detection have them, do not differ."""
     return float(torch.where(ours == theirs, 0.0, (ours - theirs).abs()).max())
-
-
-def _nearest_queries(wanted: Prediction, found: Prediction) -> Tensor:
-    """For each query the one of ``found`` that is most like it, int64 [B, Q, 1]."""
-    ours, theirs = (torch.cat((out["pred_logits"], out["pred_boxes"]), dim=-1) for out in (wanted, found))
-    return torch.cdist(ours, theirs, p=torch.inf).argmin(dim=-1, keepdim=True)

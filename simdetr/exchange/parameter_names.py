@@ -1,12 +1,19 @@
-"""Parameter names of Deformable DETR in three places: this library, the original's checkpoints, transformers.
+"""Parameter names of detectors in other projects: state dicts in, state dicts with other names out; tensors are shared.
 
-State dicts in, state dicts with other names out; tensors are shared, except the packed projections of self-attention,
-which the original keeps as one matrix and transformers as three. The original's names and ours differ in the backbone
-and in learned positions alone, and list shared heads several times. transformers leaves such copies out on disk, so
-``restore_copies`` accepts either.
+Deformable DETR has three vocabularies: ours, the original's checkpoints (their ``model`` entry) and transformers. The
+original's names differ from ours in the backbone and in learned positions alone, and list shared heads several times.
+transformers leaves such copies out on disk, so ``restore_copies`` accepts either; it splits the packed projections of
+self-attention, which the others keep as one matrix, into three. Two things are ours alone, and are translated: one
+class-free logit in the encoder's head, where the others have one per class and read the first, and objectness, which
+they have as a part of the class heads.
 
-Two things are ours alone, and are translated: one class-free logit in the encoder's head, where the others have one per
-class and read the first, and objectness, which they have as a part of the class heads.
+DETR, and so UP-DETR, shares with Deformable DETR the backbone, the projection of its last map, self-attention of the
+decoder, perceptrons and layer norms. Deformable attention reads its values and writes its result by the same two
+matrices as DETR's attention; what chooses where to look has no counterpart. Layer norms 1 and 2 of a decoder layer have
+changed places: here norm 1 belongs to cross-attention. DETR's heads and queries mean other things and stay out.
+
+The original ViDT changed Swin's source, so its additions stand inside the blocks and a merging ends a stage; here
+timm's Swin is unmodified, the additions stand beside it, and a merging begins a stage.
 """
 
 from __future__ import annotations
@@ -22,52 +29,61 @@ from torch import Tensor
 HFLayout = Literal["disk", "memory"]
 """``disk``: names in files, on the Hub and in transformers 4; ``memory``: names in modules of transformers 5."""
 
-_OURS_TO_OFFICIAL = (("backbone.body.", "backbone.0.body."), ("position_encoding.", "backbone.1."))
-
-# (ours, transformers on disk); each pattern is tried on the whole key, the first that fits is used
-_TO_HF = (
-    (r"backbone\.body\.", r"model.backbone.conv_encoder.model."),
-    (r"position_encoding\.row_embed\.", r"model.position_embedding.row_embeddings."),
-    (r"position_encoding\.col_embed\.", r"model.position_embedding.column_embeddings."),
-    (r"input_proj\.", r"model.input_proj."),
-    (r"query_embed\.", r"model.query_position_embeddings."),
-    (r"transformer\.encoder\.layers\.(\d+)\.norm1\.", r"model.encoder.layers.\1.self_attn_layer_norm."),
-    (r"transformer\.encoder\.layers\.(\d+)\.norm2\.", r"model.encoder.layers.\1.final_layer_norm."),
-    (r"transformer\.decoder\.layers\.(\d+)\.norm1\.", r"model.decoder.layers.\1.encoder_attn_layer_norm."),
-    (r"transformer\.decoder\.layers\.(\d+)\.norm2\.", r"model.decoder.layers.\1.self_attn_layer_norm."),
-    (r"transformer\.decoder\.layers\.(\d+)\.norm3\.", r"model.decoder.layers.\1.final_layer_norm."),
-    (r"transformer\.decoder\.layers\.(\d+)\.cross_attn\.", r"model.decoder.layers.\1.encoder_attn."),
-    (r"transformer\.(\w+)\.layers\.(\d+)\.linear([12])\.", r"model.\1.layers.\2.fc\3."),
-    (r"transformer\.", r"model."),
+# pairs of name starts, the first that fits is used; {} stands for a word without dots
+_OFFICIAL = (("backbone.body.", "backbone.0.body."), ("position_encoding.", "backbone.1."))
+_HF_POSITIONS = "model.position_embedding.", "model.backbone.position_embedding."  # the second is only read
+_HF = (
+    ("backbone.body.", "model.backbone.conv_encoder.model."),
+    *(("position_encoding.row_embed.", f"{place}row_embeddings.") for place in _HF_POSITIONS),
+    *(("position_encoding.col_embed.", f"{place}column_embeddings.") for place in _HF_POSITIONS),
+    ("input_proj.", "model.input_proj."),
+    ("query_embed.", "model.query_position_embeddings."),
+    ("transformer.encoder.layers.{}.norm1.", "model.encoder.layers.{}.self_attn_layer_norm."),
+    ("transformer.encoder.layers.{}.norm2.", "model.encoder.layers.{}.final_layer_norm."),
+    ("transformer.decoder.layers.{}.norm1.", "model.decoder.layers.{}.encoder_attn_layer_norm."),
+    ("transformer.decoder.layers.{}.norm2.", "model.decoder.layers.{}.self_attn_layer_norm."),
+    ("transformer.decoder.layers.{}.norm3.", "model.decoder.layers.{}.final_layer_norm."),
+    ("transformer.decoder.layers.{}.cross_attn.", "model.decoder.layers.{}.encoder_attn."),
+    ("transformer.{}.layers.{}.linear{}.", "model.{}.layers.{}.fc{}."),
+    ("transformer.", "model."),
 )
-_FROM_HF = (
-    (r"model\.backbone\.conv_encoder\.model\.", r"backbone.body."),
-    (r"model\.(?:backbone\.)?position_embedding\.row_embeddings\.", r"position_encoding.row_embed."),
-    (r"model\.(?:backbone\.)?position_embedding\.column_embeddings\.", r"position_encoding.col_embed."),
-    (r"model\.input_proj\.", r"input_proj."),
-    (r"model\.query_position_embeddings\.", r"query_embed."),
-    (r"model\.encoder\.layers\.(\d+)\.self_attn_layer_norm\.", r"transformer.encoder.layers.\1.norm1."),
-    (r"model\.encoder\.layers\.(\d+)\.final_layer_norm\.", r"transformer.encoder.layers.\1.norm2."),
-    (r"model\.decoder\.layers\.(\d+)\.encoder_attn_layer_norm\.", r"transformer.decoder.layers.\1.norm1."),
-    (r"model\.decoder\.layers\.(\d+)\.self_attn_layer_norm\.", r"transformer.decoder.layers.\1.norm2."),
-    (r"model\.decoder\.layers\.(\d+)\.final_layer_norm\.", r"transformer.decoder.layers.\1.norm3."),
-    (r"model\.decoder\.layers\.(\d+)\.encoder_attn\.", r"transformer.decoder.layers.\1.cross_attn."),
-    (r"model\.(\w+)\.layers\.(\d+)\.fc([12])\.", r"transformer.\1.layers.\2.linear\3."),
-    (r"model\.", r"transformer."),
+# (disk, memory): renames that transformers 5 does when it loads a file
+_HF_MEMORY = (
+    ("model.backbone.conv_encoder.model.", "model.backbone.model."),
+    ("model.decoder.layers.{}.self_attn.out_proj.", "model.decoder.layers.{}.self_attn.o_proj."),
+    ("model.{}.layers.{}.fc{}.", "model.{}.layers.{}.mlp.fc{}."),
 )
-# renames that transformers 5 does when it loads a file
-_DISK_TO_MEMORY = (
-    (r"(model\.backbone)\.conv_encoder\.", r"\1."),
-    (r"(model\.decoder\.layers\.\d+\.self_attn)\.out_proj\.", r"\1.o_proj."),
-    (r"(model\.\w+\.layers\.\d+)\.fc([12])\.", r"\1.mlp.fc\2."),
+_DETR = (
+    ("backbone.body.", "backbone.0.body."),
+    *(2 * (f"transformer.encoder.layers.{{}}.{part}{{}}.",) for part in ("linear", "norm")),
+    ("transformer.encoder.layers.{}.self_attn.output_proj.", "transformer.encoder.layers.{}.self_attn.out_proj."),
+    *(2 * (f"transformer.decoder.layers.{{}}.{part}.",) for part in ("self_attn", "linear1", "linear2", "norm3")),
+    ("transformer.decoder.layers.{}.norm2.", "transformer.decoder.layers.{}.norm1."),
+    ("transformer.decoder.layers.{}.norm1.", "transformer.decoder.layers.{}.norm2."),
+    ("transformer.decoder.layers.{}.cross_attn.output_proj.", "transformer.decoder.layers.{}.multihead_attn.out_proj."),
 )
-_MEMORY_TO_DISK = (
-    (r"(model\.backbone)\.model\.", r"\1.conv_encoder.model."),
-    (r"(model\.decoder\.layers\.\d+\.self_attn)\.o_proj\.", r"\1.out_proj."),
-    (r"(model\.\w+\.layers\.\d+)\.mlp\.fc([12])\.", r"\1.fc\2."),
+_VIDT = (
+    ("backbone.body.patch_embed.", "backbone.patch_embed."),
+    ("backbone.det_pos_linear.{}.{}.", "backbone.layers.{}.blocks.{}.det_pos_linear."),
+    ("backbone.body.layers.{}.blocks.", "backbone.layers.{}.blocks."),
+    ("backbone.tail.", "backbone.layers.3.downsample."),
+    *((f"backbone.body.layers.{i + 1}.downsample.", f"backbone.layers.{i}.downsample.") for i in range(3)),
 )
-_PACKED = re.compile(r"(.*\.self_attn)\.in_proj_(weight|bias)")
-_SPLIT = re.compile(r"(.*\.decoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
+# without a neck the heads have no numbers, and ours stand together
+_NECK_FREE = re.compile(r"(?:input_proj\.[01]|(?:class|bbox)_embed\.layers\.\d)\..*")
+_UNUSED = re.compile(
+    r"backbone\.norm\d\..*"
+    r"|backbone\..*\.relative_position_index"
+    r"|backbone\..*\.downsample\.(?:expansion|norm2)\..*"
+    r"|transformer\.level_embed"
+    r"|fusion\.multi_scaler\.refinenet_3\.(?:smoothing|resConfUnit1)\..*"
+)
+"""What ViDT's checkpoints hold and nothing reads."""
+_PACKED = re.compile(r"(.*\.self_attn\.)in_proj_(weight|bias)")
+_SPLIT = re.compile(r"(.*\.decoder\.layers\.\d+\.self_attn\.)([qkv])_proj\.(weight|bias)")
+_DETR_PACKED = re.compile(
+    r"(transformer\.(?:encoder\.layers\.\d+\.self_attn|decoder\.layers\.\d+\.multihead_attn)\.)in_proj_(weight|bias)"
+)
 _HEAD = re.compile(r"(?:transformer\.decoder\.)?((?:class|bbox|object)_embed)\.(\d+)\.(.*)")
 # below whatever wraps the detector: (prefix, layer, weight or bias)
 _CLASS_HEAD = re.compile(r"(.*?)(?:transformer\.decoder\.)?class_embed\.(\d+)\.(weight|bias)")
@@ -76,15 +92,31 @@ _QUERIES = {"query_embed.weight": 0, "backbone.det_token": 1, "backbone.det_pos_
 _UNLIKELY = -math.log(99.0)
 
 
+def _found(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
+    """The name by the first pair whose left side its start fits; None where none does."""
+    for old, new in pairs:
+        start = re.match(re.escape(old).replace(r"\{\}", r"(\w+)"), name)
+        if start:
+            return new.format(*start.groups()) + name[start.end() :]
+    return None
+
+
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    return _found(name, pairs) or name
+
+
+def _back(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(theirs, ours) for ours, theirs in pairs]
+
+
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of the original's checkpoints (their ``model`` entry) from ours."""
-    return {_swap_prefix(key, _OURS_TO_OFFICIAL): tensor for key, tensor in state.items()}
+    """Names of the original Deformable DETR from ours."""
+    return {_renamed(name, _OFFICIAL): tensor for name, tensor in state.items()}
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names from those of the original's checkpoints (their ``model`` entry)."""
-    swapped = [(official, ours) for ours, official in _OURS_TO_OFFICIAL]
-    return {_swap_prefix(key, swapped): tensor for key, tensor in state.items()}
+    """Our names from those of the original Deformable DETR."""
+    return {_renamed(name, _back(_OFFICIAL)): tensor for name, tensor in state.items()}
 
 
 def to_transformers(state: Mapping[str, Tensor], layout: HFLayout = "disk") -> dict[str, Tensor]:
@@ -95,15 +127,14 @@ def to_transformers(state: Mapping[str, Tensor], layout: HFLayout = "disk") -> d
         layout: ``disk`` for files (read by transformers 4 and 5), ``memory`` for modules of transformers 5.
     """
     renamed: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        packed = _PACKED.fullmatch(key)
-        if packed is None:
-            renamed[_rename(key, _TO_HF)] = tensor
-            continue
-        attention = _rename(packed[1] + ".", _TO_HF)
-        for role, part in zip("qkv", tensor.chunk(3), strict=True):
-            renamed[f"{attention}{role}_proj.{packed[2]}"] = part
-    return renamed if layout == "disk" else {_rename(key, _DISK_TO_MEMORY): tensor for key, tensor in renamed.items()}
+    for name, tensor in state.items():
+        if packed := _PACKED.fullmatch(name):
+            attention = _renamed(packed[1], _HF)
+            parts = zip("qkv", tensor.chunk(3), strict=True)
+            renamed |= {f"{attention}{role}_proj.{packed[2]}": part for role, part in parts}
+        else:
+            renamed[_renamed(name, _HF)] = tensor
+    return renamed if layout == "disk" else {_renamed(name, _HF_MEMORY): tensor for name, tensor in renamed.items()}
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,15 +144,54 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         KeyError: one of the three projections of a self-attention is missing.
     """
     renamed: dict[str, Tensor] = {}
-    for raw_key, tensor in state.items():
-        key = _rename(raw_key, _MEMORY_TO_DISK)
-        split = _SPLIT.fullmatch(key)
+    for given, tensor in state.items():
+        name = _renamed(given, _back(_HF_MEMORY))
+        split = _SPLIT.fullmatch(name)
         if split is None:
-            renamed[_rename(key, _FROM_HF)] = tensor
+            renamed[_renamed(name, _back(_HF))] = tensor
         elif split[2] == "q":
-            parts = [state[raw_key.replace("q_proj", f"{role}_proj")] for role in "qkv"]
-            renamed[f"{_rename(split[1] + '.', _FROM_HF)}in_proj_{split[3]}"] = torch.cat(parts)
+            parts = [state[given.replace("q_proj", f"{role}_proj")] for role in "qkv"]
+            renamed[f"{_renamed(split[1], _back(_HF))}in_proj_{split[3]}"] = torch.cat(parts)
     return renamed
+
+
+def from_detr(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a DETR that have a role in Deformable DETR, under our names; shapes are not compared.
+
+    Args:
+        state: DETR's state dict, with the original's names.
+        own: state dict of the detector that they are for. Its last input projection that is a 1x1 convolution is of the
+            backbone's last map, where DETR's only one belongs.
+    """
+    projections = (re.fullmatch(r"input_proj\.(\d+)\.0\.weight", name) for name in own)
+    level = max((int(found[1]) for found in projections if found and own[found[0]].shape[2:] == (1, 1)), default=0)
+    rules = [*_back(_DETR), ("input_proj.", f"input_proj.{level}.0.")]
+    taken: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if packed := _DETR_PACKED.fullmatch(name):
+            taken[f"{packed[1].replace('multihead_attn', 'cross_attn')}value_proj.{packed[2]}"] = tensor.chunk(3)[2]
+        elif renamed := _found(name, rules):
+            taken[renamed] = tensor
+    return taken
+
+
+def from_official_vidt(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names from those of the original ViDT; parameters that it stores and never reads are left out."""
+    pairs = _back(_VIDT)
+    ours = {_renamed(name, pairs): tensor for name, tensor in state.items() if not _UNUSED.fullmatch(name)}
+    if not has_neck(state):
+        ours = {f"neck_free_head.{k}" if _NECK_FREE.fullmatch(k) else k: tensor for k, tensor in ours.items()}
+    return ours
+
+
+def to_official_vidt(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of the original ViDT from ours, without the parameters that only the original has."""
+    return {_renamed(name.removeprefix("neck_free_head."), _VIDT): tensor for name, tensor in state.items()}
+
+
+def has_neck(state: Mapping[str, Tensor]) -> bool:
+    """Whether a ViDT, under either names, has a decoder."""
+    return any(name.startswith("transformer.decoder.") for name in state)
 
 
 def plain_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -132,11 +202,11 @@ def plain_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     plain = fold_objectness(state)
     widened: dict[int, Tensor] = {}  # copies still share memory
-    for name in _encoder_heads(plain):
-        head, parts = plain[name], name.rsplit(".", 2)
-        classes = len(plain[f"{parts[0]}.0.{parts[2]}"])
+    for name, _, layer, part in _encoder_heads(plain):
+        head = plain[name]
         if head.data_ptr() not in widened:
-            others = head.new_full((classes - 1, *head.shape[1:]), 0.0 if parts[2] == "weight" else _UNLIKELY)
+            classes = len(plain[name.replace(f"class_embed.{layer}.", "class_embed.0.")])
+            others = head.new_full((classes - 1, *head.shape[1:]), 0.0 if part == "weight" else _UNLIKELY)
             widened[head.data_ptr()] = torch.cat([head, others])
         plain[name] = widened[head.data_ptr()]
     return plain
@@ -186,17 +256,19 @@ def fit_to(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, 
         own: state dict of the detector.
     """
     fitted = dict(state)
-    for name in _encoder_heads(own):
+    for name, prefix, _, _ in _encoder_heads(own):
         # a head that a detector without two stages shares among its layers says nothing about cells
-        if name in state and f"{_prefix(name)}transformer.enc_output.weight" in state:
+        if name in state and f"{prefix}transformer.enc_output.weight" in state:
             fitted[name] = state[name][: len(own[name])]
     for name, tensor in state.items():
         dim = next((dim for queries, dim in _QUERIES.items() if name.endswith(queries)), None)
-        if dim is None or name not in own or _without(dim, tensor) != _without(dim, own[name]):
+        if dim is None or name not in own or tensor.ndim != own[name].ndim:
             continue
-        common, wanted = min(tensor.shape[dim], own[name].shape[dim]), own[name].shape[dim]
-        rest = own[name].narrow(dim, common, wanted - common).to(tensor)
-        fitted[name] = torch.cat([tensor.narrow(dim, 0, common), rest], dim)
+        wanted = own[name].shape[dim]
+        common = min(tensor.shape[dim], wanted)
+        kept, rest = tensor.narrow(dim, 0, common), own[name].narrow(dim, common, wanted - common)
+        if kept.shape == own[name].narrow(dim, 0, common).shape:  # they differ in their number alone
+            fitted[name] = torch.cat([kept, rest.to(tensor)], dim)
     return fitted
 
 
@@ -205,27 +277,17 @@ def is_of_queries(name: str) -> bool:
     return name.endswith(tuple(_QUERIES))
 
 
-def _encoder_heads(names: Collection[str]) -> list[str]:
-    """Names of the head that chooses the queries of a two-stage detector: the class head behind the decoder's."""
-    heads = [head for name in names if (head := _CLASS_HEAD.fullmatch(name))]
+def _encoder_heads(names: Collection[str]) -> list[tuple[str, str, str, str]]:
+    """Name, prefix, layer and part of the head that chooses a two-stage detector's queries: the last class head."""
+    heads = [(head[0], *head.groups()) for name in names if (head := _CLASS_HEAD.fullmatch(name))]
     last: dict[str, int] = {}
-    for head in heads:
-        last[head[1]] = max(last.get(head[1], 0), int(head[2]))
+    for _, prefix, layer, _ in heads:
+        last[prefix] = max(last.get(prefix, 0), int(layer))
     return [
-        head[0]
-        for head in heads
-        if f"{head[1]}transformer.enc_output.weight" in names and int(head[2]) == last[head[1]]
+        (name, prefix, layer, part)
+        for name, prefix, layer, part in heads
+        if f"{prefix}transformer.enc_output.weight" in names and int(layer) == last[prefix]
     ]
-
-
-def _prefix(name: str) -> str:
-    head = _CLASS_HEAD.fullmatch(name)
-    return head[1] if head else ""
-
-
-def _without(dim: int, tensor: Tensor) -> tuple[int, ...]:
-    """Shape of a tensor but for one dimension."""
-    return (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
 
 
 def drop_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -252,9 +314,6 @@ def restore_copies(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[st
     Args:
         state: state dict in our names, with or without copies.
         names: names that the model has, ``model.state_dict()``.
-
-    Returns:
-        The state, with one more entry for each name that is missing and known under another.
     """
     heads: dict[tuple[str, str], dict[int, Tensor]] = {}
     for key, tensor in state.items():
@@ -270,140 +329,3 @@ def restore_copies(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[st
         if found is not None:
             completed[name] = found
     return completed
-
-
-def _rename(key: str, rules: Iterable[tuple[str, str]]) -> str:
-    """Apply the first rule that fits the start of a key."""
-    for pattern, replacement in rules:
-        renamed, count = re.subn("^" + pattern, replacement, key)
-        if count:
-            return renamed
-    return key
-
-
-def _swap_prefix(key: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """Replace the first prefix that fits."""
-    for old, new in pairs:
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    return key
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What Deformable DETR can take from plain DETR, and so from UP-DETR: names and tensors of theirs in, ours out.
-#
-# The two share the backbone, the projection of its last map, self-attention of the decoder, perceptrons and layer
-# norms. Deformable attention reads its values and writes its result by the same two matrices as DETR's attention; what
-# chooses where to look has no counterpart. Layer norms 1 and 2 of a decoder layer have changed places: here norm 1
-# belongs to cross-attention. DETR's heads and queries mean other things and stay out.
-
-
-# (DETR, ours); each pattern must fit the whole name
-_SAME_ROLE = (
-    (r"backbone\.0\.body\.(.*)", r"backbone.body.\1"),
-    (r"(transformer\.encoder\.layers\.\d+\.(?:linear[12]|norm[12])\..*)", r"\1"),
-    (r"(transformer\.encoder\.layers\.\d+\.self_attn)\.out_proj\.(.*)", r"\1.output_proj.\2"),
-    (r"(transformer\.decoder\.layers\.\d+\.(?:self_attn|linear[12]|norm3)[._].*)", r"\1"),
-    (r"(transformer\.decoder\.layers\.\d+)\.norm1\.(.*)", r"\1.norm2.\2"),
-    (r"(transformer\.decoder\.layers\.\d+)\.norm2\.(.*)", r"\1.norm1.\2"),
-    (r"(transformer\.decoder\.layers\.\d+)\.multihead_attn\.out_proj\.(.*)", r"\1.cross_attn.output_proj.\2"),
-)
-_DETR_PACKED = re.compile(
-    r"(transformer\.(?:encoder\.layers\.\d+\.self_attn|decoder\.layers\.\d+\.multihead_attn))\.in_proj_(weight|bias)"
-)
-
-
-def from_detr(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a DETR that have a role in Deformable DETR, under our names; shapes are not compared.
-
-    Args:
-        state: DETR's state dict, with the original's names.
-        own: state dict of the detector that they are for; its input projections tell where DETR's only one belongs.
-    """
-    taken: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if packed := _DETR_PACKED.fullmatch(name):
-            place = packed[1].replace("multihead_attn", "cross_attn")
-            taken[f"{place}.value_proj.{packed[2]}"] = tensor.chunk(3)[2]
-            continue
-        if name.startswith("input_proj."):
-            taken[f"input_proj.{_level_of_last_map(own)}.0.{name.removeprefix('input_proj.')}"] = tensor
-            continue
-        for pattern, replacement in _SAME_ROLE:
-            renamed, count = re.subn(f"^{pattern}$", replacement, name)
-            if count:
-                taken[renamed] = tensor
-                break
-    return taken
-
-
-def _level_of_last_map(own: Mapping[str, Tensor]) -> int:
-    """Level of the backbone's last map: the last one whose projection is a 1x1 convolution."""
-    levels = [
-        int(found[1])
-        for name, tensor in own.items()
-        if (found := re.fullmatch(r"input_proj\.(\d+)\.0\.weight", name)) and tuple(tensor.shape[2:]) == (1, 1)
-    ]
-    return max(levels, default=0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Parameter names of ViDT in two places: this library and the original's checkpoints (their ``model`` entry).
-#
-# State dicts in, state dicts with other names out. The original changed Swin's source, so its additions stand inside
-# the blocks and a merging ends a stage; here timm's Swin is unmodified, the additions stand beside it, and a merging
-# begins a stage. The original stores parameters that nothing reads; they are left out.
-# and part 1.
-
-
-# (the original's, ours); each pattern must fit the whole name, the first that does is used
-_FROM_OFFICIAL = (
-    (r"backbone\.patch_embed\.(.*)", r"backbone.body.patch_embed.\1"),
-    (r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.det_pos_linear\.(.*)", r"backbone.det_pos_linear.\1.\2.\3"),
-    (r"backbone\.layers\.(\d+)\.blocks\.(.*)", r"backbone.body.layers.\1.blocks.\2"),
-    (r"backbone\.layers\.3\.downsample\.(.*)", r"backbone.tail.\1"),
-    *((rf"backbone\.layers\.{i}\.downsample\.(.*)", rf"backbone.body.layers.{i + 1}.downsample.\1") for i in range(3)),
-)
-_TO_OFFICIAL = (
-    (r"backbone\.body\.patch_embed\.(.*)", r"backbone.patch_embed.\1"),
-    (r"backbone\.det_pos_linear\.(\d+)\.(\d+)\.(.*)", r"backbone.layers.\1.blocks.\2.det_pos_linear.\3"),
-    (r"backbone\.body\.layers\.(\d+)\.blocks\.(.*)", r"backbone.layers.\1.blocks.\2"),
-    (r"backbone\.tail\.(.*)", r"backbone.layers.3.downsample.\1"),
-    *((rf"backbone\.body\.layers\.{i + 1}\.downsample\.(.*)", rf"backbone.layers.{i}.downsample.\1") for i in range(3)),
-)
-# without a neck the heads have no numbers, and ours stand together
-_NECK_FREE = re.compile(r"(?:input_proj\.[01]|(?:class|bbox)_embed\.layers\.\d)\..*")
-_UNUSED = re.compile(
-    r"backbone\.norm\d\..*"
-    r"|backbone\..*\.relative_position_index"
-    r"|backbone\..*\.downsample\.(?:expansion|norm2)\..*"
-    r"|transformer\.level_embed"
-    r"|fusion\.multi_scaler\.refinenet_3\.(?:smoothing|resConfUnit1)\..*"
-)
-
-
-def from_official_vidt(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names from the original's; parameters that it stores and never reads are left out."""
-    ours = {
-        _renamed_vidt(name, _FROM_OFFICIAL): tensor for name, tensor in state.items() if not _UNUSED.fullmatch(name)
-    }
-    if not has_neck(state):
-        ours = {f"neck_free_head.{k}" if _NECK_FREE.fullmatch(k) else k: tensor for k, tensor in ours.items()}
-    return ours
-
-
-def to_official_vidt(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The original's names from ours, without the parameters that only the original has."""
-    return {_renamed_vidt(name.removeprefix("neck_free_head."), _TO_OFFICIAL): tensor for name, tensor in state.items()}
-
-
-def has_neck(state: Mapping[str, Tensor]) -> bool:
-    """Whether a ViDT, under either names, has a decoder."""
-    return any(name.startswith("transformer.decoder.") for name in state)
-
-
-def _renamed_vidt(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        if re.fullmatch(pattern, name):
-            return re.sub(f"^{pattern}$", replacement, name)
-    return name

@@ -1,8 +1,9 @@
 """Detectors on disk: a folder with ``model.safetensors`` and ``config.json`` out; that, or any checkpoint, in.
 
-In: a detector with its categories and image sizes. Out: files that rebuild it without any other code or config. A
-checkpoint gives a detector every tensor whose name and shape agree; heads for other classes are new, and listed. What
-can be read is said by `read_checkpoint`; nothing is unpickled.
+A folder rebuilds the detector, its categories and image sizes without any other code or config. Read are folders of
+simdetr and of transformers, single .safetensors files, Lightning checkpoints and the .pth files of other projects.
+Nothing is unpickled: safetensors, or ``torch.load(weights_only=True)``. A checkpoint gives a detector every tensor
+whose name and shape agree; heads for other classes are new, and listed.
 """
 
 from __future__ import annotations
@@ -24,10 +25,20 @@ from simdetr.data.annotations import Category
 from simdetr.data.class_paths import class_of
 from simdetr.data.storage import atomic_path
 from simdetr.detectors.detector import Detector
-from simdetr.exchange.formats import OWN, CheckpointFormat, config_from_transformers, recognise
+from simdetr.exchange.formats import (
+    OWN,
+    CheckpointFormat,
+    config_from_transformers,
+    images_from_transformers,
+    numbered_categories,
+    recognise,
+)
 from simdetr.exchange.parameter_names import add_objectness, fit_to, fold_objectness, is_of_queries, restore_copies
 
 LOG = logging.getLogger(__name__)
+WEIGHTS_NAME, CONFIG_NAME, PREPROCESSOR_NAME = "model.safetensors", "config.json", "preprocessor_config.json"
+_TOLD = {"nheads": "num_heads", "num_queries": "num_queries", "dilation": "dilation"}
+"""Options of the original that tensors do not tell, and our arguments of that meaning."""
 _DOWNLOADS = {"pretrained_backbone": False, "pretrained": None}
 """Arguments of detectors that say where weights come from, and what says nowhere."""
 _LEAST_FITTING = 0.5
@@ -37,50 +48,11 @@ _MADE_UP = re.compile(r"class \d+|LABEL_\d+")
 
 
 @dataclass(frozen=True)
-class LoadReport:
-    """What loading weights did.
-
-    Attributes:
-        path: The file.
-        source: Whose format it is.
-        kept: Names of the detector's tensors that were set.
-        replaced: Names whose shape in the file differs, or which speak of other classes; they stay as initialised.
-        missing: Names that the file does not have; they stay as initialised.
-        unexpected: Names of the file that the detector has no place for.
-        image_settings: How images were prepared for the file's detector, as far as it says.
-        reason: Why tensors were replaced whose shape agrees, or in which part learned queries were kept, if so.
-    """
-
-    path: Path
-    source: str = "simdetr"
-    kept: list[str] = field(default_factory=list)
-    replaced: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    image_settings: dict[str, Any] = field(default_factory=dict)
-    reason: str = ""
-
-    def summary(self) -> str:
-        """One line: the counts, and the first names of what was not kept."""
-        parts = [f"{len(self.kept)} tensors kept"]
-        for what in ("replaced", "missing", "unexpected"):
-            names: list[str] = getattr(self, what)
-            shown = f" ({', '.join(names[:_NAMES_SHOWN])}{', …' if len(names) > _NAMES_SHOWN else ''})" if names else ""
-            parts.append(f"{len(names)} {what}{shown}")
-        return f"{self.path} ({self.source}): {', '.join(parts)}{f'; {self.reason}' if self.reason else ''}"
-
-    def log(self) -> None:
-        """Say the summary."""
-        LOG.info("%s", self.summary())
-
-
-@dataclass(frozen=True)
 class LoadedDetector:
     """A detector ready for inference, with what it was trained for.
 
     Attributes:
         detector: In evaluation mode.
-        categories: The classes it names.
         image_settings: How images are prepared for it.
         reference_points: Which point of a box its landmarks are, as `simdetr.data.reference_points` reads it.
     """
@@ -113,8 +85,19 @@ def save_detector(detector: nn.Module, config: dict[str, Any], folder: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
         save_model(detector, str(temporary))
-    with atomic_path(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    write_json(config, folder / CONFIG_NAME)
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write a JSON file, which appears whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file; None where there is none."""
+    content: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return content
 
 
 def is_saved(folder: Path) -> bool:
@@ -122,12 +105,157 @@ def is_saved(folder: Path) -> bool:
     return (folder / WEIGHTS_NAME).is_file() and (folder / CONFIG_NAME).is_file()
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The contents of a file.
+
+    Attributes:
+        tensors: Under the names that they have there.
+        format: Whose names they are.
+        stored: As of ``checkpoint_config``, if something beside the tensors rebuilds the detector.
+        known: Arguments of the detector that the original's options tell.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    format: CheckpointFormat = OWN
+    stored: dict[str, Any] | None = None
+    known: dict[str, Any] = field(default_factory=dict)
+
+    def state(self, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Its tensors under our names; ``own`` is the state dict of the detector that they are for."""
+        return self.format.rename(self.tensors, own or {})
+
+    def names_without(self, used: Mapping[str, Tensor]) -> list[str]:
+        """Names in the file of the tensors that no part of is among ``used``."""
+        places = {tensor.untyped_storage().data_ptr() for tensor in used.values()}
+        return [name for name, value in self.tensors.items() if value.untyped_storage().data_ptr() not in places]
+
+    def config(self, known: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """What rebuilds the detector: stored beside the tensors, or read off them; None if nothing tells.
+
+        ``known`` are arguments of the detector to put over what the file tells.
+
+        Raises:
+            UnknownArchitectureError: It is a detector of ours, but tensors do not tell enough to build it.
+        """
+        if self.stored is not None:
+            return {**self.stored, "init_args": {**self.stored["init_args"], **(known or {})}}
+        if self.format.architecture is None:
+            return None
+        found = self.format.architecture(self.state(), {**self.known, **(known or {})})
+        if found.assumed:
+            LOG.info("%s: assumed, for the tensors do not tell: %s", self.path, ", ".join(found.assumed))
+        return {
+            "class_path": found.class_path,
+            "init_args": found.init_args,
+            "categories": numbered_categories(found.init_args["num_classes"]),
+            "image_settings": images_from_transformers({}),  # the published ones
+        }
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a detector folder, a folder of transformers, a .safetensors file or a checkpoint of tensors.
+
+    Raises:
+        FileNotFoundError: Nothing there, with the accepted forms.
+        ValueError: The file is damaged, or is no such file; or a folder of transformers holds another detector.
+    """
+    given = path
+    if path.is_dir():
+        path = path / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights: expected a folder with {WEIGHTS_NAME}, a .safetensors file, a .ckpt or a .pth, got {given}, "
+            f"which {'holds no checkpoint' if given.is_dir() else 'does not exist'}."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            config, preprocessor = (read_json(path.with_name(name)) for name in (CONFIG_NAME, PREPROCESSOR_NAME))
+            content: dict[str, Any] = {"model": load_file(str(path))}
+        else:
+            config = preprocessor = None
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the original's options
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(content, dict):
+                raise TypeError(f"it holds a {type(content).__name__}")
+    except Exception as error:  # a damaged file fails in any way
+        # torch's own text offers to unpickle it all the same
+        unsafe = "weights_only" in str(error)
+        reason = "it holds more than tensors" if unsafe else (str(error).strip() or "it ends too early").splitlines()[0]
+        raise ValueError(
+            f"weights: {path} cannot be read as a detector ({reason}); the file is damaged, or is no .safetensors file "
+            "and no checkpoint of tensors."
+        ) from error
+    stored = config if config is not None else content.get("simdetr") or {}
+    if config is not None and "class_path" in config:
+        return Checkpoint(path, content["model"], OWN, stored)
+    tensors = averaged_state(content)
+    if "class_path" in stored:  # of what we wrote, only an original's .pth has other names than ours
+        return Checkpoint(path, tensors, recognise(tensors) if "model" in content else OWN, stored)
+    if "model_type" in stored:
+        stored = config_from_transformers(stored, preprocessor or {}, tensors, path)
+        return Checkpoint(path, tensors, recognise(tensors), stored)
+    args = content.get("args")
+    options = vars(args) if isinstance(args, argparse.Namespace) else {}
+    known = {ours: options[theirs] for theirs, ours in _TOLD.items() if theirs in options}
+    return Checkpoint(path, tensors, recognise(tensors), None, known)
+
+
+def averaged_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The detector's tensors of a Lightning checkpoint (the averaged ones if EMA was on) or of a plain state dict."""
+    state: Mapping[str, Any] = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+    if any(name.startswith("detector.") for name in state):  # the criterion may have tensors beside it
+        state = {name: value for name, value in state.items() if name.startswith("detector.")}
+    for prefix in ("detector.", "module."):
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading weights did.
+
+    Attributes:
+        source: Whose format the file is.
+        kept: Names of the detector's tensors that were set.
+        replaced: Names whose shape in the file differs, or which speak of other classes; they stay as initialised.
+        missing: Names that the file does not have; they stay as initialised.
+        unexpected: Names of the file that the detector has no place for.
+        image_settings: How images were prepared for the file's detector, as far as it says.
+        reason: Why tensors were replaced whose shape agrees, or in which part learned queries were kept, if so.
+    """
+
+    path: Path
+    source: str = "simdetr"
+    kept: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    image_settings: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+    def summary(self) -> str:
+        """One line: the counts, and the first names of what was not kept."""
+        parts = [f"{len(self.kept)} tensors kept"]
+        for what in ("replaced", "missing", "unexpected"):
+            names: list[str] = getattr(self, what)
+            shown = f" ({', '.join(names[:_NAMES_SHOWN])}{', …' if len(names) > _NAMES_SHOWN else ''})" if names else ""
+            parts.append(f"{len(names)} {what}{shown}")
+        return f"{self.path} ({self.source}): {', '.join(parts)}{f'; {self.reason}' if self.reason else ''}"
+
+    def log(self) -> None:
+        """Say so."""
+        LOG.info("%s", self.summary())
+
+
 def load_weights(detector: Detector, path: Path, class_names: Sequence[str] | None = None) -> LoadReport:
     """Copy every tensor whose name and shape agree; leave the others as initialised and list them.
 
     Args:
         detector: Any detector of ``simdetr.detectors``.
-        path: What ``read_checkpoint`` reads, of simdetr or of another project.
+        path: What ``read_checkpoint`` reads.
         class_names: What the detector's classes are to be; if the file's are others, however many, what speaks of
             single classes stays as initialised. None, or a file that does not name its classes, leaves that to the
             shapes.
@@ -140,7 +268,7 @@ def load_weights(detector: Detector, path: Path, class_names: Sequence[str] | No
 
 def copy_weights(detector: Detector, checkpoint: Checkpoint, class_names: Sequence[str] | None = None) -> LoadReport:
     """``load_weights`` for a file that was read already."""
-    whole = detector
+    whole = detector  # with a head that the file does not know
     if checkpoint.stored is None or checkpoint.stored.get("class_path") != class_path_of(detector):
         detector = detector.core
     own = detector.state_dict()
@@ -156,6 +284,11 @@ def copy_weights(detector: Detector, checkpoint: Checkpoint, class_names: Sequen
     # a module that stands under two names (shared heads) is stored once by safetensors: its other name is no loss
     stored_at = {own[name].data_ptr() for name in state if name in own and own[name].numel() > 0}
     unused = checkpoint.names_without(given) if checkpoint.format.is_partial else []
+    resized = [  # learned queries, cut or filled up
+        f"{name} is {[*value.shape]} here, {[*restored[name].shape]} in the file, and their common part is kept"
+        for name, value in state.items()
+        if is_of_queries(name) and value.shape != restored[name].shape
+    ]
     report = LoadReport(
         path=checkpoint.path,
         source=checkpoint.format.title,
@@ -164,7 +297,7 @@ def copy_weights(detector: Detector, checkpoint: Checkpoint, class_names: Sequen
         missing=[name for name in own if name not in state and own[name].data_ptr() not in stored_at],
         unexpected=[*(name for name in given if name not in own), *unused],
         image_settings=dict((checkpoint.stored or {}).get("image_settings") or {}),
-        reason="; ".join([*([other_classes] if others else []), *_resized(restored, state)]),
+        reason="; ".join([*([other_classes] if others else []), *resized]),
     )
     _check_fit(detector, report, is_partial=checkpoint.format.is_partial or detector.takes_backbones)
     detector.load_state_dict({name: present[name] for name in fitting}, strict=False)
@@ -176,29 +309,19 @@ def _within(report: LoadReport, core: Detector, whole: Detector) -> LoadReport:
     if core is whole:
         return report
     prefix = next(name for name, module in whole.named_modules() if module is core) + "."
-    kept, replaced, missing = (
-        [prefix + name for name in names] for names in (report.kept, report.replaced, report.missing)
-    )
+    lists = (report.kept, report.replaced, report.missing)
+    kept, replaced, missing = ([prefix + name for name in names] for names in lists)
     missing += [name for name in whole.state_dict() if not name.startswith(prefix)]
     return replace(report, kept=kept, replaced=replaced, missing=missing)
 
 
 def _other_classes(checkpoint: Checkpoint, class_names: Sequence[str] | None) -> str:
-    """How a file's classes differ from those wanted; nothing if they are the same, or if one side is not known."""
+    """How a file's classes differ from those wanted; empty if they are the same, or if one side is not known."""
     stored = [str(category["name"]) for category in (checkpoint.stored or {}).get("categories") or []]
     if class_names is None or all(map(_MADE_UP.fullmatch, stored)) or stored == list(class_names):
         return ""
     met, wanted = (f"{len(names)} ({', '.join(names[:_NAMES_SHOWN])}, …)" for names in (stored, list(class_names)))
     return f"what speaks of single classes is new, for the file's are {met} and the data's {wanted}"
-
-
-def _resized(given: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """Which learned queries were cut or filled up."""
-    return [
-        f"{name} is {[*value.shape]} here, {[*given[name].shape]} in the file, and their common part is kept"
-        for name, value in state.items()
-        if value.shape != given[name].shape and is_of_queries(name)
-    ]
 
 
 def class_tensors(detector: Detector) -> set[str]:
@@ -213,12 +336,8 @@ def _check_fit(detector: Detector, report: LoadReport, *, is_partial: bool) -> N
     """Raise for weights of another architecture; of those that fit in part, the whole backbone must."""
     expected = "all tensors of its backbone" if is_partial else f"{_LEAST_FITTING:.0%} of its tensors"
     kept, total = len(report.kept), len(report.kept) + len(report.replaced) + len(report.missing)
-    fits = kept >= _LEAST_FITTING * total
-    if is_partial:
-        body = [
-            f"{detector.body_name}.{name}" for name, _ in detector.get_submodule(detector.body_name).named_parameters()
-        ]
-        fits = set(body) <= set(report.kept)
+    body = detector.get_submodule(detector.body_name).named_parameters(detector.body_name)
+    fits = {name for name, _ in body} <= set(report.kept) if is_partial else kept >= _LEAST_FITTING * total
     if not fits:
         raise ValueError(
             f"init_weights: expected {expected}, but {kept} of the {total} tensors of {type(detector).__name__} are in "
@@ -228,20 +347,12 @@ def _check_fit(detector: Detector, report: LoadReport, *, is_partial: bool) -> N
 
 
 def load_detector(path: Path) -> LoadedDetector:
-    """Rebuild a detector from a folder or checkpoint, in evaluation mode.
-
-    Raises:
-        ValueError: Nothing tells which detector it is, or tensors are missing.
-    """
+    """Rebuild a detector from what ``read_checkpoint`` reads, see ``rebuild``."""
     return rebuild(read_checkpoint(path))
 
 
 def rebuild(checkpoint: Checkpoint, known: Mapping[str, Any] | None = None) -> LoadedDetector:
-    """The detector of a file that was read already, in evaluation mode.
-
-    Args:
-        checkpoint: The file.
-        known: Arguments of the detector to put over what the file tells.
+    """The detector of a file, in evaluation mode; ``known`` are arguments to put over what the file tells.
 
     Raises:
         ValueError: Nothing tells which detector it is, or tensors are missing.
@@ -301,145 +412,3 @@ def without_downloads(init_args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a detector whose weights come from a file: nothing has to be fetched only to be overwritten."""
     parts = {name: without_downloads(value) for name, value in init_args.items() if isinstance(value, Mapping)}
     return {name: parts.get(name, _DOWNLOADS.get(name, value)) for name, value in init_args.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files with detectors: a path in, tensors, their format and what rebuilds the detector out.
-#
-# Reads folders of simdetr and of transformers (``model.safetensors`` and ``config.json``), single .safetensors files,
-# Lightning checkpoints and the .pth files of other projects. Nothing is unpickled: safetensors, or
-# ``torch.load(weights_only=True)``.
-
-
-WEIGHTS_NAME, CONFIG_NAME, PREPROCESSOR_NAME = "model.safetensors", "config.json", "preprocessor_config.json"
-
-_PUBLISHED_IMAGES = {
-    "short_side": 800,
-    "max_side": 1333,
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-}
-"""How the original detectors prepare images for evaluation."""
-_TOLD = {"nheads": "num_heads", "num_queries": "num_queries", "dilation": "dilation"}
-"""Options of the original that tensors do not tell, and our arguments of that meaning."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The contents of a file.
-
-    Attributes:
-        path: The file.
-        tensors: Its tensors under the names that they have there.
-        format: Whose names they are.
-        stored: What rebuilds the detector, as ``checkpoint_config`` gives it, if something beside the tensors says so.
-        known: Arguments of the detector that the original's options tell.
-    """
-
-    path: Path
-    tensors: dict[str, Tensor]
-    format: CheckpointFormat = OWN
-    stored: dict[str, Any] | None = None
-    known: dict[str, Any] = field(default_factory=dict)
-
-    def state(self, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Its tensors under our names; ``own`` is the state dict of the detector that they are for."""
-        return self.format.rename(self.tensors, own or {})
-
-    def names_without(self, used: Mapping[str, Tensor]) -> list[str]:
-        """Names in the file of the tensors that no part of is among ``used``."""
-        places = {tensor.untyped_storage().data_ptr() for tensor in used.values()}
-        return [name for name, value in self.tensors.items() if value.untyped_storage().data_ptr() not in places]
-
-    def config(self, known: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-        """What rebuilds the detector: stored beside the tensors, or read off them; None if nothing tells.
-
-        Args:
-            known: Arguments of the detector to put over what the file tells.
-
-        Raises:
-            UnknownArchitectureError: It is a detector of ours, but tensors do not tell enough to build it.
-        """
-        if self.stored is not None:
-            return {**self.stored, "init_args": {**self.stored["init_args"], **(known or {})}}
-        if self.format.architecture is None:
-            return None
-        found = self.format.architecture(self.state(), {**self.known, **(known or {})})
-        if found.assumed:
-            LOG.info("%s: assumed, for the tensors do not tell: %s", self.path, ", ".join(found.assumed))
-        names = [{"id": number, "name": f"class {number}"} for number in range(found.init_args["num_classes"])]
-        return {
-            "class_path": found.class_path,
-            "init_args": found.init_args,
-            "categories": names,
-            "image_settings": dict(_PUBLISHED_IMAGES),
-        }
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a detector folder, a folder of transformers, a .safetensors file or a checkpoint of tensors.
-
-    Raises:
-        FileNotFoundError: Nothing there, with the accepted forms.
-        ValueError: The file is damaged, or is no such file; or a folder of transformers holds another detector.
-    """
-    given = path
-    if path.is_dir():
-        path = path / WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"weights: expected a folder with {WEIGHTS_NAME}, a .safetensors file, a .ckpt or a .pth, got {given}, "
-            f"which {'holds no checkpoint' if given.is_dir() else 'does not exist'}."
-        )
-    try:
-        if path.suffix == ".safetensors":
-            config, preprocessor = (_read_json(path.with_name(name)) for name in (CONFIG_NAME, PREPROCESSOR_NAME))
-            content: dict[str, Any] = {"model": load_file(str(path))}
-        else:
-            config = preprocessor = None
-            with torch.serialization.safe_globals([argparse.Namespace]):  # the original's options
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(content, dict):
-                raise TypeError(f"it holds a {type(content).__name__}")
-    except Exception as error:  # a damaged file fails in any way
-        # torch's own text offers to unpickle it all the same
-        unsafe = "weights_only" in str(error)
-        reason = "it holds more than tensors" if unsafe else (str(error).strip() or "it ends too early").splitlines()[0]
-        raise ValueError(
-            f"weights: {path} cannot be read as a detector ({reason}); the file is damaged, or is no .safetensors file "
-            "and no checkpoint of tensors."
-        ) from error
-    own_folder = config is not None and "class_path" in config
-    tensors = content["model"] if own_folder else averaged_state(content)  # names are the detector's own already
-    stored = config if config is not None else content.get("simdetr")
-    if stored is not None and "class_path" in stored:
-        # of what we wrote, only an original's .pth has other names than ours
-        return Checkpoint(path, tensors, recognise(tensors) if config is None and "model" in content else OWN, stored)
-    if stored is not None and "model_type" in stored:
-        stored = config_from_transformers(stored, preprocessor or {}, tensors, path)
-        return Checkpoint(path, tensors, recognise(tensors), stored)
-    return Checkpoint(path, tensors, recognise(tensors), None, _told(content.get("args")))
-
-
-def averaged_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The detector's tensors of a Lightning checkpoint (the averaged ones if EMA was on) or of a plain state dict."""
-    state: Mapping[str, Any] = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
-    if any(name.startswith("detector.") for name in state):  # the criterion may have tensors beside it
-        state = {name: value for name, value in state.items() if name.startswith("detector.")}
-    for prefix in ("detector.", "module."):
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def _told(options: object) -> dict[str, Any]:
-    """Arguments of ours among the options that an original keeps beside its tensors."""
-    given = vars(options) if isinstance(options, argparse.Namespace) else {}
-    return {ours: given[theirs] for theirs, ours in _TOLD.items() if theirs in given}

@@ -22,12 +22,4 @@ from simdetr.heads.landmarks import LandmarkHead
 from simdetr.heads.localisation import LocalisationHead
 from simdetr.heads.query_mil import QueryMILHead
 
-__all__ = [
-    "Head",
-    "HeadLosses",
-    "HeadedBackbone",
-    "HeadedDetector",
-    "LandmarkHead",
-    "LocalisationHead",
-    "QueryMILHead",
-]
+__all__ = ["Head", "HeadLosses", "HeadedBackbone", "HeadedDetector", "LandmarkHead", "LocalisationHead", "QueryMILHead"]

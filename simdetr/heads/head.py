@@ -110,18 +110,16 @@ def check_finite(name: str, values: Tensor) -> None:
 def check_images(images: Tensor, mask: Tensor | None, module: nn.Module) -> None:
     """Raise a ValueError for images that are none, or whose device or type is not that of the module.
 
-    Args:
-        images: expected [B, 3, H, W], no side 0.
-        mask: expected on their device.
-        module: has the weights that are to read them.
+    The module has the weights that are to read them.
     """
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(f"images: expected [B, 3, H, W] with no side 0, got {list(images.shape)}")
     weights = next(module.parameters())
-    others = {"images": images.device} | ({} if mask is None else {"mask": mask.device})
-    for name, device in others.items():
-        if device.type != weights.device.type:
-            raise ValueError(f"{name}: expected on the detector's device {weights.device}, got {device}; move it there")
+    for name, given in (("images", images), ("mask", mask)):
+        if given is not None and given.device.type != weights.device.type:
+            raise ValueError(
+                f"{name}: expected on the detector's device {weights.device}, got {given.device}; move it there"
+            )
     if images.dtype != weights.dtype and not torch.is_autocast_enabled(images.device.type):
         raise ValueError(
             f"images: expected the detector's type {weights.dtype}, got {images.dtype}; convert one of them"
@@ -134,40 +132,30 @@ def check_targets(targets: Sequence[Target], batch: int, num_classes: int) -> No
         raise ValueError(f"targets: expected one per image ({batch}), got {len(targets)}")
     for index, target in enumerate(targets):
         labels = target["labels"]
-        if labels.device.type != "cpu" or not len(labels):
+        if labels.device.type != "cpu":
             continue
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= num_classes:
-            wrong = low if low < 0 else high
+        wrong = labels[(labels < 0) | (labels >= num_classes)]
+        if len(wrong):
             raise ValueError(
-                f"labels of image {index} of the batch: expected 0 to {num_classes - 1}, got {wrong}; number classes "
-                "from 0 and link num_classes to the data"
+                f"labels of image {index} of the batch: expected 0 to {num_classes - 1}, got {int(wrong.min())}; "
+                "number classes from 0 and link num_classes to the data"
             )
 
 
 def prefixed(name: str, losses: HeadLosses) -> dict[str, Tensor]:
     """Terms and diagnostics under the head's name, for the log."""
-    both: Mapping[str, Tensor] = {**losses.terms, **losses.diagnostics}
-    return {f"{name}_{key}": value for key, value in both.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Parts of a headed detector as plain data, and back: ``class_path`` and ``init_args``, as configs have them.
-#
-# Only classes of simdetr are built: a checkpoint must not name arbitrary code.
+    return {f"{name}_{key}": value for key, value in (losses.terms | losses.diagnostics).items()}
 
 
 def described(part: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Class and ``init_args`` of a built part, which keeps them."""
+    """A built part as configs have it: ``class_path``, and the ``init_args`` that it keeps."""
     return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": dict(part.init_args)}
 
 
 def factory(part: Any, base: type) -> Callable[[Any], Any]:  # noqa: ANN401
-    """A function of the one argument that a description lacks (sizes, or number of classes).
+    """A function of the one argument that a description lacks (sizes, or number of classes) to a ``base``.
 
-    Args:
-        part: such a function already, or a description.
-        base: what it has to make.
+    ``part`` is such a function, or a description; of simdetr's classes only: a checkpoint must not name arbitrary code.
     """
     if not isinstance(part, Mapping):
         made: Callable[[Any], Any] = part

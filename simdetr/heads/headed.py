@@ -1,8 +1,8 @@
-"""A detector with a head: both read the same features, train in the same step, and predict together.
+"""A detector or a backbone with a head: images in, predictions or losses out, as of any ``Detector``.
 
-In and out as any ``Detector``. A landmark head leaves the detector's predictions as they are and puts its own beside
-them; what a localisation head finds in the whole image takes their place.
-
+Detector and head read the same features, train in the same step, and predict together. A landmark head leaves the
+detector's predictions as they are and puts its own beside them; what a localisation head finds in the whole image takes
+their place. On a backbone alone, without transformer or decoder, the head's predictions are all.
 """
 
 from __future__ import annotations
@@ -63,16 +63,14 @@ class HeadedDetector(Detector):
     @classmethod
     def from_init_args(cls, init_args: Mapping[str, Any]) -> HeadedDetector:
         """Build it anew; the parts may be described as ``init_args`` does."""
-        arguments = dict(init_args)
-        head, detector = factory(arguments.pop("head"), Head), factory(arguments.pop("detector"), QueryDetector)
-        return cls(head=head, detector=detector, **arguments)
+        parts = {"head": factory(init_args["head"], Head), "detector": factory(init_args["detector"], QueryDetector)}
+        return cls(**{**init_args, **parts})
 
     @classmethod
     def thawed(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments with which the whole backbone of the detector learns."""
         part = init_args["detector"]
-        inner = class_of(part["class_path"], QueryDetector)
-        thawed = inner.thawed(part.get("init_args") or {})
+        thawed = class_of(part["class_path"], QueryDetector).thawed(part.get("init_args") or {})
         return {**init_args, "detector": {**part, "init_args": thawed}}
 
     @property
@@ -124,15 +122,10 @@ def boxed(target: Target) -> Target:
     return {name: target[name][kept] for name in ("labels", "boxes", "masks") if name in target}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A head on a backbone alone, without transformer or decoder: images in, what the head predicts out.
-#
-# The smallest detector of this package; a head that changes features (``is_neck``) sees each stage's before the next
-# one.
-
-
 class HeadedBackbone(Detector):
-    """A timm backbone with a head on its maps.
+    """A timm backbone with a head on its maps: the smallest detector of this package.
+
+    A head that changes features (``is_neck``) sees each stage's before the next one.
 
     Args:
         num_classes: K.
@@ -177,8 +170,7 @@ class HeadedBackbone(Detector):
     @classmethod
     def from_init_args(cls, init_args: Mapping[str, Any]) -> HeadedBackbone:
         """Build it anew; the head may be described as ``init_args`` does."""
-        arguments = dict(init_args)
-        return cls(head=factory(arguments.pop("head"), Head), **arguments)
+        return cls(**{**init_args, "head": factory(init_args["head"], Head)})
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
         """What the head predicts; arguments as in ``Detector``."""
@@ -205,14 +197,13 @@ class HeadedBackbone(Detector):
         mask = mask.expand(images.shape[0], -1, -1)
         taps: list[Any] = []
 
-        def between(index: int, features: Tensor) -> Tensor:
-            size = (features.shape[2], features.shape[3])
-            changed, tap = self.head.pass_level(index, Level(features, strides[index], resize_mask(mask, size)))
+        def level(index: int, found: Tensor) -> Level:
+            return Level(found, self.backbone.strides[index], resize_mask(mask, (found.shape[2], found.shape[3])))
+
+        def between(index: int, found: Tensor) -> Tensor:
+            changed, tap = self.head.pass_level(index, level(index, found))
             taps.append(tap)
             return changed
 
-        strides = self.backbone.strides
         maps = self.backbone(images, between if self.head.is_neck else None)
-        sized = zip(maps, strides, strict=True)
-        levels = [Level(found, stride, resize_mask(mask, (found.shape[2], found.shape[3]))) for found, stride in sized]
-        return Features(levels, None, taps)
+        return Features([level(index, found) for index, found in enumerate(maps)], None, taps)

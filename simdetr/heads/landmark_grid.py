@@ -1,8 +1,9 @@
 """Landmarks by subregion: one feature map in; class scores and points of the anchor nodes of every subregion out.
 
-Literal to US 11,544,507, Figures 7 and 8: the image is divided into subregions that do not overlap, and those that a
-landmark reaches into all learn its class and the same reference point.
-Letters: B images, C channels, G subregions, A anchor nodes of each, T landmarks of one image, M classes.
+Literal to US 11,544,507, Figures 7 and 8: the valid (unpadded) image is divided into rows × columns subregions that do
+not overlap, numbered row by row, and those that a landmark reaches into all learn its class and the same reference
+point.
+Letters: B images, C channels, G subregions, A anchor nodes of each, T landmarks of one image (padded), M classes.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from simdetr.heads.landmark_losses import LandmarkRule, landmark_losses, point_e
 from simdetr.heads.landmark_targets import LandmarkTargets, Samples, point_units, valid_cells
 
 PointOutput = Literal["offset", "absolute"]
+Selection = Literal["balanced", "all", "positive"]
+
+BACKGROUND_ALONE = 4  # Background subregions that an image without landmarks is trained on
+_TOUCH = 1e-5  # a box that overlaps by less of the image ends where the subregion begins
 
 
 class GridOutputs(NamedTuple):
     """Of every anchor node of every subregion."""
 
-    logits: Tensor
-    """Class scores, background last [B, G, A, M + 1]."""
-    points: Tensor
-    """(x, y), fractions of the valid image, perhaps outside it [B, G, A, 2]."""
+    logits: Tensor  # Class scores, background last [B, G, A, M + 1]
+    points: Tensor  # (x, y), fractions of the valid image, perhaps outside it [B, G, A, 2]
 
 
 class GridLandmarks(nn.Module):
@@ -43,14 +46,7 @@ class GridLandmarks(nn.Module):
     Args:
         sizes: of the feature maps.
         rule: losses of a sample.
-        grid: rows and columns of subregions.
-        anchors: A; 1, the centre, or 5, with four nodes a quarter of the subregion away from it.
-        level: which feature map, fine to coarse; None for the coarsest that is at least as large as the grid.
-        point_output: points as offsets from the anchor node, or as places in the image.
-        selection: which subregions are trained, see ``select_cells``.
-        top_anchors: how many anchor nodes of a subregion are trained, the most confident ones; None for all.
-        anchor_threshold: confidence below which an anchor node is not trained.
-        dim: width of the hidden features.
+        dim: width of the hidden features; the other arguments are those of ``LandmarkHead``.
     """
 
     def __init__(
@@ -113,12 +109,11 @@ class GridLandmarks(nn.Module):
                 f"grid: {rows} x {columns} subregions, but the feature maps have {[sizes[i] for i in tried]} rows and "
                 "columns; take fewer subregions, a finer level, or larger images"
             )
-        found = levels[fitting[-1]].features
-        if found.shape[1] != self.channels[fitting[-1]]:
-            raise ValueError(
-                f"levels[{fitting[-1]}]: expected [B, {self.channels[fitting[-1]]}, h, w], got {list(found.shape)}"
-            )
-        return fitting[-1]
+        index = fitting[-1]
+        shape, channels = list(levels[index].features.shape), self.channels[index]
+        if shape[1] != channels:
+            raise ValueError(f"levels[{index}]: expected [B, {channels}, h, w], got {shape}")
+        return index
 
     def _unread(self, read: int) -> Tensor | float:
         """0, of the projections of the maps that were not read: in training all parameters take part."""
@@ -149,10 +144,9 @@ class GridLandmarks(nn.Module):
         """One record per anchor node, see ``record_logits``: standalone as a detector's boxes without size.
 
         Then ``point_cells`` [B, 2] goes with them, a subregion's width and height as fractions of the valid image: the
-        subregions that a landmark reaches into all predict it, and that is how far its duplicates can lie apart.
-
-        On a detector, whose boxes stay its own, they stand beside them as ``landmark_logits`` and
-        ``landmark_points``, which files of predictions do not hold.
+        subregions that a landmark reaches into all predict it, and that is how far its duplicates can lie apart. On a
+        detector, whose boxes stay its own, they stand beside them as ``landmark_logits`` and ``landmark_points``, which
+        files of predictions do not hold.
         """
         logits, points = record_logits(outputs.logits).flatten(1, 2), outputs.points.flatten(1, 2)
         if features.queries is not None:
@@ -165,29 +159,12 @@ class GridLandmarks(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Subregions of an image: which features they hold, which landmark they belong to, which of them are trained.
-#
-# Pure functions of tensors. Source: US 11,544,507, Figures 7 and 8. The valid (unpadded) image is
-# divided into rows × columns subregions that do not overlap, numbered row by row. Letters: B images, C channels, G
-# subregions, A anchor nodes of each, T landmarks of one image (padded).
-
-
-Selection = Literal["balanced", "all", "positive"]
-
-BACKGROUND_ALONE = 4
-"""Background subregions that an image without landmarks is trained on."""
-_TOUCH = 1e-5  # a box that overlaps by less of the image ends where the subregion begins
 
 
 def pool_valid(features: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean of a map over each subregion of the valid image; cells that a border cuts count by their part.
+    """Mean [B, C, rows, columns] of a map [B, C, h, w] over each subregion; cells that a border cuts count by part.
 
-    Args:
-        features: [B, C, h, w].
-        mask: bool [B, h, w], True = padding, at the bottom and right; the values there do not matter.
-        grid: rows and columns of subregions.
-
-    Returns:
-        [B, C, rows, columns].
+    The mask, bool [B, h, w], is True on padding, at the bottom and right; the values there do not matter.
     """
     valid_rows, valid_columns = valid_cells(mask)
     down = _shares(valid_rows, grid[0], features.shape[2]).to(features.dtype)
@@ -197,11 +174,7 @@ def pool_valid(features: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _shares(valid: Tensor, parts: int, length: int) -> Tensor:
-    """How much of each part's mean each of ``length`` cells is, of which the first ``valid`` [B] are divided.
-
-    Returns:
-        [B, parts, length], each row's sum is 1.
-    """
+    """How much of each part's mean each cell is, of which the first ``valid`` [B] are divided: [B, parts, length]."""
     size = valid[:, None, None] / parts
     start = torch.arange(parts, device=valid.device)[:, None] * size
     cell = torch.arange(length, device=valid.device)
@@ -210,13 +183,7 @@ def _shares(valid: Tensor, parts: int, length: int) -> Tensor:
 
 
 def anchor_positions(grid: tuple[int, int], anchors: int, device: torch.device) -> Tensor:
-    """Where the anchor nodes are, fractions of the valid image [G, A, 2]: the centre, and four a quarter away from it.
-
-    Args:
-        grid: rows and columns of subregions.
-        anchors: A, 1 or 5.
-        device: to make them on.
-    """
+    """The anchor nodes [G, A, 2], fractions of the valid image: the centre, and four a quarter away from it."""
     rows, columns = grid
     y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     corner = rearrange([x, y], "xy r k -> (r k) 1 xy")
@@ -226,18 +193,10 @@ def anchor_positions(grid: tuple[int, int], anchors: int, device: torch.device) 
 
 
 def cell_owners(boxes: Tensor, points: Tensor, present: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Which landmark each subregion belongs to: the one that covers most of it, of equals the smaller.
+    """Index of the landmark that each subregion belongs to, int64 [B, G]; -1 for background.
 
-    A landmark without extent (a box without area) takes the subregion that holds its point, if no box reaches into it.
-
-    Args:
-        boxes: cxcywh, fractions of the valid image [B, T, 4].
-        points: fractions of the valid image [B, T, 2], NaN where unknown.
-        present: bool [B, T]; the others fill up.
-        grid: rows and columns of subregions.
-
-    Returns:
-        Index of the landmark, int64 [B, G]; -1 for background.
+    It is the one that covers most of it, of equals the smaller. A landmark without extent (a box without area) takes
+    the subregion that holds its point, if no box reaches into it. Boxes, points and present are ``LandmarkTargets``'.
     """
     rows, columns = grid
     corners = cxcywh_to_xyxy(boxes)
@@ -249,9 +208,7 @@ def cell_owners(boxes: Tensor, points: Tensor, present: Tensor, grid: tuple[int,
     has_extent = ((boxes[..., 2] > 0) & (boxes[..., 3] > 0))[:, None]
     candidate = torch.where(has_extent, reached, held) & present[:, None]
     share = torch.where(has_extent, covered, 0.0).masked_fill(~candidate, -1.0)
-    most = share.amax(dim=2, keepdim=True)
-    # equal but for rounding
-    candidate = candidate & (share >= most * (1 - 1e-5))
+    candidate = candidate & (share >= share.amax(dim=2, keepdim=True) * (1 - 1e-5))  # equal but for rounding
     area = torch.where(has_extent, boxes[..., 2:].prod(dim=-1)[:, None], 0.0)
     smallest = area.expand_as(candidate).masked_fill(~candidate, torch.inf).argmin(dim=2)
     return torch.where(candidate.any(dim=2), smallest, -1)
@@ -277,11 +234,8 @@ def _cell_of(points: Tensor, grid: tuple[int, int]) -> Tensor:
 def select_cells(positive: Tensor, selection: Selection, generator: torch.Generator | None = None) -> Tensor:
     """Which subregions are trained, bool [B, G].
 
-    Args:
-        positive: subregions of a landmark, bool [B, G].
-        selection: ``balanced`` adds as many of the background as there are positive ones, drawn at random, and 4 to an
-            image without any; ``all`` and ``positive`` draw nothing.
-        generator: of the draw; by default torch's own.
+    ``balanced`` adds as many of the background as there are positive ones (those of a landmark, bool [B, G]), drawn at
+    random, and 4 to an image without any; ``all`` and ``positive`` draw nothing.
     """
     if selection == "all":
         return torch.ones_like(positive)
@@ -296,12 +250,9 @@ def select_cells(positive: Tensor, selection: Selection, generator: torch.Genera
 
 
 def select_anchors(confidence: Tensor, top: int | None = None, threshold: float = 0.0) -> Tensor:
-    """Which anchor nodes of each subregion are trained, bool [..., A].
+    """Which anchor nodes of each subregion are trained, bool [..., A], by their confidence that there is a landmark.
 
-    Args:
-        confidence: of each that there is a landmark [..., A].
-        top: only the most confident ones, so many of each subregion; None for all.
-        threshold: only those of this confidence or more.
+    Only those of ``threshold`` or more, and of each subregion only the ``top`` most confident ones; None for all.
     """
     used = confidence >= threshold
     if top is None or top >= confidence.shape[-1]:

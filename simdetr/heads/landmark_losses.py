@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simdetr.detectors.matcher import at_least_float32
 from simdetr.heads.head import check_choice
 
 Mode = Literal["eq4", "eq5", "eq6", "eq7"]
@@ -36,35 +37,21 @@ LOG = logging.getLogger(__name__)
 class SampleLosses(NamedTuple):
     """Losses of N samples, each [N]."""
 
-    total: Tensor
-    """What is minimised, Equation 1."""
-    class_loss: Tensor
-    """u, Equation 2."""
-    point_loss: Tensor
-    """The coupled point error without λ, Equation 4; 0 for background."""
-    probability: Tensor
-    """P^C, Equation 3; without gradient."""
-    error: Tensor
-    """S, whatever the equation; 0 for background, without gradient."""
-    reversed: Tensor
-    """bool; whether, coupled, the point error would outweigh the class loss and the class be un-learned."""
+    total: Tensor  # What is minimised, Equation 1
+    class_loss: Tensor  # u, Equation 2
+    point_loss: Tensor  # The coupled point error without λ, Equation 4; 0 for background
+    probability: Tensor  # P^C, Equation 3; without gradient
+    error: Tensor  # S, whatever the equation; 0 for background, without gradient
+    reversed: Tensor  # bool; whether, coupled, the point error would outweigh the class loss and un-learn the class
 
 
 @dataclass(frozen=True)
 class LandmarkRule:
     """How class and point are weighed against each other.
 
-    Attributes:
-        mode: which equation; see the module.
-        point_weight: λ.
-        beta: error from which smooth L1 grows linearly, in the unit of errors.
-        weight_gradient: whether the weight of the point error, P^C or exp(-u), passes a gradient on to the class
-            scores. ``coupled`` as in the document: where λ · P^C · S > 1 the gradient un-learns the class.
-            ``detached`` never; ``auto`` is coupled except in those samples.
-        class_weight: what P^C is of: ``softmax`` scores with a column for background, u = -log P^C; or ``sigmoid``
-            scores, each class on its own, u = binary cross-entropy of all classes.
-        unit: of point errors: cells of the grid, fractions of the valid image, or pixels of the resized one. In
-            fractions S is so small that u alone is learned, by whatever equation.
+    Attributes are those of ``LandmarkHead``. ``weight_gradient`` is of the weight of the point error, P^C or exp(-u):
+    where λ · P^C · S > 1 it un-learns the class. ``class_weight`` says what P^C is of: ``softmax`` scores with a column
+    for background, u = -log P^C; or ``sigmoid`` scores, each class on its own, u = binary cross-entropy of all.
 
     Raises:
         ValueError: an unknown option, a negative λ, a β that is not positive.
@@ -102,15 +89,9 @@ class LandmarkRule:
 
 
 def point_error(points: Tensor, targets: Tensor, beta: float) -> Tensor:
-    """S, the smooth L1 distance summed over x and y; 0, and without gradient, where the target is unknown (NaN).
+    """S [...], the smooth L1 distance of points [..., 2] summed over x and y; ``beta`` is in their unit.
 
-    Args:
-        points: [..., 2].
-        targets: [..., 2].
-        beta: in the unit of the points.
-
-    Returns:
-        [...].
+    It is 0, and without gradient, where the target is unknown (NaN).
     """
     targets = torch.where(targets.isnan(), points.detach(), targets)
     return F.smooth_l1_loss(points, targets, beta=beta, reduction="none").sum(dim=-1)
@@ -119,26 +100,17 @@ def point_error(points: Tensor, targets: Tensor, beta: float) -> Tensor:
 def landmark_losses(logits: Tensor, classes: Tensor, errors: Tensor, rule: LandmarkRule) -> SampleLosses:
     """Equations 1 to 7 for each sample.
 
-    Args:
-        logits: scores p: [N, M + 1] with background last for softmax, [N, M] for sigmoid.
-        classes: true classes C, int64 [N]; M for background.
-        errors: S [N], see ``point_error``; without meaning for background.
-        rule: which equation, and its weights.
+    Scores p are [N, M + 1] with background last for softmax, [N, M] for sigmoid; true classes C int64 [N], M for
+    background; errors S [N], without meaning for background.
     """
     loss, probability = _class_terms(logits, classes, rule.class_weight)
-    is_landmark = classes < num_classes_of(logits, rule)
+    num_classes = logits.shape[-1] - (rule.class_weight == "softmax")
     # chosen, not multiplied by 0: the error of background may be anything
-    errors = torch.where(is_landmark, errors, 0.0)
+    errors = torch.where(classes < num_classes, errors, 0.0)
     effective = errors.square() if rule.mode == "eq7" else errors
-    if rule.mode == "eq4":
-        weight = probability
-    elif rule.mode == "eq5":
-        weight = torch.ones_like(loss)
-    else:
-        weight = torch.exp(-loss)
-    outweighed = rule.point_weight * weight * effective > 1
-    if rule.mode == "eq5":
-        outweighed = torch.zeros_like(outweighed)  # nothing is coupled that could be reversed
+    weight = {"eq4": probability, "eq5": torch.ones_like(loss)}.get(rule.mode, torch.exp(-loss))
+    # in eq5 nothing is coupled that could be reversed
+    outweighed = (rule.point_weight * weight * effective > 1) & (rule.mode != "eq5")
     if rule.weight_gradient == "detached":
         weight = weight.detach()
     elif rule.weight_gradient == "auto":
@@ -146,11 +118,6 @@ def landmark_losses(logits: Tensor, classes: Tensor, errors: Tensor, rule: Landm
     point_loss = weight * effective
     total = loss + rule.point_weight * point_loss
     return SampleLosses(total, loss, point_loss, probability.detach(), errors.detach(), outweighed)
-
-
-def num_classes_of(logits: Tensor, rule: LandmarkRule) -> int:
-    """M of scores [..., M + 1] (softmax) or [..., M] (sigmoid)."""
-    return logits.shape[-1] - (rule.class_weight == "softmax")
 
 
 def background_loss(logits: Tensor, rule: LandmarkRule) -> Tensor:
@@ -161,18 +128,13 @@ def background_loss(logits: Tensor, rule: LandmarkRule) -> Tensor:
 
 
 def record_logits(logits: Tensor) -> Tensor:
-    """Scores as a detector's logits: of each row one class at most, as the document reports one class per landmark.
+    """Softmax scores [..., M + 1] as a detector's logits [..., M], float32 or wider.
 
-    The sigmoid of the most probable class's logit is the confidence that there is a landmark at all, 1 - P^background;
-    all other classes, and all of a row whose most probable class is the background, are -inf, which is no detection.
-
-    Args:
-        logits: softmax scores [..., M + 1], background last.
-
-    Returns:
-        float32 or wider [..., M].
+    Of each row one class at most, as the document reports one class per landmark: the sigmoid of the most probable
+    class's logit is the confidence that there is a landmark at all, 1 - P^background; all other classes, and all of a
+    row whose most probable class is the background, are -inf, which is no detection.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = at_least_float32(logits)
     foreground, background = logits[..., :-1], logits[..., -1:]
     confidence = foreground.logsumexp(dim=-1, keepdim=True) - background
     best, place = foreground.max(dim=-1, keepdim=True)

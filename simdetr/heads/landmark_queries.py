@@ -21,26 +21,20 @@ from simdetr.heads.head import check_finite
 from simdetr.heads.landmark_losses import LandmarkRule, background_loss, landmark_losses, point_error, record_logits
 from simdetr.heads.landmark_targets import LandmarkTargets, Samples, point_units
 
+# weights of the terms of matching: class, L1 of points, and of boxes L1 and generalised IoU
 CLASS_COST, POINT_COST, BOX_COST, GIOU_COST = 2.0, 5.0, 5.0, 2.0
-"""Weights of the terms of matching: class, L1 of points, and of boxes L1 and generalised IoU."""
 _PRIOR = 0.01  # probability at the start that a query is a landmark: most are not
 
 
 class QueryOutputs(NamedTuple):
     """Of every prediction of the decoder, first to last."""
 
-    logits: Tensor
-    """Class scores: own ones, background last [N, B, Q, M + 1], or the detector's [N, B, Q, M]."""
-    points: Tensor
-    """(x, y), fractions of the valid image [N, B, Q, 2]."""
+    logits: Tensor  # Class scores: own ones, background last [N, B, Q, M + 1], or the detector's [N, B, Q, M]
+    points: Tensor  # (x, y), fractions of the valid image [N, B, Q, 2]
 
 
 class PointHead(nn.Module):
-    """Perceptron of three layers from a state to how far the point lies from the reference, in logits; 0 at the start.
-
-    Args:
-        width: D, of the state and of both hidden layers.
-    """
+    """Perceptron from a state to how far the point lies from the reference, in logits; 0 at the start."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,12 +56,7 @@ class QueryLandmarks(nn.Module):
 
     Args:
         sizes: of the queries.
-        rule: losses of a sample; its ``class_weight`` says whose class scores: own ones for softmax, else the
-            detector's.
-        grid: rows and columns that the unit ``cell`` divides the image into.
-        shared: one set of weights for all predictions of the decoder instead of one for each.
-        match_boxes: let the detector's boxes take part in matching, for landmarks that have a box.
-        background_weight: weight of the class loss of queries that no landmark is matched to.
+        rule: losses of a sample; the other arguments are those of ``LandmarkHead``.
     """
 
     def __init__(
@@ -83,18 +72,14 @@ class QueryLandmarks(nn.Module):
         assert sizes.query_channels is not None
         self.rule, self.grid, self.width = rule, grid, sizes.query_channels
         self.match_boxes, self.background_weight = match_boxes, background_weight
-        count = 1 if shared else sizes.num_predictions
-        self.point_embed = nn.ModuleList(PointHead(self.width) for _ in range(count))
-        own = rule.class_weight == "softmax"
-        classes = [_class_head(self.width, sizes.num_classes) for _ in range(count)] if own else []
-        self.class_embed = nn.ModuleList(classes)
+        count = range(1 if shared else sizes.num_predictions)
+        self.point_embed = nn.ModuleList(PointHead(self.width) for _ in count)
+        self.class_embed = nn.ModuleList(
+            _class_head(self.width, sizes.num_classes) for _ in (count if rule.class_weight == "softmax" else ())
+        )
 
     def forward(self, features: Features) -> QueryOutputs:
-        """Scores and points of every prediction.
-
-        Raises:
-            ValueError: states of another width, or that are not finite.
-        """
+        """Scores and points of every prediction; a ValueError for states of another width, or that are not finite."""
         queries = features.queries
         assert queries is not None
         logits, points = [], []

@@ -21,16 +21,11 @@ from simdetr.heads.landmark_losses import SampleLosses, Unit
 class LandmarkTargets(NamedTuple):
     """Landmarks of a batch."""
 
-    labels: Tensor
-    """Class int64 [B, T]."""
-    boxes: Tensor
-    """Extent, cxcywh, fractions of the valid image [B, T, 4]; without area where only the point is known."""
-    points: Tensor
-    """Reference point (x, y), fractions of the valid image [B, T, 2]; NaN where unknown."""
-    present: Tensor
-    """bool [B, T]; the others fill up."""
-    counts: list[int]
-    """Landmarks of each image."""
+    labels: Tensor  # Class int64 [B, T]
+    boxes: Tensor  # Extent, cxcywh, fractions of the valid image [B, T, 4]; without area where only the point is known
+    points: Tensor  # Reference point (x, y), fractions of the valid image [B, T, 2]; NaN where unknown
+    present: Tensor  # bool [B, T]; the others fill up
+    counts: list[int]  # Landmarks of each image
 
     @classmethod
     def of(cls, targets: Sequence[Target], device: torch.device) -> LandmarkTargets:
@@ -39,8 +34,8 @@ class LandmarkTargets(NamedTuple):
         Raises:
             ValueError: no points, or not one for each label.
         """
-        for index, target in enumerate(targets):
-            count = len(target["labels"])
+        counts = [len(target["labels"]) for target in targets]
+        for index, (target, count) in enumerate(zip(targets, counts, strict=True)):
             if "points" not in target:
                 raise ValueError(
                     f"targets: image {index} of the batch has no 'points'; say which point of each class's boxes to "
@@ -52,7 +47,6 @@ class LandmarkTargets(NamedTuple):
                 )
         labels, boxes = pad_targets(targets)
         points = pad_sequence([target["points"].float() for target in targets], batch_first=True)
-        counts = [len(target["labels"]) for target in targets]
         present = torch.arange(labels.shape[1]) < torch.tensor(counts)[:, None]
         labels, boxes, points, present = (to_device(side, device) for side in (labels, boxes, points, present))
         return cls(labels, boxes, points, present, counts)
@@ -62,30 +56,23 @@ class Samples(NamedTuple):
     """N samples that a variant trains."""
 
     losses: SampleLosses
-    weight: Tensor
-    """How much each counts [N]."""
-    is_landmark: Tensor
-    """bool [N]; the others are background."""
-    class_loss_of_others: Tensor | float
-    """Sum of the class losses of what is not among the samples."""
+    weight: Tensor  # How much each counts [N]
+    is_landmark: Tensor  # bool [N]; the others are background
+    class_loss_of_others: Tensor | float  # Sum over what is not among the samples
 
 
 def point_units(levels: Sequence[Level], unit: Unit, grid: tuple[int, int]) -> Tensor:
-    """How many units the valid image is wide and high, float32 [B, 2].
+    """How many units the valid image is wide and high, float32 [B, 2]; cells are those of the grid, rows and columns.
 
-    Args:
-        levels: feature maps of the batch. Pixels are read off the finest one, so they are rounded up to its stride.
-        unit: of distances.
-        grid: rows and columns of subregions, for the unit ``cell``.
+    Pixels are read off the finest feature map, so they are rounded up to its stride.
     """
     finest = levels[0]
     rows, columns = valid_cells(finest.mask)
     if unit == "pixel":
         return finest.stride * torch.stack((columns, rows), dim=1).float()
     size = torch.ones_like(rows, dtype=torch.float32)
-    if unit == "fraction":
-        return torch.stack((size, size), dim=1)
-    return torch.stack((grid[1] * size, grid[0] * size), dim=1)
+    down, across = grid if unit == "cell" else (1, 1)
+    return torch.stack((across * size, down * size), dim=1)
 
 
 def valid_cells(mask: Tensor) -> tuple[Tensor, Tensor]:

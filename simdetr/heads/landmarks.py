@@ -2,8 +2,6 @@
 
 In: queries of a detector, or feature maps of a backbone. Out: classes and points; in training the losses of US
 11,544,507, Equations 1 to 7 (``landmark_losses``), whose point error counts as much as the class is already known.
-Source: US 11,544,507. Classes are numbered 0..M-1; background, which the document calls class 0, is the last column of
-class scores.
 """
 
 from __future__ import annotations
@@ -119,13 +117,7 @@ class LandmarkHead(Head):
         return outputs
 
     def losses(self, outputs: Any, features: Features, targets: Sequence[Target]) -> HeadLosses:  # noqa: ANN401
-        """Class and point losses.
-
-        Args:
-            outputs: of ``forward``.
-            features: what they were made of.
-            targets: per image ``labels`` [T], ``boxes`` cxcywh [T, 4] and ``points`` (x, y) [T, 2], fractions of the
-                valid image; NaN for unknown points, boxes without area for unknown boxes.
+        """Class and point losses; ``points`` of the targets are NaN, boxes without area, where they are unknown.
 
         Returns:
             ``loss_class`` and ``loss_point``, summed over the decoder's predictions; the total is the first plus λ
@@ -141,20 +133,16 @@ class LandmarkHead(Head):
         attached = 0.0 * (outputs.logits.sum() + outputs.points.sum())
         divisor = global_mean_count(sum(wanted.counts), outputs.points.device) if self.reduction == "landmarks" else 1.0
         if not sum(wanted.counts):
-            nothing = torch.zeros_like(attached)
-            terms = {"loss_class": nothing, "loss_point": nothing}
-            watched = dict.fromkeys(("reversal_rate", "true_probability", "point_error"), nothing)
+            terms = dict.fromkeys(("loss_class", "loss_point"), torch.zeros_like(attached))
+            watched = dict.fromkeys(("reversal_rate", "true_probability", "point_error"), torch.zeros_like(attached))
             return HeadLosses(attached, terms, watched)
         losses, weight, is_landmark, others = self.variant.samples(outputs, features, wanted)
         class_loss = ((weight * losses.class_loss).sum() + others) / divisor
         point_loss = (weight * losses.point_loss).sum() / divisor
         positive = weight * is_landmark
         count = positive.sum().clamp(min=1)
-        watched = {
-            "reversal_rate": (positive * losses.reversed).sum() / count,
-            "true_probability": (positive * losses.probability).sum() / count,
-            "point_error": (positive * losses.error).sum() / count,
-        }
+        seen = {"reversal_rate": losses.reversed, "true_probability": losses.probability, "point_error": losses.error}
+        watched = {name: (positive * values).sum() / count for name, values in seen.items()}
         total = class_loss + self.point_weight * point_loss + attached
         return HeadLosses(total, {"loss_class": class_loss.detach(), "loss_point": point_loss.detach()}, watched)
 
@@ -171,18 +159,18 @@ class LandmarkHead(Head):
 
 def _check_ranges(options: dict[str, Any], num_levels: int) -> None:
     """Raise a ValueError for numbers that mean nothing."""
-    level, top, grid = options["level"], options["top_anchors"], options["grid"]
+    top, grid, own_scores = options["top_anchors"], options["grid"], options["variant"] == "grid"
+    levels = range(-num_levels, num_levels)
     wrong = {
         "background_weight must be at least 0": options["background_weight"] < 0,
         "grid must be rows and columns, both at least 1": len(grid) != 2 or min(grid) < 1,
         "anchors must be 1 (the centre) or 5 (and four around it)": options["anchors"] not in (1, 5),
-        f"level must be None or {-num_levels} to {num_levels - 1}": level is not None
-        and not -num_levels <= level < num_levels,
+        f"level must be None or {-num_levels} to {num_levels - 1}": options["level"] not in (None, *levels),
         "top_anchors must be None (all) or at least 1": top is not None and top < 1,
         "anchor_threshold must be 0 to 1": not 0 <= options["anchor_threshold"] <= 1,
-        "class_weight must be 'softmax' for the variant 'grid', which has class scores of its own": options["variant"]
-        == "grid"
-        and options["class_weight"] != "softmax",
+        "class_weight must be 'softmax' for the variant 'grid', which has class scores of its own": (
+            own_scores and options["class_weight"] != "softmax"
+        ),
     }
     for text, is_wrong in wrong.items():
         if is_wrong:

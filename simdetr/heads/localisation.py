@@ -9,7 +9,7 @@ Letters: B images, C channels, K classes, S pixels of a score map's side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -35,7 +35,7 @@ from simdetr.heads.localisation_losses import (
     check_not_negative,
     check_one_class,
     class_loss,
-    contrastive_attention_loss,
+    contrastive_loss,
     foreground_consistency_loss,
     image_classes,
     log_odds,
@@ -117,19 +117,15 @@ class LocalisationHead(Head):
         super().__init__()
         self.taps = checked_taps(taps, len(sizes.level_channels))
         self.init_args["taps"] = None if taps is None else list(taps)
-        for name, value, kind in (
-            ("method", method, Method),
-            ("class_loss", class_loss, ClassLoss),
-            ("distance", distance, Distance),
-            ("embed_from", embed_from, EmbedFrom),
-            ("consistency", consistency, Reduction),
-        ):
-            check_choice(name, value, kind)
+        kinds = {"method": Method, "class_loss": ClassLoss, "distance": Distance, "embed_from": EmbedFrom}
+        for name, kind in (kinds | {"consistency": Reduction}).items():
+            check_choice(name, self.init_args[name], kind)
         check_thresholds(foreground_threshold, background_threshold)
-        check_not_negative(
-            {"margin": margin, "contrastive_weight": contrastive_weight, "consistency_weight": consistency_weight}
-        )
-        _check_shares({"mask_probability": mask_probability, "box_threshold": box_threshold})
+        weights = ("margin", "contrastive_weight", "consistency_weight")
+        check_not_negative({name: self.init_args[name] for name in weights})
+        for name, share in (("mask_probability", mask_probability), ("box_threshold", box_threshold)):
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name}: expected a share within [0, 1], got {share}")
         if map_size < 2:
             raise ValueError(f"map_size must be at least 2 pixels, got {map_size}")
         self.is_neck = method == "in_sample"
@@ -147,48 +143,26 @@ class LocalisationHead(Head):
             raise ValueError(f"map_source: method='cam' has no attention to show as {map_source!r}; leave it out")
         channels = [sizes.level_channels[index] for index in self.taps]
         self.classifier = nn.Linear(channels[-1], sizes.num_classes)
+        embedding = (embed_channels, value_channels, embedding_size if contrastive_weight > 0 else None, embed_from)
+        masks = (foreground_threshold, background_threshold, soft_masks)
         self.attention = nn.ModuleList(
-            AttentionTap(
-                width,
-                embed_channels,
-                value_channels,
-                embedding_size if contrastive_weight > 0 else None,
-                embed_from,
-                foreground_threshold,
-                background_threshold,
-                soft_masks,
-            )
-            for width in (channels if self.is_neck else [])
+            AttentionTap(width, *embedding, *masks) for width in (channels if self.is_neck else [])
         )
 
     def pass_level(self, index: int, level: Level) -> tuple[Tensor, Tap | None]:
-        """Look at a tapped level, and in training multiply it; see ``Head``.
-
-        Raises:
-            ValueError: features of another shape, not finite, or a map smaller than 2 × 2.
-        """
-        wanted = set(self.taps) if self.training else self._shown_taps()
-        if not self.is_neck or index not in wanted:
+        """Look at a tapped level, which ``check_level`` checks, and in training multiply it; see ``Head``."""
+        first, last = self.taps[0], self.taps[-1]
+        of_map = {"last_attention": [last], "product": [first, last], "cam": []}.get(self.map_source, [first])
+        if not self.is_neck or index not in (self.taps if self.training else of_map):
             return level.features, None
         check_level(index, level, self.sizes.level_channels[index])
         tap: Tap = self.attention[self.taps.index(index)](level, embed=self.training)
         if not self.training or self.mask_probability is None or index == self.taps[-1]:
             return level.features, tap
-        return level.features * self._drawn(tap, self.mask_probability).to(level.features.dtype)[:, None], tap
-
-    @staticmethod
-    def _drawn(tap: Tap, mask_probability: float) -> Tensor:
-        """S [B, h, w], the dropped foreground mask or the importance map."""
-        importance = importance_map(tap.raw, tap.padding)
-        if float(torch.rand(())) >= mask_probability:
-            return importance
-        return torch.where(tap.usable[:, None, None], tap.masks[:, DROPPED], importance)
-
-    def _shown_taps(self) -> set[int]:
-        """Levels whose attention the score map is made of."""
-        first, last = self.taps[0], self.taps[-1]
-        shown = {"last_attention": {last}, "product": {first, last}, "cam": set[int]()}
-        return shown.get(self.map_source, {first})
+        shown = importance_map(tap.raw, tap.padding)
+        if float(torch.rand(())) < self.mask_probability:
+            shown = torch.where(tap.usable[:, None, None], tap.masks[:, DROPPED], shown)
+        return level.features * shown.to(level.features.dtype)[:, None], tap
 
     def forward(self, features: Features) -> Tensor:
         """Class logits [B, K] of the mean of the last tapped map over the valid image."""
@@ -201,15 +175,10 @@ class LocalisationHead(Head):
         return logits
 
     def losses(self, outputs: Tensor, features: Features, targets: Sequence[Target]) -> HeadLosses:
-        """Equation 4: L_cls + L_ca + L_fc, each the mean over the images with a label.
-
-        Args:
-            outputs: of ``forward``, in training mode.
-            features: what they were made of.
-            targets: ``labels`` of each image; boxes are not read.
+        """Equation 4: L_cls + L_ca + L_fc, each the mean over the images with a label; reads their ``labels`` only.
 
         Raises:
-            ValueError: labels that are no classes, or several per image with ``softmax``.
+            ValueError: labels that are no classes, several per image with ``softmax``, or features of evaluation mode.
         """
         check_targets(targets, len(outputs), self.sizes.num_classes)
         if self.class_loss == "softmax":
@@ -221,7 +190,7 @@ class LocalisationHead(Head):
         taps: list[Tap] = [features.taps[index] for index in self.taps]
         if any(tap is None for tap in taps):
             raise ValueError("losses: expected features of training mode, got some of evaluation mode; call train()")
-        terms["ca"] = self._contrastive(taps, classes.labelled)
+        terms["ca"] = contrastive_loss(taps, classes.labelled, self.margin, self.distance)
         terms["fc"] = self._consistency(taps[0], taps[-1], classes.labelled)
         # the blocks take part even where no term reads them, which several processes want
         unread = 0.0 * sum(tap.raw.sum() for tap in taps)
@@ -229,15 +198,6 @@ class LocalisationHead(Head):
         skipped = torch.stack([~tap.usable & classes.labelled for tap in taps])
         constant = torch.stack([tap.attention.detach().amax(dim=(1, 2)) == 0 for tap in taps])
         return HeadLosses(total, terms, {"empty_masks": skipped.sum(), "constant_maps": constant.sum()})
-
-    def _contrastive(self, taps: Sequence[Tap], labelled: Tensor) -> Tensor:
-        """L_ca, mean over the taps; images with an empty mask are left out."""
-        found = [
-            contrastive_attention_loss(tap.embeddings, tap.usable & labelled, self.margin, self.distance)
-            for tap in taps
-            if tap.embeddings is not None
-        ]
-        return torch.stack(found).mean() if found else taps[0].raw.new_zeros(())
 
     def _consistency(self, first: Tap, last: Tap, labelled: Tensor) -> Tensor:
         """L_fc of first and last tap."""
@@ -249,15 +209,12 @@ class LocalisationHead(Head):
 
     @torch.no_grad()
     def score_map(self, outputs: Tensor, features: Features, labels: Tensor | None = None) -> Tensor:
-        """Where the object is.
+        """Where the object is: [B, 1, S, S] in [0, 1] over the valid image; 0 where the map is constant.
 
         Args:
             outputs: of ``forward``, in evaluation mode.
             features: what they were made of.
             labels: class of each image [B] (GT-known); None for the predicted one. Only ``cam`` depends on it.
-
-        Returns:
-            [B, 1, S, S] in [0, 1], over the valid image; 0 where the map is constant.
 
         Raises:
             ValueError: not one label per image, or one outside the classes.
@@ -279,16 +236,12 @@ class LocalisationHead(Head):
         return (tap.masks[:, DROPPED] if source == "dropped_foreground" else tap.attention), tap.padding
 
     def predictions(self, outputs: Tensor, features: Features) -> dict[str, Tensor]:
-        """Class, box and score map of each image.
-
-        Args:
-            outputs: of ``forward``, in evaluation mode.
-            features: what they were made of.
+        """Box and score map of each image's predicted class, in evaluation mode.
 
         Returns:
-            ``pred_logits`` [B, 1, K], of the predicted class, whose sigmoid is its probability, and -inf elsewhere: the
-            box is not theirs; ``pred_boxes`` [B, 1, 4] (all 0 where the map is constant) and ``score_maps``
-            [B, 1, S, S], all of the predicted class.
+            ``pred_logits`` [B, 1, K], of which the sigmoid is the class's probability, and -inf for the other classes:
+            the box is not theirs; ``pred_boxes`` [B, 1, 4] (all 0 where the map is constant); ``score_maps``
+            [B, 1, S, S].
         """
         maps = self.score_map(outputs, features)
         logits = at_least_float32(outputs)
@@ -300,10 +253,3 @@ class LocalisationHead(Head):
             "pred_boxes": score_map_boxes(maps[:, 0], self.box_threshold)[:, None],
             "score_maps": maps,
         }
-
-
-def _check_shares(shares: Mapping[str, float | None]) -> None:
-    """Raise a ValueError for shares outside [0, 1]."""
-    for name, share in shares.items():
-        if share is not None and not 0 <= share <= 1:
-            raise ValueError(f"{name}: expected a share within [0, 1], got {share}")

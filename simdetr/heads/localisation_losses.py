@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simdetr.detectors.matcher import Target
-from simdetr.heads.attention import BACKGROUND, DROPPED, FOREGROUND
+from simdetr.heads.attention import BACKGROUND, DROPPED, FOREGROUND, Tap
 
 Distance = Literal["euclidean", "cosine"]
 Reduction = Literal["mean", "sum"]
@@ -24,10 +24,8 @@ ClassLoss = Literal["softmax", "bce"]
 class ImageClasses(NamedTuple):
     """Which classes the images show."""
 
-    shown: Tensor
-    """float32 [B, K], 1 where an image shows a class."""
-    labelled: Tensor
-    """bool [B]: images with a label at all; the others teach nothing."""
+    shown: Tensor  # float32 [B, K], 1 where an image shows a class
+    labelled: Tensor  # bool [B]: images with a label at all; the others teach nothing
 
 
 def check_not_negative(values: Mapping[str, float]) -> None:
@@ -61,10 +59,7 @@ def check_one_class(targets: Sequence[Target]) -> None:
 def class_loss(logits: Tensor, classes: ImageClasses, kind: ClassLoss) -> Tensor:
     """Cross-entropy of image logits [B, K], mean over the labelled images.
 
-    Args:
-        logits: [B, K].
-        classes: of the images; one per image for ``softmax``.
-        kind: ``softmax``, or ``bce``: each class on its own, mean over the classes.
+    ``softmax`` is for one class per image, ``bce`` takes each class on its own and the mean over the classes.
     """
     if kind == "softmax":
         each = F.cross_entropy(logits.float(), classes.shown, reduction="none")
@@ -79,16 +74,21 @@ def log_odds(logits: Tensor) -> Tensor:
     return logs - torch.log(-torch.expm1(logs))
 
 
+def contrastive_loss(taps: Sequence[Tap], labelled: Tensor, margin: float, distance: Distance) -> Tensor:
+    """L_ca, mean over the taps, of the labelled images without an empty mask; 0 where nothing was embedded."""
+    found = [
+        contrastive_attention_loss(tap.embeddings, tap.usable & labelled, margin, distance)
+        for tap in taps
+        if tap.embeddings is not None
+    ]
+    return torch.stack(found).mean() if found else taps[0].raw.new_zeros(())
+
+
 def contrastive_attention_loss(embeddings: Tensor, usable: Tensor, margin: float, distance: Distance) -> Tensor:
     """Equation 2: the rest of the foreground shall be nearer to the whole foreground than to the background.
 
-    L_ca = mean of max(0, d(z_dfg, z_fg) − d(z_dfg, z_bg) + m).
-
-    Args:
-        embeddings: unit vectors [B, 3, E] in the order of ``foreground_masks``.
-        usable: bool [B], images that count; 0 if none does.
-        margin: m.
-        distance: ``euclidean``, or ``cosine``: 1 − the cosine of the angle; both within [0, 2].
+    L_ca = mean of max(0, d(z_dfg, z_fg) − d(z_dfg, z_bg) + m) over the images that are usable, bool [B]. Embeddings
+    [B, 3, E] are unit vectors in the order of ``foreground_masks``.
     """
     dropped, foreground, background = (embeddings[:, part] for part in (DROPPED, FOREGROUND, BACKGROUND))
     near, far = distances(dropped, foreground, distance), distances(dropped, background, distance)
@@ -96,7 +96,7 @@ def contrastive_attention_loss(embeddings: Tensor, usable: Tensor, margin: float
 
 
 def distances(first: Tensor, second: Tensor, distance: Distance) -> Tensor:
-    """Distances [B] of unit vectors [B, E]; the gradient of two equal ones is 0."""
+    """Distances [B] in [0, 2] of unit vectors [B, E]; 1 − the cosine, or euclidean, with gradient 0 of equal ones."""
     if distance == "cosine":
         return 1 - (first * second).sum(dim=1)
     apart: Tensor = torch.linalg.vector_norm(first - second, dim=1)
@@ -106,15 +106,10 @@ def distances(first: Tensor, second: Tensor, distance: Distance) -> Tensor:
 def foreground_consistency_loss(
     early: Tensor, late: Tensor, early_padding: Tensor, late_padding: Tensor, usable: Tensor, reduction: Reduction
 ) -> Tensor:
-    """Equation 3: early attention shall agree with late attention, ‖A_i − A_j‖² as mean or sum over the positions.
+    """Equation 3: early attention A_i [B, h, w] shall agree with late attention A_j [B, h', w'].
 
-    Args:
-        early: A_i [B, h, w], which learns.
-        late: A_j [B, h', w'], resized to A_i; gets no gradient.
-        early_padding: bool [B, h, w].
-        late_padding: bool [B, h', w'].
-        usable: bool [B], images that count; 0 if none does.
-        reduction: over the valid positions of A_i; over the images it is always the mean.
+    ‖A_i − A_j‖² as mean or sum over the valid positions of A_i, and mean over the images that are usable, bool [B].
+    A_j is resized to A_i and gets no gradient.
     """
     wanted = _resized(late.detach(), late_padding, early.shape[1:])
     squares = (early - wanted).square().masked_fill(early_padding, 0.0).sum(dim=(1, 2))

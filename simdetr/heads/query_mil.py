@@ -17,26 +17,17 @@ from torch import Tensor, nn
 
 from simdetr.detectors.detector import Features, FeatureSizes
 from simdetr.detectors.matcher import Target, at_least_float32
-from simdetr.heads.attention import AttentionTap, Tap, check_level, check_thresholds, checked_taps
+from simdetr.heads.attention import AttentionTap, check_level, check_thresholds, checked_taps
 from simdetr.heads.head import Head, HeadLosses, check_choice, check_targets
-from simdetr.heads.localisation_losses import (
-    Distance,
-    check_not_negative,
-    class_loss,
-    contrastive_attention_loss,
-    image_classes,
-)
+from simdetr.heads.localisation_losses import Distance, check_not_negative, class_loss, contrastive_loss, image_classes
 
 
 class MILOutput(NamedTuple):
     """What the queries say of each image."""
 
-    image_logits: Tensor
-    """After each prediction [L, B, K]."""
-    query_logits: Tensor
-    """Of the last prediction [B, Q, K]."""
-    boxes: Tensor
-    """Of the last prediction, cxcywh [B, Q, 4]."""
+    image_logits: Tensor  # After each prediction [L, B, K]
+    query_logits: Tensor  # Of the last prediction [B, Q, K]
+    boxes: Tensor  # Of the last prediction, cxcywh [B, Q, 4]
 
 
 class QueryMILHead(Head):
@@ -107,10 +98,7 @@ class QueryMILHead(Head):
     def losses(self, outputs: MILOutput, features: Features, targets: Sequence[Target]) -> HeadLosses:
         """Binary cross-entropy of the image logits, mean over the predictions, and L_ca, mean over the taps.
 
-        Args:
-            outputs: of ``forward``.
-            features: what they were made of.
-            targets: ``labels`` of each image; boxes are not read, images without labels teach nothing.
+        Of the targets only ``labels`` are read; images without them teach nothing.
 
         Raises:
             ValueError: labels that are no classes.
@@ -119,29 +107,15 @@ class QueryMILHead(Head):
         classes = image_classes(targets, self.sizes.num_classes, outputs.image_logits.device)
         total = torch.stack([class_loss(logits, classes, "bce") for logits in outputs.image_logits]).mean()
         terms, diagnostics = {"cls": total}, {}
-        taps = self._tapped(features)
-        if taps:
-            terms["ca"] = torch.stack(
-                [
-                    contrastive_attention_loss(
-                        tap.embeddings, tap.usable & classes.labelled, self.margin, self.distance
-                    )
-                    for tap in taps
-                    if tap.embeddings is not None
-                ]
-            ).mean()
-            total = total + self.contrastive_weight * terms["ca"]
-            skipped = [((~tap.usable) & classes.labelled).sum() for tap in taps]
-            diagnostics["empty_masks"] = torch.stack(skipped).sum()
-        return HeadLosses(total, terms, diagnostics)
-
-    def _tapped(self, features: Features) -> list[Tap]:
-        """Attention on the tapped levels; none without L_ca."""
-        found = []
-        for index, tap in zip(self.taps, self.attention, strict=False):
+        taps = []
+        for index, look in zip(self.taps, self.attention, strict=False):  # looks at nothing without L_ca
             check_level(index, features.levels[index], self.sizes.level_channels[index])
-            found.append(tap(features.levels[index], embed=True))
-        return found
+            taps.append(look(features.levels[index], embed=True))
+        if taps:
+            terms["ca"] = contrastive_loss(taps, classes.labelled, self.margin, self.distance)
+            total = total + self.contrastive_weight * terms["ca"]
+            diagnostics["empty_masks"] = torch.stack([~tap.usable & classes.labelled for tap in taps]).sum()
+        return HeadLosses(total, terms, diagnostics)
 
     @torch.no_grad()
     def best_boxes(self, outputs: MILOutput, classes: Tensor) -> Tensor:
@@ -151,16 +125,7 @@ class QueryMILHead(Head):
         return outputs.boxes.gather(1, best[..., None].expand(-1, -1, 4))
 
     def predictions(self, outputs: MILOutput, features: Features) -> dict[str, Tensor]:
-        """Boxes of the most probable classes.
-
-        Args:
-            outputs: of ``forward``.
-            features: what they were made of.
-
-        Returns:
-            ``pred_logits`` [B, n, K], each row the image's logit of its one class, -inf elsewhere; ``pred_boxes``
-            [B, n, 4].
-        """
+        """The most probable classes: ``pred_logits`` [B, n, K], each row -inf but for one, ``pred_boxes`` [B, n, 4]."""
         image_logits = outputs.image_logits[-1]
         logits, classes = image_logits.topk(self.num_boxes, dim=1)
         rows = torch.full_like(image_logits, -torch.inf)[:, None].repeat(1, self.num_boxes, 1)

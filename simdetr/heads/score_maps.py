@@ -26,11 +26,7 @@ multiplied. ``cam``: the last map weighted by a class's weights.
 
 
 def chosen_classes(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """The class of each image, int64 [B]: the given one, else that of the highest logit [B, K].
-
-    Raises:
-        ValueError: not one label per image, or one that is no class.
-    """
+    """The class of each image, int64 [B]: the given one, which a ValueError checks, else that of the highest logit."""
     if labels is None:
         return logits.argmax(dim=1)
     batch, num_classes = logits.shape
@@ -48,16 +44,7 @@ def class_activation(features: Tensor, class_weights: Tensor) -> Tensor:
 
 
 def upsampled_map(values: Tensor, padding: Tensor, side: int) -> Tensor:
-    """Maps of each image's valid part, stretched to [0, 1].
-
-    Args:
-        values: [B, h, w].
-        padding: bool [B, h, w], at the bottom and right.
-        side: S.
-
-    Returns:
-        [B, S, S], bicubic; the square is the valid image, whatever its shape. Constant maps become 0.
-    """
+    """Maps [B, S, S], bicubic and stretched to [0, 1], of values [B, h, w] above and left of each image's padding."""
     rows, columns = (~padding[:, :, 0]).sum(dim=1).tolist(), (~padding[:, 0]).sum(dim=1).tolist()
     maps = [
         F.interpolate(image[None, None, :height, :width], (side, side), mode="bicubic")[0]
@@ -72,14 +59,9 @@ def stretched(maps: Tensor) -> Tensor:
 
 
 def score_map_boxes(score_maps: Tensor, threshold: float) -> Tensor:
-    """The box of each map's largest part above a share of its maximum.
+    """The box of the largest part of each map [B, S, S] above a share in [0, 1) of its maximum.
 
-    Args:
-        score_maps: [B, S, S] in [0, 1].
-        threshold: the share, in [0, 1).
-
-    Returns:
-        cxcywh [B, 4], fractions of the map; all 0 for a constant map.
+    Boxes are cxcywh [B, 4], fractions of the map; all 0 for a constant map.
     """
     pixels = [torch.from_numpy(heat_map_boxes(values.cpu().numpy(), threshold)[0]) for values in score_maps]
     boxes = torch.stack(pixels).to(score_maps.device)

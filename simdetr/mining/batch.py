@@ -11,6 +11,8 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
 
 import torch
 from einops import repeat
@@ -26,22 +28,16 @@ from simdetr.mining.ranking import rank_shapes, shapes_to_regions
 from simdetr.mining.regions import Candidates, Regions, find_candidates, to_regions
 from simdetr.mining.spectral_clustering import Affinity, spectral_clustering
 
+SIDE_MULTIPLE = 32  # both sides become multiples of this, so that the grids of strides 16 and 32 nest
 LEAST_THREADS = 2  # by default: one decodes while the other resizes, beside the encoder's own threads
 UNLIMITED = 100  # boxes of an image that a list of filters without a limit leaves, roughly
-
-
-def _default_clusters() -> dict[int, list[int]]:
-    return {32: [2, 4, 8], 16: [8, 16]}
-
-
-def _default_filters() -> dict[str, float]:
-    return {
-        "merge_similar_clusters": 0.5,
-        "drop_fragmented_clusters": 10,
-        "drop_duplicate_boxes": 0.95,
-        "drop_similar_subsets": 0.7,
-        "keep_most_diverse": 25,
-    }
+_LIMITS: dict[str, float] = {
+    "merge_similar_clusters": 0.5,
+    "drop_fragmented_clusters": 10,
+    "drop_duplicate_boxes": 0.95,
+    "drop_similar_subsets": 0.7,
+    "keep_most_diverse": 25,
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class MiningConfig:
     """
 
     image_size: int = 448
-    clusters: dict[int, list[int]] = field(default_factory=_default_clusters)
+    clusters: dict[int, list[int]] = field(default_factory=lambda: {32: [2, 4, 8], 16: [8, 16]})
     affinity: Affinity = "exp"
     temperature: float = 0.1
     centre: bool = True
@@ -81,7 +77,7 @@ class MiningConfig:
     cut_steps: int = 1
     connectivity: int = 4
     level_sets: LevelSets | None = field(default_factory=LevelSets)
-    filters: dict[str, float] = field(default_factory=_default_filters)
+    filters: dict[str, float] = field(default_factory=_LIMITS.copy)
     batch_size: int = 16
     shard_size: int = 512
     num_workers: int | None = None
@@ -113,11 +109,8 @@ class MiningConfig:
 
     def result_settings(self) -> dict[str, object]:
         """The settings that change what is mined, not how it is split up."""
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in ("batch_size", "shard_size", "num_workers", "max_unreadable")
-        }
+        of_the_run = ("batch_size", "shard_size", "num_workers", "max_unreadable")
+        return {name: value for name, value in asdict(self).items() if name not in of_the_run}
 
 
 @torch.no_grad()
@@ -145,11 +138,7 @@ def mine_batch(
 
 
 def encode(pixels: Tensor, encoder: Encoder) -> dict[int, Tensor]:
-    """Feature maps of uint8 images [B, 3, H, W].
-
-    Raises:
-        FloatingPointError: if the encoder gives NaN or infinity.
-    """
+    """Feature maps of uint8 images [B, 3, H, W]; FloatingPointError if the encoder gives NaN or infinity."""
     maps = encoder(pixels.float() / 255)
     for stride, level in maps.items():
         if not bool(torch.isfinite(level).all()):
@@ -181,8 +170,7 @@ def mine_level_sets(
 ) -> list[Regions]:
     """Regions finer than the maps' cells, ranked; arguments as of :func:`mine_pixels` and :func:`mine_maps`.
 
-    Raises:
-        ValueError: if the config has no ``level_sets`` or the encoder lacks a stride of it.
+    ValueError if the config has no ``level_sets`` or the encoder lacks a stride of it.
     """
     settings = config.level_sets
     if settings is None:
@@ -215,46 +203,34 @@ def mine_level_sets(
 def cluster_levels(maps: Mapping[int, Tensor], config: MiningConfig) -> dict[tuple[int, int], Tensor]:
     """Local clustering of all levels: per (stride, K) the cluster of every cell, int64 [B, H_l, W_l], coarse first.
 
-    Args:
-        maps: features [B, C, H_l, W_l] by stride.
-        config: the settings.
-
-    Raises:
-        ValueError: if the encoder lacks a stride of the config.
+    Maps are features [B, C, H_l, W_l] by stride; ValueError if the encoder lacks a stride of the config.
     """
     absent = set(config.clusters) - set(maps)
     if absent:
         raise ValueError(
             f"clusters: expected strides out of {sorted(maps)}, which the encoder has, got {sorted(absent)}"
         )
-    labels: dict[tuple[int, int], Tensor] = {}
-    for stride in sorted(config.clusters, reverse=True):
-        clustered = spectral_clustering(
-            maps[stride],
-            config.clusters[stride],
-            affinity=config.affinity,
-            temperature=config.temperature,
-            centre=config.centre,
-            starts=config.kmeans_starts,
-            cut_steps=config.cut_steps,
-            seed=config.seed,
-        )
-        labels |= {(stride, k): label for k, label in clustered.items()}
-    return labels
+    cluster = partial(
+        spectral_clustering,
+        affinity=config.affinity,
+        temperature=config.temperature,
+        centre=config.centre,
+        starts=config.kmeans_starts,
+        cut_steps=config.cut_steps,
+        seed=config.seed,
+    )
+    strides = sorted(config.clusters, reverse=True)
+    return {(s, k): label for s in strides for k, label in cluster(maps[s], config.clusters[s]).items()}
 
 
 def cluster_maps(maps: Mapping[int, Tensor], config: MiningConfig) -> Candidates:
-    """All regions of all clusterings, before any filter.
-
-    Args:
-        maps: features [B, C, H_l, W_l] by stride; the strides' grids must nest.
-        config: the settings.
+    """All regions of all clusterings, before any filter; maps are features [B, C, H_l, W_l] by stride.
 
     Raises:
-        ValueError: if the encoder lacks a stride of the config or the grids do not nest.
+        ValueError: if the encoder lacks a stride of the config or the strides' grids do not nest.
     """
     clustered = cluster_levels(maps, config)
-    finest, last = min(config.clusters), max(maps)
+    finest = min(config.clusters)
     height, width = maps[finest].shape[-2:]
     labels = []
     for (stride, _), label in clustered.items():
@@ -266,20 +242,13 @@ def cluster_maps(maps: Mapping[int, Tensor], config: MiningConfig) -> Candidates
             )
         labels.append(repeat(label, "b h w -> b (h y) (w x)", y=step, x=step))
     strides, ks = zip(*clustered, strict=True)
-    used = {stride: maps[stride] for stride in {*config.clusters, last}}
-    return find_candidates(
-        torch.stack(labels, dim=1), strides, ks, used, connectivity=config.connectivity, centre=config.centre
-    )
+    used = {stride: maps[stride] for stride in {*config.clusters, max(maps)}}
+    grids = torch.stack(labels, dim=1)
+    return find_candidates(grids, strides, ks, used, connectivity=config.connectivity, centre=config.centre)
 
 
 def mine_maps(maps: Mapping[int, Tensor], sizes_hw: Sequence[tuple[int, int]], config: MiningConfig) -> list[Regions]:
-    """Regions of images from their feature maps: clustering, components, filters.
-
-    Args:
-        maps: features [B, C, H_l, W_l] by stride.
-        sizes_hw: (height, width) of the originals in pixels.
-        config: the settings.
-    """
+    """Regions of images, sizes_hw their (height, width) in pixels, from their maps: clustering, components, filters."""
     return to_regions(apply_filters(cluster_maps(maps, config), config.filters), sizes_hw)
 
 
@@ -295,12 +264,7 @@ def _equal_shapes(images: Sequence[Tensor], batch_size: int) -> Iterator[list[in
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Image files in, small uint8 images out, decoded ahead by threads, in order and a bounded number at a time.
-#
-# Decoders and resizing release the interpreter's lock, so threads decode as fast as processes would and cost no memory.
-
-
-SIDE_MULTIPLE = 32  # both sides become multiples of this, so that the grids of strides 16 and 32 nest
+# Images decoded ahead by threads: decoders and resizing release the interpreter's lock, and threads cost no memory.
 
 
 @dataclass(frozen=True)
@@ -346,10 +310,7 @@ class ImageLoading:
     def __next__(self) -> LoadedImage:
         if self._pool is None:
             return load_image(self._source[next(self._positions)], self._image_size)
-        while len(self._waiting) <= self._ahead:
-            position = next(self._positions, None)
-            if position is None:
-                break
+        for position in islice(self._positions, self._ahead + 1 - len(self._waiting)):
             self._waiting.append(self._pool.submit(load_image, self._source[position], self._image_size))
         if not self._waiting:
             raise StopIteration

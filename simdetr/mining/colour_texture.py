@@ -59,10 +59,8 @@ class ColourTextureEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if bandwidth <= 0 or frequencies < 1 or not 0 <= mixing <= 1:
-            raise ValueError(
-                "bandwidth, frequencies, mixing: expected > 0, >= 1 and 0..1, "
-                f"got {bandwidth}, {frequencies} and {mixing}"
-            )
+            got = f"{bandwidth}, {frequencies} and {mixing}"
+            raise ValueError(f"bandwidth, frequencies, mixing: expected > 0, >= 1 and 0..1, got {got}")
         self.weights = (colour, deviation, energy)
         self.position = position
         self.mixing = mixing
@@ -77,37 +75,29 @@ class ColourTextureEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """Feature maps of a batch.
+        """Feature maps ``{stride: [B, 2 F, ceil(H / stride), ceil(W / stride)]}`` of a batch, cells of unit length.
 
-        Args:
-            images: float [B, 3, H, W], RGB in 0..1; sides that are no multiple of 32 are continued by their edge.
-
-        Returns:
-            ``{16: [B, 2 F, ceil(H/16), ceil(W/16)], 32: [B, 2 F, ceil(H/32), ceil(W/32)]}``, cells of unit length.
+        Sides that are no multiple of 32 are continued by their edge.
         """
         height, width = images.shape[-2:]
         padded = functional.pad(images, (0, -width % 32, 0, -height % 32), mode="replicate")
         moments, energies = cell_statistics(padded)
-        maps = {}
-        for stride in STRIDES:
-            if stride != STRIDES[0]:
-                moments, energies = functional.avg_pool2d(moments, 2), functional.avg_pool2d(energies, 2)
-            level = self._describe(moments, energies, with_position=stride == STRIDES[0])
-            maps[stride] = level[..., : -(-height // stride), : -(-width // stride)]
-        return maps
+        coarse = functional.avg_pool2d(moments, 2), functional.avg_pool2d(energies, 2)
+        maps = {16: self._describe(moments, energies, self.position), 32: self._describe(*coarse, 0.0)}
+        return {stride: level[..., : -(-height // stride), : -(-width // stride)] for stride, level in maps.items()}
 
-    def _describe(self, moments: Tensor, energies: Tensor, with_position: bool) -> Tensor:
+    def _describe(self, moments: Tensor, energies: Tensor, position: float) -> Tensor:
         """Means and mean squares [B, 6, h, w] and energies [B, 6, h, w] to Fourier features [B, 2 F, h, w]."""
         mean, square = moments.chunk(2, dim=1)
-        deviation = (square - mean.square()).clamp(min=0).sqrt()
-        parts = [
-            weight * standardise(part) for weight, part in zip(self.weights, (mean, deviation, energies), strict=True)
-        ]
-        description = torch.cat(parts, dim=1)
+        parts = mean, (square - mean.square()).clamp(min=0).sqrt(), energies
+        weighted = [weight * standardise(part) for weight, part in zip(self.weights, parts, strict=True)]
+        description = torch.cat(weighted, dim=1)
         if self.mixing > 0:
             around = functional.avg_pool2d(description, 3, stride=1, padding=1, count_include_pad=False)
             description = torch.lerp(description, around, self.mixing)
-        place = _places(mean) * (self.position if with_position else 0.0)
+        # The coordinates of the cells are of unit mean square together.
+        axes = [torch.linspace(-1.2, 1.2, size, device=mean.device, dtype=mean.dtype) for size in mean.shape[-2:]]
+        place = torch.stack(torch.meshgrid(axes, indexing="ij")) * position
         # Where nothing varies, the place must not either: a flat image is one cluster.
         varies = description.square().sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True).sqrt().clamp(max=1)
         description = torch.cat((description, place * varies), dim=1)
@@ -129,10 +119,7 @@ def rgb_to_lab(images: Tensor) -> Tensor:
 
 
 def cell_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Statistics of 16 x 16 pixel cells; they average to those of larger cells.
-
-    Args:
-        images: [B, 3, H, W], RGB in 0..1, sides multiples of 16.
+    """Statistics of 16 x 16 pixel cells, of RGB [B, 3, H, W] in 0..1; they average to those of larger cells.
 
     Returns:
         Means and mean squares of L*a*b* at half the resolution [B, 6, H/16, W/16]; mean absolute Haar coefficients of
@@ -155,9 +142,3 @@ def standardise(part: Tensor) -> Tensor:
     centred = part - part.mean(dim=(2, 3), keepdim=True)
     spread = centred.square().sum(dim=1).mean(dim=(1, 2)).sqrt()
     return centred / spread.clamp(min=_FLAT)[:, None, None, None]
-
-
-def _places(like: Tensor) -> Tensor:
-    """Coordinates of the cells, of unit mean square together, [1, 2, h, w]."""
-    rows, columns = (torch.linspace(-1.2, 1.2, size, device=like.device, dtype=like.dtype) for size in like.shape[-2:])
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None].expand(len(like), -1, -1, -1)

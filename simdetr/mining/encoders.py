@@ -1,8 +1,7 @@
 """Images [B, 3, H, W] in 0..1 -> feature maps at strides 16 and 32, by any timm backbone (US 2025/0265826 [0053]).
 
-The two top-most maps of a frozen encoder: stride 32 means more, stride 16 shows more. Every encoder is a module with
-``strides``, ``region_dim`` and ``fingerprint`` and returns ``{16: map, 32: map}``; the one that needs no weights is in
-:mod:`simdetr.mining.colour_texture`.
+The two top-most maps of a frozen encoder: stride 32 means more, stride 16 shows more. The encoder that needs no weights
+is in :mod:`simdetr.mining.colour_texture`.
 
 Letters: B images, H, W their size in pixels, C channels, h, w a map's size.
 """
@@ -23,6 +22,7 @@ from torch.nn import functional
 from simdetr.data.pretrained_weights import PACKAGED, load_backbone_weights, load_into, normalisation, timm_name
 
 STRIDES = (16, 32)
+WEIGHTS_NAME, RECORD_NAME = "encoder.safetensors", "encoder.json"
 # Tried in this order; families that do not know an option refuse it. A Swin must take any size and keep its windows and
 # shifts at every stage; a ViT must take any size.
 _FAMILY_OPTIONS: tuple[dict[str, Any], ...] = (
@@ -104,11 +104,9 @@ class TimmEncoder(nn.Module):
             raise ValueError(
                 f"model: expected maps at strides {STRIDES}, {model} has {reductions}; take another backbone"
             )
-        self._levels = [] if self.single_map else [reductions.index(stride) for stride in STRIDES]
+        self._levels = [-1 if self.single_map else reductions.index(stride) for stride in STRIDES]
         self.strides: tuple[int, ...] = STRIDES
-        self.channels: dict[int, int] = {
-            stride: channels[-1] if self.single_map else channels[reductions.index(stride)] for stride in STRIDES
-        }
+        self.channels = {stride: channels[level] for stride, level in zip(STRIDES, self._levels, strict=True)}
         self.region_dim: int = self.channels[STRIDES[-1]]
         own_mean, own_std = normalisation(model)
         self.mean: Tensor
@@ -125,14 +123,7 @@ class TimmEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """Feature maps of a batch.
-
-        Args:
-            images: float [B, 3, H, W], RGB in 0..1; sides that are no multiple of 32 are continued by their edge.
-
-        Returns:
-            ``{16: [B, C16, ceil(H/16), ceil(W/16)], 32: [B, C32, ceil(H/32), ceil(W/32)]}``.
-        """
+        """Feature maps of a batch as :class:`Encoder` has them; sides no multiple of 32 are continued by their edge."""
         if not images.is_cpu:
             return self.maps(images)
         # a processor takes half the time or less for one image, whose activations stay in its cache
@@ -146,14 +137,13 @@ class TimmEncoder(nn.Module):
         padded = functional.pad(normalised, (0, -width % 32, 0, -height % 32), mode="replicate")
         if self.single_map:
             fine = self.net.forward_intermediates(padded, indices=1, norm=True, intermediates_only=True)[-1]
-            maps = [_resample(fine, padded.shape[-2] // stride, padded.shape[-1] // stride) for stride in STRIDES]
+            maps = {
+                stride: _resample(fine, padded.shape[-2] // stride, padded.shape[-1] // stride) for stride in STRIDES
+            }
         else:
             levels = self.net(padded)
-            maps = [levels[level] for level in self._levels]
-        return {
-            stride: level[..., : -(-height // stride), : -(-width // stride)]
-            for stride, level in zip(STRIDES, maps, strict=True)
-        }
+            maps = {stride: levels[level] for stride, level in zip(STRIDES, self._levels, strict=True)}
+        return {stride: level[..., : -(-height // stride), : -(-width // stride)] for stride, level in maps.items()}
 
 
 def _build(model: str, pretrained: bool) -> tuple[Any, list[int], list[int]]:
@@ -162,11 +152,10 @@ def _build(model: str, pretrained: bool) -> tuple[Any, list[int], list[int]]:
     for options in _FAMILY_OPTIONS:
         try:
             net = timm.create_model(model, features_only=True, pretrained=pretrained, **options)
+            break
         except TypeError:  # this family has no such option
             if not options:
                 raise
-            continue
-        break
     reductions, channels = list(net.feature_info.reduction()), list(net.feature_info.channels())
     if len(set(reductions)) == 1:
         net = timm.create_model(model, num_classes=0, pretrained=pretrained, **options)
@@ -189,20 +178,12 @@ def _digest(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Folder of ``simdetr encoder fit`` -> the frozen encoder that it holds, ready for mining.
-#
-# The folder has ``encoder.safetensors``, the backbone under timm's names, and ``encoder.json``, how it was trained.
-
-
-WEIGHTS_NAME, RECORD_NAME = "encoder.safetensors", "encoder.json"
-
-
 class FittedEncoder(TimmEncoder):
     """A frozen backbone that was trained on the user's own images.
 
     Args:
-        folder: what ``simdetr encoder fit`` wrote.
+        folder: what ``simdetr encoder fit`` wrote: ``encoder.safetensors``, the backbone under timm's names, and
+            ``encoder.json``, how it was trained.
 
     Raises:
         FileNotFoundError: when the folder holds no finished training.
@@ -212,12 +193,8 @@ class FittedEncoder(TimmEncoder):
 
     def __init__(self, folder: str | Path) -> None:
         record = read_record(folder)
-        super().__init__(
-            record["model"],
-            weights=Path(folder) / WEIGHTS_NAME,
-            mean=tuple(record["mean"]),
-            std=tuple(record["std"]),
-        )
+        mean, std = tuple(record["mean"]), tuple(record["std"])
+        super().__init__(record["model"], weights=Path(folder) / WEIGHTS_NAME, mean=mean, std=std)
         self.record: dict[str, Any] = record
 
 
@@ -229,9 +206,7 @@ def is_fitted(folder: str | Path) -> bool:
 def read_record(folder: str | Path) -> dict[str, Any]:
     """The training record of a folder: model, normalisation, objective, steps, versions, probe results.
 
-    Raises:
-        FileNotFoundError: when the folder holds no finished training.
-        ValueError: when the record is damaged.
+    Errors as of :class:`FittedEncoder`.
     """
     if not is_fitted(folder):
         raise FileNotFoundError(

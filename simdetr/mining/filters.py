@@ -24,10 +24,8 @@ SUBSET_SHARE = 0.95  # of a region's cells inside another make it a subset: grid
 def merge_similar_clusters(candidates: Candidates, limit: float) -> Candidates:
     """(a) Within a clustering, join clusters whose centroids have a cosine above the limit; regions are found anew.
 
-    A centroid is the mean of the level's features over the cluster. Joining is transitive.
-
-    Raises:
-        ValueError: if an earlier filter has removed regions, which this one would bring back.
+    A centroid is the mean of the level's features over the cluster. Joining is transitive. ValueError if an earlier
+    filter has removed regions, which this one would bring back.
     """
     if int(candidates.components.amax(dim=(1, 2, 3)).sum()) + len(candidates) != int(candidates.valid.sum()):
         raise ValueError(
@@ -61,13 +59,12 @@ def drop_fragmented_clusters(candidates: Candidates, limit: float) -> Candidates
 
 def drop_duplicate_boxes(candidates: Candidates, limit: float) -> Candidates:
     """(c) Of two regions whose boxes have an IoU above the limit, drop the smaller region."""
-    return candidates.where(~(_is_smaller(candidates) & (box_overlaps(candidates) > limit)).any(dim=2))
+    return candidates.where(~(_is_smaller(candidates) & (batched_iou(candidates.boxes.float()) > limit)).any(dim=2))
 
 
 def drop_similar_subsets(candidates: Candidates, limit: float) -> Candidates:
     """(d) Drop a region that lies within a larger one and whose feature has a cosine above the limit with it."""
-    shared = mask_intersections(candidates)
-    inside = shared >= SUBSET_SHARE * candidates.cells[:, :, None]
+    inside = mask_intersections(candidates) >= SUBSET_SHARE * candidates.cells[:, :, None]
     alike = torch.bmm(candidates.directions, candidates.directions.mT) > limit
     return candidates.where(~(_is_smaller(candidates) & inside & alike).any(dim=2))
 
@@ -82,40 +79,35 @@ def keep_most_diverse(candidates: Candidates, limit: float) -> Candidates:
     region that is still there at that point, which is one that itself falls at no higher overlap. Going from the
     largest region to the smallest gives every region's point in R vectorised steps; those with the highest points fall.
     """
-    ids, rows = candidates.ids, candidates.ids.shape[1]
+    ids = candidates.ids
     order = torch.where(candidates.valid, -candidates.cells, 1).argsort(dim=1, stable=True)
-    overlaps = (box_overlaps(candidates) + mask_overlaps(candidates)) / 2
+    shared, cells = mask_intersections(candidates), candidates.cells.float()
+    of_masks = shared / (cells[:, :, None] + cells[:, None, :] - shared).clamp(min=1)
+    overlaps = (batched_iou(candidates.boxes.float()) + of_masks) / 2
     overlaps = overlaps.gather(1, order[:, :, None].expand_as(overlaps))
     overlaps = overlaps.gather(2, order[:, None, :].expand_as(overlaps))
     falls_at = overlaps.new_full(ids.shape, -torch.inf)
-    for row in range(1, rows):
+    for row in range(1, ids.shape[1]):
         larger = overlaps[:, row, :row]
-        present = falls_at[:, :row] <= larger
-        falls_at[:, row] = torch.where(present, larger, -torch.inf).amax(dim=1)
+        falls_at[:, row] = torch.where(falls_at[:, :row] <= larger, larger, -torch.inf).amax(dim=1)
     padding = ~candidates.valid.gather(1, order)
     # Sorted by size, largest first, a stable sort leaves the smaller of equals last, so that it falls first.
     place = falls_at.masked_fill(padding, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
     return candidates.where(torch.zeros_like(padding).scatter(1, order, place < limit))
 
 
-FILTERS: dict[str, BoxFilter] = {
-    rule.__name__: rule
-    for rule in (
-        merge_similar_clusters,
-        drop_fragmented_clusters,
-        drop_duplicate_boxes,
-        drop_similar_subsets,
-        keep_most_diverse,
-    )
-}
+_RULES = (
+    merge_similar_clusters,
+    drop_fragmented_clusters,
+    drop_duplicate_boxes,
+    drop_similar_subsets,
+    keep_most_diverse,
+)
+FILTERS: dict[str, BoxFilter] = {rule.__name__: rule for rule in _RULES}
 
 
 def apply_filters(candidates: Candidates, limits: Mapping[str, float]) -> Candidates:
-    """Run the named filters in the order of ``limits``.
-
-    Raises:
-        ValueError: for a name that is not in ``FILTERS``.
-    """
+    """Run the named filters in the order of ``limits``; ValueError for a name that is not in ``FILTERS``."""
     for name in limits:
         if name not in FILTERS:
             raise ValueError(f"filters: expected names out of {sorted(FILTERS)}, got {name!r}")
@@ -124,30 +116,17 @@ def apply_filters(candidates: Candidates, limits: Mapping[str, float]) -> Candid
     return candidates
 
 
-def box_overlaps(candidates: Candidates) -> Tensor:
-    """IoU of all pairs of boxes, in cells, [B, R, R]; 0 for padding."""
-    return batched_iou(candidates.boxes.float())
-
-
 def mask_intersections(candidates: Candidates) -> Tensor:
     """Cells that all pairs of regions share, [B, R, R]."""
     masks = candidates.masks.float()
     return torch.bmm(masks, masks.mT)
 
 
-def mask_overlaps(candidates: Candidates) -> Tensor:
-    """IoU of all pairs of regions, [B, R, R]; 0 for padding."""
-    shared = mask_intersections(candidates)
-    cells = candidates.cells.float()
-    return shared / (cells[:, :, None] + cells[:, None, :] - shared).clamp(min=1)
-
-
 def _is_smaller(candidates: Candidates) -> Tensor:
     """Whether row i is smaller than column j, by cells and then by place in the list; bool [B, R, R]."""
-    cells, place = candidates.cells, torch.arange(candidates.ids.shape[1], device=candidates.ids.device)
-    fewer = cells[:, :, None] < cells[:, None, :]
-    later = (cells[:, :, None] == cells[:, None, :]) & (place[:, None] > place[None, :])
-    return (fewer | later) & candidates.valid[:, :, None] & candidates.valid[:, None, :]
+    own, other = candidates.cells[:, :, None], candidates.cells[:, None, :]
+    later = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool, device=own.device).tril(-1)
+    return ((own < other) | (own == other) & later) & candidates.valid[:, :, None] & candidates.valid[:, None, :]
 
 
 def _closure(joined: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Feature blocks -> centroids: Lloyd's k-means over more rows than fit in memory, on one process or on many ranks.
 
 The global clustering of region features into pseudo-classes (US 2025/0265826 [0054]-[0055], Algorithm 1 line 8). Rows
-come as a tensor or as a repeatable iterable of blocks; an iteration is one pass over them; ranks add up their sums and
-counts, so every rank ends with the same centroids. A journal lets a killed clustering go on after its last iteration.
+come as a tensor or as a repeatable iterable of blocks of any float type; an iteration is one pass over them. Ranks add
+up their sums and counts through ``torch.distributed`` (gloo, or nccl on GPUs), so every rank ends with the same
+centroids. A journal, one safetensors file that is whole at any time, lets a killed clustering go on after its last
+iteration.
 
-Letters: M rows (all blocks, all ranks), D dimensions, C clusters, n rows of one rank or block.
+Letters: M rows (all blocks, all ranks), D dimensions, C clusters, n rows of one rank or block, m rows of the sample.
 """
 
 from __future__ import annotations
@@ -34,8 +36,90 @@ from torch.nn import functional
 
 from simdetr.data.storage import atomic_path
 
-Features = Tensor | Iterable[Tensor]
+Backend = Literal["torch", "faiss"]
+Nearest = Callable[[Tensor], Tensor]
+In = TypeVar("In")
+Out = TypeVar("Out")
+T = TypeVar("T")
+
 _BLOCK_ROWS = 1 << 13  # of a tensor that is given whole
+_TILE_BYTES = 1 << 23  # of a tile's distances on the CPU: they stay in the cache between product and minimum
+_TILE_BYTES_GPU = 1 << 28
+_FAISS_TILE_ROWS = 1 << 14  # it cuts tiles of its own
+_PIECE_ROWS, _PIECE_ROWS_GPU = 1 << 14, 1 << 18  # one thread's work at a time
+_IMAGES = 16  # single-threaded, torch leaves a 1 × 1 convolution to oneDNN only from so many images on
+_SAMPLE_PER_CLUSTER, _SAMPLE_AT_LEAST = 16, 8192
+_EXTRA_TRIALS = 2  # of greedy k-means++, beside the logarithm of C
+_STARTS_PER_NEW, _NEW_AT_MOST = 32, 16  # starts drawn at once: one for so many that there are, and at most so many
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One pass over all rows.
+
+    Attributes:
+        number: 0 assigns rows to the starts.
+        inertia: of the centroids that the pass began with.
+        empty: clusters without any row; they start anew elsewhere.
+        seconds: of the pass and of what led to its centroids.
+    """
+
+    number: int
+    inertia: float
+    empty: int
+    seconds: float
+
+
+History = tuple[Iteration, ...]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Keeps the centroids and the history after every iteration; only the first rank writes and tells.
+
+    Attributes:
+        path: of the file; nothing is kept without one.
+        data: what is clustered, in words; a file of other data or other settings is not gone on from.
+        tell: called after every iteration.
+    """
+
+    path: Path | None = None
+    data: str = ""
+    tell: Callable[[Iteration], None] | None = None
+
+    def restore(self, settings: str) -> tuple[Tensor, History] | None:
+        """The centroids to go on with and the iterations done, the same on every rank; None to begin."""
+        return from_first(self._read(settings) if rank() == 0 else None)
+
+    def keep(self, centroids: Tensor, history: History, settings: str) -> None:
+        """Replace the file by the state before the next iteration."""
+        if self.path is None or rank() > 0:
+            return
+        notes = {"made_of": f"{self.data}; {settings}", "history": json.dumps([asdict(step) for step in history])}
+        with atomic_path(self.path) as temporary:
+            save_file({"centroids": centroids.cpu().contiguous()}, temporary, notes)
+
+    def report(self, iteration: Iteration) -> None:
+        """Tell the user of an iteration."""
+        if self.tell is not None and rank() == 0:
+            self.tell(iteration)
+
+    def _read(self, settings: str) -> tuple[Tensor, History] | None:
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                notes, centroids = file.metadata() or {}, file.get_tensor("centroids")
+            history = tuple(Iteration(**step) for step in json.loads(notes["history"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            _log.warning("%s cannot be read (%s); the clustering begins anew", self.path, error)
+            return None
+        if notes.get("made_of") != f"{self.data}; {settings}":
+            _log.info("%s is of other regions or settings; the clustering begins anew", self.path)
+            return None
+        _log.info("going on after iteration %d of %s", history[-1].number, self.path)
+        return centroids, history
 
 
 @dataclass(frozen=True)
@@ -72,7 +156,7 @@ class KMeans:
 
 
 def fit_kmeans(
-    features: Features,
+    features: Tensor | Iterable[Tensor],
     num_clusters: int,
     *,
     seed: int = 0,
@@ -82,9 +166,7 @@ def fit_kmeans(
     backend: Backend = "torch",
     journal: Journal | None = None,
 ) -> KMeans:
-    """Cluster rows around centroids.
-
-    Under an initialised process group every rank gives its own shard and gets the same result.
+    """Cluster rows around centroids; every rank of a process group gives its own rows and gets the same result.
 
     Args:
         features: [M, D] float rows, or an iterable of such blocks that can be gone through again and again (a list or
@@ -115,10 +197,8 @@ def fit_kmeans(
     journal = journal or Journal()
     settings = f"{num_clusters=} {seed=} {spherical=} {max_iterations=} {tolerance=} {backend=}"
     sample = sample_rows(blocks, num_clusters, spherical, seed)
-    centroids, history = journal.restore(settings) or (
-        spread_starts(sample, num_clusters, torch.Generator().manual_seed(seed)),
-        (),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    centroids, history = journal.restore(settings) or (spread_starts(sample, num_clusters, generator), ())
     centroids = centroids.to(sample.device)
     while True:
         began = time.perf_counter()
@@ -127,17 +207,12 @@ def fit_kmeans(
         empty = int((found.counts == 0).sum())
         history += (Iteration(len(history), found.inertia, empty, time.perf_counter() - began),)
         journal.report(history[-1])
-        if _is_settled(history, max_iterations, tolerance):
+        if len(history) > 1 and (
+            history[-1].number == max_iterations or history[-2].inertia - found.inertia <= tolerance * found.inertia
+        ):
             return KMeans(centroids, found.counts, found.labels, history, spherical)
         centroids = means
         journal.keep(centroids, history, settings)
-
-
-def _is_settled(history: History, max_iterations: int, tolerance: float) -> bool:
-    if len(history) == 1:
-        return False
-    before, now = history[-2].inertia, history[-1].inertia
-    return history[-1].number == max_iterations or before - now <= tolerance * now
 
 
 def _means(sums: Tensor, counts: Tensor, centroids: Tensor, sample: Tensor, spherical: bool) -> Tensor:
@@ -157,22 +232,7 @@ def _means(sums: Tensor, counts: Tensor, centroids: Tensor, sample: Tensor, sphe
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Feature blocks and centroids -> nearest clusters, their sums and counts: one pass of k-means over all rows.
-#
-# All work on a row happens while it is in the cache: blocks of any float type are cut into tiles, and a tile is made
-# float32, brought to unit length if spherical, multiplied with the centroids and added to the sums. Sums are float64,
-# so that the result does not depend on how rows are spread over blocks and ranks beyond the last bit.
-#
-# Letters: D dimensions, C clusters, n rows.
-
-
-Backend = Literal["torch", "faiss"]
-Nearest = Callable[[Tensor], Tensor]
-_TILE_BYTES = 1 << 23  # of a tile's distances on the CPU: they stay in the cache between product and minimum
-_TILE_BYTES_GPU = 1 << 28
-_FAISS_TILE_ROWS = 1 << 14  # it cuts tiles of its own
-_PIECE_ROWS, _PIECE_ROWS_GPU = 1 << 14, 1 << 18  # one thread's work at a time
-_IMAGES = 16  # single-threaded, torch leaves a 1 × 1 convolution to oneDNN only from so many images on
+# One pass over all rows: nearest clusters, their sums and counts.
 
 
 @dataclass(frozen=True)
@@ -193,11 +253,7 @@ class Assignment:
 
 
 def prepare_rows(block: Tensor, spherical: bool) -> Tensor:
-    """Rows as float32, of unit length if spherical (zero rows stay zero); [n, D] to [n, D].
-
-    Raises:
-        ValueError: for another number of axes.
-    """
+    """Rows [n, D] as float32, of unit length if spherical (zero rows stay zero); ValueError for other shapes."""
     if block.ndim != 2:
         raise ValueError(f"features: expected blocks [n, D], got shape {tuple(block.shape)}")
     block = block.float()
@@ -205,23 +261,29 @@ def prepare_rows(block: Tensor, spherical: bool) -> Tensor:
 
 
 def assign_blocks(blocks: Iterable[Tensor], centroids: Tensor, spherical: bool, backend: Backend) -> Assignment:
-    """Go once through all rows of this rank, and add up over ranks.
+    """Go once through all rows of this rank, blocks float [n, D], and add up over ranks.
 
-    Args:
-        blocks: float [n, D] each, of any number of rows.
-        centroids: float32 [C, D].
-        spherical: compare rows by direction; the centroids are of unit length then.
-        backend: what finds the nearest centroid.
+    All work on a row happens while it is in the cache: a tile is made float32, brought to unit length if spherical
+    (as the centroids, float32 [C, D], are then), multiplied with the centroids and added to the sums. Sums are float64,
+    so that the result does not depend on how rows are spread over blocks and ranks beyond the last bit.
     """
     nearest = faiss_nearest(centroids) if backend == "faiss" else torch_nearest(centroids)
     piece_rows = _PIECE_ROWS if centroids.device.type == "cpu" else _PIECE_ROWS_GPU
     pieces = (piece for block in blocks if len(block) for piece in torch.split(block, piece_rows))
+    exact = centroids.double()
 
     def assign(piece: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _assign_piece(piece, centroids, spherical, nearest, tile_rows(centroids, backend))
+        """Sums [C, D], the sum of all squares and labels int32 [n] of some rows."""
+        sums, squares, labels = torch.zeros_like(exact), exact.new_zeros(()), []
+        for tile in torch.split(piece, tile_rows(centroids, backend)):
+            rows = prepare_rows(tile.to(centroids.device), spherical)
+            label, rows = nearest(rows), rows.double()
+            sums.index_add_(0, label, rows)
+            squares += rows.square().sum()
+            labels.append(label.int())
+        return sums, squares, torch.cat(labels)
 
-    sums = torch.zeros(centroids.shape, dtype=torch.float64, device=centroids.device)
-    squares = torch.zeros((), dtype=torch.float64, device=centroids.device)
+    sums, squares = torch.zeros_like(exact), exact.new_zeros(())
     labels = [torch.zeros(0, dtype=torch.int32, device=centroids.device)]
     threads = torch.get_num_threads() if backend == "torch" and centroids.device.type == "cpu" else 1
     for own_sums, own_squares, own_labels in in_order(assign, pieces, threads) if threads > 1 else map(assign, pieces):
@@ -233,26 +295,8 @@ def assign_blocks(blocks: Iterable[Tensor], centroids: Tensor, spherical: bool, 
     total = sum_over_ranks(torch.cat((sums.flatten(), counts.double(), squares[None])))
     sums, counts = total[: sums.numel()].view_as(sums), total[sums.numel() : -1].long()
     # |x - c|² summed over the rows of every cluster, without a second look at them
-    exact = centroids.double()
     inertia = total[-1] - 2 * (sums * exact).sum() + (counts * exact.square().sum(dim=1)).sum()
     return Assignment(sums, counts, max(0.0, float(inertia)), own.cpu())
-
-
-def _assign_piece(
-    piece: Tensor, centroids: Tensor, spherical: bool, nearest: Nearest, tile_rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums float64 [C, D], the sum of all squares and labels int32 [n] of some rows."""
-    sums = torch.zeros(centroids.shape, dtype=torch.float64, device=centroids.device)
-    squares = torch.zeros((), dtype=torch.float64, device=centroids.device)
-    labels = []
-    for tile in torch.split(piece, tile_rows):
-        rows = prepare_rows(tile.to(centroids.device), spherical)
-        label = nearest(rows)
-        exact = rows.double()
-        sums.index_add_(0, label, exact)
-        squares += exact.square().sum()
-        labels.append(label.int())
-    return sums, squares, torch.cat(labels)
 
 
 def nearest_cluster(rows: Tensor, centroids: Tensor) -> Tensor:
@@ -309,20 +353,11 @@ def faiss_nearest(centroids: Tensor) -> Nearest:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Feature blocks -> starting centroids for k-means: a sample of the rows, and k-means++ within it.
-#
-# The sample depends on the rows and the seed only, not on how rows are spread over blocks and ranks, so one rank and
-# many start alike. Letters as in :mod:`simdetr.mining.kmeans`; m rows of the sample.
-
-
-_SAMPLE_PER_CLUSTER = 16
-_SAMPLE_AT_LEAST = 8192
-_EXTRA_TRIALS = 2  # of greedy k-means++, beside the logarithm of C
-_STARTS_PER_NEW, _NEW_AT_MOST = 32, 16  # starts drawn at once: one for so many that there are, and at most so many
+# Starting centroids: a sample of the rows, and k-means++ within it.
 
 
 def sample_rows(blocks: Iterable[Tensor], num_clusters: int, spherical: bool, seed: int) -> Tensor:
-    """A sample of the different rows of all ranks, the same however rows are spread over blocks and ranks.
+    """A sample [m, D] of the different rows of all ranks, the same however they are spread over blocks and ranks.
 
     A row's key is a hash of its values; the rows with the lowest keys stay. One pass, memory of two samples.
 
@@ -347,7 +382,7 @@ def sample_rows(blocks: Iterable[Tensor], num_clusters: int, spherical: bool, se
         if len(new):
             rows = prepare_rows(block, spherical)
             keys, kept = _lowest(torch.cat((keys, new)), torch.cat((kept, rows)) if len(keys) else rows, wanted)
-    parts = gather((keys, kept.cpu(), total, problem)) if world_size() > 1 else [(keys, kept, total, problem)]
+    parts = gather((keys, kept.cpu(), total, problem))
     problem = next((part[3] for part in parts if part[3]), "")
     total = sum(part[2] for part in parts)
     if not problem and total < num_clusters:
@@ -355,10 +390,7 @@ def sample_rows(blocks: Iterable[Tensor], num_clusters: int, spherical: bool, se
     if problem:
         raise ValueError(problem)
     held = [part for part in parts if part[2]]
-    if len(held) > 1:
-        keys, rows = torch.cat([part[0] for part in held]), torch.cat([part[1] for part in held])
-        return _lowest(keys, rows, wanted)[1].to(device)
-    return held[0][1].to(device)
+    return _lowest(torch.cat([part[0] for part in held]), torch.cat([part[1] for part in held]), wanted)[1].to(device)
 
 
 def _problem(block: Tensor, dims: int) -> str:
@@ -430,97 +462,14 @@ def _squared_distances(sample: Tensor, norms: Tensor, picks: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The iterations of a clustering as they go by: one file that a killed clustering goes on from, and a word to the user.
-#
-# In: centroids and history after every iteration. Out: a safetensors file, whole at any time, which also is the
-# result's centroids in the end; one call per iteration.
-
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """One pass over all rows.
-
-    Attributes:
-        number: 0 assigns rows to the starts.
-        inertia: of the centroids that the pass began with.
-        empty: clusters without any row; they start anew elsewhere.
-        seconds: of the pass and of what led to its centroids.
-    """
-
-    number: int
-    inertia: float
-    empty: int
-    seconds: float
-
-
-History = tuple[Iteration, ...]
-
-
-@dataclass(frozen=True)
-class Journal:
-    """Keeps a clustering; only the first rank writes and tells.
-
-    Attributes:
-        path: of the file; nothing is kept without one.
-        data: what is clustered, in words; a file of other data or other settings is not gone on from.
-        tell: called after every iteration.
-    """
-
-    path: Path | None = None
-    data: str = ""
-    tell: Callable[[Iteration], None] | None = None
-
-    def restore(self, settings: str) -> tuple[Tensor, History] | None:
-        """The centroids to go on with and the iterations done, the same on every rank; None to begin."""
-        return from_first(self._read(settings) if rank() == 0 else None)
-
-    def keep(self, centroids: Tensor, history: History, settings: str) -> None:
-        """Replace the file by the state before the next iteration."""
-        if self.path is None or rank() > 0:
-            return
-        notes = {"made_of": self._made_of(settings), "history": json.dumps([asdict(step) for step in history])}
-        with atomic_path(self.path) as temporary:
-            save_file({"centroids": centroids.cpu().contiguous()}, temporary, notes)
-
-    def report(self, iteration: Iteration) -> None:
-        """Tell the user of an iteration."""
-        if self.tell is not None and rank() == 0:
-            self.tell(iteration)
-
-    def _read(self, settings: str) -> tuple[Tensor, History] | None:
-        if self.path is None or not self.path.is_file():
-            return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                notes, centroids = file.metadata() or {}, file.get_tensor("centroids")
-            history = tuple(Iteration(**step) for step in json.loads(notes["history"]))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            _log.warning("%s cannot be read (%s); the clustering begins anew", self.path, error)
-            return None
-        if notes.get("made_of") != self._made_of(settings):
-            _log.info("%s is of other regions or settings; the clustering begins anew", self.path)
-            return None
-        _log.info("going on after iteration %d of %s", history[-1].number, self.path)
-        return centroids, history
-
-    def _made_of(self, settings: str) -> str:
-        return f"{self.data}; {settings}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Cluster sizes -> how evenly rows are spread over the clusters, as plain numbers.
-#
-# A few clusters that hold most regions, or many that hold none, make pseudo-classes that teach little.
+# What is told of a clustering.
 
 
 def cluster_balance(sizes: NDArray[np.int64]) -> dict[str, float]:
-    """Numbers about the sizes of clusters.
+    """Numbers about the sizes of clusters: a few that hold most rows, or many that hold none, teach little.
 
     Args:
-        sizes: rows of each of C clusters, [C]; at least one row in all.
+        sizes: rows of each cluster, [C].
 
     Returns:
         ``min``, ``median``, ``max`` (rows), ``empty`` (clusters), ``entropy`` (of the shares; 1 when all are equal, 0
@@ -538,7 +487,7 @@ def cluster_balance(sizes: NDArray[np.int64]) -> dict[str, float]:
     shares = ascending[ascending > 0] / total
     entropy = max(0.0, float(-(shares * np.log(shares)).sum()))
     largest = ascending[-max(1, round(len(sizes) / 100)) :]
-    ranks = np.arange(1, len(sizes) + 1)
+    weights = 2 * np.arange(1, len(sizes) + 1) - len(sizes) - 1
     return {
         "min": int(ascending[0]),
         "median": float(np.median(ascending)),
@@ -548,16 +497,12 @@ def cluster_balance(sizes: NDArray[np.int64]) -> dict[str, float]:
         "perplexity": float(np.exp(entropy)),
         "perplexity_share": float(np.exp(entropy)) / len(sizes),
         "largest_percent_share": float(largest.sum() / total),
-        "gini": float(((2 * ranks - len(sizes) - 1) * ascending).sum() / (len(sizes) * total)),
+        "gini": float((weights * ascending).sum() / (len(sizes) * total)),
     }
 
 
 def clustering_record(clustering: KMeans, settings: dict[str, Any]) -> dict[str, Any]:
-    """What is worth keeping of a clustering beside its labels, as JSON can say it.
-
-    Args:
-        clustering: the result.
-        settings: what it was made with.
+    """What is worth keeping of a clustering and its settings beside the labels, as JSON can say it.
 
     Returns:
         ``settings``, ``regions``, ``iterations``, ``inertia``, ``empty`` and ``seconds`` (one per pass), ``balance``
@@ -577,18 +522,13 @@ def clustering_record(clustering: KMeans, settings: dict[str, Any]) -> dict[str,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Work and items in, results in the order of the items out, made by threads a few items ahead of who asks.
-#
-# For work that leaves Python's lock alone most of the time: products of matrices, reading and decompressing files.
-
-
-In = TypeVar("In")
-Out = TypeVar("Out")
+# Threads and ranks.
 
 
 def in_order(work: Callable[[In], Out], items: Iterable[In], threads: int) -> Iterator[Out]:
-    """Results in order; at most ``threads`` items are in the making or wait to be taken.
+    """Results in the order of the items; at most ``threads`` of them are in the making or wait to be taken.
 
+    For work that leaves Python's lock alone most of the time: products of matrices, reading and decompressing files.
     Each thread's torch operations stay on its own core. Several threads that do one item each never wait for one
     another, where several threads of one small operation do at its end, which costs most on a busy machine.
     """
@@ -604,15 +544,6 @@ def in_order(work: Callable[[In], Out], items: Iterable[In], threads: int) -> It
                 yield begun.popleft().result()
     finally:
         torch.set_num_threads(intra_op)  # threads that others start later are not meant
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What the ranks of a clustering tell each other; every function also answers where there is only one process.
-#
-# In: values of this process. Out: the values of all, through ``torch.distributed`` (gloo, or nccl on GPUs).
-
-
-T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -634,19 +565,17 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 def gather(value: T) -> list[T]:
     """The values of all ranks, in the order of ranks."""
-    if world_size() == 1:
-        return [value]
     values = [value] * world_size()
-    dist.all_gather_object(values, value)
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
 def from_first(value: T) -> T:
     """The first rank's value."""
-    if world_size() == 1:
-        return value
     values = [value]
-    dist.broadcast_object_list(values)
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
     return values[0]
 
 
@@ -654,16 +583,15 @@ def from_first(value: T) -> T:
 def process_group(device: str | torch.device) -> Iterator[None]:
     """Join the processes that torchrun started, for a while; nothing happens in a single process or within a group.
 
-    Args:
-        device: of the tensors that will be added up.
+    The device is that of the tensors that will be added up.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(torch.device(device))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:

@@ -113,16 +113,9 @@ class Shapes:
 
 
 def colours(images: Tensor, cell_px: int) -> Tensor:
-    """L*a*b* of each cell's mean, scaled by its spread in the image.
+    """L*a*b* of each cell's mean, scaled by its spread in the image; RGB [B, 3, 16 h, 16 w] in 0..1 to [B, 3, H, W].
 
     Texture is left out: it is only known over a neighbourhood, and widens every shape by that.
-
-    Args:
-        images: float [B, 3, 16 h, 16 w], RGB in 0..1.
-        cell_px: side of a cell.
-
-    Returns:
-        [B, 3, H, W].
     """
     return standardise(rgb_to_lab(functional.avg_pool2d(images, cell_px)))
 
@@ -138,13 +131,8 @@ def edge_strength(colour: Tensor) -> Tensor:
 def memberships(colour: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     """Probability that a fine cell belongs to each cluster, by normal distributions with a diagonal covariance.
 
-    Args:
-        colour: [B, C, H, W].
-        labels: int64 [B, h, w] of one clustering on a coarser grid.
-        num_clusters: K.
-
-    Returns:
-        [B, K, H, W]; a cluster without cells has probability 0.
+    From colour [B, C, H, W] and one clustering's labels int64 [B, h, w] on a coarser grid to [B, K, H, W]; a cluster
+    without cells has probability 0.
     """
     height, width = colour.shape[-2:]
     member = rearrange(functional.one_hot(labels, num_clusters).to(colour), "b h w k -> b k h w")
@@ -173,25 +161,17 @@ def find_shapes(
     """
     colour = colours(images, settings.cell_px)
     probability = torch.cat([memberships(colour, label, k) for (_, k), label in labels.items()], dim=1)
-    planes = [probability > level for level in settings.levels]
+    probabilities = [probability]
     if settings.erosion:
-        shrunk = _erode(probability, settings.erosion)
-        planes += [shrunk > level for level in settings.levels]
-    masks = torch.stack(planes, dim=2)
+        probabilities.append(_erode(probability, settings.erosion))
+    masks = torch.stack([values > level for values in probabilities for level in settings.levels], dim=2)
     eroded = torch.arange(masks.shape[2], device=masks.device) >= len(settings.levels)
     return _measure(masks, eroded * settings.erosion, edge_strength(colour), settings.min_cells, connectivity)
 
 
 def _erode(probability: Tensor, cells: int) -> Tensor:
     """Lowest value within a square of 2 n + 1 cells; a level set of it is the level set, eroded."""
-    for axis in (-1, -2):
-        size = probability.shape[axis]
-        sides = (cells, cells) if axis == -1 else (0, 0, cells, cells)
-        padded = functional.pad(probability, sides, value=1.0)
-        probability = padded.narrow(axis, 0, size)
-        for shift in range(1, 2 * cells + 1):
-            probability = torch.minimum(probability, padded.narrow(axis, shift, size))
-    return probability
+    return -functional.max_pool2d(-probability, 2 * cells + 1, stride=1, padding=cells)
 
 
 def _contours(masks: Tensor) -> Tensor:

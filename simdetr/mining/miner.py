@@ -1,8 +1,15 @@
 """Mining of a whole image source: images and a frozen encoder in, a resumable store of regions out.
 
-Any number of processes may mine into one store, started together or not: they share its shards
-(:mod:`simdetr.mining.miner`), and each shard is mined by :mod:`simdetr.mining.miner`. A run killed
-at any point goes on with the same call, and ends with the store that one uninterrupted process writes.
+Any number of processes may mine into one store, started together or not, and never the same shard. In a folder that can
+be locked, a process locks a shard before it mines it. The lock is the operating system's: it ends with its process,
+however that dies, so what a dead process began is free for the others. Every process begins with its own share (rank,
+rank + ranks, ...) and then takes what is left. On other storages nothing can be locked: there its share is all that a
+process takes. A run killed at any point goes on with the same call, and ends with the store that one uninterrupted
+process writes.
+
+Within a shard images of equal shape are batched and go through :mod:`simdetr.mining.batch`, while threads decode the
+next ones and another writes the shard before. Memory does not grow with the number of images, and a row does not depend
+on which process mines it.
 """
 
 from __future__ import annotations
@@ -13,13 +20,13 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
-from typing import Self
+from typing import Any, Self
 
 import torch
 from filelock import FileLock, Timeout
@@ -31,12 +38,7 @@ from torch import nn
 from simdetr.data.images import ImageSource
 from simdetr.data.quarantine import check_fraction, to_csv
 from simdetr.data.storage import Location, write_whole
-from simdetr.mining.batch import (
-    ImageLoading,
-    LoadedImage,
-    MiningConfig,
-    mine_pixels,
-)
+from simdetr.mining.batch import ImageLoading, LoadedImage, MiningConfig, mine_pixels
 from simdetr.mining.encoders import Encoder
 from simdetr.mining.store import Manifest, ProposalRow, ProposalStore, StoreError
 
@@ -44,6 +46,10 @@ _log = logging.getLogger(__name__)
 _PER_REGION_BYTES = 40  # beside its feature
 _POLL_S, _POLL_REMOTE_S = 0.5, 5.0
 _SAY_EVERY_S = 60.0
+_LEFTOVERS = (".*.lock", ".*.tmp")
+_LOOK_EVERY_S = 2.0
+_SPEED_OVER_S = 120.0  # shards of other processes come in one piece
+QUARANTINE = "quarantine.csv"
 
 
 def mine(
@@ -99,20 +105,27 @@ def begin(source: ImageSource, encoder: Encoder, config: MiningConfig, out: str 
         ValueError: if the source is empty.
         StoreError: if the store is of another run, cannot be written or does not fit on the disk.
     """
+    store = open_store(source, encoder, config.result_settings(), config.shard_size, out)
+    written = sum(len(store.manifest.images_of(shard)) for shard in store.written())
+    _check_space(store, config, len(source) - written)
+    return store
+
+
+def open_store(
+    source: ImageSource, encoder: Encoder, settings: Mapping[str, Any], shard_size: int, out: str | Location
+) -> ProposalStore:
+    """The same by settings of any method, whatever room there is."""
     if not len(source):
         raise ValueError("source: expected at least one image, got none; check the folder or list")
     manifest = Manifest(
-        config=config.result_settings(),
+        config=settings,
         encoder=encoder.fingerprint,
         source=source.fingerprint(),
         num_images=len(source),
-        shard_size=config.shard_size,
+        shard_size=shard_size,
         region_dim=encoder.region_dim,
     )
-    store = ProposalStore.create(out, manifest)
-    written = sum(len(manifest.images_of(shard)) for shard in store.written())
-    _check_space(store, config, len(source) - written)
-    return store
+    return ProposalStore.create(out, manifest)
 
 
 def finish(store: ProposalStore, max_unreadable: float) -> ProposalStore:
@@ -147,14 +160,6 @@ def _check_space(store: ProposalStore, config: MiningConfig, num_images: int) ->
         _log.warning("%s has %.1f GB free, the proposals may take %.1f GB", store.folder, free / 1e9, needed / 1e9)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Claims on shards in, mined shards in the store out: the loop that one process runs.
-#
-# Images of equal shape are batched within a shard and go through :mod:`simdetr.mining.batch`, while threads decode the
-# next ones and another writes the shard before. Memory does not grow with the number of images, and a row does not
-# depend on which process mines it.
-
-
 def mine_free_shards(
     claims: ShardClaims,
     source: ImageSource,
@@ -163,18 +168,9 @@ def mine_free_shards(
     device: str | torch.device = "cpu",
     advance: Callable[[int], None] = lambda count: None,
 ) -> int:
-    """Mine shard after shard until no missing one is free.
+    """Mine shard after shard until no missing one is free; returns how many.
 
-    Args:
-        claims: on the shards of the store.
-        source: the images.
-        encoder: frozen; moved to ``device``.
-        config: the settings.
-        device: where encoding and clustering run.
-        advance: hears of every image that is done.
-
-    Returns:
-        Number of shards mined.
+    The arguments are those of `mine`; ``advance`` hears of every image that is done.
 
     Raises:
         StoreError: if the store cannot be written.
@@ -185,28 +181,39 @@ def mine_free_shards(
     manifest = claims.store.manifest
     unreadable = UnreadableImages(claims.store, config.max_unreadable)
     mined = 0
-    with ExitStack() as stack:
-        positions = (position for shard in claims.free() for position in manifest.images_of(shard))
-        threads = config.decoding_threads(device)
-        loading = ImageLoading(source, positions, config.image_size, threads, ahead=config.batch_size)
-        loaded = stack.enter_context(loading)
-        writer = stack.enter_context(ThreadPoolExecutor(1))
-        writing: Future[None] | None = None
+
+    def write(shard: int, rows: list[ProposalRow], reasons: dict[str, str]) -> None:
+        claims.store.write_shard(shard, rows, reasons)
+        claims.release(shard)
+
+    positions = (position for shard in claims.free() for position in manifest.images_of(shard))
+    with load_ahead(source, positions, config, device) as loaded, ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(lambda: None)
         for shard, images in groupby(loaded, lambda image: source.position(image.image_id) // manifest.shard_size):
-            rows, reasons = mine_rows(_counted(images, advance), encoder, config, device)
-            if writing is not None:
-                writing.result()
-            unreadable.check(reasons)
-            writing = writer.submit(_write, claims, shard, rows, reasons)
-            mined += 1
-        if writing is not None:
+            rows, reasons = mine_rows(images, encoder, config, device, advance)
             writing.result()
+            unreadable.check(reasons)
+            writing = writer.submit(write, shard, rows, reasons)
+            mined += 1
+        writing.result()
     return mined
+
+
+def load_ahead(
+    source: ImageSource, positions: Iterable[int], config: MiningConfig, device: str | torch.device
+) -> ImageLoading:
+    """The images at some positions, decoded by threads a batch ahead."""
+    threads = config.decoding_threads(device)
+    return ImageLoading(source, positions, config.image_size, threads, ahead=config.batch_size)
 
 
 @torch.no_grad()
 def mine_rows(
-    images: Iterable[LoadedImage], encoder: Encoder, config: MiningConfig, device: str | torch.device
+    images: Iterable[LoadedImage],
+    encoder: Encoder,
+    config: MiningConfig,
+    device: str | torch.device,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[ProposalRow], dict[str, str]]:
     """Rows of one shard's images in their order, and the reasons by id of the unreadable ones."""
     waiting: dict[torch.Size, list[tuple[int, LoadedImage]]] = defaultdict(list)
@@ -220,6 +227,7 @@ def mine_rows(
             rows[place] = ProposalRow(image.image_id, *image.size_hw, found)
 
     for place, image in enumerate(images):
+        advance(1)
         if image.pixels is None:
             unreadable[image.image_id] = image.reason
             continue
@@ -232,38 +240,9 @@ def mine_rows(
     return [rows[place] for place in sorted(rows)], unreadable
 
 
-def _write(claims: ShardClaims, shard: int, rows: list[ProposalRow], reasons: dict[str, str]) -> None:
-    claims.store.write_shard(shard, rows, reasons)
-    claims.release(shard)
-
-
-def _counted(images: Iterable[LoadedImage], advance: Callable[[int], None]) -> Iterator[LoadedImage]:
-    """Pass images through and tell of each."""
-    for image in images:
-        advance(1)
-        yield image
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A store in, the shards that this process shall mine out, so that processes share a store and never a shard.
-#
-# In a folder that can be locked, a process locks a shard before it mines it. The lock is the operating system's: it
-# ends with its process, however that dies, so what a dead process began is free for the others. Every process begins
-# with its own share (rank, rank + ranks, ...) and then takes what is left. On other storages nothing can be locked:
-# there its share is all that a process takes.
-
-
-_LEFTOVERS = (".*.lock", ".*.tmp")
-
-
 @dataclass(frozen=True)
 class Rank:
-    """Which one of how many processes this is.
-
-    Attributes:
-        index: from 0.
-        count: processes in all.
-    """
+    """Which one, from 0, of how many processes this is."""
 
     index: int = 0
     count: int = 1
@@ -362,14 +341,6 @@ def tidy(store: ProposalStore) -> None:
                     leftover.unlink()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images mined so far in, one bar over the whole store out, whoever mines them.
-
-
-_LOOK_EVERY_S = 2.0
-_SPEED_OVER_S = 120.0  # shards of other processes come in one piece
-
-
 class _RateColumn(ProgressColumn):
     """Images per second."""
 
@@ -389,15 +360,12 @@ class MiningBar:
     def __init__(self, store: ProposalStore, own: Container[int], shown: bool) -> None:
         self._store, self._own, self._shown = store, own, shown
         self._begun_with = frozenset(store.written())
-        self._told = 0
+        self._there, self._told, self._others = self._images_of(self._begun_with), 0, 0
         self._lock = Lock()  # several threads may tell
         self._looked = time.monotonic()
         columns = (TextColumn("mining"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
-        self._bar = Progress(
-            *columns, console=Console(stderr=True), disable=not shown, speed_estimate_period=_SPEED_OVER_S
-        )
-        self._there = self._images_of(self._begun_with)
-        self._others = 0
+        console, period = Console(stderr=True), _SPEED_OVER_S
+        self._bar = Progress(*columns, console=console, disable=not shown, speed_estimate_period=period)
         self._task = self._bar.add_task("mining", total=store.manifest.num_images, completed=self._there)
 
     def __enter__(self) -> Self:
@@ -429,18 +397,11 @@ class MiningBar:
         return sum(len(self._store.manifest.images_of(shard)) for shard in shards)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Notes of a store's shards in, ``quarantine.csv`` and a stop past a fraction out.
-#
-# Every process counts what the shards of all processes say, so that none needs to hear of the others; the list is put
-# together from the shards once they are all there.
-
-
-QUARANTINE = "quarantine.csv"
-
-
 class UnreadableImages:
-    """The unreadable images of a store, whoever found them.
+    """The unreadable images of a store, whoever found them; ``quarantine.csv`` and a stop past a fraction.
+
+    Every process counts what the shards of all processes say, so that none needs to hear of the others; the list is put
+    together from the shards once they are all there.
 
     Args:
         store: may be in use by other processes.
@@ -452,10 +413,7 @@ class UnreadableImages:
         self._known: dict[int, dict[str, str]] = {}  # by shard
 
     def check(self, found: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Count those of all shards so far.
-
-        Args:
-            found: reasons by id of those of a shard that is not written yet.
+        """Count those of all shards so far and ``found``, those of a shard that is not written yet.
 
         Returns:
             Reasons by id, in the order of the source.

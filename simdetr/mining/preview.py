@@ -1,19 +1,22 @@
 """Quality before cost: some images of a source in; what a full run of the mining would give and take out.
 
-They are mined in memory by the code of a full run, so the boxes are those that it would store.
-:mod:`simdetr.reports.preview_page` draws what is found here.
+They are mined in memory by the loop of a full run, :func:`simdetr.mining.miner.mine_rows`, with stopwatches around its
+parts, so the boxes are those that it would store. Time, disk and memory of a full run are estimates: straight lines
+through the previewed images. The record (``preview.json``) says what each assumes;
+:mod:`simdetr.reports.preview_page` draws it.
+
+Letters: N images, M boxes of all images together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,21 +27,28 @@ from simdetr.boxes import pairwise_iou
 from simdetr.data.annotations import Category
 from simdetr.data.images import ImageSource
 from simdetr.data.labels import Labels
+from simdetr.data.storage import json_ready
 from simdetr.evaluation.recall import proposal_recall
-from simdetr.mining.batch import ImageLoading, LoadedImage, MiningConfig, load_image
+from simdetr.mining.batch import LoadedImage, MiningConfig, load_image
 from simdetr.mining.encoders import Encoder
-from simdetr.mining.miner import mine_rows
+from simdetr.mining.miner import load_ahead, mine_rows
 from simdetr.mining.store import REGION_COLUMNS, ProposalRow, best_first, to_bytes, to_table
 
+T = TypeVar("T")
 MAX_BOXES = (1, 10, 25, 100)
+COPY_IOU = 0.9  # boxes of one image that overlap more say the same thing twice
+BORDER_PX = 0.5  # a box that ends closer to the image's border touches it
+SIZE_EDGES = np.linspace(0, 1, 21)
+ASPECT_EDGES = 2.0 ** np.arange(-4.25, 4.5, 0.5)  # one bin is centred at 1:1
+"""Bins of the histograms; what lies outside the outermost edges counts into the outermost bins."""
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Recall of the previewed boxes.
+    """Recall of the previewed boxes; ``scores`` is what `proposal_recall` gives.
 
     Attributes:
-        scores: what `proposal_recall` gives.
+        scores: by name.
         images: number of previewed images with truth.
         objects: number of objects on them.
         max_boxes: most boxes of an image that were judged.
@@ -50,6 +60,44 @@ class Recall:
     objects: int
     max_boxes: int
     ranked: bool
+
+
+@dataclass(frozen=True)
+class MiningTime:
+    """Where the time went. All in seconds, for all images together.
+
+    Attributes:
+        images: number of images.
+        total: from the first to the last.
+        decoding: of the decoding threads, added up; it goes on beside the rest.
+        waiting: for decoded images, when nothing else could be done.
+        encoder: in the encoder.
+        cpu: of the process, on all its cores.
+        batches: number of calls of the encoder.
+    """
+
+    images: int
+    total: float
+    decoding: float
+    waiting: float
+    encoder: float
+    cpu: float
+    batches: int
+
+    @property
+    def images_per_s(self) -> float:
+        """Speed of one process."""
+        return self.images / self.total
+
+    @property
+    def clustering(self) -> float:
+        """Of everything after the encoder, from clusters to boxes."""
+        return max(0.0, self.total - self.waiting - self.encoder)
+
+    @property
+    def busy_cores(self) -> float:
+        """Processor cores in use, on average."""
+        return self.cpu / self.total
 
 
 @dataclass(frozen=True)
@@ -105,13 +153,8 @@ def preview_mining(
 ) -> MiningPreview:
     """Mine some images of a source in memory.
 
-    Args:
-        source: the images.
-        encoder: frozen; moved to ``device``.
-        config: the settings.
-        count: images to mine, evenly spaced; all if there are fewer.
-        truth: boxes for some of the images; those come first among the previewed ones.
-        device: where encoding and clustering run.
+    The arguments are those of `simdetr.mining.miner.mine`, ``count``: so many images, evenly spaced (all if there are
+    fewer), and ``truth``: boxes for some of the images, which come first among the previewed ones.
 
     Raises:
         ValueError: for a count below 1, an empty source, truth of other images, or if no image can be read.
@@ -143,7 +186,7 @@ def preview_mining(
         time=taken,
         stored_bytes=stored,
         shard_bytes=per_shard,
-        held_bytes=_held_bytes(rows),
+        held_bytes=sum(getattr(row.regions, name).nbytes for row in rows for name in REGION_COLUMNS) // len(rows),
         peak_bytes=host_peak,
         device_peak_bytes=device_peak,
         truth=judged,
@@ -160,7 +203,7 @@ def choose_images(source: ImageSource, count: int, truth: Labels | None = None) 
     if not len(source):
         raise ValueError("source: expected at least one image, got none; check the folder or list")
     if truth is None:
-        return _evenly(list(range(len(source))), count)
+        return evenly(range(len(source)), count)
     owners = np.repeat(np.arange(len(truth)), np.diff(truth.offsets))[~truth.crowd]
     labelled = [truth.image_ids[row] for row in np.unique(owners)]
     known = sorted(source.position(image_id) for image_id in labelled if image_id in source)
@@ -171,126 +214,20 @@ def choose_images(source: ImageSource, count: int, truth: Labels | None = None) 
             "relative to the folder of --images"
         )
     if len(known) >= count:
-        return _evenly(known, count)
+        return evenly(known, count)
     others = sorted(set(range(len(source))).difference(known))
-    return sorted([*known, *_evenly(others, count - len(known))])
+    return sorted([*known, *evenly(others, count - len(known))])
 
 
-def _evenly(positions: list[int], count: int) -> list[int]:
+def evenly(positions: Sequence[T], count: int) -> list[T]:
+    """Some of them: the middles of as many equal parts, as the first images of a set are rarely its typical ones."""
     if len(positions) <= count:
-        return positions
-    # the middles of as many equal parts: the first images of a set are rarely its typical ones
+        return list(positions)
     return [positions[int((part + 0.5) * len(positions) / count)] for part in range(count)]
 
 
-def _stored_bytes(rows: Sequence[ProposalRow], dim: int, shard_size: int) -> tuple[int, int]:
-    """What the rows take in Parquet files of at most ``shard_size`` images, and what each file takes beside them."""
-    nothing = {name: getattr(rows[0].regions, name)[:0] for name in REGION_COLUMNS}
-    bare = replace(rows[0], regions=replace(rows[0].regions, **nothing))
-    per_shard = to_bytes(to_table([bare], dim, {"shard": 0, "unreadable": {}})).size
-    shards = [rows[start : start + shard_size] for start in range(0, len(rows), shard_size)]
-    whole = sum(to_bytes(to_table(shard, dim, {"shard": 0, "unreadable": {}})).size for shard in shards)
-    return whole - per_shard * len(shards), per_shard
-
-
-def _held_bytes(rows: Sequence[ProposalRow]) -> int:
-    return int(sum(getattr(row.regions, name).nbytes for row in rows for name in REGION_COLUMNS)) // len(rows)
-
-
-def _peak_bytes(device: str) -> tuple[int | None, int | None]:
-    """Most memory so far of the process and on the device."""
-    on_device = torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else None
-    if sys.platform == "win32":
-        return None, on_device
-    import resource  # Unix only
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, on_device
-
-
-def _copies(source: ImageSource, image_ids: Sequence[str]) -> list[tuple[str, str]]:
-    """Images whose files are byte for byte those of an earlier one, each with that one."""
-    first: dict[str, str] = {}
-    copies = []
-    for image_id in image_ids:
-        with source.record(image_id).open() as stream:
-            digest = hashlib.file_digest(stream, "blake2b").hexdigest()
-        if first.setdefault(digest, image_id) != image_id:
-            copies.append((image_id, first[digest]))
-    return copies
-
-
-def _recall(
-    source: ImageSource,
-    encoder: Encoder,
-    config: MiningConfig,
-    rows: Sequence[ProposalRow],
-    truth: Labels,
-    device: str,
-) -> Recall:
-    """Recall on the images of the truth, with as many boxes as AR@100 wants where the settings rank them."""
-    judged = [row for row in rows if row.image_id in truth]
-    levels = config.level_sets
-    if levels is not None and levels.max_boxes < max(MAX_BOXES):
-        # ranked boxes: the first of a longer list are the shorter list
-        more = replace(config, level_sets=replace(levels, max_boxes=max(MAX_BOXES)))
-        positions = [source.position(row.image_id) for row in judged]
-        threads = config.decoding_threads(device)
-        with ImageLoading(source, positions, config.image_size, threads, ahead=config.batch_size) as loading:
-            judged, _ = mine_rows(loading, encoder, more, device)
-    boxes = Labels.from_images(map(best_first, judged), (Category(1, "object"),), stage=0)
-    return Recall(
-        scores=proposal_recall(truth, boxes, MAX_BOXES),
-        images=len(truth),
-        objects=int((~truth.crowd).sum()),
-        max_boxes=max((len(row.regions) for row in judged), default=0),
-        ranked=any(len(np.unique(row.regions.score)) > 1 for row in judged),
-    )
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Some images of a source in; their mined rows and where the time went out.
-#
-# The loop is that of a full run: :func:`simdetr.mining.miner.mine_rows` fed by decoding threads, here with
-# stopwatches around its parts.
-
-
-@dataclass(frozen=True)
-class MiningTime:
-    """Where the time went. All in seconds, for all images together.
-
-    Attributes:
-        images: number of images.
-        total: from the first to the last.
-        decoding: of the decoding threads, added up; it goes on beside the rest.
-        waiting: for decoded images, when nothing else could be done.
-        encoder: in the encoder.
-        cpu: of the process, on all its cores.
-        batches: number of calls of the encoder.
-    """
-
-    images: int
-    total: float
-    decoding: float
-    waiting: float
-    encoder: float
-    cpu: float
-    batches: int
-
-    @property
-    def images_per_s(self) -> float:
-        """Speed of one process."""
-        return self.images / self.total
-
-    @property
-    def clustering(self) -> float:
-        """Of everything after the encoder, from clusters to boxes."""
-        return max(0.0, self.total - self.waiting - self.encoder)
-
-    @property
-    def busy_cores(self) -> float:
-        """Processor cores in use, on average."""
-        return self.cpu / self.total
+# The stopwatches.
 
 
 def warm_up(source: ImageSource, positions: Sequence[int], encoder: Encoder, config: MiningConfig, device: str) -> None:
@@ -308,8 +245,7 @@ def mine_timed(
 ) -> tuple[list[ProposalRow], dict[str, str], MiningTime]:
     """Rows, reasons and times: the loop of a full run over these images."""
     timed = _TimedEncoder(encoder, device)
-    threads = config.decoding_threads(device)
-    with ImageLoading(source, positions, config.image_size, threads, ahead=config.batch_size) as loading:
+    with load_ahead(source, positions, config, device) as loading:
         images = _TimedImages(loading)
         start, cpu = time.perf_counter(), time.process_time()
         rows, unreadable = mine_rows(images, timed, config, device)
@@ -319,15 +255,12 @@ def mine_timed(
     return rows, unreadable, taken
 
 
-class _TimedImages:
+class _TimedImages(Iterator[LoadedImage]):
     """Passes loaded images through; notes how long their decoding and the waiting for it took."""
 
     def __init__(self, images: Iterator[LoadedImage]) -> None:
         self._images = images
         self.decoding = self.waiting = 0.0
-
-    def __iter__(self) -> Iterator[LoadedImage]:
-        return self
 
     def __next__(self) -> LoadedImage:
         start = time.perf_counter()
@@ -365,50 +298,111 @@ def _finish(device: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A preview of mining in; plain numbers for ``preview.json`` out, among them what a full run would take.
-#
-# Time, disk and memory of a full run are estimates: straight lines through the previewed images. The record says what
-# each assumes.
+# Bytes, copies and recall of what was mined.
+
+
+def _stored_bytes(rows: Sequence[ProposalRow], dim: int, shard_size: int) -> tuple[int, int]:
+    """What the rows take in Parquet files of at most ``shard_size`` images, and what each file takes beside them."""
+    nothing = {name: getattr(rows[0].regions, name)[:0] for name in REGION_COLUMNS}
+    bare = replace(rows[0], regions=replace(rows[0].regions, **nothing))
+    per_shard = to_bytes(to_table([bare], dim, {"shard": 0, "unreadable": {}})).size
+    shards = [rows[start : start + shard_size] for start in range(0, len(rows), shard_size)]
+    whole = sum(to_bytes(to_table(shard, dim, {"shard": 0, "unreadable": {}})).size for shard in shards)
+    return whole - per_shard * len(shards), per_shard
+
+
+def _peak_bytes(device: str) -> tuple[int | None, int | None]:
+    """Most memory so far of the process and on the device."""
+    on_device = torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else None
+    if sys.platform == "win32":
+        return None, on_device
+    import resource  # Unix only
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, on_device
+
+
+def _copies(source: ImageSource, image_ids: Sequence[str]) -> list[tuple[str, str]]:
+    """Images whose files are byte for byte those of an earlier one, each with that one."""
+    first: dict[str, str] = {}
+    copies = []
+    for image_id in image_ids:
+        with source.record(image_id).open() as stream:
+            digest = hashlib.file_digest(stream, "blake2b").hexdigest()
+        if first.setdefault(digest, image_id) != image_id:
+            copies.append((image_id, first[digest]))
+    return copies
+
+
+def _recall(
+    source: ImageSource, encoder: Encoder, config: MiningConfig, rows: list[ProposalRow], truth: Labels, device: str
+) -> Recall:
+    """Recall on the images of the truth, with as many boxes as AR@100 wants where the settings rank them."""
+    judged = [row for row in rows if row.image_id in truth]
+    levels = config.level_sets
+    if levels is not None and levels.max_boxes < max(MAX_BOXES):
+        # ranked boxes: the first of a longer list are the shorter list
+        more = replace(config, level_sets=replace(levels, max_boxes=max(MAX_BOXES)))
+        positions = [source.position(row.image_id) for row in judged]
+        with load_ahead(source, positions, config, device) as loading:
+            judged, _ = mine_rows(loading, encoder, more, device)
+    boxes = Labels.from_images(map(best_first, judged), (Category(1, "object"),), stage=0)
+    return Recall(
+        scores=proposal_recall(truth, boxes, MAX_BOXES),
+        images=len(truth),
+        objects=int((~truth.crowd).sum()),
+        max_boxes=max((len(row.regions) for row in judged), default=0),
+        ranked=any(len(np.unique(row.regions.score)) > 1 for row in judged),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The record: what a full run would take, and how many, how large, how long, how alike the boxes are.
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the processes of a full run share.
-
-    Attributes:
-        cores: processor cores.
-        gpus: graphics processors.
-    """
+    """What the processes of a full run share: processor cores and graphics processors."""
 
     cores: int
     gpus: int = 0
 
 
 def preview_record(preview: MiningPreview, machine: Machine, num_ranks: int = 1) -> dict[str, Any]:
-    """Everything the page shows, as JSON can hold it.
-
-    Args:
-        preview: what was measured.
-        machine: where the full run will be.
-        num_ranks: processes of the full run.
-    """
-    boxes = BoxStatistics.of(
-        [row.regions.boxes_xyxy for row in preview.rows], [(row.height, row.width) for row in preview.rows]
-    )
+    """Everything the page shows of a preview, as JSON can hold it, for a full run in so many processes of a machine."""
+    rows, truth, recall, taken = preview.rows, preview.truth, preview.recall, preview.time
+    parts = {
+        "waiting_for_images": taken.waiting,
+        "encoder": taken.encoder,
+        "clustering_and_boxes": taken.clustering,
+        "decoding_beside_it": taken.decoding,
+    }
+    boxes = BoxStatistics.of([row.regions.boxes_xyxy for row in rows], [(row.height, row.width) for row in rows])
+    true = [] if truth is None else [truth.image(row) for row in range(len(truth))]
+    objects = BoxStatistics.of([image.boxes_xyxy[~image.crowd] for image in true], [image.size_hw for image in true])
     record: dict[str, Any] = {
         "images": {
             "total": len(preview.source),
             "previewed": preview.previewed,
-            "readable": len(preview.rows),
-            "ids": [row.image_id for row in preview.rows],
+            "readable": len(rows),
+            "ids": [row.image_id for row in rows],
             "unreadable": preview.unreadable,
             "duplicates": [list(pair) for pair in preview.copies],
         },
-        "speed": _speed(preview),
+        "speed": {
+            "images_per_s": taken.images_per_s,
+            "seconds": taken.total,
+            "ms_per_image": {name: 1000 * seconds / taken.images for name, seconds in parts.items()},
+            "images_per_batch": taken.images / taken.batches,
+            "busy_cores": taken.busy_cores,
+            "peak_bytes": preview.peak_bytes,
+            "device_peak_bytes": preview.device_peak_bytes,
+            "parquet_bytes_per_image": preview.stored_bytes / len(rows),
+        },
         "full_run": full_run(preview, machine, num_ranks),
         "boxes": boxes.summary(),
-        "truth": None if preview.truth is None else _truth(preview),
-        "recall": None if preview.recall is None else _recall_record(preview.recall),
+        "truth": None if truth is None else objects.summary(),
+        "recall": recall if recall is None else vars(recall) | {"scores": json_ready(recall.scores)},
         "warnings": _warnings(preview),
         "settings": {"device": preview.device, "mining": preview.config.result_settings()},
     }
@@ -424,6 +418,14 @@ def full_run(preview: MiningPreview, machine: Machine, num_ranks: int = 1) -> di
     on_gpu = preview.device.startswith("cuda")
     speedup = min(num_ranks, machine.gpus if on_gpu else max(1.0, machine.cores / busy))
     kept = 2 * preview.held_bytes * min(shard_size, total)
+    assumed = [
+        "time: all images cost what the previewed ones did, nothing else runs, and starting a process is not counted",
+        "disk: the other images' regions take what those of the previewed ones take in Parquet",
+        "memory: the peak of this process and two shards of regions; each process needs as much",
+    ]
+    if num_ranks > 1:
+        limit = f"{machine.gpus} GPUs" if on_gpu else f"{machine.cores} cores, {busy:.1f} for each"
+        assumed.insert(1, f"{num_ranks} processes: each as fast as this one, as far as {limit} allow; not measured")
     return {
         "images": total,
         "seconds": seconds,
@@ -434,62 +436,15 @@ def full_run(preview: MiningPreview, machine: Machine, num_ranks: int = 1) -> di
         "shards": shards,
         "memory_bytes": None if preview.peak_bytes is None else preview.peak_bytes + kept,
         "device_memory_bytes": preview.device_peak_bytes,
-        "assumptions": _assumptions(machine, num_ranks, None if on_gpu else busy),
+        "assumptions": assumed,
     }
-
-
-def _assumptions(machine: Machine, num_ranks: int, busy_cores: float | None) -> list[str]:
-    """What the estimates rest on; ``busy_cores`` of one process where it needs no GPU."""
-    assumed = [
-        "time: all images cost what the previewed ones did, nothing else runs, and starting a process is not counted",
-        "disk: the other images' regions take what those of the previewed ones take in Parquet",
-        "memory: the peak of this process and two shards of regions; each process needs as much",
-    ]
-    if num_ranks > 1:
-        limit = f"{machine.gpus} GPUs" if busy_cores is None else f"{machine.cores} cores, {busy_cores:.1f} for each"
-        assumed.insert(1, f"{num_ranks} processes: each as fast as this one, as far as {limit} allow; not measured")
-    return assumed
-
-
-def _speed(preview: MiningPreview) -> dict[str, Any]:
-    taken = preview.time
-    parts = {
-        "waiting_for_images": taken.waiting,
-        "encoder": taken.encoder,
-        "clustering_and_boxes": taken.clustering,
-        "decoding_beside_it": taken.decoding,
-    }
-    return {
-        "images_per_s": taken.images_per_s,
-        "seconds": taken.total,
-        "ms_per_image": {name: 1000 * seconds / taken.images for name, seconds in parts.items()},
-        "images_per_batch": taken.images / taken.batches,
-        "busy_cores": taken.busy_cores,
-        "peak_bytes": preview.peak_bytes,
-        "device_peak_bytes": preview.device_peak_bytes,
-        "parquet_bytes_per_image": preview.stored_bytes / len(preview.rows),
-    }
-
-
-def _recall_record(recall: Recall) -> dict[str, Any]:
-    scores = {name: None if math.isnan(score) else score for name, score in recall.scores.items()}  # JSON has no nan
-    return vars(recall) | {"scores": scores}
-
-
-def _truth(preview: MiningPreview) -> dict[str, Any]:
-    """Sizes and aspects of the true objects, to hold those of the boxes against."""
-    truth = preview.truth
-    assert truth is not None
-    objects = [truth.image(row) for row in range(len(truth))]
-    boxes = [image.boxes_xyxy[~image.crowd] for image in objects]
-    return BoxStatistics.of(boxes, [image.size_hw for image in objects]).summary()
 
 
 def _warnings(preview: MiningPreview) -> list[str]:
     """What should be looked at before a full run."""
-    found = []
-    unreadable, allowed = len(preview.unreadable) / preview.previewed, preview.config.max_unreadable
-    if unreadable > allowed:
+    found, recall = [], preview.recall
+    allowed = preview.config.max_unreadable
+    if len(preview.unreadable) / preview.previewed > allowed:
         found.append(
             f"{len(preview.unreadable)} of {preview.previewed} previewed images are unreadable, more than "
             f"mining.max_unreadable allows ({allowed:.0%}): a full run would stop"
@@ -497,24 +452,11 @@ def _warnings(preview: MiningPreview) -> list[str]:
     without = sum(len(row.regions) == 0 for row in preview.rows)
     if without:
         found.append(f"{without} of {len(preview.rows)} images have no box")
-    if preview.recall is not None and not preview.recall.ranked:
+    if recall is not None and not recall.ranked:
         found.append("these settings do not rank the boxes: AR@1 and AR@10 count them as they stand")
-    if preview.recall is not None and preview.recall.max_boxes < 100:
-        found.append(f"no image has more than {preview.recall.max_boxes} boxes: AR@100 is the recall of all of them")
+    if recall is not None and recall.max_boxes < 100:
+        found.append(f"no image has more than {recall.max_boxes} boxes: AR@100 is the recall of all of them")
     return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Mined regions of some images in; how many, how large, how long, how alike they are out.
-#
-# Letters: N images, M boxes of all images together.
-
-
-COPY_IOU = 0.9  # boxes of one image that overlap more say the same thing twice
-BORDER_PX = 0.5  # a box that ends closer to the image's border touches it
-SIZE_EDGES = np.linspace(0, 1, 21)
-ASPECT_EDGES = 2.0 ** np.arange(-4.25, 4.5, 0.5)  # one bin is centred at 1:1
-"""Bins of the histograms; what lies outside the outermost edges counts into the outermost bins."""
 
 
 @dataclass(frozen=True)
@@ -537,42 +479,26 @@ class BoxStatistics:
 
     @classmethod
     def of(cls, boxes_xyxy: Iterable[NDArray[np.float32]], sizes_hw: Sequence[tuple[int, int]]) -> BoxStatistics:
-        """Measure boxes.
-
-        Args:
-            boxes_xyxy: per image [n, 4], pixels.
-            sizes_hw: (height, width) of the N images, pixels.
-        """
-        columns: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
+        """Measure boxes, per image [n, 4] pixels, of N images of (height, width) pixels."""
+        columns: list[tuple[NDArray[Any], ...]] = [(np.zeros(0), np.zeros(0), np.zeros(0, bool), np.zeros(0, bool))]
         for boxes, (height, width) in zip(boxes_xyxy, sizes_hw, strict=True):
             across, down = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64).T
             overlaps = pairwise_iou(torch.as_tensor(boxes), torch.as_tensor(boxes)).fill_diagonal_(0).numpy()
             gaps = np.concatenate([boxes[:, :2], np.array([width, height]) - boxes[:, 2:]], axis=1)
-            columns.append(
-                (
-                    np.sqrt(across * down / (height * width)),
-                    across / np.maximum(down, 1e-9),
-                    np.any(overlaps > COPY_IOU, axis=1),
-                    np.any(gaps < BORDER_PX, axis=1),
-                )
-            )
-        empty = (np.zeros(0), np.zeros(0), np.zeros(0, bool), np.zeros(0, bool))
-        stacked = [np.concatenate(parts) for parts in zip(empty, *columns, strict=True)]
-        return cls(np.array([len(column[0]) for column in columns], np.int64), *stacked)
-
-    def __len__(self) -> int:
-        return len(self.size)
+            size, aspect = np.sqrt(across * down / (height * width)), across / np.maximum(down, 1e-9)
+            columns.append((size, aspect, np.any(overlaps > COPY_IOU, axis=1), np.any(gaps < BORDER_PX, axis=1)))
+        stacked = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
+        return cls(np.array([len(column[0]) for column in columns[1:]], np.int64), *stacked)
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers, as JSON can hold them.
 
-        Returns:
-            ``boxes``; ``per_image`` (min, median, max, and the number of ``images`` by number of boxes); ``size`` and
-            ``aspect`` (median and histogram); ``copied`` and ``at_border``, shares of the boxes, 0 without any.
+        ``boxes``; ``per_image`` (min, median, max, and the number of ``images`` by number of boxes); ``size`` and
+        ``aspect`` (median and histogram); ``copied`` and ``at_border``, shares of the boxes, 0 without any.
         """
         counts = self.per_image if len(self.per_image) else np.zeros(1, np.int64)
         return {
-            "boxes": len(self),
+            "boxes": len(self.size),
             "per_image": {
                 "min": int(counts.min()),
                 "median": float(np.median(counts)),
@@ -581,8 +507,8 @@ class BoxStatistics:
             },
             "size": _distribution(self.size, SIZE_EDGES),
             "aspect": _distribution(self.aspect, ASPECT_EDGES),
-            "copied": float(self.copied.mean()) if len(self) else 0.0,
-            "at_border": float(self.at_border.mean()) if len(self) else 0.0,
+            "copied": float(self.copied.mean()) if len(self.size) else 0.0,
+            "at_border": float(self.at_border.mean()) if len(self.size) else 0.0,
         }
 
 

@@ -1,7 +1,7 @@
 """One mining job and a number of processes in, a complete proposal store out (``simdetr mine --num-ranks N``).
 
-The processes share nothing but the store, see :mod:`simdetr.mining.miner`. This one shows the bar for all of
-them and says at the end what became of each.
+They share nothing but the store, see :mod:`simdetr.mining.miner`. This one shows the bar for all of them and says at
+the end what became of each.
 """
 
 from __future__ import annotations
@@ -30,15 +30,7 @@ LOG = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """What to mine and how, built.
-
-    Attributes:
-        source: the images.
-        encoder: frozen.
-        config: of the mining.
-        out: folder or URL of the store.
-        device: Torch device of this process.
-    """
+    """What to mine and how, built: the arguments of `simdetr.mining.miner.mine`; the device is this process's."""
 
     source: ImageSource
     encoder: Encoder
@@ -115,16 +107,16 @@ def _process(code: str, order: str, rank: Rank, bar: MiningBar) -> Iterator[_Pro
     share, own = max(1, cores() // rank.count), environment.get(THREADS, "")
     environment[THREADS] = str(min(share, int(own))) if own.isdigit() else own or str(share)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as messages:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=messages,
-            env=environment,
-            text=True,
-        )
+        command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=messages, env=environment, text=True)
         assert process.stdin is not None and process.stdout is not None
-        listener = Thread(target=_hear, args=(process.stdout, bar), daemon=True)
+        counts = process.stdout
+
+        def hear() -> None:
+            for line in counts:
+                bar.advance(int(line))
+
+        listener = Thread(target=hear, daemon=True)
         listener.start()
         try:
             with suppress(BrokenPipeError):  # it has died already, which its end will tell
@@ -135,22 +127,13 @@ def _process(code: str, order: str, rank: Rank, bar: MiningBar) -> Iterator[_Pro
             process.kill()
             listener.join()
             process.wait()
-            process.stdout.close()
+            counts.close()
             with suppress(BrokenPipeError):
                 process.stdin.close()
 
 
-def _hear(counts: IO[str], bar: MiningBar) -> None:
-    for line in counts:
-        bar.advance(int(line))
-
-
 def work(build: Callable[[dict[str, Any]], Job]) -> None:
-    """What a started process does: read its order, mine the shards that are free, tell how many images are done.
-
-    Args:
-        build: makes the job of an order.
-    """
+    """What a started process does: read its order, build the job, mine free shards, tell how many images are done."""
     order = json.loads(sys.stdin.readline())
     Thread(target=_end_with_parent, daemon=True).start()
     counts, sys.stdout = sys.stdout, sys.stderr  # nothing but counts may get between the counts

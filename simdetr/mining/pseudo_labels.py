@@ -1,10 +1,11 @@
 """Mined proposals -> training labels T0: every region's box, and the cluster of its feature as its class.
 
-Seed 003 [0054]-[0055], Algorithm 1 lines 8-9. Of several ranks each clusters the regions of its own shards, and all end
-with the same labels. Beside the labels lie ``clustering.safetensors`` (the centroids, after every iteration) and
-``clustering.json`` (inertia of every iteration, sizes of the clusters, their balance).
+US 2025/0265826 [0054]-[0055], Algorithm 1 lines 8-9. Of several ranks each clusters the regions of its own shards, and
+all end with the same labels. Beside the labels lie ``clustering.safetensors`` (the centroids, after every iteration)
+and ``clustering.json`` (inertia of every iteration, sizes of the clusters, their balance).
 
-Letters: N images, M regions, D feature dimensions, C classes. Labels take 44 bytes per region in memory.
+Letters: N images, M regions, D feature dimensions, C classes, n regions of a shard. Labels take 44 bytes per region in
+memory.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ _KEEP_IN_MEMORY_BYTES = 1 << 30  # fp16 features of all ranks up to here are rea
 CENTROIDS, RECORD = "clustering.safetensors", "clustering.json"
 _NUMBERS = {"area": np.float32, "score": np.float32, "stride": np.int16, "k": np.int16, "cluster": np.int16}
 _BOX_COLUMNS = ["image_id", "height", "width", "boxes_xyxy", *_NUMBERS]
+SIZE_SHARE = 0.5  # of what size and borders alone explain, which is taken off
+ABSOLUTE_POWER = 0.25  # how much the comparison with other images counts beside that within the image
+_OCTAVES = 16  # of a box's share of the image
+_PRIOR_BOXES = 20  # of the whole set, added to every cell of the table
+_LEAST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,7 @@ class ClusteringConfig:
 
 
 def make_pseudo_labels(
-    store: ProposalStore,
-    config: ClusteringConfig,
-    *,
-    device: str | torch.device = "cpu",
-    folder: Path | None = None,
+    store: ProposalStore, config: ClusteringConfig, *, device: str | torch.device = "cpu", folder: Path | None = None
 ) -> Labels:
     """Cluster all regions of a store into pseudo-classes.
 
@@ -100,14 +102,11 @@ def make_pseudo_labels(
 
 
 def cluster_regions(
-    store: ProposalStore,
-    config: ClusteringConfig,
-    *,
-    device: str | torch.device = "cpu",
-    folder: Path | None = None,
+    store: ProposalStore, config: ClusteringConfig, *, device: str | torch.device = "cpu", folder: Path | None = None
 ) -> KMeans:
     """K-means over all region features; arguments and errors as in :func:`make_pseudo_labels`."""
-    num_classes = config.num_classes
+    options = asdict(config)
+    num_classes = options.pop("num_classes")
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}; 1 makes class-unaware labels")
     regions = count_regions(store)
@@ -116,47 +115,27 @@ def cluster_regions(
             f"num_classes: got {num_classes} classes for {regions} mined regions, expected at least as many regions "
             f"as classes; mine more images, lower num_classes to {regions} or less, or set it to 1 (class-unaware)"
         )
-    in_memory = 2 * regions * store.manifest.region_dim <= _KEEP_IN_MEMORY_BYTES
+    # what the store holds, in few letters: how it was mined and the sizes of its shards
+    shards = [(shard, store.shard_path(shard).stat().st_size) for shard in store.written()]
+    fingerprint = hashlib.sha256(json.dumps([vars(store.manifest), shards]).encode()).hexdigest()[:16]
 
-    def tell(iteration: Iteration) -> None:
-        left = (config.max_iterations - iteration.number) * iteration.seconds
+    def tell(step: Iteration) -> None:
+        left = (config.max_iterations - step.number) * step.seconds
         _log.info(
-            "iteration %d of at most %d: inertia %.5f per region, %d empty, %.1f s, at most %.0f s left",
-            iteration.number,
-            config.max_iterations,
-            iteration.inertia / regions,
-            iteration.empty,
-            iteration.seconds,
-            left,
+            f"iteration {step.number} of at most {config.max_iterations}: inertia {step.inertia / regions:.5f} per "
+            f"region, {step.empty} empty, {step.seconds:.1f} s, at most {left:.0f} s left"
         )
 
-    return fit_kmeans(
-        RegionBlocks(store, device, in_memory=in_memory),
-        num_classes,
-        seed=config.seed,
-        spherical=config.spherical,
-        max_iterations=config.max_iterations,
-        backend=config.backend,
-        journal=Journal(folder and folder / CENTROIDS, _fingerprint(store), tell),
-    )
-
-
-def _fingerprint(store: ProposalStore) -> str:
-    """What a store holds, in few letters: how it was mined and the sizes of its shards."""
-    shards = [(shard, store.shard_path(shard).stat().st_size) for shard in store.written()]
-    return hashlib.sha256(json.dumps([vars(store.manifest), shards]).encode()).hexdigest()[:16]
+    in_memory = 2 * regions * store.manifest.region_dim <= _KEEP_IN_MEMORY_BYTES
+    blocks = RegionBlocks(store, device, in_memory=in_memory)
+    journal = Journal(folder and folder / CENTROIDS, fingerprint, tell)
+    return fit_kmeans(blocks, num_classes, **options, journal=journal)
 
 
 def to_labels(store: ProposalStore, regions: int, clustering: KMeans | None) -> Labels:
-    """Boxes, areas and lineage as mined, classes from the clustering; without one all regions are one class.
+    """Boxes, areas and lineage of M regions as mined, scores by :func:`certainty`, classes from the clustering if any.
 
-    Scores become how likely each box is an object, see :mod:`simdetr.mining.pseudo_labels`.
     Boxes are a tenth of what a shard holds: every rank reads those of all shards. Features are not read again.
-
-    Args:
-        store: mined proposals.
-        regions: M.
-        clustering: of these regions, by all ranks.
     """
     ids: list[str] = []
     sizes, counts = [], [np.zeros(1, np.int64)]
@@ -208,12 +187,7 @@ def _categories(clustering: KMeans | None) -> tuple[Category, ...]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A proposal store -> the region features of this rank's shards, block by block, again and again.
-#
-# Every rank reads its own shards only. Features stay in memory as they are stored (fp16) up to a limit; beyond it they
-# are read anew in every pass, the next shard by a thread while the last one is worked on.
-#
-# Letters: M regions, D feature dimensions, n regions of a shard.
+# A store's shards, as this rank reads them.
 
 
 def own_shards(store: ProposalStore) -> list[int]:
@@ -222,11 +196,7 @@ def own_shards(store: ProposalStore) -> list[int]:
 
 
 def read_columns(store: ProposalStore, shard: int, columns: list[str]) -> pa.Table:
-    """Some columns of one shard and nothing else of it.
-
-    Raises:
-        StoreError: if it is damaged.
-    """
+    """Some columns of one shard and nothing else of it; StoreError if it is damaged."""
     path = store.shard_path(shard)
     try:
         return read_table(path, columns)
@@ -235,11 +205,7 @@ def read_columns(store: ProposalStore, shard: int, columns: list[str]) -> pa.Tab
 
 
 def count_regions(store: ProposalStore) -> int:
-    """Regions of all images, M.
-
-    Raises:
-        ValueError: when there are none.
-    """
+    """Regions of all images, M; ValueError when there are none."""
     own = (read_columns(store, shard, ["area"])["area"] for shard in own_shards(store))
     regions = sum(gather(sum(len(chunk.flatten()) for column in own for chunk in column.chunks)))
     if regions == 0:
@@ -251,12 +217,9 @@ def count_regions(store: ProposalStore) -> int:
 
 
 class RegionBlocks:
-    """This rank's region features, one block fp16 [n, D] per shard; every iteration starts anew.
+    """This rank's region features, one block fp16 [n, D] per shard on a device; every iteration starts anew.
 
-    Args:
-        store: mined proposals.
-        device: where the blocks go.
-        in_memory: read the shards once and keep their features.
+    Features are read once and kept if ``in_memory``; else in every pass, by a thread while the last shard is worked on.
     """
 
     def __init__(self, store: ProposalStore, device: str | torch.device = "cpu", *, in_memory: bool = False) -> None:
@@ -281,29 +244,7 @@ class RegionBlocks:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Scores of all mined boxes of a set in, how likely each is an object out: the scores of the labels T0.
-#
-# A mined score orders the boxes of one image, and no more: large boxes and those at the image's border score higher
-# wherever they are, and images with strong edges higher than others. A detector that learns such scores averages over
-# the set, which leaves exactly these biases, and grows sure of the ground. What tells an object is a score that is high
-#
-# - among boxes of its size and its touch with the borders *in this set*, which a table of the set gives,
-# - among the boxes of its image,
-# - among the best boxes of all images.
-#
-# On labelled sets the result is close to the frequency of IoU 0.5 with an object (the log of benchmarks has the
-# numbers).
-#
-# Letters: N images, M boxes of all images.
-
-
-SIZE_SHARE = 0.5
-"""How much of what size and borders alone explain is taken off."""
-ABSOLUTE_POWER = 0.25
-"""How much the comparison with other images counts beside that within the image."""
-_OCTAVES = 16  # of a box's share of the image
-_PRIOR_BOXES = 20  # of the whole set, added to every cell of the table
-_LEAST = 1e-9
+# Scores of the labels: how likely each box is an object.
 
 
 def certainty(
@@ -312,7 +253,13 @@ def certainty(
     sizes_hw: NDArray[np.int64],
     offsets: NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """How likely each box is an object, in (0, 1].
+    """How likely each box is an object, in (0, 1]; on labelled sets close to the frequency of IoU 0.5 with an object.
+
+    A mined score orders the boxes of one image, and no more: large boxes and those at the image's border score higher
+    wherever they are, and images with strong edges higher than others. A detector that learns such scores averages over
+    the set, which leaves exactly these biases, and grows sure of the ground. What tells an object is a score that is
+    high among boxes of its size and its touch with the borders *in this set*, among the boxes of its image, and among
+    the best boxes of all images. The log of benchmarks has the numbers.
 
     Args:
         scores: mined scores [M] >= 0 of any scale. Where they are all equal, as the document's filters leave them,

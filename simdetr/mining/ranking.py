@@ -5,7 +5,8 @@ edge along its contour, if the encoder sees other things inside its box than aro
 find it again, and if it is not tiny; every image border that its box touches halves its rank. What each factor gives:
 `benchmarks/results/sweep.json` and `proposal_ranking.json`.
 
-Letters: as in :mod:`simdetr.mining.level_sets`; R ranked shapes per image (padded).
+Letters: as in :mod:`simdetr.mining.level_sets`; R ranked shapes per image (padded), h x w cells of a map, D its
+channels.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from torch.nn import functional
 
 from simdetr.boxes import batched_iou
 from simdetr.mining.level_sets import LevelSets, Shapes
-from simdetr.mining.regions import Regions
+from simdetr.mining.regions import Regions, in_pixels
 
 RECURRENCE_IOU = 0.6  # boxes that overlap more are the same finding
 AREA_POWER = 0.5
 LEAST_CONTRAST = 0.02  # in spreads of the features: a box around the whole image keeps its order among its like
 TINY = 1e-12
 GONE = -1.0  # rank of what is not to be chosen
+RING = 0.5  # width of the ring in sides of the box, and at least
+LEAST_RING = 1.0  # in cells of the map: thinner rings see the object itself
+LEAST_SHARE = 0.05  # of the box's own area; a smaller ring, around a box that is nearly the image, is none
+FLAT = 1e-6  # squared spread of a map below which nothing differs, in units of its mean square
 
 
 def rank_shapes(
@@ -135,33 +140,21 @@ def shapes_to_regions(
 
     Args:
         shapes: of all images.
-        kept: int64, which, in the order of image and rank.
-        scores: float32 [S].
+        kept: which, as :func:`rank_shapes` gives it.
+        scores: likewise.
         labels: whose keys (stride, K) say what the planes are.
         last_map: [B, D, h, w], the coarsest map, which region features are averages of.
         sizes_hw: (height, width) of the originals in pixels.
     """
-    images, (height, width) = len(sizes_hw), shapes.grid
     features = _pooled(shapes, kept, last_map).cpu().numpy()
     origin = np.array([(stride, k, c) for stride, k in labels for c in range(k)], np.int16)
     came = origin[shapes.cluster[kept].cpu().numpy()]
     boxes, counts, score = (values[kept].cpu().numpy() for values in (shapes.boxes, shapes.count, scores))
-    ends = torch.bincount(shapes.image[kept], minlength=images).cumsum(0).tolist()
+    ends = torch.bincount(shapes.image[kept], minlength=len(sizes_hw)).cumsum(0).tolist()
     regions, start = [], 0
-    for end, (image_height, image_width) in zip(ends, sizes_hw, strict=True):
+    for end, size_hw in zip(ends, sizes_hw, strict=True):
         own = slice(start, end)
-        cell_px = np.array([image_width / width, image_height / height])
-        regions.append(
-            Regions(
-                boxes_xyxy=(boxes[own] * np.tile(cell_px, 2)).astype(np.float32),
-                features=features[own],
-                area=(counts[own] * cell_px.prod()).astype(np.float32),
-                stride=came[own, 0].copy(),
-                k=came[own, 1].copy(),
-                cluster=came[own, 2].copy(),
-                score=score[own],
-            )
-        )
+        regions.append(in_pixels(boxes[own], counts[own], features[own], came[own], score[own], shapes.grid, size_hw))
         start = end
     return regions
 
@@ -182,30 +175,21 @@ def _pooled(shapes: Shapes, kept: Tensor, last_map: Tensor) -> Tensor:
     coarse = (cells // width * rows // height) * columns + cells % width * columns // width
     weights = last_map.new_zeros(len(last_map) * slots * rows * columns, dtype=torch.float32)
     weights.index_add_(0, member * (rows * columns) + coarse, torch.ones_like(coarse, dtype=torch.float32))
-    sums = torch.bmm(
-        weights.reshape(len(last_map), slots, rows * columns), rearrange(last_map, "b d h w -> b (h w) d").float()
-    )
+    cells_of_map = rearrange(last_map, "b d h w -> b (h w) d").float()
+    sums = torch.bmm(weights.reshape(len(last_map), slots, rows * columns), cells_of_map)
     return sums[image, place] / shapes.count[kept][:, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Boxes and feature maps in, how much each box stands out from its surroundings in the encoder's eyes out.
-#
-# An object has other features than the ring around it; ground and pieces of a large object have the same. The
-# difference of the mean features inside and around a box is counted in the spreads of the image's own features, so that
-# it has no unit and means the same for every encoder, image and stride.
-#
-# Letters: B images of one shape, S boxes of all images in one list, h x w cells of a map, D its channels.
-
-
-RING = 0.5  # width of the ring in sides of the box, and at least
-LEAST_RING = 1.0  # in cells of the map: thinner rings see the object itself
-LEAST_SHARE = 0.05  # of the box's own area; a smaller ring, around a box that is nearly the image, is none
-FLAT = 1e-6  # squared spread of a map below which nothing differs, in units of its mean square
+# How much each box stands out from its surroundings in the encoder's eyes.
 
 
 def feature_contrast(boxes: Tensor, image: Tensor, level: Tensor, grid_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """How far the mean features inside a box and in the ring around it are apart.
+
+    An object has other features than the ring around it; ground and pieces of a large object have the same. The
+    difference is counted in the spreads of the image's own features, so that it has no unit and means the same for
+    every encoder, image and stride.
 
     Args:
         boxes: float32 [S, 4], x0, y0, x1, y1 in cells of a grid over the whole image.

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
@@ -45,16 +46,13 @@ class Regions:
 
     def __post_init__(self) -> None:
         rows = len(self.boxes_xyxy)
-        expected: dict[str, tuple[tuple[int, ...], type[np.generic]]]
-        expected = {"boxes_xyxy": ((rows, 4), np.float32), "area": ((rows,), np.float32)}
-        expected |= dict.fromkeys(("stride", "k", "cluster"), ((rows,), np.int16))
-        expected |= {"score": ((rows,), np.float32)}
-        expected |= {"features": ((rows, self.features.shape[-1] if self.features.ndim else 0), np.float32)}
-        for name, (shape, dtype) in expected.items():
-            column = getattr(self, name)
+        widths = {"boxes_xyxy": (4,), "features": self.features.shape[-1:] or (0,)}
+        for name in ("boxes_xyxy", "area", "stride", "k", "cluster", "score", "features"):
+            dtype = "int16" if name in ("stride", "k", "cluster") else "float32"
+            column, shape = getattr(self, name), (rows, *widths.get(name, ()))
             if column.shape != shape or column.dtype != dtype:
                 raise ValueError(
-                    f"{name}: expected {np.dtype(dtype)} of shape {shape}, got {column.dtype} of shape {column.shape}"
+                    f"{name}: expected {dtype} of shape {shape}, got {column.dtype} of shape {column.shape}"
                 )
         sides = self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]
         if not (np.isfinite(self.boxes_xyxy).all() and (sides > 0).all()):
@@ -107,7 +105,7 @@ class Candidates:
     @cached_property
     def masks(self) -> Tensor:
         """Cells of every region, bool [B, R, N]."""
-        return self._cells_of(rearrange(self.components, "b l h w -> b l (h w)"))
+        return self._cells_of(self.components)
 
     @cached_property
     def features(self) -> Tensor:
@@ -116,17 +114,18 @@ class Candidates:
         The map is resampled (bilinear) to the grid of the region's own level. Averaging is linear, so the regions'
         masks are carried to the last level's grid instead, which is far smaller than the resampled map.
         """
-        last = max(self.maps)
-        cells = rearrange(self.maps[last], "b c h w -> b (h w) c").float()
-        finest = self.labels.shape[-2:]
+        last = self.maps[max(self.maps)]
+        cells = rearrange(last, "b c h w -> b (h w) c").float()
+        units = torch.eye(cells.shape[1]).reshape(1, -1, *last.shape[-2:])
         weights = cells.new_zeros(*self.ids.shape, cells.shape[1])
         stride_of = torch.tensor(self.strides, device=self.ids.device)[self.clustering]
         for stride in sorted(set(self.strides)):
             grid = self.maps[stride].shape[-2:]
-            step = finest[0] // grid[0]
-            on_grid = rearrange(self.components[:, :, ::step, ::step], "b l h w -> b l (h w)")
-            member = self._cells_of(on_grid) & (stride_of == stride)[:, :, None]
-            weights = weights + member.float() @ _resampling(self.maps[last].shape[-2:], grid).to(cells)
+            step = self.labels.shape[-2] // grid[0]
+            member = self._cells_of(self.components[:, :, ::step, ::step]) & (stride_of == stride)[:, :, None]
+            # with which weights resampling takes each of the grid's cells from the last level's
+            taken = functional.interpolate(units, tuple(grid), mode="bilinear", align_corners=False)[0].flatten(1)
+            weights = weights + member.float() @ taken.mT.to(cells)
         return torch.bmm(weights / weights.sum(dim=2, keepdim=True).clamp(min=1e-6), cells)
 
     @cached_property
@@ -143,13 +142,13 @@ class Candidates:
         rows = int(keep.sum(dim=1).max()) if keep.numel() else 0
         order = (~keep).int().argsort(dim=1, stable=True)[:, :rows]
         kept = keep.gather(1, order)
-        columns = {
-            name: getattr(self, name).gather(1, order) for name in ("ids", "clustering", "cluster", "cells", "scores")
-        }
-        columns["ids"] = columns["ids"].masked_fill(~kept, -1)
-        columns["cells"] = columns["cells"].masked_fill(~kept, 0)
-        boxes = self.boxes.gather(1, order[:, :, None].expand(-1, -1, 4)) * kept[:, :, None]
-        return replace(self, boxes=boxes, **columns)
+        return replace(
+            self,
+            ids=self.ids.gather(1, order).masked_fill(~kept, -1),
+            cells=self.cells.gather(1, order).masked_fill(~kept, 0),
+            boxes=self.boxes.gather(1, order[:, :, None].expand(-1, -1, 4)) * kept[:, :, None],
+            **{name: getattr(self, name).gather(1, order) for name in ("clustering", "cluster", "scores")},
+        )
 
     def relabelled(self, labels: Tensor) -> Candidates:
         """The candidates of other cluster labels [B, L, H, W] over the same maps."""
@@ -158,9 +157,9 @@ class Candidates:
         )
 
     def _cells_of(self, components: Tensor) -> Tensor:
-        """Compare [B, L, M] region numbers with every row's own, to bool [B, R, M]."""
-        own = components.gather(1, self.clustering[:, :, None].expand(-1, -1, components.shape[2]))
-        return own == self.ids[:, :, None]
+        """Compare the region numbers of a grid's cells, [B, L, h, w], with every row's own, to bool [B, R, h w]."""
+        flat = components.flatten(2)
+        return flat.gather(1, self.clustering[:, :, None].expand(-1, -1, flat.shape[2])) == self.ids[:, :, None]
 
 
 def find_candidates(
@@ -172,18 +171,9 @@ def find_candidates(
     connectivity: int = 4,
     centre: bool = True,
 ) -> Candidates:
-    """Connected components of all cluster masks of a batch.
+    """Connected components of all cluster masks of a batch, in the order of clustering and first cell.
 
-    Args:
-        labels: int64 [B, L, H, W] on the finest grid.
-        strides: level of each clustering, L values.
-        ks: K of each clustering, L values.
-        maps: feature maps by stride.
-        connectivity: 4 or 8.
-        centre: see :class:`Candidates`.
-
-    Returns:
-        Every region of every clustering, in the order of clustering and first cell.
+    The arguments are the attributes of :class:`Candidates`.
     """
     batch, levels, height, width = labels.shape
     roots = connected_components(labels, connectivity=connectivity)
@@ -200,11 +190,11 @@ def find_candidates(
         return table
 
     flat = numbers.flatten()
-    y = repeat(torch.arange(height, device=labels.device), "h -> b l h w", b=batch, l=levels, w=width).flatten()
-    x = repeat(torch.arange(width, device=labels.device), "w -> b l h w", b=batch, l=levels, h=height).flatten()
+    place = torch.arange(flat.numel(), device=labels.device)
+    axes = (place % width, place // width % height)
     zeros = torch.zeros_like(firsts)
-    edges = [zeros.scatter_reduce(0, flat, v, "amin", include_self=False) for v in (x, y)]
-    edges += [zeros.scatter_reduce(0, flat, v, "amax", include_self=False) + 1 for v in (x, y)]
+    edges = [zeros.scatter_reduce(0, flat, axis, "amin", include_self=False) for axis in axes]
+    edges += [zeros.scatter_reduce(0, flat, axis, "amax", include_self=False) + 1 for axis in axes]
     return Candidates(
         labels=labels,
         strides=tuple(strides),
@@ -223,44 +213,40 @@ def find_candidates(
 
 
 def to_regions(candidates: Candidates, sizes_hw: Sequence[tuple[int, int]]) -> list[Regions]:
-    """Boxes and areas in pixels of each image, features on the host; one record per image.
-
-    Args:
-        candidates: what the filters left, B images.
-        sizes_hw: (height, width) of the B upright originals in pixels.
-    """
-    height, width = candidates.labels.shape[-2:]
-    strides, ks = np.asarray(candidates.strides, np.int16), np.asarray(candidates.ks, np.int16)
-    counts = candidates.valid.sum(dim=1).tolist()
-    features = candidates.features.cpu().numpy()
-    boxes = candidates.boxes.cpu().numpy()
-    cells = candidates.cells.cpu().numpy()
-    clustering = candidates.clustering.cpu().numpy()
-    cluster = candidates.cluster.cpu().numpy().astype(np.int16)
-    scores = candidates.scores.cpu().numpy()
+    """Regions on the host of each image, sizes_hw its (height, width) in pixels, of what the filters left."""
+    origins = np.array([candidates.strides, candidates.ks], np.int16).T
+    columns = ("boxes", "features", "cells", "clustering", "cluster", "scores")
+    boxes, features, cells, clustering, cluster, scores = (getattr(candidates, name).cpu().numpy() for name in columns)
     regions = []
-    for image, (count, (image_height, image_width)) in enumerate(zip(counts, sizes_hw, strict=True)):
-        cell_px = np.array([image_width / width, image_height / height])
-        regions.append(
-            Regions(
-                boxes_xyxy=(boxes[image, :count] * np.tile(cell_px, 2)).astype(np.float32),
-                features=features[image, :count].copy(),
-                area=(cells[image, :count] * cell_px.prod()).astype(np.float32),
-                stride=strides[clustering[image, :count]],
-                k=ks[clustering[image, :count]],
-                cluster=cluster[image, :count],
-                score=scores[image, :count],
-            )
-        )
+    for image, (count, size_hw) in enumerate(zip(candidates.valid.sum(dim=1).tolist(), sizes_hw, strict=True)):
+        own = (image, slice(count))
+        origin = np.column_stack((origins[clustering[own]], cluster[own]))
+        grid = candidates.labels.shape[-2:]
+        regions.append(in_pixels(boxes[own], cells[own], features[own], origin, scores[own], grid, size_hw))
     return regions
 
 
-def _resampling(coarse_hw: tuple[int, ...], fine_hw: tuple[int, ...]) -> Tensor:
-    """Weights [N_fine, N_coarse] with which bilinear resampling takes each fine cell from the coarse cells."""
-    height, width = coarse_hw
-    units = torch.eye(height * width).reshape(1, -1, height, width)
-    fine = functional.interpolate(units, size=tuple(fine_hw), mode="bilinear", align_corners=False)
-    return rearrange(fine, "1 c h w -> (h w) c")
+def in_pixels(
+    boxes: NDArray[Any],
+    cells: NDArray[Any],
+    features: NDArray[np.float32],
+    origin: NDArray[Any],
+    score: NDArray[np.float32],
+    grid_hw: Sequence[int],
+    size_hw: Sequence[int],
+) -> Regions:
+    """Regions of one image from boxes [N, 4] and sizes [N] in cells of a grid over it; origin is stride, K, cluster."""
+    cell_px = np.array([size_hw[1] / grid_hw[1], size_hw[0] / grid_hw[0]])
+    stride, k, cluster = origin.astype(np.int16).T.copy()
+    return Regions(
+        boxes_xyxy=(boxes * np.tile(cell_px, 2)).astype(np.float32),
+        features=features.copy(),
+        area=(cells * cell_px.prod()).astype(np.float32),
+        stride=stride,
+        k=k,
+        cluster=cluster,
+        score=score,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,17 +256,20 @@ def _resampling(coarse_hw: tuple[int, ...], fine_hw: tuple[int, ...]) -> Tensor:
 def connected_components(labels: Tensor, *, connectivity: int = 4) -> Tensor:
     """Join neighbouring cells of equal label; int64 [..., H, W] to the flat index of each component's first cell.
 
-    Grids along the leading dimensions are independent. On the host scipy labels all masks of all grids in one call,
-    with a structure that does not reach from one mask to the next; on other devices cells are joined where they are.
-
-    Raises:
-        ValueError: if connectivity is neither 4 nor 8.
+    Grids along the leading dimensions are independent. ValueError if connectivity is neither 4 nor 8.
     """
-    if connectivity not in (4, 8):
-        raise ValueError(f"connectivity must be 4 or 8, got {connectivity}")
+    structure = _structure(connectivity)
     if not labels.numel():
         return labels.clone()
-    return _components_on_host(labels, connectivity) if labels.is_cpu else _components_on_device(labels, connectivity)
+    if not labels.is_cpu:
+        return _components_on_device(labels, connectivity)
+    grids = rearrange(labels, "... h w -> (...) 1 h w").numpy()
+    masks = grids == np.arange(grids.max() + 1)[:, None, None]
+    numbers, count = ndimage.label(masks.reshape(-1, *grids.shape[2:]), structure)
+    numbers = numbers.reshape(masks.shape).max(axis=1).ravel()
+    first = np.empty(count + 1, np.int64)
+    first[numbers[::-1]] = np.arange(numbers.size)[::-1]
+    return torch.from_numpy(first[numbers]).reshape(labels.shape)
 
 
 def mask_components(masks: Tensor, *, connectivity: int = 4) -> Tensor:
@@ -288,18 +277,21 @@ def mask_components(masks: Tensor, *, connectivity: int = 4) -> Tensor:
 
     Returns:
         The number of each cell's component, int32 [M, H, W], counted from 1 over all masks in the order of first cells;
-        0 for cells that are not set.
-
-    Raises:
-        ValueError: if connectivity is neither 4 nor 8.
+        0 for cells that are not set. ValueError if connectivity is neither 4 nor 8.
     """
+    structure = _structure(connectivity)
+    if not masks.is_cpu:
+        return _number_on_device(masks, connectivity)
+    numbers, _ = ndimage.label(masks.numpy(), structure)
+    return torch.from_numpy(numbers.astype(np.int32, copy=False))
+
+
+def _structure(connectivity: int) -> NDArray[np.bool_]:
+    """Scipy's neighbours [3, 3, 3] for many masks in one call: they do not reach from one mask to the next."""
     if connectivity not in (4, 8):
         raise ValueError(f"connectivity must be 4 or 8, got {connectivity}")
-    if masks.is_cpu:
-        within = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
-        numbers, _ = ndimage.label(masks.numpy(), np.stack([0 * within, within, 0 * within]))
-        return torch.from_numpy(numbers.astype(np.int32, copy=False))
-    return _number_on_device(masks, connectivity)
+    within = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
+    return np.stack([0 * within, within, 0 * within])
 
 
 def _number_on_device(masks: Tensor, connectivity: int) -> Tensor:
@@ -312,20 +304,8 @@ def _number_on_device(masks: Tensor, connectivity: int) -> Tensor:
     return numbers.reshape(masks.shape)
 
 
-def _components_on_host(labels: Tensor, connectivity: int) -> Tensor:
-    grids = rearrange(labels, "... h w -> (...) 1 h w").numpy()
-    masks = grids == np.arange(grids.max() + 1)[:, None, None]
-    within = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
-    numbers, count = ndimage.label(masks.reshape(-1, *grids.shape[2:]), np.stack([0 * within, within, 0 * within]))
-    numbers = numbers.reshape(masks.shape).max(axis=1).ravel()
-    first = np.empty(count + 1, np.int64)
-    first[numbers[::-1]] = np.arange(numbers.size)[::-1]
-    return torch.from_numpy(first[numbers]).reshape(labels.shape)
-
-
 def _components_on_device(labels: Tensor, connectivity: int) -> Tensor:
-    pairs = _neighbour_pairs(labels, connectivity)
-    return _join(labels.numel(), pairs).reshape(labels.shape)
+    return _join(labels.numel(), _neighbour_pairs(labels, connectivity)).reshape(labels.shape)
 
 
 def _join(count: int, pairs: Tensor) -> Tensor:

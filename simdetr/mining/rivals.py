@@ -1,12 +1,18 @@
-"""Rivals that cut objects out of one feature map: features [D, H, W] of an image in, masks bool [M, H, W] out.
+"""Other people's proposals, to compare ours with: images and their feature maps in, Regions or a store of them out.
 
-LOST (Siméoni et al. 2021, "Localizing Objects with Self-Supervised Transformers and no Labels"), TokenCut (Wang et al.
-2022, "Self-supervised Transformers for Unsupervised Object Discovery using Normalized Cut") and MaskCut (Wang et al.
-2023, CutLER, section 3.2), from the papers' descriptions. They were made for the keys of a DINO transformer, whose
-products have both signs; so that any encoder serves, an image's mean feature is subtracted first, as our own mining
-does (``centre``). MaskCut is without the conditional random field that sharpens its masks afterwards.
+Every rival has one signature, :data:`Baseline`, and a name in :data:`BASELINES`. Selective Search (Uijlings et al.
+2013) looks at pixels only, random boxes at nothing. The others cut objects out of the very maps that our mining
+clusters, as their papers describe it: LOST (Siméoni et al. 2021, "Localizing Objects with Self-Supervised Transformers
+and no Labels"), TokenCut (Wang et al. 2022, "Self-supervised Transformers for Unsupervised Object Discovery using
+Normalized Cut") and MaskCut (Wang et al. 2023, CutLER, section 3.2). They were made for the keys of a DINO transformer,
+whose products have both signs; so that any encoder serves, an image's mean feature is subtracted first, as our own
+mining does (``centre``). MaskCut is without the conditional random field that sharpens its masks afterwards.
 
-Letters: D channels, H x W cells, N = H W, M masks. For comparison only: one image at a time.
+Features are averaged from the last level's map as ours are, so that a rival's regions can go wherever ours go. The
+score only gives the order: 1 for the first box of an image, then less.
+
+Letters: B images, D channels, H x W cells, N = H W, M masks, n boxes of one image. Relative boxes are xyxy in 0..1 of
+width and height.
 """
 
 from __future__ import annotations
@@ -32,30 +38,31 @@ from torchvision.ops import masks_to_boxes
 from simdetr.data.images import ImageSource
 from simdetr.mining.batch import ImageLoading, MiningConfig, encode
 from simdetr.mining.encoders import Encoder
-from simdetr.mining.miner import finish
+from simdetr.mining.miner import finish, open_store
 from simdetr.mining.regions import Regions, connected_components
 from simdetr.mining.spectral_clustering import FLAT, NO_GROUP, leading_eigenvectors
-from simdetr.mining.store import Manifest, ProposalRow, ProposalStore
+from simdetr.mining.store import ProposalRow, ProposalStore
 
 WEAK = 1e-5  # weight of an edge between cells that are not similar; above zero, so that the graph hangs together
 SOLVED_TOGETHER = 4  # eigenvectors asked for: the two that are wanted converge sooner in a larger basis
+SMALLEST_SIDE = 1 / 32  # of random boxes: the geometric mean of their relative sides is at least this
+LARGEST_ASPECT = 3.0  # of random boxes: one relative side is at most so many times the other
+MAX_BOXES = 100  # per image; recall is reported up to here
+_WORKERS = 2  # threads that decode; the methods themselves are far slower
+
+Baseline = Callable[[Sequence[Tensor], Mapping[int, Tensor], Sequence[tuple[int, int]], int, int], list[Regions]]
+"""Shrunk images uint8 [3, h, w], maps [B, D, H_l, W_l] by stride, (height, width) of the originals, most boxes per
+image, seed -> one record per image, boxes in pixels of the original."""
 
 
 def lost(features: Tensor, expansion: int = 100) -> Tensor:
-    """The one object of LOST.
+    """The one object of LOST in features [D, H, W], bool [1, H, W].
 
     The seed is the cell with the fewest cells of positive product. Of the ``expansion`` cells with the fewest, those of
     positive product with the seed grow it; the object is what has a positive product with their sum, as far as it hangs
     together with the seed.
-
-    Args:
-        features: float [D, H, W].
-        expansion: cells that may grow the seed.
-
-    Returns:
-        Bool [1, H, W].
     """
-    cells = _centred(features)
+    cells = _cells(features)
     products = cells @ cells.T
     ascending = (products >= 0).sum(dim=1).argsort(stable=True)
     seed, candidates = ascending[0], ascending[:expansion]
@@ -75,7 +82,7 @@ def token_cut(features: Tensor, threshold: float = 0.2, *, centre: bool = True) 
     Returns:
         Bool [1, H, W], or [0, H, W] where the map has no two groups.
     """
-    value, vector = second_eigenvector(_similar(_directions(features, centre), threshold))
+    value, vector = second_eigenvector(_similar(functional.normalize(_cells(features, centre), dim=1), threshold))
     if value <= NO_GROUP:
         return torch.zeros(0, *features.shape[-2:], dtype=torch.bool, device=features.device)
     side = _prominent_side(vector).reshape(features.shape[-2:])
@@ -85,19 +92,14 @@ def token_cut(features: Tensor, threshold: float = 0.2, *, centre: bool = True) 
 def mask_cut(features: Tensor, threshold: float = 0.15, masks: int = 3, *, centre: bool = True) -> Tensor:
     """Several objects: TokenCut again and again, with the cells of the objects found so far taken out of the graph.
 
-    A side with two or more of the map's corners is the background, however prominent, and the other one is taken.
-
-    Args:
-        features: float [D, H, W].
-        threshold: cosine from which two cells are joined.
-        masks: most objects.
-        centre: subtract the image's mean feature before the cosine.
+    A side with two or more of the map's corners is the background, however prominent, and the other one is taken. The
+    other arguments are those of `token_cut`.
 
     Returns:
         Bool [M, H, W], M at most ``masks``, in the order in which they were found; fewer where nothing is left to cut.
     """
     height, width = features.shape[-2:]
-    directions = _directions(features, centre)
+    directions = functional.normalize(_cells(features, centre), dim=1)
     found = torch.zeros(height * width, dtype=torch.bool, device=features.device)
     objects = []
     for _ in range(masks):
@@ -130,26 +132,20 @@ def second_eigenvector(weights: Tensor) -> tuple[float, Tensor]:
     return float(values[0, 1]), vectors[0, :, 1] * scale
 
 
-def _centred(features: Tensor) -> Tensor:
-    """Cells [N, D] less their mean; zero where a cell equals the mean but for rounding."""
+def _cells(features: Tensor, centre: bool = True) -> Tensor:
+    """Cells [N, D], less their mean if asked; then zero where a cell equals the mean but for rounding."""
     cells: Tensor = rearrange(features, "d h w -> (h w) d").float()
+    if not centre:
+        return cells
     centred = cells - cells.mean(dim=0)
     lengths, before = (torch.linalg.vector_norm(vectors, dim=1) for vectors in (centred, cells))
     has_direction: Tensor = lengths > FLAT * before
     return centred * has_direction[:, None]
 
 
-def _directions(features: Tensor, centre: bool) -> Tensor:
-    cells = _centred(features) if centre else rearrange(features, "d h w -> (h w) d").float()
-    return functional.normalize(cells, dim=1)
-
-
 def _similar(directions: Tensor, threshold: float) -> Tensor:
-    """The graph of TokenCut: weight 1 between cells at least so similar, nearly none between others; double [N, N].
-
-    In double precision, where the device has it: the first eigenvalues of a graph in pieces differ by no more than the
-    weak edges.
-    """
+    """The graph of TokenCut: weight 1 between cells at least so similar, nearly none between others; double [N, N]."""
+    # double where the device has it: the first eigenvalues of a graph in pieces differ by no more than the weak edges
     precision = torch.float32 if directions.device.type == "mps" else torch.float64
     return (directions @ directions.T >= threshold).to(precision).clamp(min=WEAK)
 
@@ -166,25 +162,6 @@ def _around(mask: Tensor, seed: int) -> Tensor:
     return torch.eq(parts, parts.flatten()[seed])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Other people's proposals, to compare ours with: images and their feature maps in, Regions out, best first.
-#
-# Every rival has one signature, :data:`Baseline`, and a name in :data:`BASELINES`. Selective Search (Uijlings et al.
-# 2013) looks at pixels only, random boxes at nothing, and LOST, TokenCut and MaskCut at the very maps that our mining
-# clusters (:mod:`simdetr.mining.rivals`). Features are averaged from the last level's map as ours are, so that
-# a rival's regions can go wherever ours go. The score only gives the order: 1 for the first box of an image, then less.
-#
-# Letters: B images, D channels, n boxes of one image. Relative boxes are xyxy in 0..1 of width and height.
-
-
-Baseline = Callable[[Sequence[Tensor], Mapping[int, Tensor], Sequence[tuple[int, int]], int, int], list[Regions]]
-"""Shrunk images uint8 [3, h, w], maps [B, D, H_l, W_l] by stride, (height, width) of the originals, most boxes per
-image, seed -> one record per image, boxes in pixels of the original."""
-
-SMALLEST_SIDE = 1 / 32  # of random boxes: the geometric mean of their relative sides is at least this
-LARGEST_ASPECT = 3.0  # of random boxes: one relative side is at most so many times the other
-
-
 def selective_search(
     images: Sequence[Tensor],
     maps: Mapping[int, Tensor],
@@ -197,25 +174,20 @@ def selective_search(
     """Selective Search in fast mode on the image resized to ``side`` x ``side`` pixels, in OpenCV's own order.
 
     Raises:
-        RuntimeError: if OpenCV's contrib modules are not installed.
+        RuntimeError: as `search_boxes`.
     """
-    results = []
-    for index, (image, size_hw) in enumerate(zip(images, sizes_hw, strict=True)):
-        boxes = search_boxes(image, side, seed=_own_seed(image, seed))[:max_boxes]
-        results.append(_of_boxes(boxes, maps, index, size_hw))
-    return results
+    boxes = [search_boxes(image, side, seed=_own_seed(image, seed))[:max_boxes] for image in images]
+    pairs = enumerate(zip(boxes, sizes_hw, strict=True))
+    return [_of_boxes(own, maps, index, size_hw) for index, (own, size_hw) in pairs]
 
 
 def search_boxes(image: Tensor, side: int = 128, *, seed: int = 0) -> NDArray[np.float64]:
-    """All boxes of OpenCV's Selective Search, fast mode, best first.
+    """All boxes of OpenCV's Selective Search, fast mode, best first: relative, double [n, 4].
 
     Args:
         image: uint8 [3, H, W], RGB.
         side: the image is resized to a square of so many pixels, as is usual.
         seed: of the order, which is drawn at random with the regions merged first before the others, more or less.
-
-    Returns:
-        Relative boxes, double [n, 4].
 
     Raises:
         RuntimeError: if OpenCV's contrib modules are not installed.
@@ -275,10 +247,8 @@ def objects(
     """
     if stride not in maps:
         raise ValueError(f"stride: expected one of the encoder's, {sorted(maps)}, got {stride}")
-    return [
-        _of_masks(find(level)[:max_boxes], maps, index, size_hw, stride)
-        for index, (level, size_hw) in enumerate(zip(maps[stride], sizes_hw, strict=True))
-    ]
+    levels = enumerate(zip(maps[stride], sizes_hw, strict=True))
+    return [_of_masks(find(level)[:max_boxes], maps, index, size_hw, stride) for index, (level, size_hw) in levels]
 
 
 BASELINES: dict[str, Baseline] = {
@@ -353,17 +323,6 @@ def _regions(boxes_px: NDArray[np.float64], features: Tensor, area: NDArray[np.f
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A rival's proposals for a whole image source: images and a frozen encoder in, a resumable store of regions out.
-#
-# The same store as our own mining writes, so that recall, report and clustering read either. The rival's name lies in
-# the manifest's settings: stores of different methods are never mixed. Images go one by one, as these methods do.
-
-
-MAX_BOXES = 100  # per image; recall is reported up to here
-_WORKERS = 2  # threads that decode; the methods themselves are far slower
-
-
 @torch.no_grad()
 def mine_rival(
     method: str,
@@ -376,10 +335,13 @@ def mine_rival(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> ProposalStore:
-    """Mine every image of a source with a rival; the same call again goes on where it stopped.
+    """Mine every image of a source with a rival, one by one; the same call again goes on where it stopped.
+
+    The store is as our own mining writes it, so that recall, report and clustering read either. The rival's name lies
+    in the manifest's settings: stores of different methods are never mixed.
 
     Args:
-        method: name in :data:`simdetr.mining.rivals.BASELINES`.
+        method: name in :data:`BASELINES`.
         source: the images.
         encoder: frozen; moved to ``device``. Methods that look at pixels only take the regions' features from it.
         config: settings of our own mining; image size, seed, shard size and the share of unreadable images count.
@@ -388,9 +350,6 @@ def mine_rival(
         device: where encoding and graph methods run.
         progress: show a bar.
 
-    Returns:
-        The complete store.
-
     Raises:
         ValueError: for an unknown method, or an empty source.
         StoreError: if the store is of another method, images or settings, or cannot be written.
@@ -398,27 +357,18 @@ def mine_rival(
         RuntimeError: for selective_search without OpenCV's contrib modules.
     """
     find = baseline(method)
-    if not len(source):
-        raise ValueError("source: expected at least one image, got none; check the folder or list")
-    manifest = Manifest(
-        config={"method": method, "max_boxes": max_boxes, "image_size": config.image_size, "seed": config.seed},
-        encoder=encoder.fingerprint,
-        source=source.fingerprint(),
-        num_images=len(source),
-        shard_size=config.shard_size,
-        region_dim=encoder.region_dim,
-    )
-    store = ProposalStore.create(out, manifest)
+    settings = {"method": method, "max_boxes": max_boxes, "image_size": config.image_size, "seed": config.seed}
+    store = open_store(source, encoder, settings, config.shard_size, out)
     if isinstance(encoder, nn.Module):
         encoder.to(device).eval()
     missing = store.missing_shards()
-    positions = [position for shard in missing for position in manifest.images_of(shard)]
+    positions = [position for shard in missing for position in store.manifest.images_of(shard)]
     with ImageLoading(source, positions, config.image_size, _WORKERS, ahead=config.batch_size) as loading:
         console = Console(stderr=True)
         loaded = iter(track(loading, method, len(positions), console=console, disable=not progress))
         for shard in missing:
             rows, unreadable = [], {}
-            for image in islice(loaded, len(manifest.images_of(shard))):
+            for image in islice(loaded, len(store.manifest.images_of(shard))):
                 if image.pixels is None:
                     unreadable[image.image_id] = image.reason
                     continue

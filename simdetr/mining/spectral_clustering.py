@@ -1,8 +1,10 @@
 """Spectral clustering of feature maps: maps of a batch of images in, one label per cell and number of clusters out.
 
-Source: US 2025/0265826 [0032], [0053]; Ng, Jordan, Weiss 2001, "On spectral clustering". Letters: B images, D channels,
-H x W cells, N = H W nodes, K clusters. One eigen-decomposition per map serves all its K. Everything runs on the
-features' device, no loop goes over images or cells, and the labels of an image do not depend on its batch.
+Source: US 2025/0265826 [0032], [0053]; Ng, Jordan, Weiss 2001, "On spectral clustering". Letters: B images, graphs or
+point sets, D channels or dimensions, H x W cells, N = H W nodes or points, K clusters, C wanted eigenvectors, S starts.
+One eigen-decomposition per map serves all its K. Everything runs on the features' device, no loop goes over images or
+cells, and the labels of an image do not depend on its batch: matrices and point sets share the random numbers, and each
+stops on its own. (The k-means over the regions of a whole image collection is another problem: `kmeans.py`.)
 
 A defined result for every graph: a node without neighbours (zero features) embeds at the origin; eigenvectors of
 non-positive eigenvalues describe no group and are dropped, which leaves identical nodes identical in the embedding, so
@@ -19,6 +21,7 @@ import scipy.linalg
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional
 
 Affinity = Literal["clamp", "exp"]
 NO_GROUP = 1e-4  # eigenvalues up to here are zero or negative but for rounding
@@ -26,6 +29,14 @@ CACHED_WEIGHTS = 4_000_000  # of the graphs that the host works on together, so 
 CUT_GAIN = 1e-6  # less is rounding
 TINY = torch.finfo(torch.float32).tiny
 FLAT = 1e-4  # a cell this close to its image's mean, relative to its own length, has no direction of its own
+WHOLE_UP_TO = 128  # nodes; up to here a whole decomposition is as fast as the iteration
+BLOCK = 4  # vectors per product: one pass over the matrix serves all, and up to 3 equal eigenvalues are told apart
+FIRST_BASIS, MORE_BASIS, LARGEST_BASIS = 4, 2, 12  # basis vectors per wanted one: at first, per round, at most
+VANISHED = 1e-5  # length of a new basis vector below which it is rounding
+EQUAL = 1e-4  # difference of eigenvalues below which they may be one, with several vectors
+SAME_POINT = 1e-5  # squared distance below which two points of an embedding on the unit sphere are one
+DRAWS = 3  # candidates for each seed
+SAME_COST = 1e-4  # rounding must not decide between two starts that are equally good
 
 
 def spectral_clustering(
@@ -39,32 +50,22 @@ def spectral_clustering(
     cut_steps: int = 2,
     seed: int = 0,
 ) -> dict[int, Tensor]:
-    """Cluster the cells of every map into each number of clusters.
+    """Cluster the cells of every map, float [B, D, H, W], into each of the numbers of clusters, e.g. (2, 4, 8).
 
-    Args:
-        features: float [B, D, H, W].
-        cluster_counts: the K of this level, e.g. (2, 4, 8).
-        affinity: how cosine similarity becomes a weight, see :func:`cell_affinity`.
-        temperature: of the "exp" affinity.
-        centre: subtract an image's mean feature before the cosine.
-        starts: of k-means for each K.
-        cut_steps: see :func:`cluster_graphs`.
-        seed: of all random numbers.
+    The affinity, its temperature and ``centre`` are explained at :func:`cell_affinity`, the rest at
+    :func:`cluster_graphs`.
 
     Returns:
         For each K the labels, int64 [B, H, W], in 0..K-1, numbered in reading order of their first cell. There are
         fewer than K where the graph has fewer distinct nodes.
     """
-    height, width = features.shape[-2:]
-    together = len(features) if not features.is_cpu else max(1, CACHED_WEIGHTS // (height * width) ** 2)
+    batch, _, height, width = features.shape
+    together = batch if not features.is_cpu else max(1, CACHED_WEIGHTS // (height * width) ** 2)
     parts = []
     for part in torch.split(features, together):
         weights = cell_affinity(part, affinity, temperature, centre=centre)
         parts.append(cluster_graphs(weights, cluster_counts, starts=starts, cut_steps=cut_steps, seed=seed))
-    return {
-        k: rearrange(torch.cat([part[k] for part in parts]), "b (h w) -> b h w", h=height, w=width)
-        for k in cluster_counts
-    }
+    return {k: torch.cat([part[k] for part in parts]).reshape(batch, height, width) for k in cluster_counts}
 
 
 def cell_affinity(features: Tensor, kind: Affinity = "exp", temperature: float = 0.1, *, centre: bool = True) -> Tensor:
@@ -115,7 +116,7 @@ def cluster_graphs(
     vectors = spectral_embedding(weights, max(cluster_counts), seed=seed)
     partitions = {}
     for k in cluster_counts:
-        points = torch.nn.functional.normalize(vectors[:, :, :k], dim=2)
+        points = functional.normalize(vectors[:, :, :k], dim=2)
         labels = batched_kmeans(points, k, starts=starts, seed=seed + k)
         best = take_lowest(labels, _cuts_of_starts(weights, labels, k, empty=1.0))
         partitions[k] = number_by_first_member(lower_cut(weights, best, cut_steps))
@@ -135,34 +136,24 @@ def spectral_embedding(weights: Tensor, dims: int, *, seed: int = 0) -> Tensor:
     values, vectors = leading_eigenvectors(matrices, dims, seed=seed)
     # One more product with the self-loops restored: exact eigenvectors do not change, and identical nodes, which then
     # have identical rows, come out identical although the solver stopped at a finite tolerance.
-    own = own * scale.square()
-    values = values[:, None, :]
-    smoothed = (torch.bmm(matrices, vectors) + own[:, :, None] * vectors) / (values + own[:, :, None]).clamp(
-        min=NO_GROUP
-    )
+    own, values = (own * scale.square())[:, :, None], values[:, None, :]
+    smoothed = (torch.bmm(matrices, vectors) + own * vectors) / (values + own).clamp(min=NO_GROUP)
     return torch.where(values > NO_GROUP, smoothed, 0.0)
 
 
 def lower_cut(weights: Tensor, labels: Tensor, steps: int) -> Tensor:
     """Move cells to the cluster that lowers the normalised cut, as weighted kernel k-means does (Dhillon et al. 2004).
 
-    The k-means of the embedding minimises a relaxation of the cut; a few products with the graph itself take back what
-    the relaxation lost. A graph keeps a step only if its cut falls and no cluster vanishes, and stops otherwise.
-
-    Args:
-        weights: float [B, N, N]; the diagonal is ignored.
-        labels: int64 [B, N].
-        steps: at most so many.
-
-    Returns:
-        Labels int64 [B, N].
+    The k-means of the embedding minimises a relaxation of the cut; a few products with the graph itself, at most
+    ``steps``, take back what the relaxation lost. A graph keeps a step only if its cut falls and no cluster vanishes,
+    and stops otherwise. Weights [B, N, N], whose diagonal is ignored, and labels int64 [B, N] to labels [B, N].
     """
     own, clusters = weights.diagonal(dim1=1, dim2=2), int(labels.max()) + 1
     degree = weights.sum(dim=2) - own
     candidate, moving = labels, torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     lowest, groups = weights.new_full((len(labels),), torch.inf), weights.new_zeros(len(labels))
     for _ in range(steps + 1):
-        member = torch.nn.functional.one_hot(candidate, clusters).to(weights)
+        member = functional.one_hot(candidate, clusters).to(weights)
         links = torch.bmm(member.mT, weights).mT - own[:, :, None] * member
         volume = torch.bmm(degree[:, None, :], member)
         share = (links * member).sum(dim=1, keepdim=True) / volume.clamp(min=TINY)
@@ -193,7 +184,7 @@ def _cuts_of_starts(weights: Tensor, labels: Tensor, clusters: int, *, empty: fl
     A cluster without volume counts ``empty``: 1, the most a cluster can, where leaving clusters out must not pay.
     """
     own = weights.diagonal(dim1=1, dim2=2)
-    member = rearrange(torch.nn.functional.one_hot(labels, clusters).to(weights), "b n s k -> b (s k) n").contiguous()
+    member = rearrange(functional.one_hot(labels, clusters).to(weights), "b n s k -> b (s k) n").contiguous()
     links = torch.bmm(member, weights) - own[:, None] * member
     inside = rearrange((links * member).sum(dim=2), "b (s k) -> b s k", k=clusters)
     degree = weights.sum(dim=2) - own
@@ -202,20 +193,7 @@ def _cuts_of_starts(weights: Tensor, labels: Tensor, clusters: int, *, empty: fl
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Leading eigenvectors of many symmetric matrices at once: normalised graph matrices in, orthonormal vectors out.
-#
-# Letters: B graphs, N nodes, C wanted eigenvectors. Small matrices are decomposed whole by LAPACK. Of larger ones a few
-# vectors out of hundreds are wanted, and block Lanczos with full reorthogonalisation (Golub, Underwood 1977) finds them
-# with the fewest products; `benchmarks/LOG.md` has the measurement against whole decompositions and Chebyshev-filtered
-# subspace iteration. Each matrix stops on its own residual and leaves the batch, so a result never depends on what else
-# was in the batch.
-
-
-WHOLE_UP_TO = 128  # nodes; up to here a whole decomposition is as fast as the iteration
-BLOCK = 4  # vectors per product: one pass over the matrix serves all, and up to 3 equal eigenvalues are told apart
-FIRST_BASIS, MORE_BASIS, LARGEST_BASIS = 4, 2, 12  # basis vectors per wanted one: at first, per round, at most
-VANISHED = 1e-5  # length of a new basis vector below which it is rounding
-EQUAL = 1e-4  # difference of eigenvalues below which they may be one, with several vectors
+# Leading eigenvectors of many symmetric matrices at once.
 
 
 def leading_eigenvectors(
@@ -223,10 +201,14 @@ def leading_eigenvectors(
 ) -> tuple[Tensor, Tensor]:
     """Largest eigenvalues, descending, and their orthonormal eigenvectors.
 
+    Small matrices are decomposed whole by LAPACK. Of larger ones a few vectors out of hundreds are wanted, and block
+    Lanczos with full reorthogonalisation (Golub, Underwood 1977) finds them with the fewest products;
+    `benchmarks/LOG.md` has the measurement against whole decompositions and Chebyshev-filtered subspace iteration.
+
     Args:
         matrices: float [B, N, N], symmetric, with eigenvalues in [-1, 1] as D^-1/2 W D^-1/2 has them.
         count: how many; at most N are returned.
-        seed: of the starting block, which is the same for every matrix of the batch.
+        seed: of the starting block.
         tolerance: largest norm of A v - lambda v that is accepted.
 
     Returns:
@@ -257,6 +239,11 @@ def leading_eigenvectors(
     return values, vectors
 
 
+def _leading_of_whole(matrices: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    values, vectors = symmetric_eigh(matrices)
+    return values[:, -count:].flip(1), vectors[:, :, -count:].flip(2)
+
+
 def symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """`torch.linalg.eigh` that survives LAPACK's divide-and-conquer failing on repeated eigenvalues.
 
@@ -265,18 +252,13 @@ def symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, vectors = torch.linalg.eigh(matrices)
+        if not matrices.is_cpu or bool(torch.isfinite(vectors).all()):
+            return values, vectors
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # the stubs forgot to export it
-        return _eigh_by_qr_iteration(matrices)
-    if matrices.is_cpu and not bool(torch.isfinite(vectors).all()):
-        return _eigh_by_qr_iteration(matrices)
-    return values, vectors
-
-
-def _eigh_by_qr_iteration(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        pass
     pairs = [scipy.linalg.eigh(matrix, driver="ev") for matrix in matrices.detach().cpu().double().numpy()]
-    values = torch.from_numpy(np.stack([value for value, _ in pairs]))
-    vectors = torch.from_numpy(np.stack([vector for _, vector in pairs]))
-    return values.to(matrices), vectors.to(matrices)
+    values, vectors = (torch.from_numpy(np.stack(part)).to(matrices) for part in zip(*pairs, strict=True))
+    return values, vectors
 
 
 class _BlockLanczos:
@@ -316,8 +298,7 @@ class _BlockLanczos:
 
     def leading(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Best values [B, C], vectors [B, N, C] within the bases, and their largest residual norm [B]."""
-        values, rotation = symmetric_eigh((self._projected + self._projected.mT) / 2)
-        values, rotation = values[:, -count:].flip(1), rotation[:, :, -count:].flip(2)
+        values, rotation = _leading_of_whole((self._projected + self._projected.mT) / 2, count)
         residual = torch.bmm(self._link, rotation[:, -BLOCK:]).norm(dim=1).amax(dim=1)
         return values, torch.bmm(self._basis.mT, rotation), residual
 
@@ -327,34 +308,21 @@ class _BlockLanczos:
         self._next, self._link = self._next[keep], self._link[keep]
 
 
-def _leading_of_whole(matrices: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    values, vectors = symmetric_eigh(matrices)
-    return values[:, -count:].flip(1), vectors[:, :, -count:].flip(2)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# k-means of many small point sets at once: embedded cells of B images in, one label per cell out.
-#
-# Letters: B point sets, N points each, D dimensions, S starts, K clusters. All sets share the same random numbers, so
-# the labels of a set depend on its points and the seed, never on the rest of the batch. Points that coincide always
-# share a cluster; with fewer distinct points than clusters, the clusters left over stay empty. (The k-means over the
-# regions of a whole image collection is another problem: `kmeans.py`.)
-
-
-SAME_POINT = 1e-5  # squared distance below which two points of an embedding on the unit sphere are one
-DRAWS = 3  # candidates for each seed
-SAME_COST = 1e-4  # rounding must not decide between two starts that are equally good
+# k-means of many small point sets at once, all with the same random numbers.
 
 
 def batched_kmeans(points: Tensor, num_clusters: int, *, starts: int = 3, max_steps: int = 12, seed: int = 0) -> Tensor:
     """Several k-means++ starts (Arthur and Vassilvitskii 2007), each refined by Lloyd's iteration.
+
+    Points that coincide always share a cluster; with fewer distinct points than clusters, those left over stay empty.
 
     Args:
         points: float [B, N, D].
         num_clusters: K; may exceed N.
         starts: independent seedings.
         max_steps: of Lloyd's iteration; a point set stops earlier when none of its labels change.
-        seed: of the random numbers that all point sets share.
+        seed: of the random numbers.
 
     Returns:
         Labels int64 [B, N, S] of every start.
@@ -403,6 +371,7 @@ def _spread_seeds(points: Tensor, num_clusters: int, starts: int, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(num_clusters, starts, DRAWS, generator=generator).to(points)
     rows = torch.arange(batch, device=points.device)[:, None]
+    norms = points.square().sum(dim=2)
     nearest = points.new_full((batch, starts, count), torch.inf)
     weights = points.new_ones(batch, starts, count)
     centroids, used = [], []
@@ -410,8 +379,8 @@ def _spread_seeds(points: Tensor, num_clusters: int, starts: int, seed: int) -> 
         cumulative = weights.cumsum(dim=2)
         chosen = torch.searchsorted(cumulative, cumulative[:, :, -1:] * draw, right=True).clamp(max=count - 1)
         drawn = points[rows, chosen.flatten(1)]
-        distances = _squared_distances(drawn, points).reshape(batch, starts, DRAWS, count)
-        left = torch.minimum(nearest[:, :, None], distances)
+        distances = drawn.square().sum(dim=2)[:, :, None] + norms[:, None] - 2 * torch.bmm(drawn, points.mT)
+        left = torch.minimum(nearest[:, :, None], distances.clamp(min=0).reshape(batch, starts, DRAWS, count))
         best = left.sum(dim=3).argmin(dim=2)
         used.append(weights.gather(2, chosen.gather(2, best[:, :, None]))[:, :, 0] > 0)
         centroids.append(_pick(drawn.reshape(batch, starts, DRAWS, dims), best))
@@ -423,13 +392,6 @@ def _spread_seeds(points: Tensor, num_clusters: int, starts: int, seed: int) -> 
 def _pick(values: Tensor, index: Tensor) -> Tensor:
     """Of [B, S, T, X] the entry that [B, S] names, [B, S, X]."""
     return values.gather(2, index[:, :, None, None].expand(-1, -1, 1, values.shape[3]))[:, :, 0]
-
-
-def _squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
-    """[B, N, D] and [B, M, D] to [B, N, M], never negative."""
-    products = torch.bmm(points, centroids.mT)
-    squares = points.square().sum(dim=2)[:, :, None] + centroids.square().sum(dim=2)[:, None, :]
-    return (squares - 2 * products).clamp(min=0)
 
 
 def _scores(points: Tensor, centroids: Tensor, used: Tensor) -> Tensor:

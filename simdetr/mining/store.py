@@ -1,10 +1,11 @@
 """Mined regions on disk or on another storage: Parquet shards and a manifest in one folder; rows in, rows out.
 
-Layout: ``manifest.json`` (what was mined, how, from which images), ``shard-00000.parquet`` and so on, one row per image
-with its size and regions, features in fp16; the notes of a shard name its unreadable images. Files appear whole or not
-at all; a shard that is missing, cut short or damaged is named by :meth:`ProposalStore.missing_shards` and mined again.
-Reading streams one shard at a time, so memory does not grow with the number of images. The folder may be local or a URL
-that fsspec knows, such as ``s3://bucket/photos``.
+Layout: ``manifest.json`` (what was mined, how, from which images), ``shard-00000.parquet`` and so on, one table row per
+image: id, size, and lists over its regions (boxes, features in fp16, area, score, and the level, K and cluster of their
+origin). Notes in the schema's metadata hold the rest: the shard's number and its unreadable images.
+Files appear whole or not at all; a shard that is missing, cut short or damaged is named by
+:meth:`ProposalStore.missing_shards` and mined again. Reading streams one shard at a time, so memory does not grow with
+the number of images. The folder may be local or a URL that fsspec knows, such as ``s3://bucket/photos``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ from simdetr.mining.regions import Regions
 FORMAT = 3
 MANIFEST = "manifest.json"
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
+_DTYPES: dict[str, type[np.generic]] = {
+    "boxes_xyxy": np.float32,
+    "features": np.float16,
+    "area": np.float32,
+    "stride": np.int16,
+    "k": np.int16,
+    "cluster": np.int16,
+    "score": np.float32,
+}
+REGION_COLUMNS = tuple(_DTYPES)
 
 
 class StoreError(RuntimeError):
@@ -66,6 +77,54 @@ class Manifest:
     def images_of(self, shard: int) -> range:
         """Positions in the source of a shard's images."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
+
+
+@dataclass(frozen=True)
+class ProposalRow:
+    """One image of a store: its id, its upright size in pixels and its regions."""
+
+    image_id: str
+    height: int
+    width: int
+    regions: Regions
+
+
+@dataclass(frozen=True)
+class ProposalShard:
+    """One shard by column; image i owns region rows ``offsets[i]:offsets[i + 1]``.
+
+    Attributes:
+        image_ids: N ids.
+        sizes_hw: int64 [N, 2], pixels.
+        offsets: int64 [N + 1].
+        boxes_xyxy: float32 [M, 4], pixels.
+        features: float16 [M, D]; D is 0 when features were not asked for.
+        area: float32 [M], square pixels.
+        stride, k, cluster: int16 [M].
+        score: float32 [M].
+    """
+
+    image_ids: tuple[str, ...]
+    sizes_hw: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    boxes_xyxy: NDArray[np.float32]
+    features: NDArray[np.float16]
+    area: NDArray[np.float32]
+    stride: NDArray[np.int16]
+    k: NDArray[np.int16]
+    cluster: NDArray[np.int16]
+    score: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def row(self, index: int) -> ProposalRow:
+        """The row of image ``index``."""
+        own = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        columns = {name: getattr(self, name)[own] for name in REGION_COLUMNS}
+        regions = Regions(**columns | {"features": columns["features"].astype(np.float32)})
+        height, width = self.sizes_hw[index].tolist()
+        return ProposalRow(self.image_ids[index], height, width, regions)
 
 
 class ProposalStore:
@@ -122,12 +181,7 @@ class ProposalStore:
         return self.folder / f"shard-{shard:05d}.parquet"
 
     def write_shard(self, shard: int, rows: Sequence[ProposalRow], unreadable: Mapping[str, str] | None = None) -> None:
-        """Write one shard atomically.
-
-        Args:
-            shard: its number.
-            rows: its readable images, in source order.
-            unreadable: reasons by id of its other images, which have no row.
+        """Write one shard atomically: rows of its readable images in source order, reasons by id of the others.
 
         Raises:
             StoreError: if the disk is full or read-only; nothing half-written is left.
@@ -157,7 +211,7 @@ class ProposalStore:
         """Reasons by id of the unreadable images of some shards; of all written ones when left out."""
         found: dict[str, str] = {}
         for shard in self.written() if shards is None else shards:
-            found |= read_notes(read_footer(self.shard_path(shard)).metadata)["unreadable"]
+            found |= read_notes(read_footer(self.shard_path(shard)))["unreadable"]
         return found
 
     def __len__(self) -> int:
@@ -165,10 +219,7 @@ class ProposalStore:
         return sum(read_footer(self.shard_path(shard)).num_rows for shard in self.written())
 
     def iter_shards(self, columns: Sequence[str] | None = None) -> Iterator[ProposalShard]:
-        """Stream the shards in order.
-
-        Args:
-            columns: region columns to read; None reads all. Only leaving out ``features`` saves much.
+        """Stream the shards in order, all region columns or some; only leaving out ``features`` saves much.
 
         Raises:
             StoreError: at a damaged shard, or for an unknown column.
@@ -180,7 +231,12 @@ class ProposalStore:
         if columns is not None and "features" not in columns:
             wanted.remove("features")
         for shard in self.written():
-            yield self._read(shard, wanted)
+            path = self.shard_path(shard)
+            try:
+                read = to_shard(read_table(path, wanted))
+            except Exception as error:
+                raise StoreError(f"{path} is damaged ({error}); run the mining command again to redo it") from error
+            yield read
 
     def iter_rows(self, columns: Sequence[str] | None = None) -> Iterator[ProposalRow]:
         """Stream the images in source order, one shard in memory at a time; ``columns`` as in :meth:`iter_shards`."""
@@ -188,15 +244,10 @@ class ProposalStore:
             yield from map(shard.row, range(len(shard)))
 
     def is_sound(self, shard: int, *, whole: bool = True) -> bool:
-        """Whether a shard is there and undamaged.
-
-        Args:
-            shard: its number.
-            whole: verify the checksums of all pages; else only that it was not cut short.
-        """
+        """Whether a shard is there and undamaged: by the checksums of all pages, or else only not cut short."""
         try:
             footer = read_footer(self.shard_path(shard))
-            notes = read_notes(footer.metadata)
+            notes = read_notes(footer)
             if whole:
                 read_table(self.shard_path(shard))
             expected = len(self.manifest.images_of(shard))
@@ -204,161 +255,39 @@ class ProposalStore:
         except Exception:  # the reader raises all kinds of errors on damaged files
             return False
 
-    def _read(self, shard: int, columns: list[str]) -> ProposalShard:
-        path = self.shard_path(shard)
-        try:
-            return to_shard(read_table(path, columns))
-        except Exception as error:
-            raise StoreError(f"{path} is damaged ({error}); run the mining command again to redo it") from error
-
-
-def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two manifests, in words, one entry per value."""
-    found = []
-    for name in sorted({*there, *wanted}):
-        old, new = there.get(name), wanted.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(f"{prefix}{name} is {old!r} there and {new!r} now")
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One shard of proposals between memory and Parquet: rows to a table, a table to columns.
-#
-# One table row per image: id, size, and lists over its regions: boxes float32, features fp16, area, and where they came
-# from (level, K, cluster, score). What the rows cannot say (the shard's number, ids of unreadable images) lies in the
-# schema's metadata.
-
-
-REGION_COLUMNS = ("boxes_xyxy", "features", "area", "stride", "k", "cluster", "score")
-
-
-@dataclass(frozen=True)
-class ProposalRow:
-    """One image of a store: its id, its upright size in pixels and its regions."""
-
-    image_id: str
-    height: int
-    width: int
-    regions: Regions
-
-
-@dataclass(frozen=True)
-class ProposalShard:
-    """One shard by column; image i owns region rows ``offsets[i]:offsets[i + 1]``.
-
-    Attributes:
-        image_ids: N ids.
-        sizes_hw: int64 [N, 2], pixels.
-        offsets: int64 [N + 1].
-        boxes_xyxy: float32 [M, 4], pixels.
-        features: float16 [M, D]; D is 0 when features were not asked for.
-        area: float32 [M], square pixels.
-        stride, k, cluster: int16 [M].
-        score: float32 [M].
-    """
-
-    image_ids: tuple[str, ...]
-    sizes_hw: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    boxes_xyxy: NDArray[np.float32]
-    features: NDArray[np.float16]
-    area: NDArray[np.float32]
-    stride: NDArray[np.int16]
-    k: NDArray[np.int16]
-    cluster: NDArray[np.int16]
-    score: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def row(self, index: int) -> ProposalRow:
-        """The row of image ``index``."""
-        own = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        regions = Regions(
-            boxes_xyxy=self.boxes_xyxy[own],
-            features=self.features[own].astype(np.float32),
-            area=self.area[own],
-            stride=self.stride[own],
-            k=self.k[own],
-            cluster=self.cluster[own],
-            score=self.score[own],
-        )
-        height, width = self.sizes_hw[index].tolist()
-        return ProposalRow(self.image_ids[index], height, width, regions)
-
-
-def _schema(dim: int, notes: Mapping[str, Any]) -> pa.Schema:
-    return pa.schema(
-        [
-            pa.field("image_id", pa.string(), nullable=False),
-            pa.field("height", pa.int32(), nullable=False),
-            pa.field("width", pa.int32(), nullable=False),
-            pa.field("boxes_xyxy", pa.list_(pa.list_(pa.float32(), 4)), nullable=False),
-            pa.field("features", pa.list_(pa.list_(pa.float16(), dim)), nullable=False),
-            pa.field("area", pa.list_(pa.float32()), nullable=False),
-            pa.field("stride", pa.list_(pa.int16()), nullable=False),
-            pa.field("k", pa.list_(pa.int16()), nullable=False),
-            pa.field("cluster", pa.list_(pa.int16()), nullable=False),
-            pa.field("score", pa.list_(pa.float32()), nullable=False),
-        ],
-        metadata={"simdetr": json.dumps(notes)},
-    )
-
 
 def to_table(rows: Sequence[ProposalRow], dim: int, notes: Mapping[str, Any]) -> pa.Table:
-    """The table of a shard's rows.
-
-    Args:
-        rows: in source order.
-        dim: channels of a region feature.
-        notes: plain values to keep with the table.
+    """The table of a shard's rows in source order, with features of ``dim`` channels and some plain values as notes.
 
     Raises:
         ValueError: if a feature does not fit into fp16.
     """
-    schema = _schema(dim, notes)
-    regions = [row.regions for row in rows]
     for row in rows:
         if row.regions.features.size and np.abs(row.regions.features).max() > np.finfo(np.float16).max:
             raise ValueError(
                 f"features: expected values within fp16 (65504), {row.image_id} has larger; scale the maps"
             )
-    offsets = pa.array(np.cumsum([0, *map(len, regions)]), pa.int32())
-
-    def column(name: str, dtype: type[np.generic]) -> pa.Array:
-        parts = [getattr(r, name).ravel() for r in regions]
+    columns = {
+        "image_id": pa.array([row.image_id for row in rows], pa.string()),
+        "height": pa.array([row.height for row in rows], pa.int32()),
+        "width": pa.array([row.width for row in rows], pa.int32()),
+    }
+    offsets = pa.array(np.cumsum([0, *(len(row.regions) for row in rows)]), pa.int32())
+    widths = {"boxes_xyxy": 4, "features": dim}
+    for name, dtype in _DTYPES.items():
+        parts = [getattr(row.regions, name).ravel() for row in rows]
         values = pa.array(np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype))
-        kind = schema.field(name).type
-        if pa.types.is_fixed_size_list(kind.value_type):
-            values = pa.FixedSizeListArray.from_arrays(values, kind.value_type.list_size)
-        return pa.ListArray.from_arrays(offsets, values).cast(kind)
-
-    return pa.table(
-        [
-            pa.array([row.image_id for row in rows], pa.string()),
-            pa.array([row.height for row in rows], pa.int32()),
-            pa.array([row.width for row in rows], pa.int32()),
-            column("boxes_xyxy", np.float32),
-            column("features", np.float16),
-            column("area", np.float32),
-            column("stride", np.int16),
-            column("k", np.int16),
-            column("cluster", np.int16),
-            column("score", np.float32),
-        ],
-        schema=schema,
-    )
+        if name in widths:
+            values = pa.FixedSizeListArray.from_arrays(values, widths[name])
+        columns[name] = pa.ListArray.from_arrays(offsets, values)
+    fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
+    return pa.table(columns, schema=pa.schema(fields, metadata={"simdetr": json.dumps(notes)}))
 
 
 def to_bytes(table: pa.Table) -> pa.Buffer:
     """The file of a shard, in memory."""
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, compression="zstd", use_dictionary=["image_id"], write_page_checksum=True, store_schema=True
-    )
+    pq.write_table(table, sink, compression="zstd", use_dictionary=["image_id"], write_page_checksum=True)
     return sink.getvalue()
 
 
@@ -374,38 +303,29 @@ def read_footer(path: Location) -> pq.FileMetaData:
         return pq.read_metadata(stream)
 
 
-def read_notes(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
-    """The values that :func:`to_table` kept; KeyError or TypeError if the file is not of a store."""
-    notes: dict[str, Any] = json.loads((metadata or {})[b"simdetr"])
+def read_notes(footer: pq.FileMetaData) -> dict[str, Any]:
+    """The values that :func:`to_table` kept; KeyError if the file is not of a store."""
+    notes: dict[str, Any] = json.loads((footer.metadata or {})[b"simdetr"])
     return notes
-
-
-def _values(column: pa.ChunkedArray) -> NDArray[Any]:
-    values = column.combine_chunks().flatten()
-    while pa.types.is_fixed_size_list(values.type):
-        values = values.flatten()
-    array: NDArray[Any] = values.to_numpy(zero_copy_only=False)
-    return array
 
 
 def to_shard(table: pa.Table) -> ProposalShard:
     """Columns of a table that was read with or without its features."""
-    names = [name for name in REGION_COLUMNS if name in table.column_names]
-    dim = table.schema.field("features").type.value_type.list_size if "features" in names else 0
-    flat = {name: _values(table[name]) for name in names}
-    regions = len(flat["area"])
+
+    def values(name: str) -> NDArray[Any]:
+        flat = table[name].combine_chunks().flatten()
+        shape = [len(flat)]
+        if pa.types.is_fixed_size_list(flat.type):
+            shape, flat = [*shape, flat.type.list_size], flat.flatten()
+        return np.asarray(flat).reshape(shape)
+
+    columns = {name: values(name) for name in REGION_COLUMNS if name in table.column_names}
     counts = pc.list_value_length(table["area"]).to_numpy()
     return ProposalShard(
         image_ids=tuple(table["image_id"].to_pylist()),
         sizes_hw=np.stack([table["height"].to_numpy(), table["width"].to_numpy()], axis=1).astype(np.int64),
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        boxes_xyxy=flat["boxes_xyxy"].reshape(regions, 4),
-        features=flat.get("features", np.zeros(0, np.float16)).reshape(regions, dim),
-        area=flat["area"],
-        stride=flat["stride"],
-        k=flat["k"],
-        cluster=flat["cluster"],
-        score=flat["score"],
+        **{"features": np.zeros((len(columns["area"]), 0), np.float16), **columns},
     )
 
 
@@ -413,3 +333,15 @@ def best_first(row: ProposalRow) -> ImageLabels:
     """Boxes in the order of their scores, which may have any range; scores of labels end at 1."""
     boxes = row.regions.boxes_xyxy[np.argsort(-row.regions.score, kind="stable")]
     return ImageLabels.build(row.image_id, (row.height, row.width), boxes, np.zeros(len(boxes)))
+
+
+def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two manifests, in words, one entry per value."""
+    found = []
+    for name in sorted({*there, *wanted}):
+        old, new = there.get(name), wanted.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} is {old!r} there and {new!r} now")
+    return found

@@ -1,4 +1,4 @@
-"""Lightning's ``metrics.csv`` in, inline SVG pictures of the learning curves out.
+"""Numbers in, inline SVG pictures out: learning curves of ``metrics.csv``, sizes of clusters, and how losses fall.
 
 Text and axes take the page's text colour (``currentColor``), so that one picture serves light and dark pages.
 """
@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,14 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.integrate import solve_ivp
 
 MAX_LINES = 6  # per panel; more cannot be told apart
-ACCURACIES = (
-    "AP",
-    "AP50",
-    "AP75",
-    "AR100",
-    "AR@100",
-    "recall50@100",
-)  # drawn, whatever stands before the last slash
+ACCURACIES = ("AP", "AP50", "AP75", "AR100", "AR@100", "recall50@100")  # drawn, whatever is before the last slash
 MAX_POINTS = 200  # per line; longer ones are averaged over as many equal pieces
 LINE_COLOURS = ("#4477cc", "#dd7733", "#229966", "#cc4466", "#8866cc", "#998833")
 INK = "#010203"  # stands for the page's text colour until the SVG is written
@@ -156,14 +149,11 @@ def _thin(series: tuple[Sequence[float], Sequence[float]]) -> tuple[NDArray[np.f
     return np.add.reduceat(steps, edges) / counts, np.add.reduceat(values, edges) / counts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The record of a clustering (``stage0/clustering.json``) -> sizes of its clusters and its inertia, as one SVG.
-#
-# In: what `simdetr.mining.kmeans.clustering_record` gives. Text and axes take the page's text colour.
-
-
 def draw_clustering(record: Mapping[str, Any]) -> str:
     """Histogram of cluster sizes by powers of two, and inertia per region by iteration, side by side.
+
+    Args:
+        record: what `simdetr.mining.kmeans.clustering_record` gives (``stage0/clustering.json``).
 
     Raises:
         ValueError: the record lacks what is drawn.
@@ -173,36 +163,27 @@ def draw_clustering(record: Mapping[str, Any]) -> str:
             raise ValueError(f"clustering record: expected sizes, inertia and regions, got no {key}")
     figure = new_figure(2)
     sizes_axes, inertia_axes = figure.subplots(1, 2)
-    _draw_sizes(sizes_axes, np.asarray(record["sizes"], np.int64))
+    histogram = size_histogram(np.asarray(record["sizes"], np.int64))
+    bars = sizes_axes.barh(range(len(histogram)), list(histogram.values()), color=LINE_COLOURS[0])
+    sizes_axes.bar_label(bars, [f"{count:,}" for count in histogram.values()], color=INK, fontsize=8, padding=2)
+    style_panel(sizes_axes, "regions of a class", "classes")
+    sizes_axes.set_yticks(range(len(histogram)), list(histogram))
+    sizes_axes.margins(x=0.15)
+    sizes_axes.grid(visible=False, axis="y")
     inertia = np.asarray(record["inertia"], np.float64) / record["regions"]
     inertia_axes.plot(inertia, color=LINE_COLOURS[0], linewidth=1.6, marker="o" if len(inertia) < 12 else "")
     style_panel(inertia_axes, "inertia per region", "iteration")
     return to_svg(figure, "clustering")
 
 
-def size_histogram(sizes: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, int]:
+def size_histogram(sizes: NDArray[np.int64]) -> dict[str, int]:
     """Clusters without rows, with 1, with 2 to 3, with 4 to 7 and so on, up to the largest: label -> clusters."""
     powers = np.zeros(len(sizes), np.int64)
     powers[sizes > 0] = np.floor(np.log2(sizes[sizes > 0])).astype(np.int64) + 1
     counts = np.bincount(powers)
     first = int(np.flatnonzero(counts)[0])
-    return {_range(power): int(counts[power]) for power in range(first, len(counts))}
-
-
-def _range(power: int) -> str:
-    if power < 2:
-        return str(power)
-    return f"{2 ** (power - 1):,}–{2**power - 1:,}"
-
-
-def _draw_sizes(axes: Axes, sizes: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-    histogram = size_histogram(sizes)
-    bars = axes.barh(range(len(histogram)), list(histogram.values()), color=LINE_COLOURS[0])
-    axes.bar_label(bars, [f"{count:,}" for count in histogram.values()], color=INK, fontsize=8, padding=2)
-    style_panel(axes, "regions of a class", "classes")
-    axes.set_yticks(range(len(histogram)), list(histogram))
-    axes.margins(x=0.15)
-    axes.grid(visible=False, axis="y")
+    labels = ["0", "1", *(f"{2 ** (power - 1):,}–{2**power - 1:,}" for power in range(2, len(counts)))]
+    return {labels[power]: int(counts[power]) for power in range(first, len(counts))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,15 +225,7 @@ def gradient(u: ArrayLike, v: ArrayLike, equation: Equation) -> tuple[NDArray[np
 
 
 def flow(start: tuple[float, float], equation: Equation, times: ArrayLike) -> NDArray[np.float64]:
-    """Where the losses are at some times.
-
-    Args:
-        start: (u, v) at time 0, not negative.
-        equation: of the total loss.
-        times: float [T], ascending from 0 on.
-
-    Returns:
-        float64 [T, 2], (u, v).
+    """Where the losses (u, v) are at some times [T], ascending from 0 on: float64 [T, 2].
 
     Raises:
         ValueError: a negative start, times that fall or are negative, or an unknown equation.
@@ -263,7 +236,8 @@ def flow(start: tuple[float, float], equation: Equation, times: ArrayLike) -> ND
     _check_start(start)
     if moments[-1] == 0:
         return np.tile(np.asarray(start, np.float64), (len(moments), 1))
-    solution = solve_ivp(_velocity(equation), (0, moments[-1]), start, t_eval=moments, rtol=1e-8, atol=1e-10)
+    span = (0, moments[-1])
+    solution = solve_ivp(_velocity, span, start, t_eval=moments, args=(equation,), rtol=1e-8, atol=1e-10)
     return np.maximum(solution.y.T, 0)
 
 
@@ -280,13 +254,9 @@ def half_times(start: tuple[float, float], equation: Equation) -> tuple[float, f
 
 
 def draw_flow(starts: Sequence[tuple[float, float]] = STARTS, longest: float = 6.0) -> Figure:
-    """The figure: a panel per equation with the ways down from some starts, v to the right and u upwards.
+    """The figure: a panel per equation with the ways down from some starts (dots), v to the right and u upwards.
 
-    Equation 5 has no border where another loss begins to fall faster.
-
-    Args:
-        starts: (u, v) of the ways, drawn as dots.
-        longest: time that is drawn.
+    Equation 5 has no border where another loss begins to fall faster. ``longest`` is the time that is drawn.
     """
     figure = new_figure(len(TITLES))
     limit = 1.1 * max(map(max, starts))
@@ -296,7 +266,10 @@ def draw_flow(starts: Sequence[tuple[float, float]] = STARTS, longest: float = 6
             colour = LINE_COLOURS[index % len(LINE_COLOURS)]
             axes.plot(way[:, 1], way[:, 0], color=colour, linewidth=1.6)
             axes.plot(start[1], start[0], color=colour, marker="o", markersize=3.5)
-        _draw_borders(axes, equation, limit)
+        if equation != "eq5":
+            v = np.linspace(1e-3, limit, 200)
+            axes.plot(v, class_first_border(v, equation), color=INK, linewidth=1, linestyle="--")
+            axes.plot(v, np.log(v) * (1 if equation == "eq6" else 2), color=INK, linewidth=1, linestyle=":")
         style_panel(axes, f"equation {TITLES[equation]}", "localisation loss v")
         axes.set_ylabel("class loss u", color=INK, fontsize=9)
         axes.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
@@ -319,31 +292,21 @@ def class_first_border(v: ArrayLike, equation: Equation) -> NDArray[np.float64]:
 
 
 def _half_time(start: tuple[float, float], equation: Equation, row: int) -> float:
-    def above_half(_: float, losses: NDArray[np.float64]) -> float:
+    def above_half(_: float, losses: NDArray[np.float64], *__: Equation) -> float:
         return float(losses[row]) - start[row] / 2
 
     above_half.terminal = True  # type: ignore[attr-defined]  # so solve_ivp is told to stop there
-    solution = solve_ivp(_velocity(equation), (0, LONGEST), start, events=above_half, rtol=1e-8, atol=1e-10)
+    span = (0, LONGEST)
+    solution = solve_ivp(_velocity, span, start, events=above_half, args=(equation,), rtol=1e-8, atol=1e-10)
     return float(solution.t[-1]) if solution.status == 1 else math.inf
 
 
-def _velocity(equation: Equation) -> Callable[[float, NDArray[np.float64]], list[float]]:
+def _velocity(_: float, losses: NDArray[np.float64], equation: Equation) -> list[float]:
     """How fast both losses change at a time, as `solve_ivp` asks for it."""
-
-    def velocity(_: float, losses: NDArray[np.float64]) -> list[float]:
-        down = [-float(slope) for slope in gradient(losses[0], losses[1], equation)]
-        return [0.0 if loss <= 0 and speed < 0 else speed for loss, speed in zip(losses, down, strict=True)]
-
-    return velocity
+    down = [-float(slope) for slope in gradient(losses[0], losses[1], equation)]
+    return [0.0 if loss <= 0 and speed < 0 else speed for loss, speed in zip(losses, down, strict=True)]
 
 
 def _check_start(start: tuple[float, float]) -> None:
     if len(start) != 2 or not all(loss >= 0 and math.isfinite(loss) for loss in start):
         raise ValueError(f"start: expected finite (u, v) of at least 0, got {start}")
-
-
-def _draw_borders(axes: Axes, equation: Equation, limit: float) -> None:
-    v = np.linspace(1e-3, limit, 200)
-    if equation != "eq5":
-        axes.plot(v, class_first_border(v, equation), color=INK, linewidth=1, linestyle="--")
-        axes.plot(v, np.log(v) * (1 if equation == "eq6" else 2), color=INK, linewidth=1, linestyle=":")

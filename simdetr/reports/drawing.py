@@ -1,7 +1,8 @@
 """Pictures for eyes: images, boxes and points in, PIL pictures out (predict, report and notebooks share them).
 
 Boxes are drawn by torchvision; small images are enlarged first, so that lines and captions stay thin and readable.
-A class has the same colour in every picture. Score maps are drawn by `simdetr.reports.drawing`.
+A class has the same colour in every picture. Over a score map the found boxes are green and the human ones red, as in
+figures 6 and 7 of KR 10-2022-0050617.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import colorsys
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import matplotlib
@@ -33,17 +35,25 @@ Colour = tuple[int, int, int]
 GOLDEN_RATIO = 0.6180339887498949
 INK: Colour = (16, 18, 22)
 PAPER: Colour = (214, 217, 222)  # ground of sheets and of tiles that a picture does not fill
+FOUND: Colour = (0, 230, 64)
+HUMAN: Colour = (255, 32, 32)
+
+
+def readable(source: ImageSource, image_ids: Iterable[str]) -> Iterator[tuple[int, Tensor]]:
+    """Places in the list and pixels of the images that can be read, one by one."""
+    for place, image_id in enumerate(image_ids):
+        try:
+            image = read_image(source.record(image_id))
+        except UnreadableImageError:
+            continue
+        yield place, image
 
 
 def class_colour(class_index: int) -> Colour:
     """The colour of a class, RGB 0..255: hues a golden section apart, so that neighbouring classes differ most."""
     hue = (0.02 + class_index * GOLDEN_RATIO) % 1.0
     saturation = (0.95, 0.70, 0.80)[class_index % 3]
-    return _rgb(colorsys.hsv_to_rgb(hue, saturation, 1.0))
-
-
-def _rgb(fractions: tuple[float, float, float]) -> Colour:
-    red, green, blue = (round(255 * value) for value in fractions)
+    red, green, blue = (round(255 * value) for value in colorsys.hsv_to_rgb(hue, saturation, 1.0))
     return red, green, blue
 
 
@@ -71,7 +81,10 @@ def draw_boxes(
             or other than N captions or colours.
     """
     boxes = torch.as_tensor(boxes_xyxy, dtype=torch.float32).reshape(-1, 4)
-    _check_drawing(image, boxes, captions, colours)
+    _check_image(image)
+    if not torch.isfinite(boxes).all() or (boxes[:, 2:] < boxes[:, :2]).any():
+        raise ValueError("boxes_xyxy: expected finite corners with x0 <= x1 and y0 <= y1; convert with simdetr.boxes")
+    _check_one_each("box", len(boxes), captions=captions, colours=colours)
     height, width = image.shape[1:]
     longer = max(height, width)
     wanted = max(longer, min_side_px) if max_side_px is None else min(max(longer, min_side_px), max_side_px)
@@ -97,16 +110,15 @@ def draw_boxes(
     return picture  # type: ignore[no-any-return]
 
 
-def _check_drawing(
-    image: Tensor, boxes: Tensor, captions: Sequence[str] | None, colours: Sequence[Colour] | None
-) -> None:
+def _check_image(image: Tensor) -> None:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image: expected uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
-    if not torch.isfinite(boxes).all() or (boxes[:, 2:] < boxes[:, :2]).any():
-        raise ValueError("boxes_xyxy: expected finite corners with x0 <= x1 and y0 <= y1; convert with simdetr.boxes")
-    for name, given in (("captions", captions), ("colours", colours)):
-        if given is not None and len(given) != len(boxes):
-            raise ValueError(f"{name}: expected one per box ({len(boxes)}), got {len(given)}")
+
+
+def _check_one_each(what: str, count: int, **given: Sequence[object] | None) -> None:
+    for name, values in given.items():
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name}: expected one per {what} ({count}), got {len(values)}")
 
 
 def draw_points(
@@ -132,9 +144,7 @@ def draw_points(
         ValueError: wrong type or shape of the picture or points, or other than N captions or colours.
     """
     points = np.asarray(points_xy, dtype=np.float64).reshape(-1, 2)
-    for name, given in (("captions", captions), ("colours", colours)):
-        if given is not None and len(given) != len(points):
-            raise ValueError(f"{name}: expected one per point ({len(points)}), got {len(given)}")
+    _check_one_each("point", len(points), captions=captions, colours=colours)
     if isinstance(picture, Tensor):
         size_hw = size_hw or (picture.shape[-2], picture.shape[-1])
         drawn = draw_boxes(picture, np.zeros((0, 4), np.float32))
@@ -211,11 +221,8 @@ def write_pictures(
     colour_of = {category.id: class_colour(index) for index, category in enumerate(labels.categories)}
     truth_colours = [] if truth is None else [colour_of.get(category.id, PAPER) for category in truth.categories]
     written = 0
-    for index, image_id in enumerate(labels.image_ids):
-        try:
-            image = read_image(source.record(image_id))
-        except UnreadableImageError:
-            continue
+    for index, image in readable(source, labels.image_ids):
+        image_id = labels.image_ids[index]
         picture = draw_labels(image, labels.image(index), labels.categories, max_boxes)
         own = truth.of(image_id) if truth is not None and image_id in truth else None
         if own is not None and own.points is not None:
@@ -254,10 +261,6 @@ def draw_labels(image: Tensor, found: ImageLabels, categories: Sequence[Category
     return draw_points(picture, points, texts, colours, size_hw=(image.shape[1], image.shape[2]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures or boxes of a class in, one picture with all of them side by side out (report and notebooks share them).
-
-
 def contact_sheet(images: Sequence[Image.Image], columns: int, *, gap_px: int = 4) -> Image.Image:
     """Pictures side by side in rows, each in a cell of the largest one's size, in reading order.
 
@@ -268,13 +271,11 @@ def contact_sheet(images: Sequence[Image.Image], columns: int, *, gap_px: int = 
         raise ValueError(f"expected at least one image and one column, got {len(images)} images, {columns} columns")
     columns = min(columns, len(images))
     cell_width, cell_height = max(i.width for i in images), max(i.height for i in images)
-    rows = math.ceil(len(images) / columns)
-    sheet_size = (columns * (cell_width + gap_px) - gap_px, rows * (cell_height + gap_px) - gap_px)
-    sheet = Image.new("RGB", sheet_size, PAPER)
+    rows, step = math.ceil(len(images) / columns), (cell_width + gap_px, cell_height + gap_px)
+    sheet = Image.new("RGB", (columns * step[0] - gap_px, rows * step[1] - gap_px), PAPER)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        x = column * (cell_width + gap_px) + (cell_width - image.width) // 2
-        y = row * (cell_height + gap_px) + (cell_height - image.height) // 2
+        x, y = column * step[0] + (cell_width - image.width) // 2, row * step[1] + (cell_height - image.height) // 2
         sheet.paste(image, (x, y))
     return sheet
 
@@ -300,16 +301,10 @@ def class_montage(
         raise ValueError(f"class_index: expected 0 .. {labels.num_classes - 1}, got {class_index}")
     members = np.flatnonzero(labels.classes == class_index)
     images_of_rows = np.searchsorted(labels.offsets, members, side="right") - 1
-    tiles: list[Image.Image] = []
-    for pick in np.random.default_rng(seed).permutation(len(members)):
-        if len(tiles) == count:
-            break
-        image_id = labels.image_ids[images_of_rows[pick]]
-        try:
-            image = read_image(source.record(image_id))
-        except UnreadableImageError:
-            continue
-        tiles.append(_tile(image, labels.boxes_xyxy[members[pick]], tile_px))
+    picks = np.random.default_rng(seed).permutation(len(members))
+    images = readable(source, (labels.image_ids[images_of_rows[pick]] for pick in picks))
+    boxes = labels.boxes_xyxy[members[picks]]
+    tiles = [_tile(image, boxes[place], tile_px) for place, image in islice(images, count)]
     if not tiles:
         raise ValueError(f"class_index: class {class_index} has {len(members)} boxes, none on a readable image")
     return contact_sheet(tiles, columns)
@@ -318,9 +313,7 @@ def class_montage(
 def _tile(image: Tensor, box_xyxy: NDArray[np.float32], tile_px: int) -> Image.Image:
     """The box's part of the image, its longer side scaled to the tile, on a square of the paper's colour."""
     height, width = image.shape[1:]
-    x0, y0 = (
-        int(max(0, min(math.floor(v), limit - 1))) for v, limit in zip(box_xyxy[:2], (width, height), strict=True)
-    )
+    x0, y0 = (max(0, min(math.floor(box_xyxy[axis]), side - 1)) for axis, side in enumerate((width, height)))
     x1, y1 = max(x0 + 1, math.ceil(box_xyxy[2])), max(y0 + 1, math.ceil(box_xyxy[3]))
     crop = image[:, y0:y1, x0:x1]
     scale = tile_px / max(crop.shape[1:])
@@ -329,17 +322,6 @@ def _tile(image: Tensor, box_xyxy: NDArray[np.float32], tile_px: int) -> Image.I
     square = Image.new("RGB", (tile_px, tile_px), PAPER)
     square.paste(picture, ((tile_px - picture.width) // 2, (tile_px - picture.height) // 2))
     return square
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# An image and its score map in, a picture with the map over the image and the boxes in two colours out.
-#
-# As in the figures of the document the found boxes are green and the human ones red.
-# Source: KR 10-2022-0050617, figures 6 and 7.
-
-
-FOUND: Colour = (0, 230, 64)
-HUMAN: Colour = (255, 32, 32)
 
 
 def draw_heat_map(
@@ -365,8 +347,7 @@ def draw_heat_map(
         ValueError: an image that is not uint8 [3, H, W], a map that is not 2-D or outside [0, 1], boxes that are
             upside down, an opacity outside [0, 1] or an unknown colour map.
     """
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image: expected uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
+    _check_image(image)
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity: expected 0 to 1, got {opacity}")
     if colour_map not in matplotlib.colormaps:

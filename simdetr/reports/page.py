@@ -1,7 +1,7 @@
 """What a run found, as data -> one HTML file that needs nothing else: pictures inside, no scripts, no network.
 
-`simdetr.reports.report.collect_run` fills the data from a run's folder; anything else may fill it as well.
-A part without data is shown with the reason, never left out silently.
+`simdetr.reports.report.collect_run` fills the data from a run's folder; anything else may fill it as well. A part
+without data is shown with the reason, never left out silently. The preview of a mining has the same layout and filters.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import base64
 import functools
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
 from simdetr.data.storage import atomic_path
@@ -37,27 +36,20 @@ NOT_GIVEN = {
     "comparison": "no comparison of initialisations has been run.",
     "config": "no configuration was given.",
 }
-# key of a recall row -> (heading, explanation); keys that no row has are not shown
-RECALL_COLUMNS = {
-    "AR@1": ("AR@1", "average recall over IoU 0.50 to 0.95, best box of each image"),
-    "AR@10": ("AR@10", "average recall, 10 boxes per image"),
-    "AR@25": ("AR@25", "average recall, 25 boxes per image"),
-    "AR@100": ("AR@100", "average recall, 100 boxes per image"),
-    "recall50@100": ("recall at IoU 0.5", "share of objects that one of 100 boxes covers with IoU of at least 0.5"),
-    "AR@100s": ("small", "AR@100 of objects below 32² px²"),
-    "AR@100m": ("medium", "AR@100 of objects from 32² to 96² px²"),
-    "AR@100l": ("large", "AR@100 of objects above 96² px²"),
-}
-# the same for methods that are compared: sizes at 25 boxes, because ours are no more
-RIVAL_COLUMNS = {
-    **{key: RECALL_COLUMNS[key] for key in ("AR@1", "AR@10", "AR@25")},
-    "AR@30": ("AR@30", "average recall, 30 boxes per image"),
-    "AR@100": RECALL_COLUMNS["AR@100"],
-    "recall50@25": ("IoU 0.5", "share of objects that one of 25 boxes covers with IoU of at least 0.5"),
-    "AR@25s": ("small", "AR@25 of objects below 32² px²"),
-    "AR@25m": ("medium", "AR@25 of objects from 32² to 96² px²"),
-    "AR@25l": ("large", "AR@25 of objects above 96² px²"),
-}
+SIZES = {"small": "below 32² px²", "medium": "from 32² to 96² px²", "large": "above 96² px²"}
+
+
+def _recall_columns(limits: Sequence[int], judged: int, at_half: str) -> dict[str, tuple[str, str]]:
+    """Key of a recall row -> (heading, explanation); sizes and IoU 0.5 at ``judged`` boxes per image."""
+    columns = {f"AR@{limit}": (f"AR@{limit}", f"average recall, {limit} boxes per image") for limit in limits}
+    columns["AR@1"] = ("AR@1", "average recall over IoU 0.50 to 0.95, best box of each image")
+    covered = f"share of objects that one of {judged} boxes covers with IoU of at least 0.5"
+    sizes = {f"AR@{judged}{size[0]}": (size, f"AR@{judged} of objects {area}") for size, area in SIZES.items()}
+    return columns | {f"recall50@{judged}": (at_half, covered)} | sizes
+
+
+RECALL_COLUMNS = _recall_columns((1, 10, 25, 100), 100, "recall at IoU 0.5")
+RIVAL_COLUMNS = _recall_columns((1, 10, 25, 30, 100), 25, "IoU 0.5")  # ours are no more than 25
 
 
 @dataclass(frozen=True)
@@ -136,8 +128,8 @@ def render_report(data: ReportData) -> str:
         reasons={**NOT_GIVEN, **data.missing},
         total_seconds=sum(seconds) if seconds else None,
         origin_columns=list(dict.fromkeys(title for row in data.origins for title in row["shares"])),
-        recall_columns=_columns_of(data.recall, RECALL_COLUMNS),
-        rival_columns=_columns_of(data.rivals, RIVAL_COLUMNS),
+        recall_columns=columns_of(data.recall, RECALL_COLUMNS),
+        rival_columns=columns_of(data.rivals, RIVAL_COLUMNS),
         drawn_clustering=draw_clustering(data.clustering) if data.clustering else "",
         drawn_curves=[(curve.name, draw_curve(curve)) for curve in data.curves],
         max_points=MAX_POINTS,
@@ -160,15 +152,16 @@ def write_report(data: ReportData, folder: Path) -> Path:
     return path
 
 
-def _columns_of(rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+def columns_of(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """The columns that any row has."""
     return {key: column for key, column in columns.items() if any(key in row for row in rows)}
 
 
 @functools.cache
 def page_template(name: str) -> Template:
-    """A template of this folder; the pages share ``page_style.html.jinja``."""
+    """A template of this folder; the pages extend ``page.html.jinja``."""
     environment = Environment(
-        loader=FunctionLoader(lambda file: resources.files("simdetr.evaluation").joinpath(file).read_text("utf-8")),
+        loader=PackageLoader("simdetr.reports", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -198,10 +191,8 @@ def format_duration(seconds: float | None) -> str:
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
+        return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
     minutes = round(whole / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
 

@@ -1,7 +1,7 @@
-"""What a trained head found on validation images: the files of a run in, pictures and numbers for its report out.
+"""What a trained head found on validation images: written at the end of ``simdetr fit``, read for the run's report.
 
 The folder ``predictions`` of a run: ``labels.parquet`` (boxes, points, scores), ``scores.json`` and, of localisation
-heads, ``heat_maps/``. `simdetr.reports.prediction_samples` writes it at the end of ``simdetr fit``.
+heads, ``heat_maps/``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from simdetr.data.images import ImageSource, UnreadableImageError, open_images, read_image
+from simdetr.data.images import ImageSource, open_images, read_image
 from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
@@ -23,7 +23,7 @@ from simdetr.detectors.detector import Detector
 from simdetr.evaluation.heat_map_boxes import heat_map_boxes
 from simdetr.exchange.weights import LoadedDetector, load_detector
 from simdetr.heads.headed import HeadedBackbone, HeadedDetector
-from simdetr.reports.drawing import draw_heat_map, draw_labels, picture_path
+from simdetr.reports.drawing import draw_heat_map, draw_labels, picture_path, readable
 from simdetr.reports.page import Sample
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.inference import localisation_head, localise, score
@@ -33,6 +33,9 @@ from simdetr.training.run_folder import detector_folder
 FOLDER, MIN_SCORE, MAX_BOXES = "predictions", 0.3, 15
 LEFT_OUT = ("AR", "recall50", "AP7", "APs", "APm", "APl")
 """Beginnings of scores that the page leaves to the file; AR@100 is shown."""
+NUM_HEAT_MAPS = 12
+MAX_SCORED = 500
+"""Validation images that are scored, spread evenly; `simdetr evaluate` takes them all."""
 
 
 def prediction_scores(run_dir: Path) -> dict[str, str]:
@@ -48,11 +51,7 @@ def prediction_scores(run_dir: Path) -> dict[str, str]:
 def prediction_samples(run_dir: Path, source: ImageSource, truth: Labels | None, count: int) -> list[Sample]:
     """Images with what the run's detector found on them, beside what people labelled and the score map.
 
-    Args:
-        run_dir: The run's folder.
-        source: Where its validation images are.
-        truth: Human labels of some of them.
-        count: Images shown, spread evenly over those that have predictions.
+    They are spread evenly over the images of the source that have predictions.
     """
     path = run_dir / FOLDER / "labels.parquet"
     if not path.is_file():
@@ -60,12 +59,9 @@ def prediction_samples(run_dir: Path, source: ImageSource, truth: Labels | None,
     found = read_labels(path)
     ids = [name for name in found.image_ids if name in source]
     samples = []
-    for name in ids[:: max(1, len(ids) // count)][:count]:
-        try:
-            image = read_image(source.record(name))
-        except UnreadableImageError:
-            continue
-        own = found.of(name)
+    chosen = ids[:: max(1, len(ids) // count)][:count]
+    for place, image in readable(source, chosen):
+        name, own = chosen[place], found.of(chosen[place])
         good = int((own.scores >= MIN_SCORE).sum())
         shown = max(1, min(good, MAX_BOXES)) if len(own) else 0
         pictures = [(f"predicted: best {shown} of {len(own)}", draw_labels(image, own, found.categories, shown))]
@@ -81,24 +77,10 @@ def prediction_samples(run_dir: Path, source: ImageSource, truth: Labels | None,
     return samples
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What ``simdetr fit`` leaves of a detector with a head: its finds on validation images, for store and report.
-
-
-NUM_HEAT_MAPS = 12
-MAX_SCORED = 500
-"""Validation images that are scored, spread evenly; `simdetr evaluate` takes them all."""
-
-
 def write_fit_results(root: Path, detector: Detector, data: DetectionData) -> None:
-    """Write ``predictions/`` below ``root``: labels, scores and some heat maps of the validation images.
+    """Write ``predictions/`` below a run's folder: labels, scores and some heat maps of the validation images.
 
     Nothing is written for detectors without a head, or without validation images.
-
-    Args:
-        root: The run's folder.
-        detector: As trained.
-        data: Its images and labels.
     """
     if not isinstance(detector, HeadedBackbone | HeadedDetector) or data.val_source is None or data.val_labels is None:
         return
@@ -116,10 +98,6 @@ def write_fit_results(root: Path, detector: Detector, data: DetectionData) -> No
     if localisation_head(detector) is not None:
         chosen = source.subset(source.ids[:: max(1, len(source) // NUM_HEAT_MAPS)][:NUM_HEAT_MAPS])
         write_heat_maps(detector, chosen, settings, folder / "heat_maps", data.val_labels)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A score's name and value in, text for people out.
 
 
 def shown_score(name: str, value: float) -> str:
@@ -177,7 +155,7 @@ def write_heat_maps(
     folder: Path,
     truth: Labels | None = None,
 ) -> int:
-    """Write a copy of every image with its score map laid over it and the box that is read off it.
+    """Write a copy of every image with its score map laid over it and the box that is read off it; returns how many.
 
     Args:
         detector: With a localisation head.
@@ -185,9 +163,6 @@ def write_heat_maps(
         settings: How they are prepared.
         folder: Where the copies go, under the images' relative paths.
         truth: Human boxes, drawn in red; none if left out.
-
-    Returns:
-        Number of pictures written.
     """
     head, written = localisation_head(detector), 0
     for found in localise(detector, source, settings):

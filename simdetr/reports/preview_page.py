@@ -1,7 +1,4 @@
-"""A preview of mining and its record in; a self-contained page, ``preview.json`` and a short table out.
-
-Looks as the report does: same style, charts as SVG, pictures inside.
-"""
+"""A preview of mining and its record in; a page that looks as the report does, ``preview.json`` and a table out."""
 
 from __future__ import annotations
 
@@ -13,23 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from simdetr.boxes import pairwise_iou
-from simdetr.data.images import UnreadableImageError, open_images, read_image
+from simdetr.data.images import open_images
 from simdetr.data.machine import cores
 from simdetr.data.storage import Location, locate, write_whole
 from simdetr.mining.miner import Rank
-from simdetr.mining.preview import MAX_BOXES, Machine, MiningPreview, preview_mining, preview_record
-from simdetr.mining.store import ProposalRow
+from simdetr.mining.preview import MAX_BOXES, Machine, MiningPreview, evenly, preview_mining, preview_record
+from simdetr.mining.store import ProposalRow, best_first
 from simdetr.recipe import MiningJob
 from simdetr.reports.charts import INK, LINE_COLOURS, new_figure, style_panel, to_svg
-from simdetr.reports.drawing import Colour, draw_boxes
-from simdetr.reports.page import format_bytes, format_duration, page_template
+from simdetr.reports.drawing import Colour, draw_boxes, readable
+from simdetr.reports.page import SIZES, format_bytes, format_duration, page_template
 from simdetr.training.datamodule import read_training_labels
 from simdetr.training.recipe_choice import for_mining
 
@@ -40,20 +37,13 @@ FOUND_IOU = 0.5
 BEST: Colour = (255, 120, 20)
 OTHER: Colour = (70, 130, 230)
 TRUE: Colour = (30, 190, 90)
-PARTS = {
-    "waiting_for_images": "waiting for images",
-    "encoder": "encoder",
-    "clustering_and_boxes": "clustering and boxes",
-}
+PARTS = {name.replace(" ", "_"): name for name in ("waiting for images", "encoder", "clustering and boxes")}
 
 
 def write_preview(preview: MiningPreview, record: Mapping[str, Any], folder: Location) -> Location:
-    """Write ``index.html`` and ``preview.json`` in a folder, which is made if absent; returns the page's place.
+    """Write a preview and its `preview_record` as ``index.html`` and ``preview.json``; returns the page's place.
 
-    Args:
-        preview: what was measured.
-        record: its `preview_record`.
-        folder: local, or on another storage.
+    The folder is local or on another storage, and made if absent.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "preview.json", (json.dumps(record, indent=1) + "\n").encode())
@@ -114,9 +104,7 @@ def preview_table(record: Mapping[str, Any]) -> str:
             lines["  boxes for it"] = f"the best {MAX_BOXES[-1]}; a run keeps {counts['max']}"
         lines["  AR@" + " ".join(map(str, MAX_BOXES))] = " ".join(scores[f"AR@{k}"] for k in MAX_BOXES)
         lines["  at IoU 0.5"] = f"{scores['recall50@25']} by 25 boxes, {scores['recall50@100']} by 100"
-        lines["  AR@100 by size"] = ", ".join(
-            f"{name} {scores[f'AR@100{letter}']}" for name, letter in (("small", "s"), ("medium", "m"), ("large", "l"))
-        )
+        lines["  AR@100 by size"] = ", ".join(f"{size} {scores[f'AR@100{size[0]}']}" for size in SIZES)
     width = max(map(len, lines)) + 2
     table = [name.ljust(width) + text for name, text in lines.items()]
     return "\n".join(table + [f"! {warning}" for warning in record["warnings"]])
@@ -133,83 +121,60 @@ def _is_ranked(preview: MiningPreview) -> bool:
 def _charts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(Title, SVG) of boxes per image, their sizes and their aspects; those of true objects as a line."""
     boxes, truth = record["boxes"], record["truth"]
-    charts = []
     figure = new_figure(1)
     axes = figure.subplots()
     counts = boxes["per_image"]["images"]
     axes.bar(range(len(counts)), counts, width=0.9, color=LINE_COLOURS[0])
     style_panel(axes, "images", "boxes per image")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    charts.append(("Boxes per image", to_svg(figure, "per image")))
+    charts = [("Boxes per image", to_svg(figure, "per image"))]
+    drawn = [(boxes, "mined boxes", LINE_COLOURS[0]), (truth, "true objects", LINE_COLOURS[1])]
     for key, title, label in (
         ("size", "Sizes", "√(area of the box / area of the image)"),
         ("aspect", "Aspects", "width / height"),
     ):
         figure = new_figure(1)
         axes = figure.subplots()
-        _draw_shares(axes, boxes[key], "mined boxes", filled=True)
-        if truth is not None:
-            _draw_shares(axes, truth[key], "true objects", filled=False)
+        for found, name, colour in drawn:
+            if found is not None:
+                counts = np.asarray(found[key]["counts"], np.float64)
+                shares, edges = counts / max(counts.sum(), 1), found[key]["edges"]
+                axes.stairs(shares, edges, label=name, color=colour, fill=found is boxes, linewidth=1.8)
         style_panel(axes, "share of the boxes", label)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _mark(axes, key)
+        if key == "size":
+            axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+        else:
+            axes.set_xscale("log", base=2)
+            labels = [f"{2**power}:1" if power > 0 else f"1:{2**-power}" for power in range(-4, 5)]
+            axes.set_xticks([2.0**power for power in range(-4, 5)], labels)
+            axes.xaxis.set_minor_locator(NullLocator())
         if truth is not None:
             axes.legend(fontsize=8, frameon=False, labelcolor=INK)
         charts.append((title, to_svg(figure, key)))
     return charts
 
 
-def _draw_shares(axes: Axes, distribution: Mapping[str, Any], name: str, *, filled: bool) -> None:
-    counts = np.asarray(distribution["counts"], np.float64)
-    shares = counts / max(counts.sum(), 1)
-    colour = LINE_COLOURS[0 if filled else 1]
-    axes.stairs(shares, distribution["edges"], label=name, color=colour, fill=filled, linewidth=1.8)
-
-
-def _mark(axes: Axes, key: str) -> None:
-    """Ticks of a histogram's x axis, which are no whole numbers."""
-    if key == "size":
-        ticks = [0, 0.25, 0.5, 0.75, 1]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        return
-    axes.set_xscale("log", base=2)
-    powers = range(-4, 5)
-    labels = [f"{2**power}:1" if power > 0 else f"1:{2**-power}" for power in powers]
-    axes.set_xticks([2.0**power for power in powers], labels)
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
 def _pictures(preview: MiningPreview) -> list[tuple[str, str, Image.Image]]:
     """(Image id, caption, picture with boxes) of some evenly spaced previewed images."""
-    rows, pictures = preview.rows, []
-    step = max(1.0, len(rows) / MAX_PICTURES)
-    for index in range(min(len(rows), MAX_PICTURES)):
-        row = rows[int((index + 0.5) * step)] if step > 1 else rows[index]
-        truth = preview.truth
-        known = truth is not None and row.image_id in truth
-        objects = truth.of(row.image_id) if truth is not None and known else None
+    rows, truth, pictures = evenly(preview.rows, MAX_PICTURES), preview.truth, []
+    for place, image in readable(preview.source, [row.image_id for row in rows]):  # some may be gone since
+        row = rows[place]
+        objects = truth.of(row.image_id) if truth is not None and row.image_id in truth else None
         true = np.zeros((0, 4), np.float32) if objects is None else objects.boxes_xyxy[~objects.crowd]
-        try:
-            picture = _picture(preview, row, true)
-        except UnreadableImageError:  # gone since it was mined
-            continue
         caption = f"{len(row.regions)} box{'' if len(row.regions) == 1 else 'es'}"
-        if known:
+        if objects is not None:
             caption += f", {_found(row.regions.boxes_xyxy, true)} of {len(true)} objects found"
-        pictures.append((row.image_id, caption, picture))
+        pictures.append((row.image_id, caption, _picture(image, row, true, _is_ranked(preview))))
     return pictures
 
 
-def _picture(preview: MiningPreview, row: ProposalRow, true: NDArray[np.float32]) -> Image.Image:
+def _picture(image: Tensor, row: ProposalRow, true: NDArray[np.float32], ranked: bool) -> Image.Image:
     """Mined boxes, over them the true ones, over them the best one."""
-    image = read_image(preview.source.record(row.image_id))
     picture = draw_boxes(image, np.zeros((0, 4), np.float32), min_side_px=PICTURE_PX, max_side_px=PICTURE_PX)
     scale = np.array([picture.width / row.width, picture.height / row.height] * 2, np.float32)
-    ranked = _is_ranked(preview)
-    order = np.argsort(-row.regions.score, kind="stable")
-    mined = row.regions.boxes_xyxy[order]
-    first = 1 if ranked else 0
-    last = MAX_BOXES_DRAWN if ranked else len(mined)
+    mined = best_first(row).boxes_xyxy
+    first, last = (1, MAX_BOXES_DRAWN) if ranked else (0, len(mined))
     for boxes, colour in ((mined[first:last], OTHER), (true, TRUE), (mined[:first], BEST)):
         if len(boxes):
             picture = draw_boxes(pil_to_tensor(picture), boxes * scale, colours=[colour] * len(boxes))

@@ -21,21 +21,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from simdetr.data.annotations import ImageLabels, Lineage
-from simdetr.data.images import ImageSource, UnreadableImageError, read_image
+from simdetr.data.images import ImageSource
 from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
-from simdetr.evaluation.recall import proposal_recall
 from simdetr.reports.charts import Curve, panels, read_curve
-from simdetr.reports.drawing import Colour, class_colour, class_montage, draw_boxes
-from simdetr.reports.page import ReportData, Sample, StepRow
+from simdetr.reports.drawing import Colour, class_colour, class_montage
+from simdetr.reports.page import ReportData, StepRow
 from simdetr.reports.prediction_samples import prediction_samples, prediction_scores
-from simdetr.reports.rival_recall import rival_labels, rival_rows, rival_samples
+from simdetr.reports.rival_recall import recall_row, rival_labels, rival_rows, rival_samples, side_by_side
 
 MAX_BOXES_DRAWN = 15  # per picture and stage; the best-scored, so that a picture stays readable
 MAX_CURVES = 12
 MAX_RIVAL_SAMPLES = 4
 MAX_RECALL_IMAGES = 2000  # beyond it the recall of a random part is within a percent of the whole
-PICTURE_PX = 420  # longer side of a sample picture
+NOT_THERE = {
+    "clustering": "no clustering of the mined regions has been kept (there is no stage0/clustering.json).",
+    "comparison": "this run was not compared with other initialisations; fine-tune from both and keep the rows in "
+    "comparison.json (simdetr compare does it).",
+}
 STEP_TITLES = {"mine": "Mine proposals", "cluster": "Cluster regions", "finetune": "Fine-tune", "compare": "Compare"}
 
 
@@ -67,12 +70,28 @@ def collect_run(
     if not run_dir.is_dir():
         raise FileNotFoundError(f"run: expected the folder of a run, but {run_dir} does not exist")
     rng = np.random.default_rng(seed)
-    stages = {stage: _of_source(labels, source, run_dir) for stage, labels in _read_stages(run_dir).items()}
+    paths = {int(path.parent.name[5:]): path for path in run_dir.glob("stage[0-9]*/labels.parquet")}
+    stages = {stage: _of_source(read_labels(paths[stage]), source, run_dir) for stage in sorted(paths)}
     missing: dict[str, str] = {}
     steps = _read_steps(run_dir / "steps.jsonl", missing)
     no_stage = f"there are no labels of any stage yet ({run_dir.name}/stage0/labels.parquet is made by clustering)."
     if not stages:
         missing |= dict.fromkeys(("samples", "origins", "montages", "recall"), no_stage)
+    know_births = all(labels.lineage is not None for labels in stages.values())
+    columns = {stage_title(stage): labels for stage, labels in stages.items()}
+    columns |= {} if truth is None else {stage_title(-1): truth}
+    shown, colours = str(MAX_BOXES_DRAWN), birth_colours if know_births else _class_colours
+    samples = side_by_side(source, columns, num_samples, rng, MAX_BOXES_DRAWN, shown, colours) if stages else []
+    origins = origin_rows(stages)
+    if stages and not origins:
+        missing["origins"] = "these labels do not say where their boxes come from; those of older versions do not."
+    if stages and not samples:
+        count = len(next(iter(stages.values())))
+        missing["samples"] = f"none of the {count} labelled images could be read below {source.root}."
+    path = run_dir / "comparison.json"
+    rows = _read_json(path, missing)
+    if path.is_file() and not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise ValueError(f"{path}: expected a list of objects, one per fine-tuning run, got {type(rows).__name__}")
     rivals = rival_labels(run_dir, source.ids if truth is None else truth.image_ids)
     config = run_dir / "config.yaml"
     return ReportData(
@@ -80,26 +99,21 @@ def collect_run(
         created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         command=command,
         steps=steps,
-        samples=_samples(stages, source, truth, num_samples, rng, missing) if stages else [],
-        births=births(stages, truth=truth is not None) if _know_births(stages) else [],
-        origins=_origins(stages, missing),
+        samples=samples,
+        births=births(stages, truth=truth is not None) if know_births else [],
+        origins=origins,
         montages=_montages(stages, source, num_montages, seed, missing) if stages else [],
-        clustering=_clustering(run_dir / "stage0" / "clustering.json", missing),
+        clustering=_read_json(run_dir / "stage0" / "clustering.json", missing),
         recall=_recall(stages, truth, rng, missing) if stages else [],
         rivals=rival_rows(rivals, truth),
         rival_samples=rival_samples(rivals, source, min(num_samples, MAX_RIVAL_SAMPLES), np.random.default_rng(seed)),
         scores=prediction_scores(run_dir),
         predictions=prediction_samples(run_dir, source, truth, num_samples),
         curves=_curves(run_dir, missing),
-        comparison=_comparison(run_dir / "comparison.json", missing),
+        comparison=rows,
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
         missing=missing,
     )
-
-
-def _read_stages(run_dir: Path) -> dict[int, Labels]:
-    paths = {int(path.parent.name[5:]): path for path in run_dir.glob("stage[0-9]*/labels.parquet")}
-    return {stage: read_labels(paths[stage]) for stage in sorted(paths)}
 
 
 def _of_source(labels: Labels, source: ImageSource, run_dir: Path) -> Labels:
@@ -113,15 +127,12 @@ def _of_source(labels: Labels, source: ImageSource, run_dir: Path) -> Labels:
     return labels if len(there) == len(labels.image_ids) else labels.select(there)
 
 
-def _know_births(stages: dict[int, Labels]) -> bool:
-    return all(labels.lineage is not None for labels in stages.values())
-
-
-def _origins(stages: dict[int, Labels], missing: dict[str, str]) -> list[dict[str, Any]]:
-    rows = origin_rows(stages)
-    if stages and not rows:
-        missing["origins"] = "these labels do not say where their boxes come from; those of older versions do not."
-    return rows
+def _read_json(path: Path, missing: dict[str, str]) -> Any:  # noqa: ANN401
+    """What a file named after its part of the report holds; None, and why, if it is not there."""
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    missing[path.stem] = NOT_THERE[path.stem]
+    return None
 
 
 def _read_steps(path: Path, missing: dict[str, str]) -> list[StepRow]:
@@ -156,58 +167,8 @@ def _step_title(name: str) -> str:
     return STEP_TITLES.get(name, name.replace("-", " ").capitalize())
 
 
-def _samples(
-    stages: dict[int, Labels],
-    source: ImageSource,
-    truth: Labels | None,
-    count: int,
-    rng: np.random.Generator,
-    missing: dict[str, str],
-) -> list[Sample]:
-    """Random images as every stage sees them, and the truth where it knows them."""
-    columns = {stage_title(stage): labels for stage, labels in stages.items()}
-    if truth is not None:
-        columns["labelled by people"] = truth
-    in_source, by_birth = frozenset(source.ids), _know_births(stages)
-    first = next(iter(stages.values()))
-    samples: list[Sample] = []
-    for index in rng.permutation(len(first)):
-        image_id = first.image_ids[index]
-        if len(samples) == count:
-            break
-        if image_id not in in_source:
-            continue
-        try:
-            image = read_image(source.record(image_id))
-        except UnreadableImageError:
-            continue
-        pictures = []
-        for title, labels in columns.items():
-            if image_id not in labels:
-                continue
-            boxes = labels.of(image_id)
-            best = np.argsort(-boxes.scores, kind="stable")[:MAX_BOXES_DRAWN]
-            picture = draw_boxes(
-                image,
-                boxes.boxes_xyxy[best],
-                colours=(
-                    birth_colours(boxes, best) if by_birth else [class_colour(int(c)) for c in boxes.classes[best]]
-                ),
-                min_side_px=PICTURE_PX,
-                max_side_px=PICTURE_PX,
-            )
-            pictures.append((_caption(title, boxes), picture))
-        samples.append(Sample(image_id, pictures))
-    if not samples:
-        missing["samples"] = f"none of the {len(first)} labelled images could be read below {source.root}."
-    return samples
-
-
-def _caption(title: str, boxes: ImageLabels) -> str:
-    count = len(boxes.classes)
-    if count > MAX_BOXES_DRAWN:
-        return f"{title}: {MAX_BOXES_DRAWN} of {count} boxes"
-    return f"{title}: {count} {'box' if count == 1 else 'boxes'}"
+def _class_colours(boxes: ImageLabels, rows: NDArray[np.intp]) -> list[Colour]:
+    return [class_colour(label) for label in boxes.classes[rows].tolist()]
 
 
 def _montages(
@@ -231,14 +192,6 @@ def _montages(
     return montages
 
 
-def _clustering(path: Path, missing: dict[str, str]) -> dict[str, Any] | None:
-    if not path.is_file():
-        missing["clustering"] = f"no clustering of the mined regions has been kept (there is no stage0/{path.name})."
-        return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
-
-
 def _recall(
     stages: dict[int, Labels], truth: Labels | None, rng: np.random.Generator, missing: dict[str, str]
 ) -> list[dict[str, Any]]:
@@ -255,17 +208,7 @@ def _recall(
         return []
     if len(shared) > MAX_RECALL_IMAGES:
         shared = [shared[index] for index in np.sort(rng.permutation(len(shared))[:MAX_RECALL_IMAGES])]
-    judged = truth.select(shared)
-    rows = []
-    for stage, labels in stages.items():
-        proposals = labels.select(shared)
-        row: dict[str, Any] = {
-            "stage": stage_title(stage),
-            "images": len(shared),
-            "boxes_per_image": len(proposals.classes) / len(shared),
-        }
-        rows.append(row | proposal_recall(judged, proposals))
-    return rows
+    return [recall_row(stage_title(stage), labels.select(shared), truth) for stage, labels in stages.items()]
 
 
 def _curves(run_dir: Path, missing: dict[str, str]) -> list[Curve]:
@@ -285,21 +228,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _comparison(path: Path, missing: dict[str, str]) -> list[dict[str, Any]] | None:
-    if not path.is_file():
-        missing["comparison"] = (
-            "this run was not compared with other initialisations; fine-tune from both and keep the rows in "
-            f"{path.name} (simdetr compare does it)."
-        )
-        return None
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected a list of objects, one per fine-tuning run, got {type(rows).__name__}")
-    return rows
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Where the boxes of each stage come from: labels with lineage in, a table and colours for the report out.
+# Where the boxes of each stage come from.
 
 
 def stage_title(stage: int) -> str:
@@ -329,13 +259,9 @@ def births(stages: Mapping[int, Labels], *, truth: bool) -> list[tuple[str, Colo
 def origin_rows(stages: Mapping[int, Labels]) -> list[dict[str, Any]]:
     """One row per stage, for the stages in which lineage is known.
 
-    Args:
-        stages: labels by stage.
-
-    Returns:
-        Rows of ``stage`` (its title), ``boxes``, ``mined_left``: how many mined boxes a box of this stage goes on from,
-        ``mined``: how many there were (None without stage 0), and ``shares``: fraction of the boxes by origin. Origins
-        are ``stride 32, K 2`` for mined boxes, coarsest first, and the title of the first stage for all others.
+    A row has ``stage`` (its title), ``boxes``, ``mined_left``: how many mined boxes a box of this stage goes on from,
+    ``mined``: how many there were (None without stage 0), and ``shares``: fraction of the boxes by origin. Origins are
+    ``stride 32, K 2`` for mined boxes, coarsest first, and the title of the first stage for all others.
     """
     mined = len(stages[0].classes) if 0 in stages else None
     rows = []
@@ -349,12 +275,8 @@ def origin_rows(stages: Mapping[int, Labels]) -> list[dict[str, Any]]:
             _distinct(lineage.born, -lineage.stride, lineage.k), return_index=True, return_counts=True
         )
         shares = {_title(lineage, box): count / len(image) for box, count in zip(firsts, counts.tolist(), strict=True)}
-        row = {
-            "stage": stage_title(stage),
-            "boxes": len(image),
-            "mined_left": len(np.unique(ancestors)),
-            "mined": mined,
-        }
+        left = len(np.unique(ancestors))
+        row = {"stage": stage_title(stage), "boxes": len(image), "mined_left": left, "mined": mined}
         rows.append(row | {"shares": shares})
     return rows
 

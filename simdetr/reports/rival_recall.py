@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simdetr.data.annotations import Category, ImageLabels
-from simdetr.data.images import ImageSource, UnreadableImageError, open_images, read_image
+from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.rivals import BASELINES, baseline, mine_rival
-from simdetr.mining.store import MANIFEST, Manifest, ProposalStore, best_first
-from simdetr.recipe import MiningJob, PipelineSections
-from simdetr.reports.drawing import draw_boxes
-from simdetr.reports.page import RIVAL_COLUMNS, Sample
+from simdetr.mining.store import MANIFEST, ProposalStore, best_first
+from simdetr.recipe import MiningJob
+from simdetr.reports.drawing import Colour, draw_boxes, readable
+from simdetr.reports.page import RIVAL_COLUMNS, Sample, columns_of
 from simdetr.training.recipe_choice import for_mining
 from simdetr.training.run_folder import RunFolder, RunMismatchError
 
@@ -48,14 +50,10 @@ def rival_folder(run_dir: Path, method: str) -> Path:
 
 
 def rival_labels(run_dir: Path, image_ids: Iterable[str]) -> dict[str, Labels]:
-    """Boxes of ours, if there are any, and of every rival of a run, best first.
+    """Boxes of ours, if there are any, and of every rival of a run, best first, as labels of one category by method.
 
-    Args:
-        run_dir: the run's folder.
-        image_ids: only these, and of them only images that all stores hold; at most `MAX_IMAGES`, evenly spaced.
-
-    Returns:
-        Labels of one category by name of the method, all of the same images; empty if the run has no rivals.
+    All are of the same images: at most `MAX_IMAGES` of the given ids, evenly spaced, and of them those that all stores
+    hold. Empty if the run has no rivals.
     """
     found = [method for method in BASELINES if (rival_folder(run_dir, method) / MANIFEST).is_file()]
     if not found:
@@ -63,8 +61,14 @@ def rival_labels(run_dir: Path, image_ids: Iterable[str]) -> dict[str, Labels]:
     stores = {method: ProposalStore(rival_folder(run_dir, method)) for method in found}
     if (run_dir / "proposals" / MANIFEST).is_file():
         stores = {OURS: ProposalStore(run_dir / "proposals"), **stores}
-    wanted = _evenly(list(image_ids))
-    tables = {method: _boxes_of(store, frozenset(wanted)) for method, store in stores.items()}
+    wanted = list(image_ids)
+    if len(wanted) > MAX_IMAGES:
+        wanted = [wanted[row] for row in np.linspace(0, len(wanted) - 1, MAX_IMAGES).round().astype(int)]
+    known = frozenset(wanted)
+    tables = {
+        method: {row.image_id: best_first(row) for row in store.iter_rows(["boxes_xyxy"]) if row.image_id in known}
+        for method, store in stores.items()
+    }
     shared = [image_id for image_id in wanted if all(image_id in rows for rows in tables.values())]
     category = (Category(1, "object"),)
     return {
@@ -74,71 +78,74 @@ def rival_labels(run_dir: Path, image_ids: Iterable[str]) -> dict[str, Labels]:
 
 
 def rival_rows(labels: Mapping[str, Labels], truth: Labels | None) -> list[dict[str, Any]]:
-    """One row per method: ``stage`` (its name), ``images``, ``boxes_per_image`` and, with truth, its recall.
+    """A `recall_row` per method of `rival_labels`; ``truth`` has human labels of all their images, maybe of others."""
+    return [recall_row(TITLES.get(method, method), boxes, truth, MAX_BOXES) for method, boxes in labels.items()]
 
-    Args:
-        labels: what `rival_labels` gives.
-        truth: human labels of all of their images, and maybe of others.
-    """
-    rows = []
-    for method, boxes in labels.items():
-        row: dict[str, Any] = {
-            "stage": TITLES.get(method, method),
-            "images": len(boxes),
-            "boxes_per_image": len(boxes.classes) / max(len(boxes), 1),
-        }
-        if truth is not None and len(boxes):
-            row |= proposal_recall(truth.select(boxes.image_ids), boxes, MAX_BOXES)
-        rows.append(row)
-    return rows
+
+def recall_row(
+    stage: str, boxes: Labels, truth: Labels | None, max_boxes: Sequence[int] = (1, 10, 25, 100)
+) -> dict[str, Any]:
+    """``stage`` (a name), ``images``, ``boxes_per_image`` and, with truth, the recall of some boxes."""
+    per_image = len(boxes.classes) / max(len(boxes), 1)
+    row: dict[str, Any] = {"stage": stage, "images": len(boxes), "boxes_per_image": per_image}
+    if truth is not None and len(boxes):
+        row |= proposal_recall(truth.select(boxes.image_ids), boxes, max_boxes)
+    return row
 
 
 def rival_samples(
     labels: Mapping[str, Labels], source: ImageSource, count: int, rng: np.random.Generator
 ) -> list[Sample]:
     """Some images at random, each as every method sees it, with its best boxes."""
-    samples: list[Sample] = []
-    known = next(iter(labels.values())).image_ids if labels else ()
-    for index in rng.permutation(len(known)):
-        image_id = known[index]
-        if len(samples) == count:
-            break
-        try:
-            image = read_image(source.record(image_id))
-        except (UnreadableImageError, KeyError):
-            continue
+    columns = {TITLES.get(method, method): boxes for method, boxes in labels.items()}
+    return side_by_side(source, columns, count, rng, MAX_BOXES_DRAWN, f"best {MAX_BOXES_DRAWN}")
+
+
+def side_by_side(
+    source: ImageSource,
+    columns: Mapping[str, Labels],
+    count: int,
+    rng: np.random.Generator,
+    max_boxes: int,
+    shown: str,
+    colours_of: Callable[[ImageLabels, NDArray[np.intp]], list[Colour]] | None = None,
+) -> list[Sample]:
+    """Some images of the first column at random, each as every column (labels by title) has it, with its best boxes.
+
+    ``shown`` is what a caption calls them where there are more; ``colours_of`` gives the colours of some of an image's
+    boxes, which are those of classes 0, 1, 2 and so on if left out.
+    """
+    ids = next(iter(columns.values())).image_ids if columns else ()
+    chosen = [ids[index] for index in rng.permutation(len(ids)) if ids[index] in source]
+    samples = []
+    for place, image in islice(readable(source, chosen), count):
         pictures = []
-        for method, boxes in labels.items():
-            best = boxes.of(image_id).boxes_xyxy
-            drawn = draw_boxes(image, best[:MAX_BOXES_DRAWN], min_side_px=PICTURE_PX, max_side_px=PICTURE_PX)
-            shown = f"best {MAX_BOXES_DRAWN} of {len(best)}" if len(best) > MAX_BOXES_DRAWN else f"{len(best)}"
-            pictures.append((f"{TITLES.get(method, method)}: {shown} {'box' if shown == '1' else 'boxes'}", drawn))
-        samples.append(Sample(image_id, pictures))
+        for title, labels in columns.items():
+            if chosen[place] not in labels:
+                continue
+            own = labels.of(chosen[place])
+            best = np.argsort(-own.scores, kind="stable")[:max_boxes]
+            colours = None if colours_of is None else colours_of(own, best)
+            boxes = own.boxes_xyxy[best]
+            number = f"{shown} of {len(own)}" if len(own) > max_boxes else f"{len(own)}"
+            caption = f"{title}: {number} {'box' if len(own) == 1 else 'boxes'}"
+            drawn = draw_boxes(image, boxes, None, colours, min_side_px=PICTURE_PX, max_side_px=PICTURE_PX)
+            pictures.append((caption, drawn))
+        samples.append(Sample(chosen[place], pictures))
     return samples
 
 
 def rival_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """The rows of `rival_rows` as text of at most 79 columns, recall in percent."""
     rows = list(rows)
-    columns = {key: heading for key, (heading, _) in RIVAL_COLUMNS.items() if any(key in row for row in rows)}
-    table = [["method", "boxes", *columns.values()]]
+    columns = columns_of(rows, RIVAL_COLUMNS)
+    table = [["method", "boxes", *(heading for heading, _ in columns.values())]]
     for row in rows:
         numbers = [f"{100 * row[key]:.1f}" if key in row and not math.isnan(row[key]) else "–" for key in columns]
         table.append([row["stage"], f"{row['boxes_per_image']:.1f}", *numbers])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [" ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
     return "\n".join(lines)
-
-
-def _evenly(image_ids: list[str]) -> list[str]:
-    if len(image_ids) <= MAX_IMAGES:
-        return image_ids
-    return [image_ids[row] for row in np.linspace(0, len(image_ids) - 1, MAX_IMAGES).round().astype(int)]
-
-
-def _boxes_of(store: ProposalStore, wanted: frozenset[str]) -> dict[str, ImageLabels]:
-    rows = store.iter_rows(["boxes_xyxy", "score"])
-    return {row.image_id: best_first(row) for row in rows if row.image_id in wanted}
 
 
 def mine_rivals(
@@ -179,23 +186,6 @@ def mine_rivals(
     chosen = for_mining((*config, *kept), images)
     job = MiningJob(str(images), str(folder.proposals), chosen.configs, (*chosen.options, *options), device)
     sections = job.sections()
-    _check_same(folder.path, ours, sections, source)
-    known = read_labels(Path(truth)) if truth is not None else None
-    for method in methods or BASELINES:
-        mine_rival(
-            method,
-            source,
-            sections.encoder,
-            sections.mining,
-            rival_folder(folder.path, method),
-            device=job.own_device,
-            progress=sys.stderr.isatty(),
-        )
-    return rival_rows(rival_labels(folder.path, source.ids if known is None else known.image_ids), known)
-
-
-def _check_same(run: Path, ours: Manifest, sections: PipelineSections, source: ImageSource) -> None:
-    """The rivals must get what our mining got."""
     pairs = {
         "images": (ours.source, source.fingerprint()),
         "encoder": (ours.encoder, sections.encoder.fingerprint),
@@ -204,6 +194,11 @@ def _check_same(run: Path, ours: Manifest, sections: PipelineSections, source: I
     differing = [f"{name} is {there!r} there, {here!r} asked" for name, (there, here) in pairs.items() if there != here]
     if differing:
         raise RunMismatchError(
-            f"run: the proposals of {run} were mined with other settings ({'; '.join(differing)}). Give the images, "
-            "config files and options that they were mined with."
+            f"run: the proposals of {folder.path} were mined with other settings ({'; '.join(differing)}). Give the "
+            "images, config files and options that they were mined with."
         )
+    known = read_labels(Path(truth)) if truth is not None else None
+    for method in methods or BASELINES:
+        out, shown = rival_folder(folder.path, method), sys.stderr.isatty()
+        mine_rival(method, source, sections.encoder, sections.mining, out, device=job.own_device, progress=shown)
+    return rival_rows(rival_labels(folder.path, source.ids if known is None else known.image_ids), known)

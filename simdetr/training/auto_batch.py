@@ -35,19 +35,12 @@ _CPU_SHARE = 0.5
 """Share of the free main memory that activations may take on the CPU, which would swap instead of refusing."""
 _CROP_ASPECT = 600 / 384
 """Of the longest window that the random crop cuts out."""
-_TILES = 4
+_TILES = 4  # of a mosaic
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """The numbers that belong together.
-
-    Args:
-        batch_size: Images per step and rank.
-        lr: Learning rate.
-        backbone_lr: Learning rate of the backbone.
-        new_lr: Learning rate of what the initial weights do not bring, where it has its own.
-    """
+    """Images per step and rank, and the learning rates that go with them, see ``DetectionTask``."""
 
     batch_size: int
     lr: float
@@ -103,13 +96,9 @@ def auto_batch_options(
     after = before.scaled_to(found["batch_size"], scaling)
     LOG.info(
         "auto_batch: batch_size %d -> %d (%s on %s at %d x %d px), lr %.3g -> %.3g, backbone_lr %.3g -> %.3g (%s)",
-        *(
-            before.batch_size,
-            after.batch_size,
-            "largest that fits or the set fills" if new else "found before",
-            found["device"],
-        ),
-        *(*found["size_hw"], before.lr, after.lr, before.backbone_lr, after.backbone_lr, scaling),
+        *(before.batch_size, after.batch_size, "largest that fits or the set fills" if new else "found before"),
+        *(found["device"], *found["size_hw"]),
+        *(before.lr, after.lr, before.backbone_lr, after.backbone_lr, scaling),
     )
     return after.options()
 
@@ -158,11 +147,7 @@ def _succeeds(attempt: Callable[[int], object], size: int) -> bool:
 
 
 class TrialStep:
-    """Training steps on a batch of the largest images that the settings allow; spoils the training's weights.
-
-    Args:
-        training: A training that has not begun.
-    """
+    """Training steps on a batch of the largest images that the settings of a training allow; spoils its weights."""
 
     def __init__(self, training: Training) -> None:
         trainer, data = training.trainer, training.datamodule

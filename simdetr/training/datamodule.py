@@ -72,17 +72,6 @@ def queries_for(labels: Labels, mosaic: float = 0.0) -> int:
     return min(900, max(100, 50 * math.ceil(most * (4 if mosaic > 0 else 1) * 2 / 50)))
 
 
-def _check_image_level(mosaic: float, reference_points: dict[str, str] | None) -> None:
-    if mosaic > 0:
-        raise ValueError(
-            f"mosaic: expected 0 with image_level, got {mosaic}; a tile's place would be a box that is known"
-        )
-    if reference_points is not None:
-        raise ValueError(
-            "reference_points: expected none with image_level, where no box is left to read them from; leave one out"
-        )
-
-
 class DetectionData(pl.LightningDataModule):
     """Training and validation images with their boxes.
 
@@ -166,7 +155,15 @@ class DetectionData(pl.LightningDataModule):
             self.val_labels = read_training_labels(Path(val_labels or val_images), strict=strict)
         path = Path(labels if labels is not None else images)
         if image_level:
-            _check_image_level(mosaic, reference_points)
+            if mosaic > 0:
+                raise ValueError(
+                    f"mosaic: expected 0 with image_level, got {mosaic}; a tile's place would be a box that is known"
+                )
+            if reference_points is not None:
+                raise ValueError(
+                    "reference_points: expected none with image_level, where no box is left to read them from; leave "
+                    "one out"
+                )
             self.labels = self._read_image_level(path, strict)
         else:
             self.labels = read_training_labels(path, strict=strict, masks=masks)
@@ -184,16 +181,11 @@ class DetectionData(pl.LightningDataModule):
             self.reference_points = ReferencePoints(reference_points, self.labels.categories, point_margin)
             self.labels = with_reference_points(self.labels, self.reference_points)
             if self.val_labels is not None:
-                self.val_labels = with_reference_points(
-                    self.val_labels, self.reference_points.of(self.val_labels.categories)
-                )
+                rules = self.reference_points.of(self.val_labels.categories)
+                self.val_labels = with_reference_points(self.val_labels, rules)
 
     def follow(self, image_settings: Mapping[str, Any]) -> None:
-        """Prepare images as a detector wants them, wherever the arguments left that open.
-
-        Args:
-            image_settings: ``short_side`` and ``max_side`` in pixels, ``mean`` and ``std``; any may be absent.
-        """
+        """Prepare images as a detector wants them, wherever the arguments left that open; any setting may be absent."""
         short_sides, max_side, mean, std = self._images
         largest = image_settings.get("short_side", SHORT_SIDES[-1])
         self.short_sides = list(short_sides) if short_sides is not None else sizes_up_to(largest)
@@ -222,17 +214,13 @@ class DetectionData(pl.LightningDataModule):
     @property
     def category_names(self) -> list[str]:
         """Names of the classes, in the order of their indices; linked to the task and to heads that speak of them."""
-        return [category.name for category in self.labels.categories]
+        return [category.name for category in self.categories]
 
     @property
     def image_settings(self) -> dict[str, object]:
         """How images are prepared at inference: sizes in pixels, mean and deviation."""
-        return {
-            "short_side": max(self.short_sides),
-            "max_side": self.max_side,
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
+        sides = {"short_side": max(self.short_sides), "max_side": self.max_side}
+        return {**sides, "mean": list(self.mean), "std": list(self.std)}
 
     def image_id(self, index: int) -> str:
         """Id of the training image in row ``index`` of the labels."""
@@ -250,16 +238,17 @@ class DetectionData(pl.LightningDataModule):
         return self._loader
 
     def _new_loader(self) -> ResumableLoader:
-        rank = self.trainer.global_rank if self.trainer is not None else 0
-        world_size = self.trainer.world_size if self.trainer is not None else 1
         transform = train_transforms(
             self.short_sides, self.max_side, self.crop, self.colour, self.flip, mean=self.mean, std=self.std
         )
+        quarantine = None
+        if self.trainer is not None:
+            quarantine = Quarantine(Path(self.trainer.default_root_dir) / "quarantine.csv", total=len(self.labels))
         dataset = DetectionDataset(
             self.source,
             self.labels,
             transform,
-            quarantine=self._quarantine(),
+            quarantine=quarantine,
             replace_unreadable=True,
             seed=self.seed,
             masks=self.masks,
@@ -269,11 +258,16 @@ class DetectionData(pl.LightningDataModule):
         self._samples = Mosaic(dataset, probability=self.mosaic, seed=self.seed) if self.mosaic > 0 else dataset
         return ResumableLoader(
             self._samples,
-            batch_sampler=EpochBatchSampler(len(dataset), self.batch_size, self.seed, 0, rank, world_size),
+            batch_sampler=EpochBatchSampler(len(dataset), self.batch_size, self.seed, 0, *self._process),
             collate_fn=collate,
             pin_memory=self._device == "cuda",
             **self._workers(),
         )
+
+    @property
+    def _process(self) -> tuple[int, int]:
+        """Rank and number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     @property
     def _device(self) -> str:
@@ -317,18 +311,19 @@ class DetectionData(pl.LightningDataModule):
             )
 
     @property
+    def _accumulated(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+
+    @property
     def images_per_step(self) -> int:
         """Images of one step of the optimiser: of all devices, and of all batches whose gradients are added."""
-        if self.trainer is None:
-            return self.batch_size
-        return self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return self.batch_size * self._process[1] * self._accumulated
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of a whole epoch."""
-        accumulated = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
-        batches = -(-len(self.labels) * accumulated // self.images_per_step)
-        return -(-batches // accumulated)
+        batches = -(-len(self.labels) * self._accumulated // self.images_per_step)
+        return -(-batches // self._accumulated)
 
     def steps_ahead(self) -> int:
         """Optimiser steps to add to the schedule's count after a resume with other ``images_per_step``; else 0.
@@ -348,22 +343,15 @@ class DetectionData(pl.LightningDataModule):
         """Forget position and loaders: the next training starts at its beginning, with its own processes."""
         self._position = self._loader = self._val_loader = None
 
-    def _quarantine(self) -> Quarantine | None:
-        if self.trainer is None:
-            return None
-        return Quarantine(Path(self.trainer.default_root_dir) / "quarantine.csv", total=len(self.labels))
-
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Loader of the validation images of this rank, in order; an empty list without any."""
         if self.val_source is None or self.val_labels is None:
             return []
         if self._val_loader is not None:
             return self._val_loader
-        rank = self.trainer.global_rank if self.trainer is not None else 0
-        world_size = self.trainer.world_size if self.trainer is not None else 1
         transform = eval_transforms(max(self.short_sides), self.max_side, self.mean, self.std)
         dataset = DetectionDataset(self.val_source, self.val_labels, transform)
-        batches = ShareBatchSampler(len(dataset), self.batch_size, rank, world_size)
+        batches = ShareBatchSampler(len(dataset), self.batch_size, *self._process)
         self._val_loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **self._workers())
         return self._val_loader
 

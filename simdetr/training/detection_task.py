@@ -24,14 +24,17 @@ from simdetr.data.labels import Labels
 from simdetr.data.pretrained_weights import load_backbone_weights, load_into
 from simdetr.detectors.detector import Detector
 from simdetr.detectors.losses import DetectionLoss
-from simdetr.detectors.predictions import Detections, Findings, findings
+from simdetr.detectors.predictions import Findings, findings
 from simdetr.evaluation.coco_metric import coco_metrics
 from simdetr.evaluation.point_metric import point_metrics
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.exchange.weights import LoadReport, checkpoint_config, class_tensors, load_weights
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_groups
+from simdetr.training.relabel import as_image_labels
 from simdetr.training.run_folder import detector_folder
+
+_NAMES_SHOWN = 2
 
 
 class NonFiniteLossError(RuntimeError):
@@ -99,9 +102,7 @@ class DetectionTask(pl.LightningModule):
             self.load_report = load_weights(detector, detector_folder(init_weights), class_names)
         self._fixed = fixed_parts(detector)
         if backbone_lr == 0:
-            for name, parameter in detector.named_parameters():
-                if name.startswith(f"{detector.backbone_name}."):
-                    parameter.requires_grad_(False)
+            detector.get_submodule(detector.backbone_name).requires_grad_(False)
         if channels_last:
             detector.get_submodule(detector.backbone_name).to(memory_format=torch.channels_last)
 
@@ -126,9 +127,8 @@ class DetectionTask(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout depends on (seed, epoch, batch, rank) alone."""
-        torch.manual_seed(
-            item_seed(self.seed, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank)
-        )
+        index = batch_idx * self.trainer.world_size + self.global_rank
+        torch.manual_seed(item_seed(self.seed, self.current_epoch, index))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch, summed over decoder layers; nothing here waits for the GPU but the matching."""
@@ -175,18 +175,12 @@ class DetectionTask(pl.LightningModule):
                 "images and the file for replay."
             )
         ids = self.image_ids_of(batch)
-        name = f"non_finite_batch_step{self.global_step}_rank{self.global_rank}.pt"
-        path = Path(self.trainer.default_root_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {
-                "image_ids": ids,
-                "batch": tuple(batch),
-                "losses": {name: float(value) for name, value in losses.items()},
-                "state_dict": self.detector.state_dict(),
-            },
-            path,
-        )
+        path = Path(self.trainer.default_root_dir)
+        path.mkdir(parents=True, exist_ok=True)
+        path /= f"non_finite_batch_step{self.global_step}_rank{self.global_rank}.pt"
+        values = {name: float(value) for name, value in losses.items()}
+        state = self.detector.state_dict()
+        torch.save({"image_ids": ids, "batch": tuple(batch), "losses": values, "state_dict": state}, path)
         raise NonFiniteLossError(
             f"{', '.join(bad)} became NaN or infinite at step {self.global_step} on images {ids}. "
             f"The batch and the weights are saved in {path} for replay. Lower lr (now {self.lr}), use fp32 or bf16 "
@@ -237,19 +231,12 @@ class DetectionTask(pl.LightningModule):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The losses of a training step on their way to the host, without the host waiting for the GPU.
-#
-# In: the loss tensors of a batch. Out: their values and whether those of all processes are finite, asked for once the
-# backward pass is queued: by then the few numbers have long arrived, while the GPU still has work to do.
+# The losses of a training step on their way to the host, which does not wait for the GPU: they are asked for once the
+# backward pass is queued. By then the few numbers have long arrived, while the GPU still has work to do.
 
 
 class PendingLosses:
-    """One asynchronous copy of all losses of a step.
-
-    Args:
-        batch: What the losses are of.
-        losses: Scalars by name, on one device.
-    """
+    """One asynchronous copy of all losses of a batch, scalars by name on one device."""
 
     def __init__(self, batch: Batch, losses: Mapping[str, Tensor]) -> None:
         self.batch, self._names = batch, tuple(losses)
@@ -271,14 +258,9 @@ class PendingLosses:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Is a detector about to learn on a backbone whose random weights it must not change? Detector in, an error out.
-#
-# Frozen batch norm and frozen layers are for weights that were learnt: random ones stay random for good. Whether
-# weights came, by whatever way, is read off the network's normalisation layers, which no training leaves at their
-# start.
-
-
-_NAMES_SHOWN = 2
+# Is a detector about to learn on a backbone whose random weights it must not change? Frozen batch norm and layers are
+# for weights that were learnt: random ones stay random for good. Whether weights came, by whatever way, is read off the
+# network's normalisation layers, which no training leaves at their start.
 
 
 class RandomStartError(ValueError):
@@ -313,11 +295,7 @@ def _all_are(values: object, wanted: float) -> bool:
 
 
 def check_start(detector: Detector, fixed: list[str]) -> None:
-    """Refuse a training that would keep random weights.
-
-    Args:
-        detector: With the weights that the training starts from.
-        fixed: Its ``fixed_parts``.
+    """Refuse a training that would keep random weights; ``fixed`` are the detector's ``fixed_parts``.
 
     Raises:
         RandomStartError: Some parts are fixed, and the feature network was never trained.
@@ -336,8 +314,8 @@ def check_start(detector: Detector, fixed: list[str]) -> None:
 
 def thawing(detector: Detector) -> list[str]:
     """The arguments that would leave nothing of its backbone fixed, as ``name: value``, if it has others."""
-    thawed = detector.thawed(detector.init_args)
-    return [f"{name}: {str(value).lower()}" for name, value in _changed(detector.init_args, thawed).items()]
+    thawed = _changed(detector.init_args, detector.thawed(detector.init_args))
+    return [f"{name}: {str(value).lower()}" for name, value in thawed.items()]
 
 
 def _changed(before: dict[str, object], after: dict[str, object]) -> dict[str, object]:
@@ -353,13 +331,13 @@ def _changed(before: dict[str, object], after: dict[str, object]) -> dict[str, o
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Scores of a validation run: detections of ``DetectionTask.validation_step`` in, COCO numbers in the log out.
-#
-# A callback, so that the task knows nothing of metrics. Detections of all ranks are gathered; every rank logs the same.
+# Scores of a validation run. A callback, so that the task knows nothing of metrics.
 
 
 class CocoValidation(Callback):
     """Logs AP (or class-agnostic recall) of the validation images after each validation epoch, and scores of points.
+
+    Detections of all ranks are gathered; every rank logs the same.
 
     Args:
         class_agnostic: Log recall whatever the class, for pretraining on pseudo-classes.
@@ -386,15 +364,18 @@ class CocoValidation(Callback):
         image_ids = _validation_labels(trainer).image_ids
         for target, found in zip(batch.targets if batch is not None else [], outputs, strict=True):
             image_id = image_ids[int(target["image_index"])]
-            size_hw = (int(target["orig_size"][0]), int(target["orig_size"][1]))
-            self._rows.append((_as_labels(image_id, size_hw, found[0]), _as_labels(image_id, size_hw, found[1])))
+            pairs, queries = (as_image_labels(image_id, target["orig_size"].tolist(), reading) for reading in found)
+            self._rows.append((pairs, queries))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gather, score and log."""
         if trainer.sanity_checking:
             return
-        truth = _validation_labels(trainer)
-        rows = self._gathered(trainer)
+        truth, rows = _validation_labels(trainer), self._rows
+        if trainer.world_size > 1:
+            parts: list[list[tuple[ImageLabels, ImageLabels]]] = [[] for _ in range(trainer.world_size)]
+            dist.all_gather_object(parts, rows)
+            rows = [row for part in parts for row in part]
         categories = trainer.datamodule.categories  # type: ignore[attr-defined]
         found, objects = (Labels.from_images((row[index] for row in rows), categories) for index in range(2))
         scores = proposal_recall(truth, objects) if self.class_agnostic else coco_metrics(truth, found)
@@ -403,19 +384,6 @@ class CocoValidation(Callback):
         for name, value in scores.items():
             # every rank has the same value; without sync_dist Lightning warns
             pl_module.log(f"val/{name}", value, prog_bar=name in ("AP", "AR@100"), sync_dist=True)
-
-    def _gathered(self, trainer: pl.Trainer) -> list[tuple[ImageLabels, ImageLabels]]:
-        if trainer.world_size == 1:
-            return self._rows
-        parts: list[list[tuple[ImageLabels, ImageLabels]]] = [[] for _ in range(trainer.world_size)]
-        torch.distributed.all_gather_object(parts, self._rows)
-        return [row for part in parts for row in part]
-
-
-def _as_labels(image_id: str, size_hw: tuple[int, int], found: Detections) -> ImageLabels:
-    columns = (found[name].float().cpu().numpy() for name in ("boxes_xyxy", "labels", "scores"))
-    points = found["points"].float().cpu().numpy() if "points" in found else None
-    return ImageLabels.build(image_id, size_hw, *columns, points=points)
 
 
 def _validation_labels(trainer: pl.Trainer) -> Labels:

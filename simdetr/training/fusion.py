@@ -124,24 +124,18 @@ def _joint(detected: Tensor, before: Tensor, power: float, least: float) -> Tens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Boxes of a stage and of the stage before in, the boxes with their lineage out.
-#
-# A detector does not say which label taught it a box, so overlap decides: a box goes on from the one that it overlaps
-# most, if that is at least half of their union; every other box is a find of its own stage.
-
+# Lineage. A detector does not say which label taught it a box, so overlap decides: a box goes on from the one that it
+# overlaps most, if that is at least half of their union; every other box is a find of its own stage.
 
 MIN_IOU = 0.5
 
 
 def inherit(labels: Labels, before: Labels) -> Labels:
-    """The labels with the lineage of the boxes that they go on from.
+    """The labels of stage j with the lineage of the boxes that they go on from.
 
-    Image by image, so that it takes no more than about 40 bytes per box beside the labels; about 0.1 ms an image.
-
-    Args:
-        labels: of stage j.
-        before: of stage j - 1; need not hold all of the images, nor have a lineage itself: its boxes then count as
-            first seen by their stage.
+    Image by image, so that it takes no more than about 40 bytes per box beside the labels; about 0.1 ms an image. The
+    labels ``before``, of stage j - 1, need not hold all of the images, nor have a lineage themselves: their boxes then
+    count as first seen by their stage.
     """
     earlier = Lineage.first_seen(before.stage, before.offsets) if before.lineage is None else before.lineage
     own = Lineage.first_seen(labels.stage, labels.offsets)

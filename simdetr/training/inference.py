@@ -10,10 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
-from simdetr.data.augmentation import eval_transforms
-from simdetr.data.dataset import DetectionDataset, collate
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
@@ -112,12 +109,9 @@ def predict(
             progress=progress,
         )
     if len(found) < len(source):
-        LOG.warning("%d of %d images could not be read%s", len(source) - len(found), len(source), _listed(quarantine))
+        listed = f", see {quarantine}" if quarantine is not None else ""
+        LOG.warning("%d of %d images could not be read%s", len(source) - len(found), len(source), listed)
     return found
-
-
-def _listed(quarantine: Path | None) -> str:
-    return f", see {quarantine}" if quarantine is not None else ""
 
 
 def evaluate(
@@ -167,11 +161,7 @@ def score(
 ) -> tuple[Labels, dict[str, float]]:
     """Detections on images, and all scores of them that ``evaluate`` knows.
 
-    Args:
-        loaded: The detector.
-        source: Images, all of them labelled.
-        truth: Their boxes, and those of images that are not there, which count as missed.
-        settings: How images are prepared and detections are kept.
+    All images are labelled; ``truth`` may have boxes of more images, which count as missed.
     """
     with image_progress("predicting", len(source)) as progress:
         found, objects = detect_for_scoring(loaded.detector, source, loaded.categories, settings, progress=progress)
@@ -188,10 +178,8 @@ def score(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Score maps of a trained localisation head over a set of images: pictures, and the numbers of the field, out.
-#
-# Beside the head's own map stand, in every scoring, the class activation map of the same network and a Gaussian in the
-# image's centre: a method that does not beat them has learned nothing of where.
+# Score maps of a trained localisation head. In every scoring the class activation map of the same network and a
+# Gaussian in the image's centre stand beside them: a method that does not beat these has learned nothing of where.
 
 
 THRESHOLD_STEP = 0.01
@@ -238,12 +226,10 @@ def localise(
     head = localisation_head(detector)
     if head is None:
         raise ValueError("detector: expected one with a simdetr.heads.LocalisationHead, which draws score maps")
-    transform = eval_transforms(settings.short_side, settings.max_side, mean=settings.mean, std=settings.std)
-    dataset = DetectionDataset(source, None, transform)
     detector.to(settings.device).eval()
     own, head.map_source = head.map_source, map_source or head.map_source
     try:
-        for batch in DataLoader(dataset, settings.batch_size, collate_fn=collate, num_workers=settings.num_workers):
+        for batch in settings.prepared(source):
             if batch is None:
                 continue
             ids = [source.ids[int(target["image_index"])] for target in batch.targets]
@@ -264,16 +250,8 @@ def localisation_scores(
 ) -> dict[str, float]:
     """MaxBoxAcc, MaxBoxAccV2, GT-known and Top-1 localisation, and those of class activation and of the image's centre.
 
-    The class whose map is read is that of the image's first box, and the boxes of this class are the truth.
-
-    Args:
-        detector: With a localisation head.
-        source: Images with boxes.
-        truth: Their boxes; images without any are left out.
-        settings: How images are prepared.
-
-    Returns:
-        Fractions in 0..1; ``threshold`` too.
+    The class whose map is read is that of the image's first box, and the boxes of this class are the truth; images
+    without any are left out. All numbers are fractions in 0..1, ``threshold`` too.
     """
     boxed = source.subset([name for name in source.ids if len(truth.of(name))])
     own, cam, centre = (LocalisationMetric(step=THRESHOLD_STEP) for _ in range(3))

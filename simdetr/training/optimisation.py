@@ -1,7 +1,4 @@
-"""Optimiser groups and learning-rate schedules of the published recipes.
-
-In: a detector with parameters named as in the official Deformable DETR. Out: AdamW groups and a schedule factor.
-"""
+"""AdamW groups of a detector's parameters, learning-rate schedules of the published recipes, the end at convergence."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 
 from simdetr.detectors.detector import Detector
 
+LOG = logging.getLogger(__name__)
 Schedule = Literal["step", "cosine", "constant"]
 FUSED_DEVICES = ("cuda", "cpu")
 """Devices that every supported version of torch has a fused AdamW for."""
@@ -38,8 +36,9 @@ def parameter_groups(
     Deformable DETR (Zhu et al. 2021, appendix), but for detectors whose recipe spares the backbone's biases, norms and
     tokens (ViDT).
     """
-    names = ("new", "backbone", "backbone_vectors", "slow", "rest")
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in names}
+    slow = lr * slow_factor
+    rates = {"new": new_lr, "backbone": backbone_lr, "backbone_vectors": backbone_lr, "slow": slow, "rest": lr}
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in detector.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -49,12 +48,10 @@ def parameter_groups(
             is_vector = parameter.ndim <= 1 or name.endswith(("det_token", "det_pos_embed"))
             spared = is_vector and not detector.decays_backbone_vectors
             members["backbone_vectors" if spared else "backbone"].append(parameter)
-        elif any(slow in name for slow in detector.slow_names):
+        elif any(part in name for part in detector.slow_names):
             members["slow"].append(parameter)
         else:
             members["rest"].append(parameter)
-    slow = lr * slow_factor
-    rates = {"new": new_lr, "backbone": backbone_lr, "backbone_vectors": backbone_lr, "slow": slow, "rest": lr}
     extra = {"backbone_vectors": {"weight_decay": 0.0}}
     return [
         {"params": members[name], "lr": rates[name], "name": name, **extra.get(name, {})}
@@ -64,13 +61,7 @@ def parameter_groups(
 
 
 def adamw(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; fused, one kernel for all parameters, where their device has it.
-
-    Args:
-        groups: Parameter groups, see ``parameter_groups``.
-        lr: Learning rate of groups without their own.
-        weight_decay: Of all groups.
-    """
+    """AdamW over ``parameter_groups``; fused, one kernel for all parameters, where their device has it."""
     # where there is none, torch says so only at the first step
     fused = all(parameter.device.type in FUSED_DEVICES for group in groups for parameter in group["params"])
     optimiser = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused or None)
@@ -108,18 +99,15 @@ def lr_factor(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Stop a training when its loss has converged: the mean loss of each epoch in, the end of the training out.
-#
-# Lightning's own EarlyStopping waits for a logged number to stop improving by an absolute amount; trainings log the
-# loss of single steps, which says little. This compares whole epochs, by a fraction. Source: US 11,544,507 (the update
-# is repeated until the total loss converges)
-
-
-LOG = logging.getLogger(__name__)
+# The end of a training at convergence.
 
 
 class StopOnConvergence(Callback):
     """Ends the training once the mean loss of an epoch has hardly changed several times in a row.
+
+    Lightning's own EarlyStopping waits for a logged number to stop improving by an absolute amount; trainings log the
+    loss of single steps, which says little. This compares whole epochs, by a fraction. Source: US 11,544,507 (the
+    update is repeated until the total loss converges).
 
     Args:
         tolerance: largest change of the mean, as a fraction of the epoch's before, that counts as none.

@@ -23,11 +23,7 @@ _SPEED_OVER_S = 120.0  # steps of different image sizes, and validation in betwe
 
 
 class RateColumn(ProgressColumn):
-    """Images, or steps, per second.
-
-    Args:
-        unit: What is counted.
-    """
+    """Images, or whatever the unit is, per second."""
 
     def __init__(self, unit: str = "images") -> None:
         super().__init__()
@@ -47,8 +43,7 @@ class PaceLog:
     """What is done in; now and then a line of log with count, rate and time left out.
 
     Args:
-        what: The word before the numbers.
-        unit: What is counted.
+        what: The word before the numbers; ``unit`` is what is counted.
         total: How many there are in all; None if there is no end.
         begun: How many were done before, by a run that is resumed.
         every_s: Seconds between two lines.
@@ -74,12 +69,7 @@ class PaceLog:
 
 @contextmanager
 def image_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Give a function that moves the bar by so many images.
-
-    Args:
-        what: The word before the bar.
-        total: Images in all.
-    """
+    """Give a function that moves the bar of ``total`` images by so many; ``what`` is the word before it."""
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
     pace, done = PaceLog(what, "images", total), 0
@@ -150,23 +140,26 @@ class TrainingProgress(ProgressBar):
 
     def on_validation_batch_end(self, *_: Any) -> None:  # noqa: ANN401
         """A batch further."""
-        self._advance_batches()
+        if self._bar is not None and self._batches is not None:
+            self._bar.advance(self._batches)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Back to the training, if there is one."""
-        self._end_batches()
+        if self._bar is not None and self._batches is not None:
+            self._bar.remove_task(self._batches)
+            self._batches = None
+            if self._steps is None:
+                self._close()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """As in validation."""
         self._begin_batches("testing", trainer.num_test_batches)
 
     def on_test_batch_end(self, *_: Any) -> None:  # noqa: ANN401
-        """A batch further."""
-        self._advance_batches()
+        """As in validation."""
+        self.on_validation_batch_end()
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bar."""
-        self._end_batches()
+    on_test_end = on_validation_end
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the bar."""
@@ -201,17 +194,6 @@ class TrainingProgress(ProgressBar):
         if self._open() is not None:
             total = sum(batches)
             self._batches = self._bar.add_task(what, total=total if math.isfinite(total) else None, scores="")  # type: ignore[union-attr]
-
-    def _advance_batches(self) -> None:
-        if self._bar is not None and self._batches is not None:
-            self._bar.advance(self._batches)
-
-    def _end_batches(self) -> None:
-        if self._bar is not None and self._batches is not None:
-            self._bar.remove_task(self._batches)
-            self._batches = None
-            if self._steps is None:
-                self._close()
 
 
 def total_steps(trainer: pl.Trainer) -> int | None:

@@ -35,6 +35,8 @@ WEIGHTS, FINETUNE = _HERE / "recipe_weights.yaml", _HERE / "recipe_finetune.yaml
 WORD = "efficientnet-lite0"
 _SAMPLE = 32
 _ENLARGE = 1.25  # of a side in training, at most; mining, whose cells are coarse, enlarges up to twice
+_FOLDER = "a folder of `simdetr encoder fit`"
+_ELSE = "for weights of your own, see TimmEncoder in docs/encoders.md"
 _SMALLEST = 128  # pixels; fewer give fewer cells than a two-stage detector chooses queries from
 
 
@@ -44,8 +46,7 @@ class Length:
 
     Args:
         passes: Times that every image is seen.
-        least: Steps of a training on few images.
-        most: Steps of a training on many.
+        least: Steps of a training on few images; ``most`` of one on many.
     """
 
     passes: int
@@ -112,11 +113,11 @@ def for_finetuning(
     """A recipe for few labels: alone over the detector of a checkpoint, else after the recipe of this machine.
 
     Args:
-        config: The user's files; if there are any, they are the recipe.
+        config: As for ``for_pretraining``.
         images: The images.
         labels: Their boxes; the more images have some, the more steps are taken.
         init: The checkpoint, which brings detector and image sizes.
-        options: The user's options; where they limit the training, its length is left to them.
+        options: As for ``for_pretraining``.
         label_fraction: Part of the labels that is trained on.
     """
     if config:
@@ -177,10 +178,8 @@ def _size_options(source: ImageSource, base: Path) -> tuple[str, ...]:
     fitting = max(_SMALLEST, 16 * round(_ENLARGE * shorter / 16))
     if fitting < largest:
         scaled = [round(side * fitting / largest) for side in short_sides]
-        options += [
-            f"--data.short_sides={scaled}",
-            f"--data.max_side={fitting * recipe['data']['max_side'] // largest}",
-        ]
+        max_side = fitting * recipe["data"]["max_side"] // largest
+        options += [f"--data.short_sides={scaled}", f"--data.max_side={max_side}"]
     mined = max(64, 32 * round(2 * longer / 32))
     if mined < recipe["mining"]["image_size"]:
         options.append(f"--mining.image_size={mined}")
@@ -213,12 +212,6 @@ def _clustering_options(run: RunFolder) -> tuple[str, ...]:
 
 def _read(path: Path) -> Any:  # noqa: ANN401
     return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-_FOLDER = "a folder of `simdetr encoder fit`"
-
-
-_ELSE = "for weights of your own, see TimmEncoder in docs/encoders.md"
 
 
 def encoder_options(encoder: str | None) -> tuple[str, ...]:

@@ -42,8 +42,6 @@ Reading = Callable[..., list[Detections]]
 """How a batch's outputs are read: ``postprocess`` for scores and users, ``best_per_query`` for self-training."""
 PART_SIZE = 1024
 """Images per part of a resumable run."""
-
-
 Precision = Literal["fp32", "bf16"]
 
 
@@ -75,12 +73,8 @@ class Throughput:
         num_workers = self.num_workers
         if num_workers is None:
             num_workers = min(default_workers(device), -(-num_images // batch_size) - 1)
-        return {
-            "device": device,
-            "batch_size": batch_size,
-            "num_workers": max(0, num_workers),
-            "precision": self.precision,
-        }
+        loading = {"batch_size": batch_size, "num_workers": max(0, num_workers)}
+        return {"device": device, "precision": self.precision, **loading}
 
 
 OF_THE_MACHINE = Throughput()
@@ -91,18 +85,13 @@ class InferenceSettings:
     """How images are prepared and detections are kept.
 
     Args:
-        short_side: Shorter side in pixels.
-        max_side: Longest side in pixels.
-        mean: Channel means of the normalisation.
-        std: Channel deviations of the normalisation.
+        short_side: Shorter side in pixels; ``max_side`` is the longest.
+        mean: Channel means of the normalisation; ``std`` are the deviations.
         iou_threshold: Overlap above which the less confident box goes, of one class, or of any where each query has
             one class; 1 keeps all.
         score_threshold: Boxes below it go; 0 keeps all, as self-training wants.
         max_boxes: Most confident boxes kept per image.
-        batch_size: Images per forward pass.
-        num_workers: Decoding processes.
-        device: Torch device.
-        precision: Of the forward pass.
+        batch_size: Images per forward pass; this and the next three as in ``Throughput``.
         masks: Draw each object's mask too, with detectors that predict its vector.
         point_radius: Of landmarks of one class closer than this part of the image's diagonal the less confident go; 0
             keeps all, None those that are no duplicates of a grid's.
@@ -126,6 +115,15 @@ class InferenceSettings:
     def of(cls, image_settings: Mapping[str, Any], **choices: Any) -> InferenceSettings:  # noqa: ANN401
         """The settings a detector was saved with, and the choices of this run."""
         return cls(**{**image_settings, **choices})
+
+    def prepared(self, source: ImageSource, quarantine: Quarantine | None = None) -> DataLoader[Any]:
+        """Batches of images, in order; None in place of one of which no image can be read."""
+        dataset = DetectionDataset(source, None, self.transform(), quarantine=quarantine)
+        return DataLoader(dataset, self.batch_size, collate_fn=collate, num_workers=self.num_workers)
+
+    def transform(self) -> nn.Module:
+        """Image and target as read -> as the detector wants them."""
+        return eval_transforms(self.short_side, self.max_side, mean=self.mean, std=self.std)
 
     def autocast(self) -> torch.autocast:
         """A block in which the network computes in this precision."""
@@ -170,8 +168,7 @@ def relabel(
                 progress=progress,
             )
             write_labels(labels, part)
-    done = [read_labels(name) for name in names]
-    rows = (part.image(i) for part in done for i in range(len(part)))
+    rows = (part.image(i) for part in map(read_labels, names) for i in range(len(part)))
     labels = Labels.from_images(rows, loaded.categories, stage)
     if before is not None and fusion is not None:
         labels = fuse(labels, before, fusion, max_boxes=settings.max_boxes)
@@ -234,9 +231,8 @@ def detect_array(
             "transpose [H, W, 3] with .permute(2, 0, 1), and BGR with .flip(0)."
         )
     size_hw = (image.shape[1], image.shape[2])
-    transform = eval_transforms(settings.short_side, settings.max_side, mean=settings.mean, std=settings.std)
     target = {"boxes": pixel_boxes(torch.zeros(0, 4), size_hw), "labels": torch.zeros(0, dtype=torch.int64)}
-    pixels, _ = transform(tv_tensors.Image(image), target)
+    pixels, _ = settings.transform()(tv_tensors.Image(image), target)
     pixels = pixels[None].to(settings.device)
     with settings.autocast():
         outputs = detector.to(settings.device).eval()(pixels, torch.zeros_like(pixels[:, 0], dtype=torch.bool))
@@ -253,11 +249,8 @@ def detections(
     progress: Progress = lambda count: None,
 ) -> Iterator[tuple[ImageLabels, ...]]:
     """Each reading's detections image by image, in the order of the source, without the unreadable ones."""
-    transform = eval_transforms(settings.short_side, settings.max_side, mean=settings.mean, std=settings.std)
-    dataset = DetectionDataset(source, None, transform, quarantine=quarantine)
-    loader = DataLoader(dataset, settings.batch_size, collate_fn=collate, num_workers=settings.num_workers)
     detector = detector.to(settings.device).eval()
-    for index, batch in enumerate(loader):
+    for index, batch in enumerate(settings.prepared(source, quarantine)):
         progress(min(settings.batch_size, len(source) - index * settings.batch_size))
         if batch is None:
             continue
@@ -275,11 +268,7 @@ def _image_labels(
     settings: InferenceSettings,
     reading: Reading,
 ) -> list[ImageLabels]:
-    """What a reading keeps of a batch's outputs, as labels in pixels, with masks if asked for.
-
-    Raises:
-        ValueError: Masks are asked for and the detector draws none.
-    """
+    """What a reading keeps of a batch's outputs, as labels in pixels, with masks if asked for."""
     if settings.masks and "pred_vectors" not in outputs:
         raise ValueError("masks: this detector draws no masks; leave it out, or train ViDT with mask_vectors: true")
     batch = reading(
@@ -292,14 +281,21 @@ def _image_labels(
     )
     labels = []
     for row, (image_id, size_hw, found) in enumerate(zip(image_ids, sizes_hw, batch, strict=True)):
-        columns = (found[name].cpu().numpy() for name in ("boxes_xyxy", "labels", "scores"))
-        points = found["points"].cpu().numpy() if "points" in found else None
         masks = None
         if settings.masks:
             vectors, boxes = (outputs[name][row, found["queries"]] for name in ("pred_vectors", "pred_boxes"))
             masks = _draw_masks(vectors, box_ops.denormalise(boxes.float(), size_hw), size_hw)
-        labels.append(ImageLabels.build(image_id, size_hw, *columns, masks=masks, points=points))
+        labels.append(as_image_labels(image_id, size_hw, found, masks))
     return labels
+
+
+def as_image_labels(
+    image_id: str, size_hw: tuple[int, int], found: Detections, masks: mask_codes.Masks | None = None
+) -> ImageLabels:
+    """The detections on one image as labels."""
+    columns = (found[name].float().cpu().numpy() for name in ("boxes_xyxy", "labels", "scores"))
+    points = found["points"].float().cpu().numpy() if "points" in found else None
+    return ImageLabels.build(image_id, size_hw, *columns, masks=masks, points=points)
 
 
 def _draw_masks(vectors: Tensor, boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> mask_codes.Masks:

@@ -27,8 +27,6 @@ from simdetr.data.storage import atomic_path
 from simdetr.exchange.weights import is_saved
 
 LOG = logging.getLogger(__name__)
-
-
 FREE = (
     "data.num_workers",
     "inference.batch_size",
@@ -75,10 +73,9 @@ class LeaderLostError(RuntimeError):
 
 @dataclass
 class StepResult:
-    """What a step reports when it ends: how many of what."""
+    """What a step reports when it ends: how many."""
 
     count: int = 0
-    what: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,8 +135,9 @@ class RunFolder:
             RunMismatchError: They differ; the message lists the settings.
         """
         if self.config.is_file():
-            self._check_settled(yaml.safe_load(current(self.config.read_text(encoding="utf-8"))), config_yaml, settled)
-            if self.config.read_text(encoding="utf-8") == config_yaml:
+            before = self.config.read_text(encoding="utf-8")
+            self._check_settled(yaml.safe_load(current(before)), config_yaml, settled)
+            if before == config_yaml:
                 return
         with atomic_path(self.config) as temporary:
             temporary.write_text(config_yaml, encoding="utf-8")
@@ -236,17 +234,16 @@ class RunFolder:
     @contextmanager
     def step(self, name: str, what: str) -> Iterator[StepResult]:
         """Time a step and write its line when it ends without an error."""
-        result = StepResult(what=what)
+        result = StepResult()
         LOG.info("%s ...", name)
         start = time.perf_counter()
         yield result
         seconds = time.perf_counter() - start
         LOG.info("%s: %s %s in %.1f s", name, f"{result.count:,}", what, seconds)
-        row = {"name": name, "seconds": round(seconds, 3), "count": result.count, "what": what}
-        if not leads():
-            return
-        with self.steps.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if leads():
+            row = {"name": name, "seconds": round(seconds, 3), "count": result.count, "what": what}
+            with self.steps.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def settled(self) -> tuple[str, ...] | None:
         """Sections of the config that a started pretraining cannot change, None for all; the store guards its own."""
@@ -282,8 +279,7 @@ def detector_folder(path: str | Path) -> Path:
     if path.is_file() or is_saved(path):
         return path
     run = RunFolder(path)
-    trained = [path / "detector", *(run.detector(stage) for stage in reversed(run.stages()))]
-    for folder in trained:
+    for folder in (path / "detector", *map(run.detector, reversed(run.stages()))):
         if is_saved(folder):
             return folder
     raise FileNotFoundError(

@@ -32,10 +32,8 @@ class RunTime:
 
     Attributes:
         mining: of all images; 0 once they are mined.
-        training: of each stage.
-        relabelling: of each stage.
+        training: of each stage, and so ``relabelling`` and ``steps``.
         stages: that are not trained yet.
-        steps: of each stage.
     """
 
     mining: float
@@ -117,12 +115,8 @@ def measure(
 def step_seconds(detector: Detector, images: Tensor, objects: int, device: str, *, half: bool = False) -> float:
     """Time of a forward and a backward pass, after one to warm up; leaves the global random numbers as they are.
 
-    Args:
-        detector: To train; its batch statistics change.
-        images: [B, 3, H, W].
-        objects: In each image.
-        device: Torch device.
-        half: In bfloat16 where possible.
+    The detector's batch statistics change. ``images`` are [B, 3, H, W], with so many objects in each; ``half`` computes
+    in bfloat16 where possible.
     """
     detector, images = detector.to(device).train(), images.to(device)
     mask = torch.zeros_like(images[:, 0], dtype=torch.bool)
@@ -152,10 +146,6 @@ def _noise(sides: tuple[float, float], batch_size: int, short_sides: Sequence[in
 
 
 def _minutes(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds >= 5400
-        else f"{seconds / 60:.0f} min"
-        if seconds >= 90
-        else f"{seconds:.0f} s"
-    )
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

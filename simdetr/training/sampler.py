@@ -76,13 +76,7 @@ class ShareBatchSampler(Sampler[list[int]]):
     """Batches of this rank's share of a set, in order: images rank, rank + world_size, ...
 
     All ranks get the same number of batches, since a step of one rank may wait for the others; the last ones may be
-    empty.
-
-    Args:
-        num_images: Size of the set.
-        batch_size: Images per batch and rank.
-        rank: Rank of this process.
-        world_size: Number of processes.
+    empty. Arguments as of ``EpochBatchSampler``.
     """
 
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -100,12 +94,8 @@ class ShareBatchSampler(Sampler[list[int]]):
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader whose position in the epoch is saved and restored by Lightning's checkpoints.
 
-    One loader may serve epoch after epoch (``begin``), so that its processes live on (``persistent_workers``).
-
-    Args:
-        dataset: Images and targets.
-        batch_sampler: The epoch's batches; a saved position of another epoch is ignored.
-        kwargs: What DataLoader takes.
+    One loader may serve epoch after epoch (``begin``), so that its processes live on (``persistent_workers``). It takes
+    what DataLoader takes; a saved position of another epoch than that of the batches is ignored.
     """
 
     def __init__(

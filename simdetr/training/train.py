@@ -1,7 +1,8 @@
 """Run one training to its end, from where it stopped, and keep the detector.
 
 In: a Trainer, a DetectionTask and a DetectionData. Out: ``detector/`` with the best weights if there was validation,
-else the last ones.
+else the last ones. Until then ``checkpoints/`` has ``resume.ckpt``, from which a killed run goes on, replaced every so
+many steps, and ``best.ckpt``. Files appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from simdetr.training.datamodule import DetectionData
 from simdetr.training.detection_task import DetectionTask
 
 LOG = logging.getLogger(__name__)
+RESUME, BEST = "resume.ckpt", "best.ckpt"
 
 
 class Training(Protocol):
@@ -45,12 +47,8 @@ def train(training: Training, out: Path) -> DetectionData:
     trainer, data = training.trainer, training.datamodule
     start = resume if resume.is_file() else None
     start_step = -1 if start is None else int(_read(start)["global_step"])
-    trainer.fit(
-        training.model,
-        datamodule=data,
-        ckpt_path=None if start is None else str(start),
-        **safe_loading(trainer),
-    )
+    path = None if start is None else str(start)
+    trainer.fit(training.model, datamodule=data, ckpt_path=path, **safe_loading(trainer))
     if trainer.is_global_zero:
         detector = training.model.detector
         # resumed at its very end, a run has not passed the hook that puts averaged weights in place
@@ -60,7 +58,9 @@ def train(training: Training, out: Path) -> DetectionData:
             detector.load_state_dict(averaged_state(_read(kept)))
         save_detector(detector, checkpoint_config(detector, data), out / "detector")
         shutil.rmtree(checkpoints, ignore_errors=True)
-        _count_unreadable(out / "quarantine.csv", data)
+        quarantine = Quarantine(out / "quarantine.csv", total=len(data.labels))
+        if count := len(quarantine):
+            LOG.warning("%d of %d training images are unreadable, see %s", count, quarantine.total, quarantine.path)
     trainer.strategy.barrier()
     return data
 
@@ -70,25 +70,9 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
-def _count_unreadable(path: Path, data: DetectionData) -> None:
-    count = len(Quarantine(path, total=len(data.labels)))
-    if count:
-        LOG.warning("%d of %d training images are unreadable, see %s", count, len(data.labels), path)
-
-
 def safe_loading(trainer: pl.Trainer) -> dict[str, bool]:
     """``weights_only`` where this Lightning knows it (2.6 and later); before, its own loader is used."""
     return {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The checkpoints of a training: the point a killed run resumes from, and the best weights.
-#
-# In: a Lightning Trainer's hooks. Out: ``resume.ckpt``, replaced every so many steps, and
-# ``best.ckpt``. Files appear whole or not at all.
-
-
-RESUME, BEST = "resume.ckpt", "best.ckpt"
 
 
 class ResumePoint(Checkpoint):

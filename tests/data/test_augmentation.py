@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import pickle
@@ -294,10 +292,6 @@ def test_small_boxes_go_with_their_points_and_landmarks_without_box_stay():
     assert len(found["only_point"]) == 2 and isinstance(found["boxes"], tv_tensors.BoundingBoxes)
     target["only_point"][1] = True
     assert DropSmallBoxes()(image, target)[1]["labels"].tolist() == [0, 1, 2]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-#
 
 
 SIZES = [(80, 120), (100, 60), (64, 64), (50, 150), (90, 90), (120, 80)]

@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import json
@@ -8,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from simdetr.data import masks
 from simdetr.data.annotations import Category, ImageLabels, LabelError
@@ -166,10 +165,9 @@ def test_round_trip_keeps_ids_scores_and_stage(coco_file, tmp_path):
 
 
 def test_real_files_read_without_problems_and_agree_with_pycocotools(shared_data):
-    coco = pytest.importorskip("pycocotools.coco")
     path = shared_data / "coco256" / "instances_val.json"
     labels, problems = read_coco(path, strict=True)
-    truth = coco.COCO(str(path))
+    truth = COCO(str(path))
     assert problems.total == 0 and len(labels) == len(truth.imgs) and len(labels.boxes_xyxy) == len(truth.anns)
     for image_id, entry in list(truth.imgs.items())[:20]:
         mine = labels.of(entry["file_name"])
@@ -301,10 +299,6 @@ def test_points_survive_writing_and_pycocotools_reads_them(coco_file, tmp_path):
     assert "keypoint" not in (tmp_path / "plain.json").read_text()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-#
-
-
 def detections():
     images = [
         ImageLabels.build("b.png", (30, 20), [[1, 2, 4, 8], [0, 0, 5, 5]], [1, 0], scores=[0.9, 0.3]),
@@ -335,36 +329,29 @@ def test_results_carry_the_ids_of_the_truth(tmp_path, coco_file):
     ]
 
 
-def test_pycocotools_scores_the_results(tmp_path, coco_file):
-    coco = pytest.importorskip("pycocotools.coco")
-    from pycocotools.cocoeval import COCOeval
-
-    path = truth_file(coco_file)
-    write_detections(detections(), tmp_path / "out.json", path)
-    truth = coco.COCO(str(path))
-    evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "out.json")), "bbox")
+def average_precision(path, results, kind):
+    truth = COCO(str(path))
+    evaluation = COCOeval(truth, truth.loadRes(str(results)), kind)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    assert evaluation.stats[0] == pytest.approx(1.0)
+    return evaluation.stats[0]
+
+
+def test_pycocotools_scores_the_results(tmp_path, coco_file):
+    path = truth_file(coco_file)
+    write_detections(detections(), tmp_path / "out.json", path)
+    assert average_precision(path, tmp_path / "out.json", "bbox") == pytest.approx(1.0)
 
 
 def test_pycocotools_scores_the_masks_of_the_results(tmp_path, coco_file):
-    coco = pytest.importorskip("pycocotools.coco")
-    from pycocotools.cocoeval import COCOeval
-
     content = json.loads(truth_file(coco_file).read_text())
     content["annotations"][0]["segmentation"] = [[10, 10, 30, 10, 10, 20]]  # half of its box
     content["annotations"][1]["segmentation"] = [[1, 2, 4, 2, 4, 8, 1, 8]]
     path = coco_file(content["images"], content["annotations"], content["categories"], "truth.json")
     labels, _ = read_coco(path, masks=True)
     write_detections(labels, tmp_path / "out.json", path)
-    truth = coco.COCO(str(path))
-    evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "out.json")), "segm")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    assert evaluation.stats[0] == pytest.approx(1.0)
+    assert average_precision(path, tmp_path / "out.json", "segm") == pytest.approx(1.0)
     write_detections(replace(labels, masks=None), tmp_path / "boxes.json", path)
     assert "segmentation" not in (tmp_path / "boxes.json").read_text()
 

@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import io
@@ -353,6 +351,12 @@ def picture(seed, suffix="png"):
     return stream.getvalue()
 
 
+def add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
 def write_tar(path, members, **options):
     """Members in their order, with a folder and a link that are no images."""
     with tarfile.open(path, "w", **options) as tar:
@@ -363,9 +367,7 @@ def write_tar(path, members, **options):
         link.type, link.linkname = tarfile.SYMTYPE, "a/0.png"
         tar.addfile(link)
         for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+            add(tar, name, content)
     return path
 
 
@@ -456,9 +458,7 @@ def test_subsets_threads_and_other_processes_read_the_right_bytes(tars):
 def test_of_two_members_of_a_name_the_last_counts(tmp_path):
     path = write_tar(tmp_path / "x.tar", {"a.png": picture(0)})
     with tarfile.open(path, "a") as tar:
-        info = tarfile.TarInfo("a.png")
-        info.size = len(picture(1))
-        tar.addfile(info, io.BytesIO(picture(1)))
+        add(tar, "a.png", picture(1))
     source = open_images(path)
     assert list(source.ids) == ["x.tar/a.png"]
     assert source[0].open().read() == picture(1)
@@ -521,19 +521,9 @@ def test_every_reader_of_images_takes_tars(tars, tmp_path):
     ] * 3
     with tarfile.open(tars / "003.tar", "w") as tar:
         for name, data in {"same.png": picture(0), "bad.png": b"x"}.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            add(tar, name, data)
     found = {(finding.kind, finding.image_id) for finding in examine(tars).findings}
     assert {("duplicate", "003.tar/same.png"), ("unreadable", "003.tar/bad.png")} <= found
-    row = ImageLabels(
-        image_id=source.ids[5],
-        size_hw=(12, 20),
-        boxes_xyxy=np.array([[1, 2, 9, 9]], np.float32),
-        classes=np.zeros(1, np.int64),
-        scores=np.ones(1, np.float32),
-        areas=np.array([56], np.float32),
-        crowd=np.zeros(1, bool),
-    )
+    row = ImageLabels.build(source.ids[5], (12, 20), [[1, 2, 9, 9]], [0])
     assert write_pictures(source, Labels.from_images([row], (Category(1, "x"),)), tmp_path / "drawn") == 1
     assert (tmp_path / "drawn" / source.ids[5]).is_file()

@@ -167,10 +167,6 @@ def test_a_rotation_within_the_tolerance_is_taken():
     np.testing.assert_array_equal(Pose(nearly, np.zeros(3)).rotation, nearly)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-#
-
-
 EYE = np.eye(3).tolist()
 
 
@@ -241,10 +237,6 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "text.json").write_text("{")
     with pytest.raises(LabelError, match=r"text.json cannot be read as JSON"):
         read_map(tmp_path / "text.json")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-#
 
 
 CAMERA = Camera.from_field_of_view(60, 1280, 720)

@@ -412,7 +412,8 @@ def test_points_outside_the_image_are_unknown_and_landmarks_without_box_gone(dat
     def lone(image):
         return post_only_by_point(far(image))
 
-    assert dataset(PLAIN, change=lone)[0][1]["labels"].tolist() == [1]
+    _, target = dataset(PLAIN, change=lone)[0]
+    assert target["labels"].tolist() == [1] and len(target["scores"]) == 1
     _, target = dataset(PLAIN, change=lone, margin=0.02)[0]
     assert target["labels"].tolist() == [0, 1] and target["boxes"][0].tolist() == [0, 10 / 80, 0, 0]  # box in the image
 

@@ -77,7 +77,7 @@ def test_rendered_set_is_valid_coco_and_repeatable(tmp_path):
         assert 0 < annotation["area"] <= w * h
     assert json.loads(longer.read_text())["annotations"][: len(coco["annotations"])] == coco["annotations"]
     assert json.loads(other.read_text())["annotations"] != coco["annotations"]
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.tmp*"))
 
 
 @pytest.mark.parametrize(

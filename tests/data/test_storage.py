@@ -56,10 +56,6 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x.bin", b"old")]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-#
-
-
 def test_target_appears_only_when_the_block_ends_well(tmp_path):
     target = tmp_path / "deep" / "a.json"
     with atomic_path(target) as temporary:

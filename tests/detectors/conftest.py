@@ -1,7 +1,20 @@
-"""A batch for detectors."""
+"""A batch for detectors, and detectors of other libraries."""
 
 import pytest
 import torch
+
+
+@pytest.fixture(scope="module")
+def detectors(make_other):
+    """One detector of each kind, in evaluation mode; tests copy those that they change."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = make_other(name, num_classes=7).eval()
+        return made[name]
+
+    return get
 
 
 @pytest.fixture

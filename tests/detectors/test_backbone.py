@@ -230,7 +230,7 @@ def test_backbones_use_it_and_half_precision_reaches_their_maps():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-#
+# Padding masks: torch's own nearest pixels.
 
 
 @pytest.mark.parametrize("stride", [4, 8, 14, 16, 32, 64])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from simdetr.detectors.deformable_transformer import (
     DeformableDecoderLayer,
     DeformableEncoderLayer,
+    LayerSizes,
     Memory,
     cell_boxes,
     cell_references,
@@ -163,7 +164,7 @@ def memory():
 
 
 def build(kind, shake):
-    return shake(kind(8, 16, 0.1, 2, 2, 3).eval())
+    return shake(kind(LayerSizes(8, 16, 0.1, 2, 2, 3)).eval())
 
 
 def rand(*size, seed=1):

@@ -13,9 +13,12 @@ from simdetr.detectors.mask_vectors import (
     decode_crops,
     decode_masks,
     encode_crops,
-    encode_masks,
     zigzag,
 )
+
+
+def encode_masks(masks, boxes, coefficients=256):
+    return encode_crops(crop_masks(masks, boxes), coefficients)
 
 
 def overlap(one, two):

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import generalized_box_iou
 
-from simdetr.boxes import cxcywh_to_xyxy, pairwise_giou
+from simdetr.boxes import cxcywh_to_xyxy
 from simdetr.detectors.matcher import HungarianMatcher, focal_class_cost, pad_targets
 
 
@@ -31,7 +31,7 @@ def scalar_cost(logit, box, wanted):
     positive = 0.25 * (1 - p) ** 2 * -math.log(p + 1e-8)
     negative = 0.75 * p**2 * -math.log(1 - p + 1e-8)
     distance = sum(abs(a - b) for a, b in zip(box.tolist(), wanted.tolist(), strict=True))
-    giou = pairwise_giou(cxcywh_to_xyxy(box[None]), cxcywh_to_xyxy(wanted[None].double())).item()
+    giou = generalized_box_iou(cxcywh_to_xyxy(box[None]), cxcywh_to_xyxy(wanted[None].double())).item()
     return 2 * (positive - negative) + 5 * distance - 2 * giou
 
 

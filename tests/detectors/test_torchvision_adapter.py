@@ -14,19 +14,6 @@ from simdetr.training.optimisation import parameter_groups
 FAMILIES = ("faster_rcnn", "fcos", "retinanet")
 
 
-@pytest.fixture(scope="module")
-def detectors(make_other):
-    """One detector of each kind, in evaluation mode; tests copy those that they change."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = make_other(name, num_classes=7).eval()
-        return made[name]
-
-    return get
-
-
 @pytest.fixture
 def batch():
     """Two images, the second padded at the bottom and right: images, mask, targets."""

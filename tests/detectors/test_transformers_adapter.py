@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from simdetr.detectors import TransformersDetector
+from simdetr.detectors.detector import softmax_log_odds
 from simdetr.detectors.losses import DetectionLoss
 from simdetr.detectors.transformers_adapter import (
     backbone_names,
     boxes_are_of,
     build_model,
     import_transformers,
-    per_class,
     resolve_config,
     sides_multiple,
 )
@@ -46,19 +46,6 @@ OURS_AS_CONFIG = {  # the fixture make_detector's
     "dropout": 0.0,
     "class_cost": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def detectors(make_other):
-    """One detector of each kind, in evaluation mode; tests copy those that they change."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = make_other(name, num_classes=7).eval()
-        return made[name]
-
-    return get
 
 
 @pytest.fixture(params=["base", "two_stage"])
@@ -186,8 +173,8 @@ def test_our_loss_is_not_for_a_softmax(make_other, batch):
 def test_softmax_classes_become_classes_on_their_own(detectors, batch):
     logits = 30 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     logits[0, 1] = 200.0  # a probability of 1
-    assert torch.isfinite(per_class(logits)).all()
-    torch.testing.assert_close(per_class(logits).sigmoid(), logits.softmax(dim=-1)[:, :-1])
+    assert torch.isfinite(softmax_log_odds(logits)).all()
+    torch.testing.assert_close(softmax_log_odds(logits).sigmoid(), logits.softmax(dim=-1)[:, :-1])
     detector = detectors("detr")
     with torch.no_grad():
         raw = detector.model(pixel_values=batch[0], pixel_mask=(~batch[1]).long()).logits

@@ -13,7 +13,8 @@ import torch
 from simdetr.boxes import cxcywh_to_xyxy, denormalise, pairwise_iou
 from simdetr.detectors import ViDT, postprocess
 from simdetr.detectors.deformable_detr import BoxHead
-from simdetr.detectors.deformable_transformer import cell_boxes, inverse_sigmoid
+from simdetr.detectors.deformable_transformer import LayerSizes, cell_boxes, flatten_maps, inverse_sigmoid
+from simdetr.detectors.detector import softmax_log_odds
 from simdetr.detectors.swin_ram import resize_mask
 from simdetr.detectors.vidt import (
     FusionBlock,
@@ -22,10 +23,8 @@ from simdetr.detectors.vidt import (
     PyramidFusion,
     ResidualUnit,
     VidtNeck,
-    flatten_maps,
     map_projection,
     project_tokens,
-    softmax_log_odds,
     vector_head,
 )
 
@@ -376,13 +375,8 @@ NECK_SIZES = [(2, 3), (4, 5)]
 def make_neck(refine=True, classes=5, layers=3):
     torch.manual_seed(0)
     neck = VidtNeck(
-        16,
-        num_heads=2,
+        LayerSizes(16, 32, 0.0, num_levels=2, num_heads=2, num_points=2),
         num_layers=layers,
-        ffn_dim=32,
-        dropout=0.0,
-        num_levels=2,
-        num_points=2,
         refine=refine,
         token_classes=classes,
         class_bias=-4.0,

@@ -8,11 +8,12 @@ import math
 
 import pytest
 import torch
+from torchvision.ops import generalized_box_iou
 
-from simdetr.boxes import cxcywh_to_xyxy, denormalise, paired_giou, pairwise_giou, pairwise_iou
+from simdetr.boxes import cxcywh_to_xyxy, denormalise, paired_giou, pairwise_iou
 from simdetr.detectors import DetectionLoss, mask_vectors
-from simdetr.detectors.mask_vectors import decode_crops, encode_masks
-from simdetr.detectors.vidt import softmax_log_odds
+from simdetr.detectors.detector import softmax_log_odds
+from simdetr.detectors.mask_vectors import crop_masks, decode_crops, encode_crops
 from simdetr.detectors.vidt_losses import NeckFreeLoss, VidtLoss, token_losses, token_targets
 
 CANVAS = (48, 64)
@@ -80,7 +81,7 @@ def test_every_term_is_its_formula_and_the_total_their_weighted_sum():
                 p = 1 / (1 + math.exp(-x))
                 cross -= iou * math.log(p) + (1 - iou) * math.log(1 - p)
             masks = targets[image]["masks"]
-            vectors = encode_masks(masks, denormalise(targets[image]["boxes"], SIZES[image]))
+            vectors = encode_crops(crop_masks(masks, denormalise(targets[image]["boxes"], SIZES[image])))
             distances.append((prediction["pred_vectors"][image][query] - vectors[target]).abs().flatten())
         expected[f"loss_iouaware{suffix}"] = torch.tensor(cross / 5, dtype=torch.float64)
         expected[f"loss_vector{suffix}"] = 3 * torch.cat(distances).mean()
@@ -292,7 +293,7 @@ def cheapest(logits, boxes, target):
     """Query of each target by trying all assignments."""
     probability = logits.softmax(-1)
     cost = 5 * torch.cdist(boxes, target["boxes"], p=1) - 2 * probability[:, target["labels"]]
-    cost = cost - 2 * pairwise_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target["boxes"]))
+    cost = cost - 2 * generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target["boxes"]))
     ways = itertools.permutations(range(len(boxes)), len(target["labels"]))
     return list(min(ways, key=lambda way: sum(float(cost[query, index]) for index, query in enumerate(way))))
 

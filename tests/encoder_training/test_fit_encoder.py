@@ -97,7 +97,8 @@ def test_killed_process_resumes(scenes, tmp_path):
     fit_encoder(scenes, whole, config, device="cpu")
     script = (
         "import sys, time, torch; torch.set_num_threads(1)\n"
-        "from simdetr.training import encoder_fit; from simdetr.encoder_training.fit_encoder import EncoderFitConfig\n"
+        "from simdetr.encoder_training import fit_encoder as encoder_fit\n"
+        "from simdetr.encoder_training.fit_encoder import EncoderFitConfig\n"
         "step = encoder_fit.EncoderTask.training_step\n"
         "encoder_fit.EncoderTask.training_step = lambda *a: (time.sleep(0.3), step(*a))[1]\n"  # time to kill it
         f"encoder_fit.fit_encoder(sys.argv[1], sys.argv[2], EncoderFitConfig(**{config.settled()!r}, num_workers=0,\n"

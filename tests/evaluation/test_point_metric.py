@@ -1,4 +1,4 @@
-""""""
+"""Landmarks: pairs, errors and point-AP by hand, by loops over plain numbers, and by COCO's likeness of keypoints."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from simdetr.evaluation.point_metric import (
+    TOLERANCES,
     nearest_pairs,
     pair_points,
     per_class_point_metrics,
@@ -160,23 +161,26 @@ def test_categories_are_matched_by_id(make_points):
 
 def test_wrong_arguments_are_named(make_points, make_labels):
     points, boxes = make_points({"a": [(100, 100, 0)]}), make_labels({"a": [(0, 0, 9, 9, 0)]})
-    with pytest.raises(ValueError, match="truth: expected labels with points, got 1 boxes without them"):
-        point_metrics(boxes, points)
-    with pytest.raises(ValueError, match="predictions: expected labels with points"):
-        point_metrics(points, boxes)
+    for metric in (point_metrics, lambda truth, found: point_precisions(truth, found, TOLERANCES)):
+        with pytest.raises(ValueError, match="truth: expected labels with points, got 1 boxes without them"):
+            metric(boxes, points)
+        with pytest.raises(ValueError, match="predictions: expected labels with points"):
+            metric(points, boxes)
     with pytest.raises(ValueError, match=r"min_score: expected 0 to 1, got 1.5"):
         point_metrics(points, points, min_score=1.5)
     with pytest.raises(ValueError, match="tolerances: expected shares"):
         point_metrics(points, points, tolerances=[-0.1])
+    for tolerances in ((), (0.1, 0.0)):
+        with pytest.raises(ValueError, match="tolerances: expected shares of the diagonal above 0"):
+            point_precisions(points, points, tolerances)
     with pytest.raises(ValueError, match="are not among the 1 images of the truth"):
         pair_points(points, make_points({"c": [(1, 1, 0)]}))
+    with pytest.raises(ValueError, match="1 of 1 images are not among the 1 images of the truth"):
+        point_precisions(points, make_points({"c": []}), TOLERANCES)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-#
-
-
-TOLERANCES = (0.01, 0.02, 0.05)
+# Point-AP alone.
 
 
 def naive_precision(truth, found, tolerance: float, label: int) -> float:
@@ -208,15 +212,11 @@ def keypoint_precisions(truth, found) -> np.ndarray:
     keys = ("id", "image_id", "category_id", "keypoints", "num_keypoints", "bbox", "area", "iscrowd", "score")
     cocos = []
     for labels in (truth, found):
+        images = [truth.row_of(image_id) for image_id in labels.image_ids for _ in labels.of(image_id).scores]
+        columns = (images, labels.classes.tolist(), labels.points.tolist(), labels.scores.tolist())
         rows = [
-            (0, truth.row_of(image_id), c + 1, [*p, 2], 1, [0, 0, 640, 640], DIAGONAL**2, 0, float(s))
-            for image_id in labels.image_ids
-            for c, p, s in zip(
-                labels.of(image_id).classes.tolist(),
-                labels.of(image_id).points.tolist(),
-                labels.of(image_id).scores,
-                strict=True,
-            )
+            (0, image, label + 1, [*point, 2], 1, [0, 0, 640, 640], DIAGONAL**2, 0, score)
+            for image, label, point, score in zip(*columns, strict=True)
         ]
         coco = COCO()
         coco.dataset = {
@@ -305,16 +305,3 @@ def test_no_predictions_no_truth(make_points):
     truth = make_points({"a": [(100, 100, 0)], "b": []})
     assert not point_precisions(truth, make_points({}), TOLERANCES).any()
     assert (point_precisions(make_points({"a": []}), make_points({"a": [(1, 1, 0, 0.5)]}), TOLERANCES) == -1).all()
-
-
-def test_wrong_arguments_of_precisions_are_named(make_points, make_labels):
-    points, boxes = make_points({"a": [(100, 100, 0)]}), make_labels({"a": [(0, 0, 9, 9, 0)]})
-    with pytest.raises(ValueError, match="truth: expected labels with points"):
-        point_precisions(boxes, points, TOLERANCES)
-    with pytest.raises(ValueError, match="predictions: expected labels with points"):
-        point_precisions(points, boxes, TOLERANCES)
-    for tolerances in ((), (0.1, 0.0)):
-        with pytest.raises(ValueError, match="tolerances: expected shares of the diagonal above 0"):
-            point_precisions(points, points, tolerances)
-    with pytest.raises(ValueError, match="1 of 1 images are not among the 1 images of the truth"):
-        point_precisions(points, make_points({"c": []}), TOLERANCES)

@@ -226,7 +226,7 @@ def test_detectors_that_cannot_be_exported(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-#
+# The comparison of two outputs, by numbers.
 
 
 SIZE = (64, 80)

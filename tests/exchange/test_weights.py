@@ -1,4 +1,4 @@
-""""""
+"""Detectors on disk: what comes back, what starts another detector, what is refused; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -36,21 +36,17 @@ def saved(make_detector, tmp_path):
     return detector, tmp_path / "detector"
 
 
-def states_equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_round_trip(saved):
+def test_round_trip(saved, equal_states):
     detector, folder = saved
     loaded = load_detector(folder)
-    assert states_equal(loaded.detector.state_dict(), detector.state_dict())
+    assert equal_states(loaded.detector.state_dict(), detector.state_dict())
     assert loaded.categories == Data.categories
     assert loaded.image_settings == Data.image_settings
     assert not loaded.detector.training
 
 
 @pytest.mark.parametrize("form", ["folder", "safetensors", "ckpt", "plain"])
-def test_every_form_gives_every_tensor(form, saved, make_detector, tmp_path):
+def test_every_form_gives_every_tensor(form, saved, make_detector, tmp_path, equal_states):
     detector, folder = saved
     path = {"folder": folder, "safetensors": folder / WEIGHTS_NAME}.get(form, tmp_path / "weights.ckpt")
     state = detector.state_dict()
@@ -62,7 +58,7 @@ def test_every_form_gives_every_tensor(form, saved, make_detector, tmp_path):
         torch.save(state, path)
     other = make_detector(3)
     report = load_weights(other, path)
-    assert states_equal(other.state_dict(), state)
+    assert equal_states(other.state_dict(), state)
     assert (report.replaced, report.missing, report.unexpected) == ([], [], [])
 
 
@@ -115,7 +111,7 @@ def test_a_backbone_alone_is_sent_elsewhere(make_detector, tmp_path):
         load_weights(detector, tmp_path / "backbone.pth")
 
 
-def test_one_head_serves_all_layers_of_a_refining_detector(make_detector, tmp_path):
+def test_one_head_serves_all_layers_of_a_refining_detector(make_detector, tmp_path, equal_states):
     """safetensors keeps heads that layers share once; a detector with a head per layer wants as many."""
     detector, other = make_detector(3), make_detector(3, with_box_refine=True)
     save_detector(detector, checkpoint_config(detector, Data), tmp_path)
@@ -123,7 +119,7 @@ def test_one_head_serves_all_layers_of_a_refining_detector(make_detector, tmp_pa
     assert report.missing == []
     for head in (*other.class_embed, *other.bbox_embed):
         source = detector.class_embed[0] if isinstance(head, torch.nn.Linear) else detector.bbox_embed[0]
-        assert states_equal(head.state_dict(), source.state_dict())
+        assert equal_states(head.state_dict(), source.state_dict())
 
 
 def test_weights_of_something_else_are_refused(make_detector, tmp_path):
@@ -262,12 +258,12 @@ def test_pseudo_classes_are_no_classes_though_there_are_as_many(changes, make_de
 
 
 @pytest.mark.parametrize("names", [[f"cluster {number:04d}" for number in range(80)], None])
-def test_the_same_classes_or_none_told_keep_the_class_head(names, make_detector, tmp_path):
+def test_the_same_classes_or_none_told_keep_the_class_head(names, make_detector, tmp_path, equal_states):
     source, target = make_detector(80), make_detector(80)
     save_detector(source, checkpoint_config(source, Pseudo), tmp_path)
     report = load_weights(target, tmp_path, names)
     assert report.replaced == [] and report.reason == ""
-    assert states_equal(target.state_dict(), source.state_dict())
+    assert equal_states(target.state_dict(), source.state_dict())
 
 
 @pytest.mark.parametrize("made_up", ["class {}", "LABEL_{}"])
@@ -301,19 +297,8 @@ def test_queries_that_are_fewer_or_more_are_told(make_detector, tmp_path):
         assert torch.equal(target.query_embed.weight[common:], fresh[common:])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is read, what is refused, and that nothing is unpickled.
-
-
-@pytest.fixture
-def saved_file(make_detector, tmp_path):
-    detector = make_detector(3)
-    save_detector(detector, checkpoint_config(detector, None), tmp_path / "detector")
-    return detector, tmp_path / "detector"
-
-
-def test_damaged_files_give_one_clear_error(saved_file, tmp_path):
-    _, folder = saved_file
+def test_damaged_files_give_one_clear_error(saved, tmp_path):
+    _, folder = saved
     whole = (folder / WEIGHTS_NAME).read_bytes()
     (folder / WEIGHTS_NAME).write_bytes(whole[: len(whole) // 2])
     checkpoint = tmp_path / "half.ckpt"
@@ -343,22 +328,22 @@ def test_a_missing_file_names_the_accepted_forms(tmp_path):
         read_checkpoint(tmp_path / "nothing")
 
 
-def test_prefixes_of_other_trainers_go(saved_file, tmp_path):
-    state = saved_file[0].state_dict()
+def test_prefixes_of_other_trainers_go(saved, tmp_path):
+    state = saved[0].state_dict()
     torch.save({"model": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "ddp.pth")
     assert read_checkpoint(tmp_path / "ddp.pth").tensors.keys() == state.keys()
     lightning = {f"detector.{name}": value for name, value in state.items()} | {"criterion.x": torch.zeros(1)}
     assert averaged_state({"state_dict": lightning}).keys() == state.keys()
 
 
-def test_the_originals_options_are_read_and_nothing_else_of_them(saved_file, tmp_path):
+def test_the_originals_options_are_read_and_nothing_else_of_them(saved, tmp_path):
     options = argparse.Namespace(nheads=2, num_queries=8, dilation=True, lr=0.1, output_dir="x")
-    torch.save({"model": saved_file[0].state_dict(), "args": options}, tmp_path / "model.pth")
+    torch.save({"model": saved[0].state_dict(), "args": options}, tmp_path / "model.pth")
     assert read_checkpoint(tmp_path / "model.pth").known == {"num_heads": 2, "num_queries": 8, "dilation": True}
 
 
-def test_config_of_a_file(saved_file, tmp_path):
-    detector, folder = saved_file
+def test_config_of_a_file(saved, tmp_path):
+    detector, folder = saved
     for path in (folder, folder / WEIGHTS_NAME):
         config = read_checkpoint(path).config({"dropout": 0.0})
         assert config["init_args"] == {**detector.init_args, "dropout": 0.0}
@@ -366,7 +351,7 @@ def test_config_of_a_file(saved_file, tmp_path):
     assert read_checkpoint(tmp_path / "bare.pth").config() is None
 
 
-def test_names_of_tensors_that_nothing_was_made_of(saved_file, tmp_path):
+def test_names_of_tensors_that_nothing_was_made_of(saved, tmp_path):
     torch.save({"a": torch.arange(6.0), "b": torch.zeros(2)}, tmp_path / "some.pth")
     checkpoint = read_checkpoint(tmp_path / "some.pth")
     assert checkpoint.names_without({"part": checkpoint.tensors["a"].chunk(3)[2]}) == ["b"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from simdetr.detectors import DeformableDETR, ViDT
-from simdetr.heads.head import Head, HeadLosses
+from simdetr.heads import Head, HeadedBackbone, HeadLosses
 
 SMALL_DETR = {
     "backbone": "test_resnet",
@@ -40,6 +40,12 @@ DETECTORS = {
     "two-stage": lambda classes: DeformableDETR(classes, **SMALL_DETR, with_box_refine=True, two_stage=True),
     "vidt": lambda classes: ViDT(classes, **SMALL_VIDT),
 }
+
+
+def on_backbone(head, backbone="test_resnet", **settings):
+    """A head on a small backbone that learns as a whole, with a fixed seed."""
+    torch.manual_seed(0)
+    return HeadedBackbone(3, head, backbone, **({"frozen_batch_norm": False, "freeze_stem": False} | settings))
 
 
 class MeanHead(Head):
@@ -78,8 +84,8 @@ class MeanHead(Head):
 
 @pytest.fixture
 def parts():
-    """The smallest head, functions that make small detectors by their kind, and their settings."""
-    return SimpleNamespace(MeanHead=MeanHead, DETECTORS=DETECTORS, SMALL_DETR=SMALL_DETR, SMALL_VIDT=SMALL_VIDT)
+    """The smallest head, functions that make small detectors by their kind, and settings."""
+    return SimpleNamespace(MeanHead=MeanHead, DETECTORS=DETECTORS, SMALL_DETR=SMALL_DETR, on_backbone=on_backbone)
 
 
 @pytest.fixture

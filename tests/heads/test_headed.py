@@ -8,7 +8,7 @@ from torch import nn
 
 from simdetr.detectors import DeformableDETR
 from simdetr.exchange.weights import checkpoint_config, load_weights, save_detector
-from simdetr.heads import HeadedBackbone, HeadedDetector
+from simdetr.heads import HeadedDetector
 from simdetr.training.detection_task import DetectionTask
 
 KINDS = ["detr", "refined", "two-stage", "vidt"]
@@ -127,18 +127,12 @@ def test_refuses_what_does_not_fit(make):
 # A head on a backbone alone: what it reads, what it may change, and whose weights it starts from.
 
 
-UNFROZEN = {"frozen_batch_norm": False, "freeze_stem": False}
-
-
 @pytest.fixture
 def make_headed_backbone(parts):
     """Build a headed backbone with a fixed seed."""
 
     def build(backbone="test_resnet", doubles=False, **settings):
-        torch.manual_seed(0)
-        return HeadedBackbone(
-            3, lambda sizes: parts.MeanHead(sizes, doubles=doubles), backbone, **{**UNFROZEN, **settings}
-        )
+        return parts.on_backbone(lambda sizes: parts.MeanHead(sizes, doubles=doubles), backbone, **settings)
 
     return build
 

@@ -41,12 +41,7 @@ def test_equations_1_to_4_by_hand():
 
 @pytest.mark.parametrize(
     ("mode", "total", "by_true_score"),
-    [
-        ("eq4", 0.2391436, -0.1968),
-        ("eq6", 0.2391436, -0.1968),
-        ("eq5", 0.2431436, -0.2),
-        ("eq7", 0.2234636, -0.199936),
-    ],
+    [("eq4", 0.2391436, -0.1968), ("eq6", 0.2391436, -0.1968), ("eq5", 0.2431436, -0.2), ("eq7", 0.2234636, -0.199936)],
 )
 def test_modes_by_hand(mode, total, by_true_score):
     losses, by_scores, _ = one_sample([math.log(8), 0.0, 0.0], 0, [0.2, 0.0], mode=mode)

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from simdetr.detectors.detector import FeatureSizes
-from simdetr.heads import HeadedBackbone, HeadedDetector, LandmarkHead
+from simdetr.heads import HeadedDetector, LandmarkHead
 from simdetr.heads.head import described
 
 KINDS = ["detr", "refined", "two-stage", "vidt"]
-SMALL_BACKBONE = {"backbone": "test_resnet", "frozen_batch_norm": False, "freeze_stem": False}
 
 
 @pytest.fixture
@@ -23,9 +22,7 @@ def make(parts):
     def build(kind="refined", detector_weight=1.0, **options):
         torch.manual_seed(0)
         if kind == "backbone":
-            return HeadedBackbone(
-                3, lambda sizes: LandmarkHead(sizes, "grid", grid=(2, 3), **options), **SMALL_BACKBONE
-            )
+            return parts.on_backbone(lambda sizes: LandmarkHead(sizes, "grid", grid=(2, 3), **options))
         return HeadedDetector(
             3, lambda sizes: LandmarkHead(sizes, **options), parts.DETECTORS[kind], detector_weight=detector_weight
         )

@@ -55,21 +55,9 @@ def losses_of(head, levels=None, targets=ONE_EACH, seed=0):
 
 
 @pytest.fixture
-def make():
+def make(parts):
     """Build a small backbone with the head and a fixed seed."""
-
-    def build(**options):
-        torch.manual_seed(0)
-        return HeadedBackbone(
-            CLASSES,
-            partial(LocalisationHead, **options),
-            "test_resnet",
-            output_stride=16,
-            frozen_batch_norm=False,
-            freeze_stem=False,
-        )
-
-    return build
+    return lambda **options: parts.on_backbone(partial(LocalisationHead, **options), output_stride=16)
 
 
 def test_without_attention_losses_and_multiplication_it_is_cam(make, batch):

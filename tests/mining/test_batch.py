@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from simdetr.data.images import open_images
-from simdetr.mining import batch as image_loading
+from simdetr.mining import batch
 from simdetr.mining.batch import UNLIMITED, ImageLoading, MiningConfig, cluster_maps, mine_batch, mine_maps, shrink
 from simdetr.mining.encoders import TimmEncoder
 from simdetr.mining.level_sets import LevelSets
@@ -187,14 +187,14 @@ def test_unreadable_file_gives_its_reason(image_folder):
 def test_few_images_are_held_ahead(image_folder, monkeypatch):
     started = []
     lock = threading.Lock()
-    load = image_loading.load_image
+    load = batch.load_image
 
     def counted(record, image_size):
         with lock:
             started.append(record.id)
         return load(record, image_size)
 
-    monkeypatch.setattr(image_loading, "load_image", counted)
+    monkeypatch.setattr(batch, "load_image", counted)
     with ImageLoading(open_images(image_folder), range(14), 64, 2, ahead=3) as loading:
         next(loading)
     assert len(started) <= 4

@@ -1,4 +1,4 @@
-""""""
+"""Maps of every family of backbones, frozen, and the encoder of a finished training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-""""""
+"""K-means against scikit-learn, faiss and float64 by brute force; streamed, on two ranks, killed and gone on with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from sklearn.cluster import KMeans as SklearnKMeans
 from sklearn.exceptions import ConvergenceWarning
 
-from simdetr.mining import kmeans as kmeans_assignment
+from simdetr.mining import kmeans
 from simdetr.mining.kmeans import (
     Iteration,
     Journal,
@@ -265,8 +265,7 @@ def test_two_ranks_equal_one(tmp_path):
 RUN_SLOWLY = """
 import sys, time, torch
 from pathlib import Path
-from simdetr.mining.kmeans import fit_kmeans
-from simdetr.mining.kmeans import Journal
+from simdetr.mining.kmeans import Journal, fit_kmeans
 
 def tell(step):
     sys.stdout.write(f"{step.number}\\n")
@@ -336,12 +335,11 @@ def test_two_ranks_go_on_after_one_was_killed(tmp_path):
 def test_result_is_plain_numbers():
     result = fit_kmeans(blobs(rows=200), 3)
     assert isinstance(result.inertia, float) and result.counts.dtype == torch.int64
-    assert np.isfinite(result.inertia)
     assert result.labels.dtype == torch.int32 and torch.equal(result.labels.long(), result.assign(blobs(rows=200)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-#
+# One pass over all rows.
 
 
 def made(rows, dims, seed):
@@ -383,7 +381,7 @@ def test_product_and_convolution_agree(monkeypatch):
 
 
 def test_threads_do_not_change_anything(monkeypatch):
-    monkeypatch.setattr(kmeans_assignment, "_PIECE_ROWS", 700)
+    monkeypatch.setattr(kmeans, "_PIECE_ROWS", 700)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -403,7 +401,7 @@ def test_threads_do_not_change_anything(monkeypatch):
 def test_blocks_and_tiles_of_any_size_give_the_same(monkeypatch, tile_bytes, block_rows):
     rows, centroids = made(401, 10, 0), made(9, 10, 1)
     whole = assign_blocks([rows], centroids, spherical=True, backend="torch")
-    monkeypatch.setattr(kmeans_assignment, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(kmeans, "_TILE_BYTES", tile_bytes)
     found = assign_blocks(torch.split(rows, block_rows), centroids, spherical=True, backend="torch")
     assert torch.equal(found.labels, whole.labels)
     torch.testing.assert_close(found.sums, whole.sums, rtol=0, atol=1e-12)
@@ -432,11 +430,10 @@ def test_far_from_the_origin_the_inertia_does_not_drown():
     found = assign_blocks([rows], centroids, spherical=False, backend="torch")
     own = (rows.double() - centroids.double()[found.labels.long()]).square().sum()
     assert found.inertia == pytest.approx(float(own), rel=1e-8)
-    assert np.isfinite(found.inertia)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-#
+# The journal.
 
 
 HISTORY = (Iteration(0, 12.5, 1, 0.25), Iteration(1, 1 / 3, 0, 0.2))
@@ -503,24 +500,14 @@ def test_without_a_path_nothing_is_kept(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-#
+# What is told of a clustering.
 
 
 def test_equal_clusters():
     found = cluster_balance(np.full(200, 7))
-    assert found == pytest.approx(
-        {
-            "min": 7,
-            "median": 7,
-            "max": 7,
-            "empty": 0,
-            "entropy": 1,
-            "perplexity": 200,
-            "perplexity_share": 1,
-            "largest_percent_share": 0.01,
-            "gini": 0,
-        }
-    )
+    rows = {"min": 7, "median": 7, "max": 7, "empty": 0}
+    spread = {"entropy": 1, "perplexity": 200, "perplexity_share": 1, "largest_percent_share": 0.01, "gini": 0}
+    assert found == pytest.approx(rows | spread)
 
 
 def test_one_cluster_has_all():
@@ -538,9 +525,7 @@ def test_numbers_by_their_definitions():
     assert found["perplexity"] == pytest.approx(perplexity)
     assert found["entropy"] == pytest.approx(np.log(perplexity) / np.log(300))
     pairs = np.abs(sizes[:, None] - sizes[None]).sum()
-    assert found["gini"] == pytest.approx(
-        pairs / (2 * 300 * sizes.sum())
-    )  # mean absolute difference over twice the mean
+    assert found["gini"] == pytest.approx(pairs / (2 * 300 * sizes.sum()))  # mean difference over twice the mean
     assert found["largest_percent_share"] == pytest.approx(sorted(sizes)[-3:] @ np.ones(3) / sizes.sum())
 
 
@@ -559,7 +544,7 @@ def test_record_survives_json():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-#
+# Threads.
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -612,7 +597,7 @@ def test_what_goes_wrong_is_told_in_its_place():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-#
+# Ranks.
 
 
 def test_one_process_is_a_group_of_itself(monkeypatch):

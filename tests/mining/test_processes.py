@@ -47,7 +47,7 @@ def mining(images, out, *words, launcher=("-m", "simdetr")):
 
 def children_of(pid):
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found if b"mining_ranks" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [int(child) for child in found if b"mining.processes" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def wait_for(condition, limit_s=120.0):

@@ -1,4 +1,4 @@
-""""""
+"""Labels of planted stores, the blocks that they are clustered from, and scores with the biases taken off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors import safe_open
 
-from simdetr.mining import pseudo_labels as region_blocks
+from simdetr.mining import pseudo_labels
 from simdetr.mining.pseudo_labels import (
     ABSOLUTE_POWER,
     SIZE_SHARE,
@@ -203,8 +203,8 @@ def _label(rank, address, folder, out):
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
     store = ProposalStore(folder)
     shards = []
-    original = region_blocks.read_table
-    region_blocks.read_table = lambda path, columns: (shards.append((path.stem, *columns)), original(path, columns))[1]
+    original = pseudo_labels.read_table
+    pseudo_labels.read_table = lambda path, columns: (shards.append((path.stem, *columns)), original(path, columns))[1]
     labels = make_pseudo_labels(store, ClusteringConfig(KINDS, seed=1), folder=out)
     own = {"shard-00001"} if rank else {"shard-00000", "shard-00002"}
     assert {shard for shard, *columns in shards if "features" in columns} == own
@@ -231,7 +231,7 @@ def test_classes_of_two_clusterings_have_other_names(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-#
+# Blocks of a store's features.
 
 
 REGIONS = [5, 0, 7, 9, 3, 0, 8, 6, 4]
@@ -266,16 +266,16 @@ def test_blocks_are_the_shards_again_and_again(blocks_store, in_memory):
 
 
 def test_ranks_share_the_shards(blocks_store, monkeypatch):
-    monkeypatch.setattr(region_blocks, "world_size", lambda: 2)
+    monkeypatch.setattr(pseudo_labels, "world_size", lambda: 2)
     shares = []
     for rank in range(2):
-        monkeypatch.setattr(region_blocks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(pseudo_labels, "rank", lambda rank=rank: rank)
         shares.append(own_shards(blocks_store))
     assert shares == [[0, 2], [1]]
 
 
 def test_a_rank_without_shards_has_one_empty_block(blocks_store, monkeypatch):
-    monkeypatch.setattr(region_blocks, "own_shards", lambda blocks_store: [])
+    monkeypatch.setattr(pseudo_labels, "own_shards", lambda blocks_store: [])
     assert [tuple(block.shape) for block in RegionBlocks(blocks_store)] == [(0, 2)]
 
 

@@ -1,4 +1,4 @@
-""""""
+"""Curves, sizes of clusters and falling losses as SVG."""
 
 from __future__ import annotations
 
@@ -132,10 +132,6 @@ def test_a_resumed_training_is_one_curve(tmp_path):
     assert curve.metrics == {"train/loss": ([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0])}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-#
-
-
 def test_histogram_counts_every_class_once():
     sizes = np.array([0, 0, 1, 2, 3, 3, 4, 7, 8, 1024, 2047])
     assert size_histogram(sizes) == {
@@ -159,10 +155,6 @@ def test_chart_shows_counts_and_iterations():
 def test_a_record_without_sizes_is_refused():
     with pytest.raises(ValueError, match="expected sizes, inertia and regions, got no sizes"):
         draw_clustering({"inertia": [1.0], "regions": 3})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-#
 
 
 def total(u: float, v: float, equation: str) -> float:

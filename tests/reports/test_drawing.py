@@ -1,4 +1,4 @@
-""""""
+"""Boxes, points, sheets and score maps on pictures."""
 
 from __future__ import annotations
 
@@ -253,10 +253,6 @@ def test_a_box_of_several_classes_is_drawn_once_with_its_best():
     assert np.array_equal(np.asarray(drawn), np.asarray(draw_labels(image, once, categories, 2)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-#
-
-
 def test_contact_sheet_puts_pictures_in_reading_order():
     pictures = [Image.new("RGB", (10, 20), colour) for colour in (RED, BLUE, (0, 255, 0))]
     sheet = contact_sheet(pictures, 2, gap_px=4)
@@ -296,10 +292,6 @@ def test_montage_refuses_what_cannot_be_shown(painted_source):
         class_montage(source, labels, 3, 5, 0)
     with pytest.raises(ValueError, match="class 2 has 1 boxes, none on a readable image"):
         class_montage(source, labels, 2, 5, 0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-#
 
 
 def left_half() -> np.ndarray:

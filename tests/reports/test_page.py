@@ -1,8 +1,9 @@
+"""The report's page: every part, closed elements, nothing from outside."""
+
 import base64
 import io
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -20,47 +21,6 @@ from simdetr.reports.page import (
     render_report,
     write_report,
 )
-
-VOID = {"img", "meta", "br", "path", "use", "rect"}
-
-
-class Page(HTMLParser):
-    """The page's elements, links, sources and text; fails on elements that are not closed in order."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.sources: list[str] = []
-        self.links: list[str] = []
-        self.ids: set[str] = set()
-        self.text = ""
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        for name, value in attributes:
-            if name == "src":
-                self.sources.append(value)
-            elif name in ("href", "xlink:href"):
-                self.links.append(value)
-            elif name == "id":
-                self.ids.add(value)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 @pytest.fixture
@@ -98,9 +58,9 @@ def full_report():
     )
 
 
-def test_page_shows_every_part(full_report):
-    page = Page(render_report(full_report))
-    text = " ".join(page.text.split())
+def test_page_shows_every_part(full_report, page_of):
+    page = page_of(render_report(full_report))
+    text = page.text
     for expected in (
         "run <one>",
         "1 min 17 s in all",
@@ -128,9 +88,9 @@ def test_page_shows_every_part(full_report):
     assert page.tags.count("img") == 3 and page.tags.count("svg") == 2
 
 
-def test_page_needs_nothing_else(full_report):
+def test_page_needs_nothing_else(full_report, page_of):
     html = render_report(full_report)
-    page = Page(html)
+    page = page_of(html)
     assert len(page.sources) == 3
     for source in page.sources:
         head, _, payload = source.partition(",")
@@ -144,9 +104,9 @@ def test_page_needs_nothing_else(full_report):
     assert not re.search(r"url\((?!#)|@import|\son\w+=", html)
 
 
-def test_empty_parts_say_why():
-    page = Page(render_report(ReportData("t", "now", missing={"recall": "the labels are on Mars."})))
-    text = " ".join(page.text.split())
+def test_empty_parts_say_why(page_of):
+    page = page_of(render_report(ReportData("t", "now", missing={"recall": "the labels are on Mars."})))
+    text = page.text
     reasons = {**NOT_GIVEN, "recall": "the labels are on Mars."}
     assert len(reasons) == 9
     assert "a colour is a class" in text
@@ -167,7 +127,7 @@ def test_report_is_written_whole_or_not_at_all(tmp_path, full_report):
     assert list(folder.iterdir()) == [path]
 
 
-def test_rivals_are_a_part_where_there_are_any(full_report):
+def test_rivals_are_a_part_where_there_are_any(full_report, page_of):
     picture = Image.new("RGB", (64, 48))
     columns = {"AR@25": 0.4012, "AR@30": 0.45, "AR@25s": float("nan"), "AR@25l": 0.5}
     rows = [
@@ -175,16 +135,16 @@ def test_rivals_are_a_part_where_there_are_any(full_report):
         {"stage": "LOST", "images": 60, "boxes_per_image": 1.0} | columns | {"AR@25": 0.125},
     ]
     shown = [Sample("<c>.jpg", [("ours: 24 boxes", picture), ("LOST: 1 box", picture)])]
-    page = Page(render_report(replace(full_report, rivals=rows, rival_samples=shown)))
-    text = " ".join(page.text.split())
+    page = page_of(render_report(replace(full_report, rivals=rows, rival_samples=shown)))
+    text = page.text
     for expected in ("Other methods", "ours6024.540.145.0–50.0", "LOST601.012.5", "<c>.jpg", "LOST: 1 box", "AR@30"):
         assert expected in text
     assert "rivals" in page.ids and "#rivals" in page.links
     assert page.tags.count("img") == 3 + 2
     without_truth = [{key: row[key] for key in ("stage", "images", "boxes_per_image")} for row in rows]
-    text = Page(render_report(ReportData("t", "now", rivals=without_truth))).text
+    text = page_of(render_report(ReportData("t", "now", rivals=without_truth))).text
     assert "Other methods" in text and "LOST601.0" in text and "AR@" not in text
-    page = Page(render_report(full_report))
+    page = page_of(render_report(full_report))
     assert "Other methods" not in page.text and "#rivals" not in page.links
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from simdetr.reports import preview_page
 from simdetr.reports.preview_page import BEST, OTHER, TRUE, preview_table, render_preview, write_preview
 
 CONFIG = MiningConfig(image_size=64)
-VOID = {"meta", "br", "img", "path", "use", "rect"}
 
 
 @pytest.fixture(scope="module")
@@ -30,40 +28,11 @@ def preview(scenes):
     return preview_mining(source, ColourTextureEncoder(), CONFIG, 6, truth=truth.select(truth.image_ids[:4]))
 
 
-class Page(HTMLParser):
-    """Text, sections and sources of a page whose elements are closed in order."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.sources, self.ids, self.text, self.tags = [], [], set(), "", []
-        self.feed(page)
-        assert self.open == []
-        self.text = " ".join(self.text.split())
-
-    def handle_starttag(self, tag, attributes):
-        self.open += [] if tag in VOID else [tag]
-        self.tags.append(tag)
-        values = dict(attributes)
-        self.sources += [values[name] for name in ("src", "href", "xlink:href") if name in values]
-        self.ids |= {values["id"]} if "id" in values else set()
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert tag in VOID or self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += f" {data}"
-
-
-def test_page_shows_the_record_and_needs_nothing_else(preview):
+def test_page_shows_the_record_and_needs_nothing_else(preview, page_of):
     record = preview_record(preview, Machine(2), 3)
-    page = Page(render_preview(preview, record))
-    assert all(source.startswith(("data:", "#")) for source in page.sources)
-    assert {source[1:] for source in page.sources if source.startswith("#")} <= page.ids
+    page = page_of(render_preview(preview, record), " ")
+    assert all(source.startswith(("data:", "#")) for source in page.sources + page.links)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
     assert "script" not in page.tags and page.tags.count("svg") == 3 and page.tags.count("img") == 6
     for expected in (
         "6 of 12 images of",
@@ -81,7 +50,7 @@ def test_page_shows_the_record_and_needs_nothing_else(preview):
     assert "Not shown" not in page.text and "Unreadable" not in page.text
 
 
-def test_page_without_truth_with_odd_images(preview):
+def test_page_without_truth_with_odd_images(preview, page_of):
     odd = replace(
         preview,
         truth=None,
@@ -89,7 +58,7 @@ def test_page_without_truth_with_odd_images(preview):
         unreadable={"<a>.jpg": "empty & file"},
         copies=[(preview.rows[1].image_id, preview.rows[0].image_id)],
     )
-    page = Page(render_preview(odd, preview_record(odd, Machine(1))))
+    page = page_of(render_preview(odd, preview_record(odd, Machine(1))), " ")
     for expected in (
         "Not shown: there is no ground truth",
         "<a>.jpg empty & file",

@@ -1,4 +1,4 @@
-""""""
+"""A run's folder to what its report shows; where boxes come from."""
 
 from __future__ import annotations
 
@@ -201,10 +201,6 @@ def test_broken_files_are_named(run, scenes):
     (run / "comparison.json").write_text('{"AP": 1}')
     with pytest.raises(ValueError, match=r"comparison.json: expected a list of objects"):
         collect_run(run, source, truth)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-#
 
 
 BOX = (0, 0, 9, 9, 0)

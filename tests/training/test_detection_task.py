@@ -1,4 +1,4 @@
-""""""
+"""Trainings of the smallest detector: data without objects, broken losses, starts, learning rates, validation."""
 
 from __future__ import annotations
 
@@ -65,11 +65,7 @@ def without_boxes(folder: Path, *keep: int) -> None:
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [(), TWO_STAGE],
-    ids=["base", "two-stage"],
-)
+@pytest.mark.parametrize("variant", [(), TWO_STAGE], ids=["base", "two-stage"])
 @pytest.mark.parametrize("keep", [(1,), ()], ids=["one image with boxes", "no boxes at all"])
 def test_images_and_batches_without_objects(variant, keep, recipe, own_scenes, tmp_path):
     without_boxes(own_scenes, *keep)
@@ -253,11 +249,7 @@ def test_two_ranks_take_the_step_of_one(recipe, scenes, learned_backbone, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    "variant",
-    [(), TWO_STAGE],
-    ids=["base", "two-stage"],
-)
+@pytest.mark.parametrize("variant", [(), TWO_STAGE], ids=["base", "two-stage"])
 def test_a_rank_without_targets_and_uneven_validation(variant, recipe, own_scenes, tmp_path):
     """Only one of four images has boxes, so one rank has none; five validation images on two ranks of two."""
     without_boxes(own_scenes, 1)
@@ -524,7 +516,7 @@ def test_a_head_is_no_hindrance():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-#
+# Scores of a validation are those of the metric.
 
 
 CATEGORIES = (Category("a", "a"), Category(5, "b"))

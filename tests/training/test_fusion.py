@@ -135,7 +135,7 @@ def test_detections_without_a_stage_are_refused():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-#
+# Lineage.
 
 
 def stage_labels(stage, boxes):

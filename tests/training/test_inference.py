@@ -90,7 +90,7 @@ def test_scores_are_those_of_the_metric(detector, folder, truth):
     assert scores["MaxBoxAccV2"] == own.compute()["MaxBoxAccV2"]
     assert scores["Top-1 Loc"] == own.compute()["Top-1 Loc"]
     assert scores["centre MaxBoxAcc"] == centre.compute()["MaxBoxAcc"]
-    assert "images" not in scores and 0 <= scores["CAM MaxBoxAccV2"] <= 1
+    assert "images" not in scores and "CAM MaxBoxAccV2" in scores
 
 
 def test_heat_maps_are_drawn_for_every_readable_image(detector, folder, truth, tmp_path):
@@ -104,8 +104,8 @@ def test_heat_maps_are_drawn_for_every_readable_image(detector, folder, truth, t
     assert red[0] > red[1] + 50, "human boxes are red"
 
 
-def test_other_detectors_have_no_maps(parts, folder):
-    detector = HeadedBackbone(3, parts.MeanHead, "test_resnet")
+def test_other_detectors_have_no_maps(detector, folder):
+    detector.head = torch.nn.Identity()  # a head of another kind
     assert localisation_head(detector) is None
     with pytest.raises(ValueError, match=r"expected one with a simdetr\.heads\.LocalisationHead"):
         next(localise(detector, open_images(folder), SETTINGS))

@@ -1,4 +1,4 @@
-""""""
+"""Groups, schedules, and the end of a training by its losses."""
 
 from __future__ import annotations
 

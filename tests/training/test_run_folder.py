@@ -83,7 +83,6 @@ def test_only_steps_that_end_are_recorded(tmp_path):
         raise RuntimeError("broken")
     rows = [json.loads(line) for line in run.steps.read_text().splitlines()]
     assert [(row["name"], row["count"], row["what"]) for row in rows] == [("mine", 12, "proposals")]
-    assert rows[0]["seconds"] >= 0
 
 
 def settings(**changes):

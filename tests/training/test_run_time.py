@@ -11,7 +11,7 @@ from simdetr.data.images import open_images
 from simdetr.recipe import Recipe, say_time
 from simdetr.training import run_time
 from simdetr.training.run_folder import RunFolder
-from simdetr.training.run_time import RunTime, measure, step_seconds
+from simdetr.training.run_time import QUERIES, RunTime, measure, step_seconds
 
 
 def test_parts_add_up_and_are_said():
@@ -34,12 +34,20 @@ def made(scenes, tiny_config, monkeypatch):
     return make
 
 
+def measured(recipe, sections, source, **options):
+    """What ``say_time`` asks for, on the CPU."""
+    config, _ = recipe.resolved()
+    detector = recipe.check_detector(sections.clustering.num_classes, config.data.num_queries or QUERIES)
+    objects = sections.self_training.max_boxes
+    return measure(source, sections.encoder, sections.mining, detector, config, "cpu", objects=objects, **options)
+
+
 def test_training_follows_steps_and_epochs(made):
-    by_steps = measure(*made("--trainer.max_steps=50"), "cpu", stages=2)
+    by_steps = measured(*made("--trainer.max_steps=50"), stages=2)
     assert by_steps.steps == 50 and 100 <= by_steps.training < 110
-    by_epochs = measure(*made("--trainer.max_steps=-1", "--trainer.max_epochs=3"), "cpu", stages=2)
+    by_epochs = measured(*made("--trainer.max_steps=-1", "--trainer.max_epochs=3"), stages=2)
     assert by_epochs.steps == 18  # three times twelve images, two at a time
-    assert measure(*made(), "cpu", stages=2, mined=True).mining == 0
+    assert measured(*made(), stages=2, mined=True).mining == 0
     assert by_steps.mining > 0 and by_steps.relabelling >= 12 * 2 / 3 / 2
 
 
@@ -59,7 +67,7 @@ def test_finished_stages_cost_nothing(made, tmp_path, caplog, monkeypatch):
 def test_images_that_cannot_be_read_have_no_time(tiny_config, tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     recipe = Recipe((str(tiny_config),), (f"--data.images={tmp_path}",))
-    assert measure(recipe, recipe.sections(), open_images(tmp_path), "cpu", stages=1) is None
+    assert measured(recipe, recipe.sections(), open_images(tmp_path), stages=1) is None
 
 
 def test_a_step_is_done_and_random_numbers_stay(make_detector):
