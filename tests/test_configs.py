@@ -16,7 +16,7 @@ from simdetr.training.train import train
 REPOSITORY = Path(__file__).parents[1]
 ENCODER_CONFIGS = sorted((REPOSITORY / "configs" / "encoder").glob("*.yaml"))
 CONFIGS = sorted({*(REPOSITORY / "configs").rglob("*.yaml")} - {*ENCODER_CONFIGS})
-BUILT_IN = sorted(Path(simdetr.__file__).parent.glob("*.yaml"))
+BUILT_IN = sorted(Path(simdetr.__file__).parent.glob("*/*.yaml"))
 SMALLEST = (
     "--trainer.max_steps=1",
     "--trainer.accelerator=cpu",

@@ -365,7 +365,7 @@ def test_one_image_is_enough(scenes, tiny_config, tmp_path):
 
 def test_an_output_that_cannot_be_written_fails_before_the_work(scenes, tiny_config, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(pipeline, "mine", lambda *a, **k: pytest.fail("mining began"))
+    monkeypatch.setattr("simdetr.recipe.mine", lambda *a, **k: pytest.fail("mining began"))
     with pytest.raises(OSError, match="file"):
         pipeline.pretrain(scenes, tmp_path / "file" / "run", [tiny_config])
     if os.geteuid() != 0:

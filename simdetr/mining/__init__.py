@@ -25,13 +25,14 @@ from simdetr.mining.encoders import Encoder, FittedEncoder, TimmEncoder
 from simdetr.mining.filters import FILTERS, apply_filters
 from simdetr.mining.kmeans import KMeans, fit_kmeans
 from simdetr.mining.miner import mine
-from simdetr.mining.pseudo_labels import make_pseudo_labels
+from simdetr.mining.pseudo_labels import ClusteringConfig, make_pseudo_labels
 from simdetr.mining.regions import Candidates, Regions, connected_components
 from simdetr.mining.store import ProposalRow, ProposalStore
 
 __all__ = [
     "FILTERS",
     "Candidates",
+    "ClusteringConfig",
     "ColourTextureEncoder",
     "Encoder",
     "FittedEncoder",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from simdetr.commands import devices as acceleration
 from simdetr.commands import main as cli
-from simdetr.commands import method as acceleration
 from simdetr.detectors import deformable_attention
 from simdetr.detectors.deformable_attention import ENVIRONMENT_VARIABLE
 

@@ -146,7 +146,7 @@ def test_a_run_without_proposals_is_named(tmp_path, scenes, tiny_config):
 # `simdetr encoder fit` from the command line: what it prints and writes, and its errors.
 
 
-CONFIG = Path(__file__).parents[1] / "configs" / "encoder" / "resnet18.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "encoder" / "resnet18.yaml"
 SMALL_FIT = (
     "--model",
     "test_resnet",

@@ -135,9 +135,9 @@ def test_other_classes_are_never_constructed(class_path):
         build_detector({"class_path": class_path, "init_args": {}})
 
 
-@pytest.mark.parametrize("name", ["torch", "_check_sizes", "Missing"])
+@pytest.mark.parametrize("name", ["torch", "check_sizes", "Missing"])
 def test_nor_is_anything_else_that_its_modules_hold(name):
-    with pytest.raises(ValueError, match="class_path: expected a detector"):
+    with pytest.raises(ValueError, match="class_path: expected a Detector"):
         build_detector({"class_path": f"simdetr.detectors.deformable_detr.{name}", "init_args": {}})
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from simdetr import pipeline
-from simdetr import recipe as encoder_choice
 from simdetr.data import pretrained_weights as packaged_weights
 from simdetr.data.images import open_images
 from simdetr.data.label_files import read_labels
@@ -256,7 +255,7 @@ def test_a_folder_takes_the_place_of_the_configs_encoder(fitted, other_config):
 
 def test_a_timm_name_means_its_own_weights(monkeypatch, other_config):
     fetched = []
-    monkeypatch.setattr(encoder_choice, "TimmEncoder", lambda *a, **k: fetched.append((a, k)))
+    monkeypatch.setattr(recipe_choice, "TimmEncoder", lambda *a, **k: fetched.append((a, k)))
     options = encoder_options("resnet18.a1_in1k")
     assert fetched == [(("resnet18.a1_in1k",), {"pretrained": True})]
     untrained = ("--encoder.init_args.pretrained=false", "--encoder.init_args.random_weights=true")
@@ -266,7 +265,7 @@ def test_a_timm_name_means_its_own_weights(monkeypatch, other_config):
 
 
 def test_words_for_packaged_weights(monkeypatch, tmp_path):
-    monkeypatch.setattr(encoder_choice.PACKAGED["augnet-resnet50"].__class__, "path", lambda self: tmp_path)
+    monkeypatch.setattr(recipe_choice.PACKAGED["augnet-resnet50"].__class__, "path", lambda self: tmp_path)
     (option,) = encoder_options("augnet-resnet50")
     assert json.loads(option.partition("=")[2])["init_args"] == {"model": "augnet-resnet50", "pretrained": True}
     with pytest.raises(ValueError, match="did you mean efficientnet-lite0"):
@@ -309,6 +308,6 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route to host.")
 
-    monkeypatch.setattr(encoder_choice, "TimmEncoder", offline)
+    monkeypatch.setattr(recipe_choice, "TimmEncoder", offline)
     with pytest.raises(ValueError, match=r"encoder: resnet18 of timm cannot be used: no route to host\. Without a"):
         encoder_options("resnet18")
