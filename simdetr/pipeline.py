@@ -105,7 +105,7 @@ def mine_and_cluster(run: RunFolder, sections: PipelineSections, job: MiningJob,
     if run.labels(0).is_file():
         return read_labels(run.labels(0))
     with run.step("mine", "proposals") as step:
-        store = job.run(num_ranks, progress=sys.stderr.isatty())
+        store = job.run(num_ranks, sections, progress=sys.stderr.isatty())
         step.count = count_regions(store)
 
     def make() -> None:
@@ -272,7 +272,7 @@ def compare(
     inputs = {"init": str(detector), "val_images": str(val_images), "val_labels": str(val_labels)}
     RunFolder(out).claim(common.resolved()[1] + yaml.safe_dump({"compare": inputs}))
     without = BACKBONE_ONLY if common.brings_weights() else SCRATCH
-    rows = ComparisonRows(out / "comparison.json")
+    rows = ComparisonRows(out / "comparison.json", quiet=not leads())
     for initialisation, fraction, seed in rows.missing(fractions, seeds, without):
         folder = out / f"{fraction:g}-seed{seed}-{initialisation.replace(' ', '-')}"
         chosen = for_finetuning(config, images, labels, detector, options, fraction)

@@ -475,18 +475,25 @@ class MiningJob:
     @staticmethod
     def build(order: dict[str, Any]) -> Job:
         """The job of a process that was told the values of this class."""
-        job = MiningJob(**order | {name: tuple(order[name]) for name in ("config", "options")})
-        sections = job.sections()
-        return Job(open_images(job.images), sections.encoder, sections.mining, job.out, job.own_device)
+        return MiningJob(**order | {name: tuple(order[name]) for name in ("config", "options")})._job()
 
-    def run(self, num_ranks: int = 1, *, progress: bool) -> ProposalStore:
+    def _job(self, sections: PipelineSections | None = None) -> Job:
+        built = sections or self.sections()
+        return Job(open_images(self.images), built.encoder, built.mining, self.out, self.own_device)
+
+    def run(self, num_ranks: int = 1, sections: PipelineSections | None = None, *, progress: bool) -> ProposalStore:
         """Mine in this process, together with others that mine into the same store, or in ``num_ranks`` new ones.
+
+        Args:
+            num_ranks: Processes.
+            sections: The settings, where they are built already.
+            progress: Show a bar.
 
         Raises:
             ValueError: ``num_ranks`` where these are several processes already.
             StoreError: A process died and the others could not do all of its work; the same call goes on.
         """
-        job = self.build(asdict(self))
+        job = self._job(sections)
         if num_ranks != 1:
             return mine_in_processes(job, _MINE, asdict(self), num_ranks, progress=progress)
         return mine(job.source, job.encoder, job.config, job.out, job.device, progress=progress)

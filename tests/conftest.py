@@ -277,7 +277,10 @@ VARIANTS = {
     "two_stage": {"with_box_refine": True, "two_stage": True},
     "single_scale": {"num_feature_levels": 1},
     "dc5": {"num_feature_levels": 1, "dilation": True, "backbone": "resnet50"},
+    "learned positions": {"position_encoding": "learned"},
+    "three levels": {"num_feature_levels": 3, "num_encoder_layers": 1},
 }
+"""Of Deformable DETR, those that the original published and some more."""
 
 
 @pytest.fixture

@@ -29,9 +29,10 @@ class FitCLI(RecipeCLI):
         if given.ckpt_path is not None or given.trainer.default_root_dir is None:
             return
         checkpoints = Path(given.trainer.default_root_dir) / "checkpoints"
-        killed = (checkpoints / RESUME).is_file()
+        run = RunFolder(checkpoints)
+        killed = (checkpoints / RESUME).is_file() and run.config.is_file()  # nobody knows another point's settings
         settings = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True))["fit"]
-        RunFolder(checkpoints).claim(yaml.safe_dump(settings), None if killed else ())
+        run.claim(yaml.safe_dump(settings), None if killed else ())
         if killed:
             LOG.info("going on from %s", checkpoints / RESUME)
             self.config_init["fit"]["ckpt_path"] = str(checkpoints / RESUME)

@@ -48,10 +48,11 @@ class ComparisonRows:
 
     Args:
         path: The file; its rows are taken up where it is there already.
+        quiet: Do not log which training comes next, as all processes but one should not.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, quiet: bool = False) -> None:
+        self.path, self.quiet = path, quiet
         self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
     def missing(
@@ -61,10 +62,12 @@ class ComparisonRows:
         trainings = list(itertools.product(map(float, fractions), seeds, (PRETRAINED, baseline)))
         done = {(row["label_budget"], row["seed"], row["initialisation"]) for row in self.rows}
         for number, (fraction, seed, start) in enumerate(trainings, 1):
-            if (fraction, seed, start) not in done:
+            if (fraction, seed, start) in done:
+                continue
+            if not self.quiet:
                 place = f"{number} of {len(trainings)}"
                 LOG.info("%s: %s, %g %% of the labels, seed %d", place, start, 100 * fraction, seed)
-                yield start, fraction, seed
+            yield start, fraction, seed
 
     def add(self, initialisation: str, label_budget: float, seed: int, scores: Mapping[str, float]) -> None:
         """Keep the scores of one more training."""

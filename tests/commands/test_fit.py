@@ -47,6 +47,16 @@ def test_a_killed_fit_goes_on_and_ends_as_if_it_had_not_been(fit, tmp_path, monk
     assert not point.exists()  # the same command is a new training
 
 
+def test_a_point_without_its_settings_is_not_gone_on_from(fit, tmp_path):
+    """As older versions left it at the end of a training: of which, nobody knows."""
+    whole = fit(tmp_path / "whole")
+    point = tmp_path / "older" / "checkpoints" / RESUME
+    point.parent.mkdir(parents=True)
+    point.write_bytes(b"of another training")
+    again = fit(tmp_path / "older")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
 def test_without_a_folder_of_its_own_nothing_is_kept_in_mind(fit, scenes, tiny_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = (f"--data.images={scenes}", f"--data.labels={scenes / 'instances.json'}")

@@ -148,3 +148,12 @@ def test_sizes_are_those_of_the_upright_image_and_broken_images_are_left_out(ima
     labels = read_image_level(csv_file(tmp_path, text), open_images(folder))
     assert labels.image_ids == ("000.png", "lying.jpg") and labels.sizes_hw.tolist() == [[40, 60], [60, 40]]
     assert "1 images cannot be opened and are left out, the first is 001.png" in caplog.text
+
+
+def test_an_image_whose_metadata_is_damaged_counts_as_upright(tmp_path):
+    """Its pixels can be read, so it is no reason to leave it out."""
+    folder = tmp_path / "cat"
+    folder.mkdir()
+    Image.new("RGB", (30, 20)).save(folder / "a.jpg", exif=b"Exif\0\0no metadata")
+    labels = read_image_level(tmp_path, open_images(tmp_path))
+    assert labels.sizes_hw.tolist() == [[20, 30]] and labels.boxes_xyxy.tolist() == [[0, 0, 30, 20]]
