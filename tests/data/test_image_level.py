@@ -154,6 +154,6 @@ def test_an_image_whose_metadata_is_damaged_counts_as_upright(tmp_path):
     """Its pixels can be read, so it is no reason to leave it out."""
     folder = tmp_path / "cat"
     folder.mkdir()
-    Image.new("RGB", (30, 20)).save(folder / "a.jpg", exif=b"Exif\0\0no metadata")
+    Image.new("RGB", (30, 20)).save(folder / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01")
     labels = read_image_level(tmp_path, open_images(tmp_path))
     assert labels.sizes_hw.tolist() == [[20, 30]] and labels.boxes_xyxy.tolist() == [[0, 0, 30, 20]]
