@@ -14,10 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from simdetr.data.annotations import Category, ImageLabels, LabelError
-from simdetr.data.images import ImageRecord, ImageSource, exif_orientation, find_images
+from simdetr.data.images import ImageSource, find_images, upright_size
 from simdetr.data.labels import Labels
 
 LOG = logging.getLogger(__name__)
@@ -126,7 +125,7 @@ def _of_folders(folder: Path, source: ImageSource) -> dict[str, list[str]]:
 def _whole_images(source: ImageSource, classes_of: Mapping[str, list[int]], categories: Sequence[Category]) -> Labels:
     images, unreadable = [], []
     with ThreadPoolExecutor(_READERS) as pool:
-        sizes = pool.map(_upright_size, map(source.record, classes_of))
+        sizes = pool.map(upright_size, map(source.record, classes_of))
         for (image_id, classes), size_hw in zip(classes_of.items(), sizes, strict=True):
             if size_hw is None:
                 unreadable.append(image_id)
@@ -136,14 +135,3 @@ def _whole_images(source: ImageSource, classes_of: Mapping[str, list[int]], cate
     if unreadable:
         LOG.warning("%d images cannot be opened and are left out, the first is %s", len(unreadable), unreadable[0])
     return Labels.from_images(images, categories)
-
-
-def _upright_size(record: ImageRecord) -> tuple[int, int] | None:
-    """(height, width) as the image is shown, from the file's header; None where there is none to read."""
-    try:
-        with record.open() as stream, Image.open(stream) as image:
-            width, height = image.size
-            lying = exif_orientation(image) >= 5
-    except Exception:  # decoders raise all kinds of errors on damaged files; training would put them aside too
-        return None
-    return (width, height) if lying else (height, width)

@@ -403,7 +403,7 @@ def read_image(image: ImageRecord | str | Location, max_pixels: int = MAX_PIXELS
         with _quiet_pillow(), record.open() as stream, Image.open(stream) as opened:
             if opened.width * opened.height > max_pixels:
                 raise ValueError(f"{opened.width}×{opened.height} has more than {max_pixels} pixels")
-            orientation = exif_orientation(opened)
+            orientation = _exif_orientation(opened)
             rgb = _to_rgb(opened)
             upright = rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
             pixels = torch.from_numpy(np.array(upright))
@@ -412,7 +412,18 @@ def read_image(image: ImageRecord | str | Location, max_pixels: int = MAX_PIXELS
     return pixels.permute(2, 0, 1).contiguous()
 
 
-def exif_orientation(image: Image.Image) -> int:
+def upright_size(record: ImageRecord) -> tuple[int, int] | None:
+    """(height, width) as the image is shown, from the file's header; None where there is none to read."""
+    try:
+        with _quiet_pillow(), record.open() as stream, Image.open(stream) as image:
+            width, height = image.size
+            lying = _exif_orientation(image) >= 5
+    except Exception:  # decoders raise all kinds of errors on damaged files; training would put them aside too
+        return None
+    return (width, height) if lying else (height, width)
+
+
+def _exif_orientation(image: Image.Image) -> int:
     """How a camera says that it was held, 1 to 8: 1 is upright, 5 and more swap height and width."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
