@@ -33,7 +33,7 @@ from simdetr.reports.report import collect_run
 from simdetr.training.auto_batch import Scaling
 from simdetr.training.inference import evaluate as evaluate
 from simdetr.training.inference import predict as predict
-from simdetr.training.recipe_choice import for_finetuning, for_mining, for_pretraining
+from simdetr.training.recipe_choice import encoder_options, for_finetuning, for_mining, for_pretraining
 from simdetr.training.relabel import InferenceSettings, relabel
 from simdetr.training.run_folder import RunFolder, RunMismatchError, detector_folder, leads
 from simdetr.training.train import RESUME, train
@@ -50,6 +50,7 @@ def pretrain(
     device: str | None = None,
     options: Sequence[str] = (),
     num_ranks: int = 1,
+    encoder: str | None = None,
     auto_batch: bool | Scaling = False,
 ) -> RunFolder:
     """Pretrain a detector on unlabelled images.
@@ -62,12 +63,13 @@ def pretrain(
         device: Torch device of mining and relabelling; the GPU if there is one.
         options: ``--section.name=value`` strings, over the files.
         num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
+        encoder: Folder of ``simdetr encoder fit``, or a timm model whose weights are fetched; over the config's.
         auto_batch: Train with the largest batch that fits, with rates ``linear`` (True) in its size, or by ``sqrt``.
 
     Returns:
         The run folder: ``detector(stage)`` and ``labels(stage)`` are its results.
     """
-    run, source = RunFolder(Path(out)), open_images(images)
+    run, source, options = RunFolder(Path(out)), open_images(images), (*encoder_options(encoder), *options)
     chosen = for_pretraining(config, source, run, options)
     options = (*chosen.options, *options)
     recipe = Recipe(chosen.configs, (f"--data.images={images}", *options))
@@ -125,8 +127,10 @@ def mine_proposals(
     device: str | None = None,
     options: Sequence[str] = (),
     num_ranks: int = 1,
+    encoder: str | None = None,
 ) -> ProposalStore:
     """Only the mining of ``pretrain``, into ``out``/proposals; arguments as there, and ``out`` may be a URL too."""
+    options = (*encoder_options(encoder), *options)
     store, chosen = locate(out) / "proposals", for_mining(config, images)
     job = MiningJob(str(images), str(store), chosen.configs, (*chosen.options, *options), device)
     return job.run(num_ranks, progress=sys.stderr.isatty())
@@ -174,8 +178,7 @@ def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSection
     """Label all images with the detector of a stage: no confidence threshold, only an overlap filter."""
 
     def make() -> None:
-        loaded = load_detector(run.detector(stage))
-        own = sections.self_training
+        loaded, own = load_detector(run.detector(stage)), sections.self_training
         kept = {"iou_threshold": own.iou_threshold, "max_boxes": own.max_boxes}
         settings = InferenceSettings.of(loaded.image_settings, **kept, **sections.inference.on(device, len(source)))
         before, fusion = read_labels(run.labels(stage - 1)), own.fusion
@@ -209,13 +212,12 @@ def finetune(
         val_images: Validation images.
         val_labels: Their boxes.
         options: ``--section.name=value`` strings, over the files.
-        auto_batch: As for ``pretrain``.
+        auto_batch: Train with the largest batch that fits, with rates ``linear`` (True) in its size, or by ``sqrt``.
 
     Returns:
         The folder of the trained detector.
     """
-    run = RunFolder(Path(out))
-    data = [f"--data.images={images}", f"--data.labels={labels}"]
+    run, data = RunFolder(Path(out)), [f"--data.images={images}", f"--data.labels={labels}"]
     if val_images is not None:
         data += [f"--data.val_images={val_images}", f"--data.val_labels={val_labels or val_images}"]
     chosen = for_finetuning(config, images, labels, init, options)
@@ -279,8 +281,7 @@ def compare(
         recipe = Recipe(chosen.configs, (*chosen.options, *options))
         recipe = recipe.starting_from(detector, folder, weights=initialisation == PRETRAINED)
         seeded = (f"--data.label_fraction={fraction}", *(f"--{name}={seed}" for name in SEEDS))
-        own_options = (*options, *chosen.options, *seeded)
-        trained = finetune(images, labels, folder, recipe.configs, options=own_options)
+        trained = finetune(images, labels, folder, recipe.configs, options=(*options, *chosen.options, *seeded))
         rows.add(initialisation, fraction, seed, evaluate(val_images, val_labels, trained))
     return rows.rows
 

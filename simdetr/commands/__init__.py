@@ -3,7 +3,8 @@
 In reading order:
 
     main        arguments -> one command
-    method      what the commands of the method do
+    prepare     before any training: doctor, split
+    method      pretrain, relabel, finetune, evaluate, compare, predict, report
     mine        mine, cluster, rivals, encoder fit
     fit         Lightning's fit, validate and test
     devices     the devices of this machine and what can be used on them

@@ -1,13 +1,17 @@
-"""What ``simdetr import`` and ``simdetr export`` do: checkpoints and runs in, files of other formats out.
-
-Heavy packages are imported inside the functions, so that ``simdetr --help`` answers at once.
-"""
+"""What ``simdetr import`` and ``simdetr export`` do: checkpoints and runs in, files of other formats out."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
 from rich.console import Console
+
+from simdetr.data.label_files import read_labels, write_result
+from simdetr.data.storage import check_writable
+from simdetr.exchange.convert import export_official, export_safetensors, export_transformers, import_checkpoint
+from simdetr.exchange.onnx import export_onnx
+from simdetr.training.run_folder import RunFolder, detector_folder
 
 OUT = Console()
 
@@ -33,9 +37,6 @@ def import_detector(
         max_side: Longest side of images in pixels; 1333 if the checkpoint does not say.
         options: ``--detector.name=value`` strings; dotted options on the command line end here.
     """
-    from simdetr.data.label_files import read_labels
-    from simdetr.exchange.convert import import_checkpoint
-
     categories = read_labels(labels).categories if labels is not None else ()
     sizes = {"short_side": short_side, "max_side": max_side}
     told = {name: pixels for name, pixels in sizes.items() if pixels is not None}
@@ -48,8 +49,6 @@ def detector_arguments(options: tuple[str, ...]) -> dict[str, object]:
     Raises:
         ValueError: another section.
     """
-    import yaml
-
     arguments: dict[str, object] = {}
     for option in options:
         name, _, value = option.partition("=")
@@ -68,9 +67,6 @@ def labels(run: Path, stage: int, out: Path) -> None:
         stage: 0 = mined, j = relabelled by the detector of stage j.
         out: File to write: .json or .parquet.
     """
-    from simdetr.data.label_files import read_labels, write_result
-    from simdetr.training.run_folder import RunFolder
-
     folder = RunFolder(run)
     path = folder.labels(stage)
     if not path.is_file():
@@ -86,9 +82,6 @@ def safetensors(checkpoint: Path, out: Path) -> None:
         checkpoint: Run folder, detector folder or checkpoint.
         out: Folder to write: model.safetensors and config.json.
     """
-    from simdetr.exchange.convert import export_safetensors
-    from simdetr.training.run_folder import detector_folder
-
     OUT.print(export_safetensors(detector_folder(checkpoint), out), soft_wrap=True)
 
 
@@ -99,9 +92,6 @@ def transformers(checkpoint: Path, out: Path) -> None:
         checkpoint: Run folder, detector folder or checkpoint.
         out: Folder to write: model.safetensors, config.json and preprocessor_config.json.
     """
-    from simdetr.exchange.convert import export_transformers
-    from simdetr.training.run_folder import detector_folder
-
     OUT.print(export_transformers(detector_folder(checkpoint), out), soft_wrap=True)
 
 
@@ -112,10 +102,6 @@ def official(checkpoint: Path, out: Path) -> None:
         checkpoint: Run folder, detector folder or checkpoint.
         out: File to write, .pth; its tensors are in the entry ``model``.
     """
-    from simdetr.data.storage import check_writable
-    from simdetr.exchange.convert import export_official
-    from simdetr.training.run_folder import detector_folder
-
     check_writable(out)
     OUT.print(export_official(detector_folder(checkpoint), out), soft_wrap=True)
 
@@ -136,10 +122,6 @@ def onnx(
         image_size: Height and width in pixels that all images have, as ``[800, 1088]``; any size when left out.
         opset: Version of ONNX's operators, 18 by default.
     """
-    from simdetr.data.storage import check_writable
-    from simdetr.exchange.onnx import export_onnx
-    from simdetr.training.run_folder import detector_folder
-
     check_writable(out)
     summary = export_onnx(detector_folder(checkpoint), out, verify=verify, image_size=image_size, opset=opset)
     OUT.print(summary, soft_wrap=True)

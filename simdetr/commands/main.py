@@ -1,18 +1,22 @@
 """The ``simdetr`` command: arguments in, one call of ``pipeline.py`` (or of Lightning) out.
 
-Commands are plain typed functions; jsonargparse makes their ``--help``. Options with a dot, such as
-``--trainer.max_epochs 3``, go over the values of the config files.
+Commands are plain typed functions; jsonargparse makes their ``--help``, and takes what they hand on as ``**arguments``
+from the function that gets it. Options with a dot, such as ``--trainer.max_epochs 3``, go over the values of the
+config files.
 """
 
 from __future__ import annotations
 
-import inspect
+import ast
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -20,39 +24,38 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from simdetr.commands import export, method, mine
 from simdetr.data.machine import prepare_openmp
 
-Command = Callable[..., None]
 POSITIONAL = ("doctor", "import")
 """Commands whose required arguments stand without a name: `simdetr doctor DIR`."""
 FLAGS = ("--auto-batch", "--masks", "--verify")
 """Options that stand without a value and mean true."""
 LIGHTNING = ("fit", "validate", "test")
-COMMANDS: dict[str, Command | dict[str, Command]] = {
-    "quickstart": method.quickstart,
-    "doctor": method.doctor,
-    "mine": mine.mine,
-    "cluster": mine.cluster,
-    "pretrain": method.pretrain,
-    "relabel": method.relabel,
-    "split": method.split,
-    "finetune": method.finetune,
-    "evaluate": method.evaluate,
-    "compare": method.compare,
-    "predict": method.predict,
-    "encoder": {"fit": mine.fit},
-    "import": export.import_detector,
+COMMANDS: dict[str, str | dict[str, str]] = {
+    "quickstart": "quickstart.quickstart",
+    "doctor": "prepare.doctor",
+    "mine": "mine.mine",
+    "cluster": "mine.cluster",
+    "pretrain": "method.pretrain",
+    "relabel": "method.relabel",
+    "split": "prepare.split",
+    "finetune": "method.finetune",
+    "evaluate": "method.evaluate",
+    "compare": "method.compare",
+    "predict": "method.predict",
+    "encoder": {"fit": "mine.fit"},
+    "import": "export.import_detector",
     "export": {
-        "labels": export.labels,
-        "safetensors": export.safetensors,
-        "transformers": export.transformers,
-        "official": export.official,
-        "onnx": export.onnx,
+        "labels": "export.labels",
+        "safetensors": "export.safetensors",
+        "transformers": "export.transformers",
+        "official": "export.official",
+        "onnx": "export.onnx",
     },
-    "report": method.report,
-    "rivals": mine.rivals,
+    "report": "method.report",
+    "rivals": "mine.rivals",
 }
+"""The function in ``simdetr.commands`` behind every command; it is imported when its command is given."""
 GROUPS = {
     "encoder": "Train an encoder for mining on your own images: fit.",
     "export": "Write boxes for other tools: labels; a detector for others: safetensors, transformers, official, onnx.",
@@ -115,7 +118,14 @@ def run(arguments: list[str]) -> None:
     command: Any = COMMANDS
     while isinstance(command, dict):
         command, values = command[values.subcommand], values[values.subcommand]
-    command(**values)
+    function_of(command)(**values)
+
+
+def function_of(command: str) -> Callable[..., None]:
+    """The function that one of ``COMMANDS`` names; imports what it needs, which takes seconds."""
+    module, _, name = command.partition(".")
+    function: Callable[..., None] = getattr(import_module(f"simdetr.commands.{module}"), name)
+    return function
 
 
 def command_parser(arguments: Sequence[str]) -> ArgumentParser:
@@ -128,20 +138,29 @@ def command_parser(arguments: Sequence[str]) -> ArgumentParser:
     return parser
 
 
-def _add_commands(parser: ArgumentParser, commands_by_name: dict[str, Any], arguments: Sequence[str]) -> None:
+def _add_commands(
+    parser: ArgumentParser, commands: Mapping[str, str | dict[str, str]], arguments: Sequence[str]
+) -> None:
     subcommands = parser.add_subcommands()
-    for name, command in commands_by_name.items():
-        own = ArgumentParser()
+    for name, command in commands.items():
+        summary = GROUPS[name] if isinstance(command, dict) else _summaries()[command]
+        own = ArgumentParser(description=summary)
+        if isinstance(command, str) and name in arguments:
+            own.add_function_arguments(function_of(command), as_positional=name in POSITIONAL)
+        subcommands.add_subcommand(name, own, help=summary)
         if isinstance(command, dict):
-            own.description = GROUPS[name]
-            subcommands.add_subcommand(name, own, help=GROUPS[name])
             _add_commands(own, command, arguments)
-        else:
-            summary = str(inspect.getdoc(command)).split("\n\n")[0]
-            own.description = summary
-            if name in arguments:
-                own.add_function_arguments(command, as_positional=name in POSITIONAL)
-            subcommands.add_subcommand(name, own, help=summary)
+
+
+@cache
+def _summaries() -> dict[str, str]:
+    """The first paragraph of every command's docstring, read from the sources: to import them takes seconds."""
+    found = {}
+    for path in Path(__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                found[f"{path.stem}.{node.name}"] = (ast.get_docstring(node) or "").split("\n\n")[0]
+    return found
 
 
 def purpose() -> str:

@@ -1,15 +1,23 @@
-"""What ``simdetr mine`` and ``simdetr cluster`` do: images in, a store of proposals, its preview, or labels out.
-
-Heavy packages are imported inside the functions, so that ``simdetr --help`` answers at once.
-"""
+"""What ``mine``, ``cluster``, ``rivals`` and ``encoder fit`` do: images in, proposals, their preview or labels out."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
+
+from simdetr import pipeline
+from simdetr.data.storage import locate
+from simdetr.encoder_training.fit_encoder import PROBE_NAME, fit_encoder, read_settings
+from simdetr.encoder_training.objectives import require_lightly
+from simdetr.encoder_training.probe import load_encoder_recall, read_rows
+from simdetr.mining.pseudo_labels import ClusteringConfig, count_regions
+from simdetr.reports import preview_page
+from simdetr.reports.rival_recall import mine_rivals, rival_table
+from simdetr.training.recipe_choice import encoder_options
+from simdetr.training.run_folder import leads
 
 OUT = Console()
 
@@ -39,35 +47,20 @@ def mine(
         preview: Mine so many images in memory, and tell and draw what all would give and cost; stores no proposals.
         truth: COCO JSON with boxes for some of these images, for the preview's recall.
     """
-    from simdetr import pipeline
-    from simdetr.data.storage import locate
-    from simdetr.mining.pseudo_labels import count_regions
-    from simdetr.reports import preview_page
-    from simdetr.training.recipe_choice import encoder_options
-
     if truth is not None and preview is None:
         raise ValueError("truth: expected --preview beside it; mining does not look at labels")
-    options = (*encoder_options(encoder), *options)
+    common: dict[str, Any] = {"device": device, "num_ranks": num_ranks}
     if preview is not None:
-        record = preview_page.preview(
-            images, out, config, count=preview, truth=truth, device=device, options=options, num_ranks=num_ranks
-        )
+        options = (*encoder_options(encoder), *options)
+        record = preview_page.preview(images, out, config, count=preview, truth=truth, options=options, **common)
         OUT.print(preview_page.preview_table(record), markup=False, highlight=False, soft_wrap=True)
         OUT.print(f"page: {locate(out) / 'preview' / 'index.html'}", highlight=False, soft_wrap=True)
         return
-    store = pipeline.mine_proposals(images, out, config, device=device, options=options, num_ranks=num_ranks)
+    store = pipeline.mine_proposals(images, out, config, options=options, encoder=encoder, **common)
     OUT.print(f"{count_regions(store):,} proposals on {len(store):,} images in {store.folder}", soft_wrap=True)
 
 
-def cluster(
-    run: Path,
-    num_classes: int = 2048,
-    seed: int = 0,
-    spherical: bool = True,
-    max_iterations: int = 50,
-    backend: Literal["torch", "faiss"] = "torch",
-    device: str | None = None,
-) -> None:
+def cluster(run: Path, device: str | None = None, **settings: Any) -> None:
     """Give mined proposals pseudo-classes: the labels of stage 0.
 
     Killed, it goes on after its last iteration. ``torchrun --nproc-per-node N -m -- simdetr cluster ...`` shares the
@@ -75,64 +68,30 @@ def cluster(
 
     Args:
         run: Run folder with mined proposals.
-        num_classes: Pseudo-classes; 1 = class-unaware.
-        seed: Seed of the starting centroids.
-        spherical: Compare features by direction, not by distance.
-        max_iterations: Passes over all features at most.
-        backend: What finds the nearest centroid; torch is the faster on CPUs.
         device: Torch device; the GPU if there is one.
+        settings: Of the clustering.
     """
-    from simdetr import pipeline
-    from simdetr.mining.pseudo_labels import ClusteringConfig
-    from simdetr.training.run_folder import leads
-
-    clustering = ClusteringConfig(num_classes, seed, spherical, max_iterations, backend)
-    labels = pipeline.cluster_proposals(run, clustering, device=device)
+    labels = pipeline.cluster_proposals(run, ClusteringConfig(**settings), device=device)
     if leads():
         OUT.print(f"{len(labels.boxes_xyxy):,} boxes in {labels.num_classes:,} pseudo-classes")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What ``simdetr rivals`` does: a run folder in, other methods' proposals and a printed table out.
-#
-# Heavy packages are imported inside the function, so that ``simdetr --help`` answers at once.
-
-
-def rivals(
-    images: Path,
-    run: Path,
-    config: tuple[str, ...] = (),
-    methods: tuple[str, ...] = (),
-    truth: Path | None = None,
-    device: str | None = None,
-    options: tuple[str, ...] = (),
-) -> None:
+def rivals(images: Path, run: Path, truth: Path | None = None, **arguments: Any) -> None:
     """Mine the images of a run with other methods too, and print what each of them finds beside ours.
 
     Args:
         images: The run's images.
         run: Run folder with mined proposals.
-        config: YAML files that it was mined with; the run's own config.yaml when left out.
-        methods: Some of ["selective_search", "lost", "token_cut", "mask_cut", "random"]; all when left out.
         truth: COCO JSON with boxes for these images, for recall.
-        device: Torch device; the GPU if there is one.
-        options: ``--section.name=value`` strings; dotted options on the command line end here.
+        arguments: Of ``mine_rivals``.
     """
-    from simdetr.reports.rival_recall import mine_rivals, rival_table
-
-    rows = mine_rivals(images, run, config, methods=methods, truth=truth, device=device, options=options)
+    rows = mine_rivals(images, run, truth=truth, **arguments)
     judged = max(row["images"] for row in rows)
     OUT.print(f"Boxes per image and, with truth, recall in percent, on {judged:,} images; sizes at 25 boxes:\n")
     OUT.print(rival_table(rows), markup=False, highlight=False, soft_wrap=True)
     OUT.print(f"\nproposals: {run / 'rivals'}", highlight=False, soft_wrap=True)
     shown = f" --truth {truth}" if truth is not None else ""
     OUT.print(f"pictures: simdetr report --run {run} --images {images}{shown}", highlight=False, soft_wrap=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What ``simdetr encoder ...`` does: paths and options in, a folder with an encoder out.
-#
-# Heavy packages are imported inside the functions, so that ``simdetr --help`` answers at once.
 
 
 NOT_SETTINGS = ("images", "out", "config", "device", "truth", "truth_images", "options")
@@ -188,10 +147,6 @@ def fit(
     given = {name: value for name, value in locals().items() if name not in NOT_SETTINGS and value is not None}
     if epochs is not None:
         given.setdefault("max_steps", None)  # the config's would be taken instead of the epochs
-    from simdetr.encoder_training.fit_encoder import PROBE_NAME, fit_encoder, read_settings
-    from simdetr.encoder_training.objectives import require_lightly
-    from simdetr.encoder_training.probe import load_encoder_recall, read_rows
-
     require_lightly()
     settings = replace(read_settings(config, options), **given)
     recall = None

@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.markdown import Markdown
+
 from simdetr import pipeline
 from simdetr.data.scenes import PLAIN_CLASSES, render_scenes
 from simdetr.evaluation.compare import comparison_table
 
+OUT = Console()
 PRETRAIN_CONFIG = Path(__file__).with_name("quickstart_pretrain.yaml")
 FINETUNE_CONFIG = Path(__file__).with_name("quickstart_finetune.yaml")
 NUM_TRAIN, NUM_VAL = 480, 120
@@ -34,6 +38,39 @@ class LabelledSet:
 
 
 def quickstart(
+    out: Path = Path("runs/quickstart"),
+    images: Path | None = None,
+    labels: Path | None = None,
+    val_images: Path | None = None,
+    val_labels: Path | None = None,
+    config: tuple[str, ...] = (),
+    options: tuple[str, ...] = (),
+) -> None:
+    """Run the whole method offline on scenes drawn here, and compare it with training from scratch.
+
+    Args:
+        out: Run folder.
+        images: Your own images instead of the drawn scenes.
+        labels: COCO JSON with boxes for them; needed for the comparison.
+        val_images: Images to evaluate on.
+        val_labels: COCO JSON with boxes for them.
+        config: YAML files over the built-in ones; with your own images in place of the recipe for this machine.
+        options: ``--section.name=value`` strings; dotted options on the command line end here.
+    """
+    own = None
+    if images is not None:
+        if labels is None or val_images is None or val_labels is None:
+            raise ValueError(
+                "quickstart: with --images, give --labels, --val_images and --val_labels too, for the comparison; "
+                "without labels use `simdetr pretrain --images DIR`."
+            )
+        own = LabelledSet(images, labels, val_images, val_labels)
+    table, page = pretrain_and_compare(out, own, config=config, options=options)
+    OUT.print(Markdown(table))
+    OUT.print(f"report: {page}", soft_wrap=True)
+
+
+def pretrain_and_compare(
     out: Path, own: LabelledSet | None = None, *, config: Sequence[str] = (), options: Sequence[str] = ()
 ) -> tuple[str, Path]:
     """Pretrain, fine-tune with and without it, report; resumes like every run.
@@ -41,9 +78,8 @@ def quickstart(
     Args:
         out: Run folder.
         own: The user's images and labels; drawn scenes when left out.
-        config: YAML files over the built-in ones, for both trainings; with the user's images in place of the recipe
-            that fits this machine.
-        options: ``--section.name=value`` strings for both trainings.
+        config: As of ``quickstart``, for both trainings.
+        options: As of ``quickstart``, for both trainings.
 
     Returns:
         The comparison as a Markdown table, and the report's path.

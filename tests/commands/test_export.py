@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import types
 
 import pytest
 import torch
 
+from simdetr.commands import export
 from simdetr.commands.export import detector_arguments
 from simdetr.commands.main import main
 from simdetr.data.label_files import read_labels
@@ -113,9 +112,7 @@ def test_onnx_gets_its_arguments(imported, tmp_path, monkeypatch, capsys):
         seen.update(options, checkpoint=checkpoint, out=out)
         return "equal to 1e-6"
 
-    module = types.ModuleType("simdetr.exchange.onnx")
-    module.export_onnx = export_onnx
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(export, "export_onnx", export_onnx)
     out = tmp_path / "model.onnx"
     main(["export", "onnx", "--checkpoint", str(imported), "--out", str(out), "--verify", "--image-size", "[64, 80]"])
     assert seen == {"checkpoint": imported, "out": out, "verify": True, "image_size": (64, 80), "opset": None}

@@ -5,23 +5,13 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from simdetr import pipeline
 from simdetr.commands import main as cli
 from simdetr.commands.main import COMMANDS, fold_options, main, one_line
 from simdetr.data.label_files import read_labels
-from simdetr.training.run_folder import RunFolder
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, scenes, tiny_config) -> Path:
-    out = tmp_path_factory.mktemp("cli") / "run"
-    pipeline.pretrain(scenes, out, [tiny_config])
-    return out
 
 
 def fails(capsys, *arguments: object) -> str:
@@ -100,38 +90,6 @@ def test_cluster_says_every_iteration_and_shares_work_under_torchrun(run, tmp_pa
     assert records[0]["sizes"] == records[1]["sizes"]
 
 
-def test_predict_writes_boxes_and_pictures(run, scenes, tmp_path, capsys):
-    out, pictures = tmp_path / "found.json", tmp_path / "pictures"
-    main(
-        f"predict --images {scenes} --checkpoint {run} --out {out} --pictures {pictures} --min_score 0 --max_boxes 3"
-        .split()
-    )  # fmt: skip
-    content = json.loads(out.read_text())
-    assert len(content["images"]) == 12
-    assert 0 < len(content["annotations"]) <= 36
-    assert len(list(pictures.rglob("*.jpg"))) == 12
-
-
-def test_relabel_leaves_no_overlaps_and_no_threshold(run, scenes, tmp_path):
-    out = tmp_path / "labels.parquet"
-    main(f"relabel --images {scenes} --checkpoint {run} --out {out} --max_boxes 5".split())
-    relabelled, of_run = read_labels(out), read_labels(run / "stage1" / "labels.parquet")
-    assert len(relabelled.boxes_xyxy) == len(of_run.boxes_xyxy)
-
-
-def test_finetune_then_evaluate(run, scenes, tiny_config, tmp_path, capsys):
-    truth = scenes / "instances.json"
-    main(
-        f"finetune --images {scenes} --labels {truth} --out {tmp_path / 'ft'} --config {tiny_config} --init {run} "
-        "--data.batch_size 3".split()
-    )
-    out = tmp_path / "scores.json"
-    main(f"evaluate --images {scenes} --labels {truth} --checkpoint {tmp_path / 'ft'} --out {out}".split())
-    assert "AP50" in capsys.readouterr().out
-    scores = json.loads(out.read_text())
-    assert {"AP", "AP50", "AR@100"} <= scores.keys()
-
-
 def test_too_few_regions_are_one_clear_line(scenes, tiny_config, tmp_path, capsys):
     line = fails(
         capsys, "pretrain", "--images", scenes, "--out", tmp_path, "--config", tiny_config,
@@ -188,14 +146,6 @@ def test_errors_of_loader_processes_are_one_line():
 def test_commands_have_homes():
     assert {"quickstart", "doctor", "mine", "cluster", "pretrain", "relabel", "finetune", "evaluate", "compare",
             "predict", "export", "report"} <= set(cli.COMMANDS)  # fmt: skip
-
-
-def test_pretrain_ends_with_what_to_do_next(run, scenes, tiny_config, capsys):
-    main(["pretrain", "--images", str(scenes), "--out", str(run), "--config", str(tiny_config)])  # finished long ago
-    folder = RunFolder(run)
-    said = capsys.readouterr().out
-    assert f"detector: {folder.detector(1)}; fine-tune it with simdetr finetune --init {run}" in said
-    assert f"report: {folder.report}" in said
 
 
 @pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (SIGTERMException, 143), (SystemExit(3), 3)])

@@ -8,7 +8,7 @@ import pytest
 
 from simdetr import compare, pretrain
 from simdetr.commands import quickstart as module
-from simdetr.commands.quickstart import LabelledSet, draw_scenes, quickstart
+from simdetr.commands.quickstart import LabelledSet, draw_scenes, pretrain_and_compare
 from simdetr.data.label_files import read_labels
 from simdetr.data.pretrained_weights import PACKAGED, PretrainedWeightsError
 from simdetr.evaluation.coco_metric import match_boxes
@@ -41,13 +41,13 @@ def few_scenes(monkeypatch):
 
 def test_from_nothing_to_a_table_and_a_page(few_scenes, tmp_path):
     few_scenes(20, 4, 64)
-    table, page = quickstart(tmp_path, options=MINIATURE)
+    table, page = pretrain_and_compare(tmp_path, options=MINIATURE)
     assert "| pretrained |" in table and "| scratch |" in table and "10 %" in table
     assert "pretrained" in page.read_text(encoding="utf-8")
     rows = json.loads((tmp_path / "comparison.json").read_text())
     assert [row["initialisation"] for row in rows] == ["pretrained", "scratch"]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    assert quickstart(tmp_path, options=MINIATURE)[0] == table  # all that is finished is kept
+    assert pretrain_and_compare(tmp_path, options=MINIATURE)[0] == table  # all that is finished is kept
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
@@ -62,7 +62,7 @@ def test_own_images_get_the_recipe_of_the_machine(scenes, tmp_path, monkeypatch)
     monkeypatch.setattr(module, "draw_scenes", lambda folder: LabelledSet(scenes, scenes, scenes, scenes))
     for own, expected in ((LabelledSet(scenes, scenes, scenes, scenes), ()), (None, (module.PRETRAIN_CONFIG,))):
         with pytest.raises(Stop) as stopped:
-            quickstart(tmp_path, own)
+            pretrain_and_compare(tmp_path, own)
         assert stopped.value.args == (expected,)
 
 
