@@ -30,6 +30,11 @@ Target = dict[str, Any]
 Sample = tuple[Tensor, Target]
 Transform = Callable[..., Any]
 
+IGNORED = -1
+"""The label of a box that is to be ignored, on its way through the transforms."""
+OF_OBJECTS = ("labels", "boxes", "scores", "masks", "points")
+"""What a finished target has a row of for every object."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -45,7 +50,8 @@ class Batch(NamedTuple):
             ``image_index`` int64 scalar, the row in the labels, or in the source where there are no labels; where masks
             are asked for, ``masks`` bool [T, h, w] at the transformed image's size; where reference points are,
             ``points`` float32 [T, 2], (x, y) as fractions of the image without its padding, NaN where a box has none;
-            ``dropped`` int64 scalar, objects past ``max_objects`` that were left out.
+            ``ignore`` float32 [I, 4], boxes like ``boxes`` of regions in which nothing is background, the labels'
+            crowds; ``dropped`` int64 scalar, objects past ``max_objects`` that were left out.
     """
 
     images: Tensor
@@ -58,8 +64,8 @@ class DetectionDataset(Dataset[Sample | None]):
 
     Args:
         source: where the image files are; it may hold more images than the labels.
-        labels: boxes; row i of the labels is item i. Boxes of crowds are left out. None for prediction: item i is image
-            i of the source and the targets are empty.
+        labels: boxes; row i of the labels is item i. Crowds are no objects but regions to ignore. None for prediction:
+            item i is image i of the source and the targets are empty.
         transform: called with (tv_tensors.Image uint8 [3, H, W], target), where ``target["boxes"]`` are
             tv_tensors.BoundingBoxes in pixels; gives the same pair, see `simdetr.data.augmentation`.
         quarantine: where unreadable images are recorded; without one they are logged.
@@ -164,6 +170,8 @@ class DetectionDataset(Dataset[Sample | None]):
             finished["masks"] = target["masks"].as_subclass(Tensor).bool()
         if self.reference_points is not None:
             finished["points"] = target["points"] / target["points"].new_tensor([width, height])
+        if IGNORED in finished["labels"]:
+            _set_ignored_aside(finished)
         finished["dropped"] = torch.tensor(0)
         if self.max_objects is not None and len(finished["labels"]) > self.max_objects:
             _keep_most_certain(finished, self.max_objects)
@@ -172,8 +180,9 @@ class DetectionDataset(Dataset[Sample | None]):
     def _raw_sample(self, row: int, pixels: Tensor) -> Sample:
         size_hw = (pixels.shape[-2], pixels.shape[-1])
         truth = ImageLabels.build("", size_hw, [], []) if self.labels is None else self.labels.image(row)
-        kept = ~truth.crowd
-        boxes, classes = truth.boxes_xyxy[kept], truth.classes[kept]
+        # which point of a crowd a rule would mean nobody knows
+        kept = ~truth.crowd if self.reference_points is not None else np.ones(len(truth), bool)
+        boxes, classes = truth.boxes_xyxy[kept], np.where(truth.crowd, IGNORED, truth.classes)[kept]
         extra: dict[str, Tensor] = {}
         if self.masks and truth.masks is not None:
             extra["masks"] = pixel_masks(truth.masks[kept], truth.size_hw, size_hw)
@@ -190,11 +199,20 @@ class DetectionDataset(Dataset[Sample | None]):
         }
 
 
+def _set_ignored_aside(target: Target) -> None:
+    """Move what is to be ignored from the objects of a finished target to ``ignore``."""
+    objects = target["labels"] != IGNORED
+    target["ignore"] = target["boxes"][~objects]
+    for name in OF_OBJECTS:
+        if name in target:
+            target[name] = target[name][objects]
+
+
 def _keep_most_certain(target: Target, limit: int) -> None:
     """Leave out all but so many objects of a finished target, the least certain first, and count them."""
     count = len(target["labels"])
     kept = target["scores"].argsort(descending=True, stable=True)[:limit].sort().values
-    for name in ("labels", "boxes", "scores", "masks", "points"):
+    for name in OF_OBJECTS:
         if name in target:
             target[name] = target[name][kept]
     target["dropped"] = torch.tensor(count - limit)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simdetr.boxes import cxcywh_to_xyxy, paired_giou
+from simdetr.boxes import cxcywh_to_xyxy, paired_giou, pairwise_iou
 from simdetr.detectors.matcher import (
     FOCAL_ALPHA,
     FOCAL_GAMMA,
@@ -27,6 +27,10 @@ from simdetr.detectors.matcher import (
     pad_targets,
     to_device,
 )
+
+
+IGNORE_IOU = 0.5
+"""Overlap with a region to ignore above which a query without an object counts as neither background nor object."""
 
 
 class LayerLosses(NamedTuple):
@@ -56,7 +60,9 @@ class DetectionLoss(nn.Module):
 
     A target with a score s below 1 is an object with probability s: the class losses are their expectation, s times
     that of an object plus 1 - s times that of background, and its box counts s. With scores of 1 they are the
-    original's.
+    original's. Where a target says that a region is to be ignored (``ignore``), a query without an object whose box
+    overlaps the region by more than half (IoU) learns nothing about classes: what is there may be an object. So does
+    Kaul et al., Label, Verify, Correct (2022), with proposals.
 
     Args:
         class_weight: of the focal loss in the total.
@@ -103,7 +109,8 @@ class DetectionLoss(nn.Module):
 
         Args:
             outputs: ``pred_logits``, ``pred_boxes``, ``aux_outputs`` and, for two-stage detectors, ``enc_outputs``.
-            targets: ``labels``, ``boxes`` and, unless all are 1, ``scores`` of each image; images may be empty.
+            targets: ``labels``, ``boxes`` and, unless all are 1, ``scores`` of each image; images may be empty;
+                ``ignore`` [I, 4], boxes of regions to ignore.
 
         Returns:
             ``loss``, the weighted total, and its terms unweighted: ``loss_ce``, ``loss_bbox``, ``loss_giou`` and, with
@@ -173,10 +180,14 @@ class DetectionLoss(nn.Module):
         layer = torch.arange(logits.shape[0], device=logits.device)[:, None].expand_as(image)
         classes = labels[image, target]
         scores = to_device(pad_scores(targets), logits.device)[image, target]
-        ce = self._focal(logits, (layer, image, query, classes), scores)
+        counted = _counted(boxes, targets)
+        if counted is not None:
+            counted[layer, image, query] = 1.0
+        ce = self._focal(logits, (layer, image, query, classes), scores, counted)
         objects = None
         if present is not None:
-            objects = self._focal(at_least_float32(present), (layer, image, query, torch.zeros_like(classes)), scores)
+            first = torch.zeros_like(classes)
+            objects = self._focal(at_least_float32(present), (layer, image, query, first), scores, counted)
 
         predicted, wanted = boxes[layer, image, query], target_boxes[image, target].to(boxes.dtype)
         # 0 · Σ keeps the graph where nothing is matched, and spreads NaN and infinity of unmatched queries to the loss
@@ -185,15 +196,40 @@ class DetectionLoss(nn.Module):
         giou = paired_giou(cxcywh_to_xyxy(predicted).flatten(0, 1), cxcywh_to_xyxy(wanted).flatten(0, 1))
         return LayerLosses(ce, l1, ((1.0 - giou).view(image.shape) * scores).sum(dim=1) + watch, objects)
 
-    def _focal(self, logits: Tensor, positives: tuple[Tensor, Tensor, Tensor, Tensor], scores: Tensor) -> Tensor:
+    def _focal(
+        self,
+        logits: Tensor,
+        positives: tuple[Tensor, Tensor, Tensor, Tensor],
+        scores: Tensor,
+        counted: Tensor | None = None,
+    ) -> Tensor:
         """Sigmoid focal loss of all logits, summed per layer: all as negatives, then the few positives put right.
 
-        A positive of scores [N, M] counts by its score, and by the rest as a negative.
+        A positive of scores [N, M] counts by its score, and by the rest as a negative; a query counts by ``counted``
+        [N, B, Q], 1 without it.
         """
         negative = (1.0 - self.focal_alpha) * logits.sigmoid() ** self.focal_gamma * F.softplus(logits)
+        if counted is not None:
+            negative = negative * counted[..., None]
         matched = logits[positives]
         correct = self.focal_alpha * (-matched).sigmoid() ** self.focal_gamma * F.softplus(-matched)
         return negative.flatten(1).sum(dim=1) + (scores * (correct - negative[positives])).sum(dim=1)
+
+
+@torch.no_grad()
+def _counted(boxes: Tensor, targets: Sequence[Target]) -> Tensor | None:
+    """0 for the boxes [N, B, Q, 4] in a region to ignore, else 1, [N, B, Q]; None where there is nothing to ignore."""
+    if not any(len(target.get("ignore", ())) for target in targets):
+        return None
+    corners = cxcywh_to_xyxy(boxes)
+    counted = torch.ones_like(boxes[..., 0])
+    for index, target in enumerate(targets):
+        if len(target.get("ignore", ())):
+            regions = cxcywh_to_xyxy(target["ignore"]).to(corners)
+            overlaps = pairwise_iou(corners[:, index].flatten(0, 1), regions)
+            inside = (overlaps > IGNORE_IOU).any(dim=1)
+            counted[:, index] = (~inside).to(counted.dtype).view(counted.shape[0], -1)
+    return counted
 
 
 def _check_targets(targets: Sequence[Target], batch: int, num_classes: int) -> list[int]:

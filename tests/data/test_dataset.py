@@ -56,7 +56,7 @@ def test_items_follow_the_labels_and_not_the_source(image_folder):
     assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() < 1e-6 and int(target["image_index"]) == 0
 
 
-def test_crowds_are_left_out_and_an_image_may_have_no_objects(image_folder):
+def test_crowds_are_to_be_ignored_and_an_image_may_have_no_objects(image_folder):
     source = open_images(image_folder(2))
     images = [
         ImageLabels.build("000.png", (40, 60), [[0, 0, 9, 9], [5, 5, 20, 20]], [1, 0], crowd=[True, False]),
@@ -68,6 +68,9 @@ def test_crowds_are_left_out_and_an_image_may_have_no_objects(image_folder):
     assert len(batch.targets[1]["labels"]) == 0 and batch.targets[1]["boxes"].shape == (0, 4)
     evaluated = DetectionDataset(source, labels, PLAIN(40, 60))[0][1]
     assert evaluated["labels"].tolist() == [0] and evaluated["boxes"].shape == (1, 4)
+    assert torch.allclose(evaluated["ignore"], torch.tensor([[4.5 / 60, 4.5 / 40, 9 / 60, 9 / 40]]))
+    mosaic = Mosaic(dataset, probability=1, low_resolution=0)[0][1]  # of four images, with the region in each of two
+    assert len(mosaic["labels"]) == len(mosaic["boxes"]) and (mosaic["labels"] == 0).all() and len(mosaic["ignore"])
 
 
 def scored_labels(source, scores, size_hw=(40, 60)):

@@ -476,3 +476,44 @@ def test_a_rank_without_objects(config_of_other, tmp_path):
             assert torch.equal(first["gradients"][key], second["gradients"][key]), key
         if name == "rt_detr_v2":  # only the rank with objects denoises
             assert first["gradients"]["model.model.denoising_class_embed.weight"].any()
+
+
+def on_object_and_on_ignored(ignore):
+    """One object, and one query on it; another query on a region that may be ignored."""
+    box, other = [0.25, 0.25, 0.25, 0.25], [0.75, 0.75, 0.25, 0.25]
+    logits = torch.tensor([[[2.0, -1.0], [1.0, 0.5]]], requires_grad=True)
+    outputs = {"pred_logits": logits, "pred_boxes": torch.tensor([[box, other]])}
+    target = {"labels": torch.tensor([0]), "boxes": torch.tensor([box])}
+    if ignore is not None:
+        target["ignore"] = torch.tensor(ignore)
+    losses = DetectionLoss()(outputs, [target])
+    losses["loss"].backward()
+    return losses, logits.grad[0]
+
+
+def test_a_query_in_an_ignored_region_is_neither_background_nor_object():
+    plain, gradient = on_object_and_on_ignored(None)
+    ignored, without = on_object_and_on_ignored([[0.75, 0.75, 0.25, 0.25]])
+    away, restored = on_object_and_on_ignored([[0.75, 0.25, 0.25, 0.25]])
+    assert (without[1] == 0).all() and (gradient[1] != 0).all()
+    torch.testing.assert_close(without[0], gradient[0], rtol=0, atol=0)  # the matched query, and the count of targets
+    for name in ("loss_bbox", "loss_giou"):
+        assert ignored[name] == plain[name]
+    torch.testing.assert_close(restored, gradient, rtol=0, atol=0)
+    assert away["loss"] == plain["loss"]
+    background = sigmoid_focal_loss(torch.tensor([1.0, 0.5]), torch.zeros(2), alpha=0.25, gamma=2.0, reduction="sum")
+    torch.testing.assert_close(plain["loss_ce"] - ignored["loss_ce"], background)
+
+
+@pytest.mark.parametrize(("width", "ignored"), [(0.5, False), (0.499, True)])
+def test_half_an_overlap_is_not_yet_ignored(width, ignored):
+    """A region of twice the box's width around it: an IoU of exactly one half counts as background."""
+    _, gradient = on_object_and_on_ignored([[0.75, 0.75, width, 0.25]])
+    assert bool((gradient[1] == 0).all()) == ignored
+
+
+def test_an_object_in_an_ignored_region_is_learnt():
+    plain, gradient = on_object_and_on_ignored(None)
+    inside, with_region = on_object_and_on_ignored([[0.25, 0.25, 0.25, 0.25]])
+    torch.testing.assert_close(with_region, gradient, rtol=0, atol=0)
+    assert inside["loss"] == plain["loss"]
