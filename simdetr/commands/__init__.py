@@ -4,7 +4,8 @@ In reading order:
 
     main        arguments -> one command
     prepare     before any training: doctor, split
-    method      pretrain, relabel, finetune, evaluate, compare, predict, report
+    pretrain    pretrain, finetune, compare, report
+    predict     predict, relabel, evaluate
     mine        mine, cluster, rivals, encoder fit
     fit         Lightning's fit, validate and test
     devices     the devices of this machine and what can be used on them

@@ -36,13 +36,13 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "doctor": "prepare.doctor",
     "mine": "mine.mine",
     "cluster": "mine.cluster",
-    "pretrain": "method.pretrain",
-    "relabel": "method.relabel",
+    "pretrain": "pretrain.pretrain",
+    "relabel": "predict.relabel",
     "split": "prepare.split",
-    "finetune": "method.finetune",
-    "evaluate": "method.evaluate",
-    "compare": "method.compare",
-    "predict": "method.predict",
+    "finetune": "pretrain.finetune",
+    "evaluate": "predict.evaluate",
+    "compare": "pretrain.compare",
+    "predict": "predict.predict",
     "encoder": {"fit": "mine.fit"},
     "import": "export.import_detector",
     "export": {
@@ -52,7 +52,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
         "official": "export.official",
         "onnx": "export.onnx",
     },
-    "report": "method.report",
+    "report": "pretrain.report",
     "rivals": "mine.rivals",
 }
 """The function in ``simdetr.commands`` behind every command; it is imported when its command is given."""

@@ -28,7 +28,6 @@ from simdetr.detectors.matcher import (
     to_device,
 )
 
-
 IGNORE_IOU = 0.5
 """Overlap with a region to ignore above which a query without an object counts as neither background nor object."""
 

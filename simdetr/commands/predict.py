@@ -1,4 +1,4 @@
-"""What the commands of the method do: paths in, files and a few printed lines out. The work is in ``pipeline.py``."""
+"""What ``predict``, ``relabel`` and ``evaluate`` do: images and a detector in, boxes, pictures or numbers out."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markdown import Markdown
 
-from simdetr import pipeline
 from simdetr.data.images import open_images
 from simdetr.data.label_files import write_result
 from simdetr.data.labels import Labels
 from simdetr.data.storage import check_writable, write_scores
-from simdetr.evaluation.compare import comparison_table
 from simdetr.reports.drawing import write_pictures
 from simdetr.reports.prediction_samples import heat_maps as draw_heat_maps
 from simdetr.reports.prediction_samples import shown_score
@@ -21,18 +18,6 @@ from simdetr.training import inference
 from simdetr.training.relabel import Throughput
 
 OUT = Console()
-
-
-def pretrain(**arguments: Any) -> None:
-    """Pretrain a detector on unlabelled images: mine, cluster, then train and relabel for each stage.
-
-    The same command again resumes a run that was stopped.
-    """
-    run = pipeline.pretrain(**arguments)
-    trained = [run.detector(stage) for stage in run.stages() if run.has_detector(stage)]
-    if trained:
-        OUT.print(f"detector: {trained[-1]}; fine-tune it with simdetr finetune --init {run.path}", soft_wrap=True)
-    OUT.print(f"report: {run.report}", soft_wrap=True)
 
 
 def relabel(
@@ -67,11 +52,6 @@ def relabel(
     )
 
 
-def finetune(**arguments: Any) -> None:
-    """Train a detector on labelled images, from a pretrained one or from scratch."""
-    OUT.print(f"detector: {pipeline.finetune(**arguments)}", soft_wrap=True)
-
-
 def evaluate(
     images: Path,
     labels: Path,
@@ -103,11 +83,6 @@ def evaluate(
         OUT.print(f"{name:>22}  {shown_score(name, value)}", highlight=False)
     if out is not None:
         write_scores(scores, out)
-
-
-def compare(**arguments: Any) -> None:
-    """Fine-tune with and without the pretraining, with equal budgets, and print what it was worth."""
-    OUT.print(Markdown(comparison_table(pipeline.compare(**arguments))))
 
 
 def predict(
@@ -172,8 +147,3 @@ def _write_found(images: Path, checkpoint: Path, out: Path, **choices: Any) -> L
     found = inference.predict(images, checkpoint, quarantine=quarantine, **choices)
     OUT.print(write_result(found, out), soft_wrap=True)
     return found
-
-
-def report(**arguments: Any) -> None:
-    """Write the report page of a run from what is in its folder."""
-    OUT.print(f"report: {pipeline.report(**arguments)}", soft_wrap=True)

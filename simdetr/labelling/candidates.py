@@ -1,0 +1,280 @@
+"""Detections and a few labelled boxes in, candidates for labels out: the source stage of label, verify, correct.
+
+Every detection of the unlabelled images stays in the table with what speaks for and against it, so that a person can
+see why a box became a label and why another did not. Source: Kaul et al., Label, Verify, Correct (2022), section 3.
+
+Letters: M detections of all images together, C classes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from simdetr.boxes import pairwise_iou
+from simdetr.data.annotations import Category, LabelError
+from simdetr.data.label_files import read_labels, write_labels
+from simdetr.data.labels import Labels
+from simdetr.data.storage import atomic_path
+
+LOG = logging.getLogger(__name__)
+ScoreRule = Literal["absolute", "precision", "per_class_top"]
+KEPT = ""
+"""The reason of a candidate that nothing speaks against so far."""
+REASONS = {
+    KEPT: "kept",
+    "low_score": "the detector is not sure enough",
+    "holds_shots": "its image holds shots of its class, where what is unlabelled is left open",
+    "person": "a person labelled this object or this image",
+    "base_class": "it lies on an object of a class that was known before",
+    "too_small": "a side of less than 2 pixels",
+    "outside": "it lies outside the image",
+    "unreadable": "its image cannot be read",
+    "no_direction": "its crop looks like the mean of all shots",
+    "unknown_class": "there is no shot of its class",
+    "other_class": "the shots that it looks like are of another class",
+    "negative": "it looks like what a person said is none",
+    "tie": "as many of the nearest shots speak for another class",
+    "unsure": "the nearest shots of its class are hardly nearer than others",
+    "duplicate": "a surer candidate of its class lies on the same object",
+}
+"""What the codes of the column ``reason`` mean."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Boxes that may become labels, a row each, with what was found out about them.
+
+    Attributes:
+        labels: The detections, M boxes with the detector's scores.
+        reason: Object [M]: ``""`` for what is kept so far, else a key of ``REASONS``; the first that spoke against it.
+        evidence: Further columns [M, ...] by name, such as the vote of the nearest shots.
+    """
+
+    labels: Labels
+    reason: NDArray[np.object_]
+    evidence: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows = len(self.labels.boxes_xyxy)
+        for name, values in {"reason": self.reason, **self.evidence}.items():
+            if len(values) != rows:
+                raise ValueError(f"{name}: expected a value for each of {rows} candidates, got {len(values)}")
+        unknown = set(np.unique(self.reason.astype(str))) - REASONS.keys()
+        if unknown:
+            raise ValueError(f"reason: expected some of {', '.join(map(repr, REASONS))}, got {sorted(unknown)}")
+
+    @classmethod
+    def of(cls, detections: Labels) -> Candidates:
+        """All detections, with nothing against any."""
+        return cls(detections, np.full(len(detections.boxes_xyxy), KEPT, object))
+
+    @property
+    def kept(self) -> NDArray[np.int64]:
+        """Rows that nothing speaks against."""
+        return np.flatnonzero(self.reason == KEPT)
+
+    def reject(self, rows: NDArray[np.bool_], reason: str) -> Candidates:
+        """The same candidates, ``rows`` bool [M] of them rejected unless something spoke against them before."""
+        return replace(self, reason=np.where(rows & (self.reason == KEPT), reason, self.reason))
+
+    def reasons(self, found: NDArray[np.object_], rows: NDArray[np.int64]) -> Candidates:
+        """The same candidates with the reasons that a stage found for some rows, where nothing spoke before."""
+        reason = self.reason.copy()
+        reason[rows] = np.where(reason[rows] == KEPT, found, reason[rows])
+        return replace(self, reason=reason)
+
+    def with_evidence(self, **columns: NDArray[Any]) -> Candidates:
+        """The same candidates with more columns."""
+        return replace(self, evidence={**self.evidence, **columns})
+
+    def counts(self) -> dict[str, int]:
+        """How many were kept, and rejected for each reason that occurs, by what it means in ``REASONS``."""
+        codes, numbers = np.unique(self.reason.astype(str), return_counts=True)
+        found = dict(zip(codes.tolist(), numbers.tolist(), strict=True))
+        return {code or "kept": found[code] for code in REASONS if code in found}
+
+
+def write_candidates(candidates: Candidates, path: Path) -> None:
+    """Write the boxes to ``path`` (Parquet, as ``write_labels``) and reasons and evidence to ``<name>_why.parquet``."""
+    columns = {"reason": candidates.reason.astype(str), **candidates.evidence}
+    arrays = {
+        name: pa.array(values)
+        if values.ndim == 1
+        else pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1])
+        for name, values in columns.items()
+    }
+    with atomic_path(_why(path)) as temporary:
+        pq.write_table(pa.table(arrays), temporary)
+    write_labels(candidates.labels, path)
+
+
+def read_candidates(path: Path) -> Candidates:
+    """Read what ``write_candidates`` wrote."""
+    table = pq.read_table(_why(path))
+    columns = {}
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        values = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
+        columns[name] = values.to_numpy(zero_copy_only=False).reshape(
+            len(table), *([-1] if values is not column else [])
+        )
+    return Candidates(read_labels(path), columns.pop("reason").astype(object), columns)
+
+
+def _why(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_why.parquet")
+
+
+def default_rule(shots_per_class: int) -> ScoreRule:
+    """The score rule for so many shots: their precision on left-out shots says little of fewer than 5."""
+    return "precision" if shots_per_class >= 5 else "per_class_top"
+
+
+def thresholds(
+    candidates: Candidates,
+    rule: ScoreRule,
+    *,
+    min_score: float = 0.8,
+    most_per_class: int = 200,
+    left_out: tuple[NDArray[np.float32], NDArray[np.bool_]] | None = None,
+    precision: float = 0.8,
+) -> NDArray[np.float64]:
+    """The score above which a detection of each class is a candidate.
+
+    Scores of a focal loss are not those of a softmax: .8 may be out of reach, so that one number for all detectors, as
+    in the paper, does not do.
+
+    Args:
+        candidates: Only those that are kept count.
+        rule: ``absolute``: ``min_score``; ``per_class_top``: the best ``most_per_class`` of every class;
+            ``precision``: the smallest score above which ``precision`` of the detections of ``left_out`` are right.
+        min_score: Of ``absolute``; not part of it itself: .8 is out, 1 is in.
+        most_per_class: Of ``per_class_top``.
+        left_out: Scores [n] of detections on shots that the detector has not seen, and whether each is right [n].
+        precision: Of ``precision``.
+
+    Returns:
+        float64 [C]; scores above it are candidates.
+
+    Raises:
+        ValueError: ``precision`` without ``left_out``; an unknown rule.
+    """
+    count = candidates.labels.num_classes
+    if rule == "absolute":
+        return np.full(count, min_score)
+    if rule == "precision":
+        if left_out is None:
+            raise ValueError("left_out: expected scores on left-out shots for the rule 'precision', got None")
+        return np.full(count, precise_score(*left_out, precision))
+    if rule != "per_class_top":
+        raise ValueError(f"score_rule: expected 'absolute', 'precision' or 'per_class_top', got {rule!r}")
+    found = np.full(count, -1.0)
+    rows = candidates.kept
+    for category in range(count):
+        scores = np.sort(candidates.labels.scores[rows][candidates.labels.classes[rows] == category])[::-1]
+        if len(scores) > most_per_class:
+            found[category] = scores[most_per_class]
+    return found
+
+
+def precise_score(scores: NDArray[np.float32], right: NDArray[np.bool_], precision: float) -> float:
+    """The smallest score above which at least ``precision`` of the detections are right; infinity if there is none."""
+    order = np.argsort(-scores, kind="stable")
+    share = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
+    last_of_score = np.append(np.diff(scores[order]) != 0, [True] * (len(order) > 0)).astype(bool)
+    good = np.flatnonzero((share >= precision) & last_of_score)
+    if not len(good):
+        return float("inf")
+    return float(np.nextafter(scores[order][good[-1]], np.float32(-1.0)))
+
+
+def source(detections: Labels, shots: Labels, above: NDArray[np.float64], people: Labels | None = None) -> Candidates:
+    """The candidates among the detections of the unlabelled images.
+
+    Args:
+        detections: Of the detector that was trained on the shots, with its scores.
+        shots: The few labelled boxes; images that hold shots of a class give no candidates of that class, for what else
+            they hold of it is not labelled.
+        above: float64 [C], the score that a candidate of each class exceeds, see ``thresholds``.
+        people: Labels that people made on some of the images; detections there are no candidates.
+
+    Returns:
+        All detections, rejected as ``person``, ``holds_shots`` or ``low_score`` where they are.
+    """
+    candidates = Candidates.of(detections)
+    owners = detections.owners
+    if people is not None:
+        inspected = np.array([image_id in people for image_id in detections.image_ids], bool)
+        candidates = candidates.reject(inspected[owners], "person")
+    candidates = candidates.reject(on_shots(detections, shots), "person")
+    holds = holders(shots, detections.image_ids)
+    candidates = candidates.reject(holds[owners, detections.classes], "holds_shots")
+    return candidates.reject(detections.scores <= above[detections.classes], "low_score")
+
+
+def holders(labels: Labels, image_ids: tuple[str, ...]) -> NDArray[np.bool_]:
+    """Which of the images hold a box of each class of ``labels``: bool [images, C]."""
+    held = np.zeros((len(image_ids), labels.num_classes), bool)
+    for row, image_id in enumerate(image_ids):
+        if image_id in labels:
+            held[row, labels.of(image_id).classes] = True
+    return held
+
+
+def on_shots(detections: Labels, shots: Labels, iou: float = 0.5) -> NDArray[np.bool_]:
+    """Which detections overlap a labelled box of their image by more than ``iou``, whatever its class: bool [M]."""
+    covered = np.zeros(len(detections.boxes_xyxy), bool)
+    for row, image_id in enumerate(detections.image_ids):
+        if image_id in shots and len(shots.of(image_id)):
+            rows = slice(int(detections.offsets[row]), int(detections.offsets[row + 1]))
+            own, labelled = (
+                torch.from_numpy(boxes) for boxes in (detections.boxes_xyxy[rows], shots.of(image_id).boxes_xyxy)
+            )
+            covered[rows] = (pairwise_iou(own, labelled) > iou).any(dim=1).numpy()
+    return covered
+
+
+def check_shots(shots: Labels, negatives: Labels | None = None) -> tuple[Category, ...]:
+    """The classes that have shots; warns of those without any, and of boxes that contradict each other.
+
+    Raises:
+        LabelError: No class has a shot.
+    """
+    counts = np.bincount(shots.classes[~shots.crowd], minlength=shots.num_classes)
+    without = [category.name for category, count in zip(shots.categories, counts, strict=True) if count == 0]
+    if len(without) == shots.num_classes:
+        raise LabelError("shots: expected at least one box of a class, got none; draw one and run again")
+    if without:
+        LOG.warning("shots: %d classes have none and are left out: %s", len(without), ", ".join(without))
+    for contradiction in contradictions(shots, negatives):
+        LOG.warning("shots: %s", contradiction)
+    return tuple(category for category, count in zip(shots.categories, counts, strict=True) if count)
+
+
+def contradictions(shots: Labels, negatives: Labels | None = None, iou: float = 0.9) -> list[str]:
+    """Pairs of boxes in the same place of an image that say different things, a line each."""
+    found = []
+    for image in map(shots.image, range(len(shots))):
+        boxes = torch.from_numpy(image.boxes_xyxy)
+        same = torch.triu(pairwise_iou(boxes, boxes) > iou, diagonal=1).nonzero().tolist()
+        names = [shots.categories[c].name for c in image.classes]
+        found += [
+            f"{image.image_id} has the same box as {names[a]} and as {names[b]}"
+            for a, b in same
+            if names[a] != names[b]
+        ]
+        if negatives is not None and image.image_id in negatives:
+            denied = torch.from_numpy(negatives.of(image.image_id).boxes_xyxy)
+            rows = (pairwise_iou(boxes, denied) > iou).any(dim=1).nonzero().flatten().tolist()
+            found += [f"{image.image_id} has a box of {names[row]} that is among the negative ones too" for row in rows]
+    return found
