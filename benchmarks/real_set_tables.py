@@ -50,19 +50,6 @@ def paired_differences(rows: Iterable[Row], confidence: float = 0.95) -> list[Ro
     return found
 
 
-def label_summary(rows: Iterable[Row]) -> str:
-    """AR@10 and AP50 of the labels of every stage, a line per set."""
-    found = {(row["set"], row["stage"]): row for row in part(rows, "labels") if row["what"] == "labels"}
-    stages = sorted({stage for _, stage in found})
-    heads = [f"{key}, {f'stage {stage}' if stage else 'mined'}" for key in ("AR@10", "AP50") for stage in stages]
-    lines = ["| set | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
-    for name in dict.fromkeys(name for name, _ in found):
-        rows_of = [found.get((name, stage)) for stage in stages]
-        cells = [f"{100 * row[key]:.1f}" if row else "" for key in ("AR@10", "AP50") for row in rows_of]
-        lines.append(f"| {TITLES[name]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def label_table(rows: Iterable[Row]) -> str:
     """Quality of the labels of every stage, and of what each stage's detector finds alone."""
     lines = ["| set | labels of | boxes per image | AR@1 | AR@10 | AR@100 | AP50 | AP |", "|---|---|" + "--:|" * 6]
@@ -98,30 +85,26 @@ def finetuning_table(rows: Sequence[Row]) -> str:
 
 
 def real_sets(result: dict[str, Any]) -> str:
-    """What pretraining is worth: fine-tunings from few labels, and the labels of every stage."""
-    rows, parts = result["rows"], []
-    if part(rows, "finetune"):
-        parts.append(
-            "COCO's AP in percent on validation images after fine-tuning on few labels, with equal labels, steps, "
-            "rates and architecture; mean ± deviation over seeds. *Backbone only* is an EfficientNet-Lite0 with "
-            "ImageNet weights and a new transformer, what a user has without simdetr; the *stages* were pretrained "
-            "from it on the training images without labels. The difference is paired by seed, with its 95 % "
-            "interval.\n\n" + finetuning_table(rows)
-        )
-    if part(rows, "labels"):
-        parts.append(f"The labels of every stage, {_what_labels(rows)}:\n\n" + label_summary(rows))
-    return "\n".join(parts)
+    """What pretraining is worth: fine-tunings from few labels."""
+    rows = result["rows"]
+    return (
+        "COCO's AP in percent on validation images after fine-tuning on few labels, with equal labels, steps, "
+        "rates and architecture; mean ± deviation over seeds. *Backbone only* is an EfficientNet-Lite0 with "
+        "ImageNet weights and a new transformer, what a user has without simdetr; the *stages* were pretrained "
+        f"from it without labels, on {_pretrained_on(rows)}. The difference is paired by seed, with its 95 % "
+        "interval.\n\n" + finetuning_table(rows)
+    )
 
 
 def stage_labels(result: dict[str, Any]) -> str:
     """The labels of every stage, and its detector alone."""
     rows = result["rows"]
-    return f"**The labels of every stage**, {_what_labels(rows)}:\n\n" + label_table(rows)
-
-
-def _what_labels(rows: Sequence[Row]) -> str:
-    images = ", ".join(f"{row['images']:,} of {TITLES[row['set']]}" for row in part(rows, "pretrain"))
     return (
-        f"class-agnostic, in percent, on validation images that no stage saw (pretrained on {images} images, as "
-        "`benchmarks/real_sets.yaml` says)"
+        "**The labels of every stage**, class-agnostic, in percent, on validation images that no stage saw "
+        f"(pretrained on {_pretrained_on(rows)}):\n\n" + label_table(rows)
     )
+
+
+def _pretrained_on(rows: Sequence[Row]) -> str:
+    images = ", ".join(f"{row['images']:,} images of {TITLES[row['set']]}" for row in part(rows, "pretrain"))
+    return f"{images}, as `benchmarks/real_sets.yaml` says"

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -138,6 +144,27 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def recipe(tiny_config, scenes):
+    """A recipe on the twelve scenes; later options win."""
+    from simdetr.recipe import Recipe
+
+    def make(*options, images=scenes):
+        data = (f"--data.images={images}", f"--data.labels={images / 'instances.json'}")
+        return Recipe((str(tiny_config),), (*data, *options))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real test sets; the test is skipped where there is none."""
+    folder = Path(os.environ.get("SIMDETR_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real images: {folder} does not exist (set SIMDETR_DATA)")
+    return folder
+
+
+@pytest.fixture
 def learned_backbone(tmp_path: Path) -> str:
     """Backbone weights of ``TINY_DETECTOR`` whose batch norm has seen images, as that of any learned weights has."""
     state = timm.create_model("test_resnet", num_classes=0).state_dict()
@@ -161,6 +188,58 @@ def own_scenes(scenes: Path, tmp_path: Path) -> Path:
         (folder / image["file_name"]).write_bytes((scenes / image["file_name"]).read_bytes())
     (folder / "instances.json").write_text(json.dumps(content))
     return folder
+
+
+DIE = """
+import os, signal
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope="session")
+def run_until_killed() -> Callable[..., None]:
+    """Runs a script in a process of its own, with words as its arguments, until it calls ``die``, which is kill -9."""
+
+    def run(script: str, *words: object) -> None:
+        command = [sys.executable, "-c", DIE + script, *map(str, words)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[..., None]:
+    """Waits until a condition holds, five minutes at most; tells what processes said that ended before."""
+
+    def wait(condition: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 300
+        while not condition() and all(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert condition(), [process.stderr.read() for process in processes if process.poll() is not None]
+
+    return wait
+
+
+@pytest.fixture
+def resume_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """Copies of a training's folder, as a kill right after each save would leave it."""
+    from simdetr.training.train import ResumePoint
+
+    copies: list[Path] = []
+    save = ResumePoint._save_if_time
+
+    def save_and_copy(self: ResumePoint, trainer: object) -> None:
+        before = self._last_step
+        save(self, trainer)
+        if self._last_step != before:
+            copies.append(tmp_path / f"copy{len(copies)}")
+            shutil.copytree(self.path.parent.parent, copies[-1])
+
+    monkeypatch.setattr(ResumePoint, "_save_if_time", save_and_copy)
+    return copies
 
 
 @pytest.fixture(scope="session")

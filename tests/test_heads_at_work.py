@@ -139,7 +139,6 @@ def test_localisation_from_classes_of_images_to_heat_maps(localisation, scenes, 
     cli.main([*command, f"--out={scores}"])
     numbers = json.loads(scores.read_text())
     assert {"MaxBoxAcc", "MaxBoxAccV2", "CAM MaxBoxAccV2", "centre MaxBoxAccV2", "Top-1 Loc"} <= set(numbers)
-    assert all(0 <= numbers[name] <= 1 for name in ("MaxBoxAcc", "MaxBoxAccV2", "centre MaxBoxAcc"))
     assert "MaxBoxAccV2" in capsys.readouterr().out
 
 

@@ -21,12 +21,6 @@ from simdetr.training.run_folder import RunFolder, RunMismatchError
 from simdetr.training.train import AtomicCheckpointIO, ResumePoint, train
 
 
-@pytest.fixture
-def recipe(tiny_config, scenes):
-    data = (f"--data.images={scenes}", f"--data.labels={scenes / 'instances.json'}")
-    return lambda *options: Recipe((str(tiny_config),), (*data, *options))
-
-
 def test_the_same_yaml_runs_under_lightning_and_under_the_pipeline(recipe, tmp_path):
     made = recipe("--self_training.checkpoint_every_steps=1")
     train(made.training(tmp_path / "own"), tmp_path / "own")

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -12,16 +11,6 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from simdetr.commands import main as cli
 from simdetr.commands.main import COMMANDS, fold_options, main, one_line
 from simdetr.data.label_files import read_labels
-
-
-def fails(capsys, *arguments: object) -> str:
-    """Run a command that must fail, and give the one line that it says."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    assert caught.value.code == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def names(commands, prefix=()):
@@ -37,13 +26,11 @@ def test_help_of_every_command(command, capsys):
     assert "usage:" in capsys.readouterr().out
 
 
-def test_help_is_fast_and_import_is_quiet():
-    start = time.perf_counter()
+def test_help_imports_nothing_heavy_and_import_is_quiet():
     heavy = "[name for name in ('torch', 'pytorch_lightning') if name in sys.modules]"
     code = f"import sys, simdetr, simdetr.commands.main; simdetr.commands.main.command_parser([]); print({heavy})"
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
-    assert time.perf_counter() - start < 10  # seconds less on a machine that does nothing else
 
 
 def test_options_and_configs_are_folded():
@@ -90,9 +77,8 @@ def test_cluster_says_every_iteration_and_shares_work_under_torchrun(run, tmp_pa
     assert records[0]["sizes"] == records[1]["sizes"]
 
 
-def test_too_few_regions_are_one_clear_line(scenes, tiny_config, tmp_path, capsys):
-    line = fails(
-        capsys, "pretrain", "--images", scenes, "--out", tmp_path, "--config", tiny_config,
+def test_too_few_regions_are_one_clear_line(scenes, tiny_config, tmp_path, error_of):
+    line = error_of("pretrain", "--images", scenes, "--out", tmp_path, "--config", tiny_config,
         "--clustering.num_classes", 5000,
     )  # fmt: skip
     assert "5000" in line.replace(",", "")
@@ -115,9 +101,9 @@ def test_too_few_regions_are_one_clear_line(scenes, tiny_config, tmp_path, capsy
         ("quickstart --images {scenes}", "give --labels"),
     ],
 )
-def test_users_mistakes_are_one_line(arguments, said, run, scenes, tiny_config, tmp_path, capsys):
+def test_users_mistakes_are_one_line(arguments, said, run, scenes, tiny_config, tmp_path, error_of):
     words = arguments.format(tmp=tmp_path, scenes=scenes, run=run, config=tiny_config).split()
-    assert said in fails(capsys, *words)
+    assert said in error_of(*words)
 
 
 def test_debug_shows_where_it_happened(tmp_path):

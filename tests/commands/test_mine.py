@@ -181,15 +181,6 @@ def fit(*arguments: object) -> None:
     main(["encoder", "fit", *map(str, arguments)])
 
 
-def fails(capsys, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as caught:
-        fit(*arguments)
-    assert caught.value.code == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(lines) == 1
-    return lines[0]
-
-
 def test_recipe_shrunk_by_options_fits_probes_and_says_where(scenes, tmp_path, capsys):
     truth = scenes / "instances.json"
     fit("--config", CONFIG, *SMALL_FIT, "--images", scenes, "--out", tmp_path / "e", "--truth", truth)
@@ -213,28 +204,25 @@ def test_epochs_on_the_command_line_replace_the_steps_of_a_config(scenes, tmp_pa
     assert json.loads((tmp_path / "e" / "encoder.json").read_text())["steps"] == 3
 
 
-def test_bad_input_is_one_line(scenes, tmp_path, capsys):
+def test_bad_input_is_one_line(scenes, tmp_path, error_of):
+    command = ("encoder", "fit", *SMALL_FIT)
     (tmp_path / "empty").mkdir()
     (tmp_path / "one").mkdir()
     some = next((scenes / "images").iterdir())
     (tmp_path / "one" / some.name).write_bytes(some.read_bytes())
     out = ("--out", tmp_path / "e")
-    assert "holds no images" in fails(capsys, *SMALL_FIT, "--images", tmp_path / "empty", *out)
-    assert "number of images, got 4 for 1 in" in fails(capsys, *SMALL_FIT, "--images", tmp_path / "one", *out)
-    assert "did you mean" in fails(capsys, *SMALL_FIT, "--model", "resnet19", "--images", scenes, *out)
-    assert "batch_size: expected at least 2, got 1" in fails(
-        capsys, *SMALL_FIT, "--batch_size", 1, "--images", scenes, *out
-    )
-    assert "objective: expected vicreg, dino" in fails(
-        capsys, *SMALL_FIT, "--objective", "moco", "--images", scenes, *out
-    )
-    assert "does not exist" in fails(capsys, *SMALL_FIT, "--images", tmp_path / "nowhere", *out)
+    assert "holds no images" in error_of(*command, "--images", tmp_path / "empty", *out)
+    assert "number of images, got 4 for 1 in" in error_of(*command, "--images", tmp_path / "one", *out)
+    assert "did you mean" in error_of(*command, "--model", "resnet19", "--images", scenes, *out)
+    assert "batch_size: expected at least 2, got 1" in error_of(*command, "--batch_size", 1, "--images", scenes, *out)
+    assert "objective: expected vicreg, dino" in error_of(*command, "--objective", "moco", "--images", scenes, *out)
+    assert "does not exist" in error_of(*command, "--images", tmp_path / "nowhere", *out)
     assert not (tmp_path / "e").exists()
 
 
-def test_missing_lightly_says_what_to_install(scenes, tmp_path, capsys, monkeypatch):
+def test_missing_lightly_says_what_to_install(scenes, tmp_path, monkeypatch, error_of):
     monkeypatch.setitem(sys.modules, "lightly", None)  # as if it were not installed
-    message = fails(capsys, *SMALL_FIT, "--images", scenes, "--out", tmp_path / "e")
+    message = error_of("encoder", "fit", *SMALL_FIT, "--images", scenes, "--out", tmp_path / "e")
     assert "pip install 'simdetr[ssl]'" in message
 
 

@@ -1,7 +1,6 @@
 """Small images and COCO files, made where a test asks for them."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +38,3 @@ def coco_file(tmp_path: Path):
         return path
 
     return make
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real test sets; the test is skipped where there is none."""
-    default = Path(__file__).resolve().parents[3] / "shared" / "data"
-    folder = Path(os.environ.get("SIMDETR_DATA", default))
-    if not folder.is_dir():
-        pytest.skip(f"no real images: {folder} does not exist (set SIMDETR_DATA)")
-    return folder

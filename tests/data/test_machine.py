@@ -26,8 +26,10 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE"), ("", "")])
+@pytest.mark.parametrize(
+    ("start", "own", "expected"),
+    [("python -m", None, "PASSIVE"), ("command", None, "PASSIVE"), ("command", "ACTIVE", "ACTIVE")],
+)
 def test_threads_wait_passively_before_torch_is_imported(start, own, expected, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {} if own is None else {"OMP_WAIT_POLICY": own}
@@ -52,6 +54,8 @@ def test_a_call_of_main_leaves_the_environment_alone(monkeypatch):
         ({}, False, {"OMP_WAIT_POLICY": "PASSIVE"}),
         ({}, True, {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}),
         ({"OMP_NUM_THREADS": "4"}, True, {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "4"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, False, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"OMP_WAIT_POLICY": ""}, False, {"OMP_WAIT_POLICY": ""}),
     ],
 )
 def test_a_thread_is_spared_on_a_busy_machine(monkeypatch, before, busy, expected):

@@ -27,18 +27,6 @@ def _no_choice_from_outside(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
 
 
-def random_inputs(seed=0, batch=1, heads=2, dim=2, queries=2, points=2, shapes=SHAPES):
-    generator = torch.Generator().manual_seed(seed)
-
-    def rand(*size):
-        return torch.rand(*size, generator=generator, dtype=torch.float64)
-
-    value = rand(batch, sum(h * w for h, w in shapes), heads, dim)
-    locations = rand(batch, queries, heads, len(shapes), points, 2) * 1.6 - 0.3
-    weights = rand(batch, queries, heads, len(shapes) * points).softmax(-1).unflatten(-1, (len(shapes), points))
-    return value, locations, weights
-
-
 def bilinear(level, x, y):
     """Bilinear sample of [h, w, D] at continuous pixel coordinates; outside is zero."""
     height, width = level.shape[:2]
@@ -70,21 +58,21 @@ def by_loops(value, shapes, locations, weights):
 
 @on_cpu
 @pytest.mark.parametrize("seed", range(5))
-def test_matches_explicit_loops(seed, implementation):
-    value, locations, weights = random_inputs(seed, batch=2, heads=3, dim=5, queries=4)
+def test_matches_explicit_loops(seed, implementation, attention_inputs):
+    value, locations, weights = attention_inputs(SHAPES, seed=seed, batch=2, heads=3, dim=5, queries=4)
     found = multi_scale_deformable_attention(value, SHAPES, locations, weights, implementation)
     torch.testing.assert_close(found, by_loops(value, SHAPES, locations, weights), rtol=0, atol=1e-12)
 
 
 @on_cpu
-def test_passes_gradcheck(implementation):
-    """Locations reach from -0.3 to 1.3; nine queries give the coarse level more points than cells, not the fine one."""
-    value, locations, weights = (tensor.requires_grad_() for tensor in random_inputs(seed=2, queries=9))
+def test_passes_gradcheck(implementation, attention_inputs):
+    """Some places lie outside; nine queries give the coarse level more points than cells, not the fine one."""
 
     def function(v, x, w):
         return multi_scale_deformable_attention(v, SHAPES, x, w, implementation)
 
-    assert torch.autograd.gradcheck(function, (value, locations, weights))
+    inputs = [tensor.requires_grad_() for tensor in attention_inputs(SHAPES, seed=2, dim=2, queries=9)]
+    assert torch.autograd.gradcheck(function, inputs)
 
 
 @on_cpu
@@ -110,8 +98,8 @@ def test_constant_map_returns_the_constant_inside_and_fades_outside(implementati
 
 @on_cpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_reduced_precision_is_computed_in_float32(dtype, implementation):
-    value, locations, weights = (tensor.float() for tensor in random_inputs())
+def test_reduced_precision_is_computed_in_float32(dtype, implementation, attention_inputs):
+    value, locations, weights = (tensor.float() for tensor in attention_inputs(SHAPES))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = multi_scale_deformable_attention(value.to(dtype), SHAPES, locations, weights, implementation)
     expected = multi_scale_deformable_attention(value.to(dtype).float(), SHAPES, locations, weights, implementation)
@@ -196,10 +184,8 @@ def test_heads_must_divide_the_width():
 
 
 @on_cpu
-def test_levels_without_cells_count_as_zero(implementation):
-    value, locations, weights = (
-        tensor.requires_grad_() for tensor in random_inputs(3, shapes=[(6, 4), (0, 3), (3, 2)])
-    )
+def test_levels_without_cells_count_as_zero(implementation, attention_inputs):
+    value, locations, weights = (tensor.requires_grad_() for tensor in attention_inputs([(6, 4), (0, 3), (3, 2)]))
     found = multi_scale_deformable_attention(value, [(6, 4), (0, 3), (3, 2)], locations, weights, implementation)
     filled = [0, 2]
     expected = by_loops(value, SHAPES, locations[:, :, :, filled], weights[:, :, :, filled])
@@ -210,16 +196,17 @@ def test_levels_without_cells_count_as_zero(implementation):
 
 @on_cpu
 @pytest.mark.parametrize(("batch", "queries"), [(2, 0), (0, 3)])
-def test_nothing_to_compute(implementation, batch, queries):
-    value, locations, weights = (tensor.requires_grad_() for tensor in random_inputs(batch=batch, queries=queries))
+def test_nothing_to_compute(implementation, batch, queries, attention_inputs):
+    value, locations, weights = attention_inputs(SHAPES, batch=batch, queries=queries)
+    value.requires_grad_()
     found = multi_scale_deformable_attention(value, SHAPES, locations, weights, implementation)
-    assert found.shape == (batch, queries, 4)
+    assert found.shape == (batch, queries, 8)
     found.sum().backward()
     assert value.grad.count_nonzero() == 0
 
 
-def test_sizes_must_fit_together():
-    value, locations, weights = random_inputs()
+def test_sizes_must_fit_together(attention_inputs):
+    value, locations, weights = attention_inputs(SHAPES)
     with pytest.raises(ValueError, match=r"shapes must have as many cells.*\(3, 3\)\] and 30"):
         multi_scale_deformable_attention(value, [(6, 4), (3, 3)], locations, weights)
     with pytest.raises(ValueError, match="one at least"):
@@ -238,8 +225,8 @@ def used_names(monkeypatch):
     return used
 
 
-def test_argument_before_environment_before_choice(monkeypatch):
-    inputs = random_inputs()
+def test_argument_before_environment_before_choice(monkeypatch, attention_inputs):
+    inputs = attention_inputs(SHAPES)
     used = used_names(monkeypatch)
     multi_scale_deformable_attention(inputs[0], SHAPES, *inputs[1:])
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "grid_sample")

@@ -20,6 +20,7 @@ from simdetr.detectors.deformable_attention_triton import by_triton, try_out  # 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 USUAL = [(6, 4), (3, 2)]
+FLOAT = torch.float32
 
 
 def on_device(test):
@@ -37,15 +38,6 @@ def test_through_the_interpreter():
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout[-5000:]
     assert " passed" in result.stdout
-
-
-def random_inputs(shapes, batch=1, heads=2, dim=4, queries=5, points=2, seed=0):
-    """Float32 values, places from -0.4 to 1.4 and weights."""
-    generator = torch.Generator().manual_seed(seed)
-    cells, levels = sum(height * width for height, width in shapes), len(shapes)
-    value = torch.randn(batch, cells, heads, dim, generator=generator)
-    locations = torch.rand(batch, queries, heads, levels, points, 2, generator=generator) * 1.8 - 0.4
-    return value, locations, torch.rand(batch, queries, heads, levels, points, generator=generator)
 
 
 def results(function, shapes, inputs, grad):
@@ -84,15 +76,15 @@ def relative_errors(shapes, inputs):
     ],
     ids=["odd sizes", "one cell wide", "one level", "empty levels", "five levels"],
 )
-def test_float32_agrees_with_float64(shapes, sizes):
-    assert max(relative_errors(shapes, random_inputs(shapes, **sizes))) < 1e-5
+def test_float32_agrees_with_float64(shapes, sizes, attention_inputs):
+    assert max(relative_errors(shapes, attention_inputs(shapes, dtype=FLOAT, **sizes))) < 1e-5
 
 
 @on_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_reduced_values_with_full_locations(dtype):
+def test_reduced_values_with_full_locations(dtype, attention_inputs):
     """As under autocast: sums are float32, so only results in the reduced type are rounded, and only once."""
-    value, locations, weights = random_inputs(USUAL, queries=40)
+    value, locations, weights = attention_inputs(USUAL, dtype=FLOAT, queries=40)
     output, grad_value, grad_locations, grad_weights = relative_errors(USUAL, (value.to(dtype), locations, weights))
     once = torch.finfo(dtype).eps
     assert max(output, grad_value) < once
@@ -101,15 +93,15 @@ def test_reduced_values_with_full_locations(dtype):
 
 @on_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_everything_reduced(dtype):
-    inputs = [tensor.to(dtype) for tensor in random_inputs(USUAL)]
+def test_everything_reduced(dtype, attention_inputs):
+    inputs = [tensor.to(dtype) for tensor in attention_inputs(USUAL, dtype=FLOAT)]
     assert max(relative_errors(USUAL, inputs)) < torch.finfo(dtype).eps
 
 
 @on_device
 @pytest.mark.parametrize("sizes", [{"queries": 0}, {"batch": 0}])
-def test_nothing_to_compute(sizes):
-    inputs = [tensor.to(DEVICE).requires_grad_() for tensor in random_inputs(USUAL, **sizes)]
+def test_nothing_to_compute(sizes, attention_inputs):
+    inputs = [tensor.to(DEVICE).requires_grad_() for tensor in attention_inputs(USUAL, dtype=FLOAT, **sizes)]
     found = by_triton(inputs[0], USUAL, inputs[1], inputs[2])
     assert found.shape == (inputs[1].shape[0], inputs[1].shape[1], 8)
     found.sum().backward()
@@ -117,8 +109,8 @@ def test_nothing_to_compute(sizes):
 
 
 @on_device
-def test_any_memory_layout():
-    value, locations, weights = (tensor.to(DEVICE) for tensor in random_inputs(USUAL))
+def test_any_memory_layout(attention_inputs):
+    value, locations, weights = (tensor.to(DEVICE) for tensor in attention_inputs(USUAL, dtype=FLOAT))
     turned = value.transpose(1, 2).contiguous().transpose(1, 2)
     assert not turned.is_contiguous()
     torch.testing.assert_close(
@@ -127,24 +119,27 @@ def test_any_memory_layout():
 
 
 @on_device
-def test_places_far_outside_read_nothing():
-    value, locations, weights = random_inputs(USUAL)
+def test_places_far_outside_read_nothing(attention_inputs):
+    value, locations, weights = attention_inputs(USUAL, dtype=FLOAT)
     locations[0, 0], locations[0, 1], locations[0, 2] = float("inf"), -1e30, 1e9
     assert by_triton(value.to(DEVICE), USUAL, locations.to(DEVICE), weights.to(DEVICE))[0, :3].count_nonzero() == 0
 
 
 @on_device
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # within opcheck
-def test_is_a_well_behaved_operator():
-    inputs = [tensor.to(DEVICE).requires_grad_() for tensor in random_inputs([(3, 2)], queries=2, heads=1, points=1)]
+def test_is_a_well_behaved_operator(attention_inputs):
+    inputs = [
+        tensor.to(DEVICE).requires_grad_()
+        for tensor in attention_inputs([(3, 2)], dtype=FLOAT, queries=2, heads=1, points=1)
+    ]
     arguments = (inputs[0], [3, 2], inputs[1], inputs[2])
     found = torch.library.opcheck(deformable_attention_triton._forward, arguments)
     assert set(found.values()) == {"SUCCESS"}
 
 
 @on_device
-def test_compiles_without_graph_breaks():
-    inputs = [tensor.to(DEVICE).requires_grad_() for tensor in random_inputs(USUAL, queries=3, heads=1)]
+def test_compiles_without_graph_breaks(attention_inputs):
+    inputs = [tensor.to(DEVICE).requires_grad_() for tensor in attention_inputs(USUAL, dtype=FLOAT, queries=3, heads=1)]
 
     def loss(value, locations, weights):
         return by_triton(value, USUAL, locations, weights).square().sum()
@@ -167,13 +162,13 @@ def test_try_out_finds_wrong_numbers(monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 @pytest.mark.parametrize("element", ["fp32", "bf16"])
-def test_compiles_for_a_gpu_that_is_not_here(kernel, element):
+def test_compiles_for_a_gpu_that_is_not_here(kernel, element, attention_inputs):
     """Whole rows are loaded at once, and on Hopper added at once."""
     pytest.importorskip("triton", minversion="3.5", reason="its compiler was called otherwise")
     from triton.backends.compiler import GPUTarget
 
     function = getattr(deformable_attention_triton, f"_{kernel}_kernel")
-    value, locations, _ = random_inputs(USUAL, heads=8, dim=32, points=4)
+    value, locations, _ = attention_inputs(USUAL, dtype=FLOAT, heads=8, dim=32, points=4)
     warps = {"forward": 4, "backward": 1}[kernel]
     constants = deformable_attention_triton._options(value, locations, warps)
     options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}

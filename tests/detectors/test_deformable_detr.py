@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 
-from simdetr.boxes import cxcywh_to_xyxy, pairwise_iou
-from simdetr.detectors import DeformableDETR, DetectionLoss, postprocess
+from simdetr.detectors import DeformableDETR, DetectionLoss
 
 TRAINABLE = {
     "base": ({}, 39_847_265),
@@ -255,64 +254,22 @@ def test_mask_of_another_size(make_deformable, batch):
         make_deformable("base")(batch[0], batch[1][:, ::2, ::2])
 
 
-def rectangles():
-    """Two images of coloured rectangles on grey, 96 px, with their boxes and colours as classes."""
-    places = [[(8, 12, 48, 44, 0), (52, 50, 90, 88, 1)], [(20, 40, 80, 90, 2)]]
-    images, targets = torch.full((2, 3, 96, 96), 0.0), []
-    for image, boxes in enumerate(places):
-        for x0, y0, x1, y1, colour in boxes:
-            images[image, :, y0:y1, x0:x1] = -1.0
-            images[image, colour, y0:y1, x0:x1] = 2.0
-        xyxy = torch.tensor([box[:4] for box in boxes], dtype=torch.float32)
-        cxcywh = torch.cat(((xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]), dim=1) / 96
-        targets.append({"labels": torch.tensor([box[4] for box in boxes]), "boxes": cxcywh})
-    return images, targets
-
-
-def overfit(detector, steps, lr=4e-4):
-    """Train on the two images; first and last loss."""
-    images, targets = rectangles()
-    criterion, optimiser = DetectionLoss(), torch.optim.AdamW(detector.parameters(), lr=lr)
-    losses = []
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for _ in range(steps):
-            loss = criterion(detector(images), targets)["loss"]
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.1)
-            optimiser.step()
-            losses.append(loss.item())
-    return losses[0], losses[-1]
-
-
-def best_boxes_are_right(detector, min_iou):
-    images, targets = rectangles()
-    with torch.no_grad():
-        detections = postprocess(detector.eval()(images), [(96, 96)] * 2)
-    for found, target in zip(detections, targets, strict=True):
-        count = len(target["labels"])
-        ious = pairwise_iou(cxcywh_to_xyxy(target["boxes"]) * 96, found["boxes_xyxy"][:count])
-        assert (ious.amax(dim=1) > min_iou).all(), ious
-        assert sorted(found["labels"][:count].tolist()) == sorted(target["labels"].tolist())
-
-
 def overfitting_detector(make_deformable, variant):
     changes = {"num_classes": 3, "frozen_batch_norm": False, "freeze_stem": False, "dropout": 0.0, "num_queries": 10}
     return make_deformable(variant, backbone="resnet10t", **changes)
 
 
-def test_learns_two_images_a_little(make_deformable):
+def test_learns_two_images_a_little(make_deformable, learn, assert_best_boxes_are_right):
     detector = overfitting_detector(make_deformable, "refine")
-    first, last = overfit(detector, steps=60)
+    first, last = learn(detector, steps=60, lr=4e-4)
     assert last < first / 3
-    best_boxes_are_right(detector, min_iou=0.5)
+    assert_best_boxes_are_right(detector, min_iou=0.5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["base", "refine", "two_stage"])
-def test_learns_two_images_by_heart(variant, make_deformable):
+def test_learns_two_images_by_heart(variant, make_deformable, learn, assert_best_boxes_are_right):
     detector = overfitting_detector(make_deformable, variant)
-    first, last = overfit(detector, steps=300)
+    first, last = learn(detector, steps=300, lr=4e-4)
     assert last < first / 10
-    best_boxes_are_right(detector, min_iou=0.9)
+    assert_best_boxes_are_right(detector, min_iou=0.9)

@@ -18,7 +18,7 @@ from simdetr.data.pretrained_weights import load_into
 from simdetr.detectors import DetectionLoss
 from simdetr.detectors.losses import in_graph, valid_sizes
 from simdetr.detectors.predictions import postprocess
-from simdetr.exchange.weights import build_detector
+from simdetr.exchange.weights import build_detector, checkpoint_config, load_detector, load_weights, save_detector
 
 
 def random_outputs(seed=0, batch=2, queries=6, classes=4, layers=2, cells=0):
@@ -414,6 +414,24 @@ def test_a_broken_prediction_reaches_the_loss(name, detectors, scene):
             if parameter.dim() > 1:
                 parameter.fill_(torch.nan)
     assert not torch.isfinite(loss_of(detector, *scene)["loss"])
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMERS, *TORCHVISION])
+def test_round_trip_over_a_folder(name, detectors, scene, make_other, tmp_path):
+    detector = detectors(name).eval()
+    save_detector(detector, checkpoint_config(detector, None), tmp_path)
+    again = load_detector(tmp_path).detector
+    assert again.init_args == detector.init_args
+    state = detector.state_dict()
+    assert state.keys() == again.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+    with torch.no_grad():
+        found, expected = again(*scene[:2]), detector(*scene[:2])
+    assert all(torch.equal(found[key], expected[key]) for key in ("pred_logits", "pred_boxes"))
+    if name in TORCHVISION:
+        report = load_weights(make_other(name, num_classes=2), tmp_path)
+        assert report.replaced and not report.missing and not report.unexpected
+        assert all("cls" in key or "box_predictor" in key or "classification" in key for key in report.replaced)
 
 
 @pytest.mark.parametrize("name", [*TRANSFORMERS, *TORCHVISION])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from simdetr.boxes import cxcywh_to_xyxy, denormalise, pairwise_iou
-from simdetr.detectors import ViDT, postprocess
+from simdetr.boxes import denormalise
+from simdetr.detectors import ViDT
 from simdetr.detectors.deformable_detr import BoxHead
 from simdetr.detectors.deformable_transformer import LayerSizes, cell_boxes, flatten_maps, inverse_sigmoid
 from simdetr.detectors.detector import softmax_log_odds
@@ -318,51 +318,13 @@ def test_sizes_that_do_not_fit(changes, message):
         make_vidt(**changes)
 
 
-def rectangles():
-    """Two images of coloured rectangles on grey, 96 px, with their boxes, masks and colours as classes."""
-    places = [[(8, 12, 48, 44, 0), (52, 50, 90, 88, 1)], [(20, 40, 80, 90, 2)]]
-    images, targets = torch.zeros(2, 3, 96, 96), []
-    for image, boxes in enumerate(places):
-        masks = torch.zeros(len(boxes), 96, 96, dtype=torch.bool)
-        for index, (x0, y0, x1, y1, colour) in enumerate(boxes):
-            images[image, :, y0:y1, x0:x1] = -1.0
-            images[image, colour, y0:y1, x0:x1] = 2.0
-            masks[index, y0:y1, x0:x1] = True
-        xyxy = torch.tensor([box[:4] for box in boxes], dtype=torch.float32)
-        cxcywh = torch.cat(((xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]), dim=1) / 96
-        targets.append({"labels": torch.tensor([box[4] for box in boxes]), "boxes": cxcywh, "masks": masks})
-    return images, targets
-
-
-def learn(detector, steps, lr=5e-4):
-    """Train on the two images; first and last loss."""
-    images, targets = rectangles()
-    mask = torch.zeros(2, 96, 96, dtype=torch.bool)
-    optimiser, losses = torch.optim.AdamW(detector.train().parameters(), lr=lr), []
-    for _ in range(steps):
-        loss = detector.losses(images, mask, targets)["loss"]
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.1)
-        optimiser.step()
-        losses.append(loss.item())
-    return losses[0], losses[-1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plus", "vidt", "neck_free"])
-def test_learns_two_images_by_heart(variant):
+def test_learns_two_images_by_heart(variant, learn, assert_best_boxes_are_right):
     detector = make_vidt(variant, num_classes=3, hidden_dim=64)
-    first, last = learn(detector, steps=400)
+    first, last = learn(detector, steps=400, lr=5e-4)
     assert last < first / 4
-    images, targets = rectangles()
-    with torch.no_grad():
-        detections = postprocess(detector.eval()(images), [(96, 96)] * 2)
-    for found, target in zip(detections, targets, strict=True):
-        count = len(target["labels"])
-        ious = pairwise_iou(cxcywh_to_xyxy(target["boxes"]) * 96, found["boxes_xyxy"][:count])
-        assert (ious.amax(dim=1) > 0.8).all(), ious
-        assert sorted(found["labels"][:count].tolist()) == sorted(target["labels"].tolist())
+    assert_best_boxes_are_right(detector, min_iou=0.8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

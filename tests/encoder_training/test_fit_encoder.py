@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +19,6 @@ from simdetr.encoder_training.probe import read_rows
 from simdetr.mining import FittedEncoder, MiningConfig, TimmEncoder, mine_batch
 from simdetr.training.detection_task import NonFiniteLossError
 from simdetr.training.run_folder import RunMismatchError
-from simdetr.training.train import ResumePoint
 
 # three batches of four images per epoch
 TINY = EncoderFitConfig(
@@ -60,23 +53,6 @@ def equal(a: Path, b: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.fixture
-def resume_points(monkeypatch, tmp_path):
-    """Copies of the run's folder as a kill right after each save would leave it."""
-    copies: list[Path] = []
-    save = ResumePoint._save_if_time
-
-    def save_and_copy(self, trainer):
-        before = self._last_step
-        save(self, trainer)
-        if self._last_step != before:
-            copies.append(tmp_path / f"copy{len(copies)}")
-            shutil.copytree(self.path.parent.parent, copies[-1])
-
-    monkeypatch.setattr(ResumePoint, "_save_if_time", save_and_copy)
-    return copies
-
-
 @pytest.mark.parametrize("config", [TINY, DINO], ids=["steps", "teacher"])
 def test_every_resume_point_leads_to_the_same_weights(config, scenes, tmp_path, resume_points):
     often = replace(config, model="test_resnet", checkpoint_every_steps=1)
@@ -91,29 +67,25 @@ def test_every_resume_point_leads_to_the_same_weights(config, scenes, tmp_path, 
     assert not torch.equal(weights(whole)["conv1.0.weight"], start["conv1.0.weight"])
 
 
-def test_killed_process_resumes(scenes, tmp_path):
+def test_killed_process_resumes(scenes, tmp_path, run_until_killed):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     config = replace(DINO, checkpoint_every_steps=2)
     fit_encoder(scenes, whole, config, device="cpu")
-    script = (
-        "import sys, time, torch; torch.set_num_threads(1)\n"
-        "from simdetr.encoder_training import fit_encoder as encoder_fit\n"
-        "from simdetr.encoder_training.fit_encoder import EncoderFitConfig\n"
-        "step = encoder_fit.EncoderTask.training_step\n"
-        "encoder_fit.EncoderTask.training_step = lambda *a: (time.sleep(0.3), step(*a))[1]\n"  # time to kill it
-        f"encoder_fit.fit_encoder(sys.argv[1], sys.argv[2], EncoderFitConfig(**{config.settled()!r}, num_workers=0,\n"
-        "    probe_every_steps=3, probe_images=3, checkpoint_every_steps=2), device='cpu')\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(scenes), str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoints" / "resume.ckpt").is_file():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(0.4)  # one more batch, which is lost and done again
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    script = f"""
+import sys, torch; torch.set_num_threads(1)
+from itertools import count
+from simdetr.encoder_training import fit_encoder as encoder_fit
+
+step, batches = encoder_fit.EncoderTask.training_step, count(1)
+# the second step is saved; the third is lost and done again
+encoder_fit.EncoderTask.training_step = lambda *a: die() if next(batches) == 4 else step(*a)
+config = encoder_fit.EncoderFitConfig(
+    **{config.settled()!r}, num_workers=0, probe_every_steps=3, probe_images=3, checkpoint_every_steps=2
+)
+encoder_fit.fit_encoder(sys.argv[1], sys.argv[2], config, device="cpu")
+"""
+    run_until_killed(script, scenes, killed)
+    assert (killed / "checkpoints" / "resume.ckpt").is_file()
     assert not (killed / "encoder.json").exists()
     assert equal(fit_encoder(scenes, killed, config, device="cpu"), whole)
     assert [row["step"] for row in read_rows(killed / "probe.csv")] == [0, 3, 6]

@@ -49,7 +49,7 @@ def contours_of_opencv(mask: np.ndarray) -> tuple[list[int], list[list[int]]]:
 
 def test_contours_equal_those_of_opencv():
     with_holes = ties = 0
-    for mask in random_masks(3000, seed=0):
+    for mask in random_masks(1000, seed=0):
         largest, every = contours_of_opencv(mask)
         boxes = contour_boxes(mask).tolist()
         assert boxes[0] == largest
@@ -57,7 +57,7 @@ def test_contours_equal_those_of_opencv():
         components = ndimage.label(mask, np.ones((3, 3)))[1]
         with_holes += len(every) > components > 0
         ties += components > 1 and largest[2] - largest[0] <= 1
-    assert with_holes > 300 and ties > 300  # the masks hold what can go wrong
+    assert with_holes > 100 and ties > 100  # the masks hold what can go wrong
 
 
 def test_oracle_of_the_two_rules():

@@ -230,7 +230,7 @@ def test_what_is_not_finite_or_of_another_width_is_named():
 
 
 def test_the_whole_head_by_finite_differences():
-    head, features = head_of().double(), features_of(queries=3, dtype=torch.float64)
+    head, features = head_of().double(), features_of(queries=2, dtype=torch.float64)
     targets = targets_of((2, 1))
 
     def total(*states):

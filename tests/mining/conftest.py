@@ -1,9 +1,7 @@
 """Images drawn here, an encoder of cell colours, and the real images where they are at hand."""
 
-import os
-from pathlib import Path
-
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -54,12 +52,26 @@ def image_folder(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def photographs():
+def photographs(shared_data):
     """A few real photographs at 448 px."""
-    root = Path(os.environ.get("SIMDETR_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    files = sorted((root / "coco256" / "val").glob("*.jpg"))[:6]
+    files = sorted((shared_data / "coco256" / "val").glob("*.jpg"))[:6]
     if not files:
-        pytest.skip("coco256 is not at hand; set SIMDETR_DATA to the folder that holds it")
+        pytest.skip(f"coco256 is not in {shared_data}")
     return torch.stack(
         [torch.from_numpy(np.array(Image.open(f).convert("RGB").resize((448, 448)))).permute(2, 0, 1) for f in files]
     )
+
+
+@pytest.fixture
+def assert_same_store():
+    """Two folders of proposals hold the same: byte-equal columns, the same unreadable images, and nothing else."""
+
+    def check(found, expected):
+        assert sorted(path.name for path in found.iterdir()) == sorted(path.name for path in expected.iterdir())
+        for path in expected.glob("shard-*.parquet"):
+            assert pq.read_table(found / path.name) == pq.read_table(path)
+        for name in ("manifest.json", "quarantine.csv"):
+            if (expected / name).exists():
+                assert (found / name).read_bytes() == (expected / name).read_bytes()
+
+    return check

@@ -63,7 +63,6 @@ def test_maps_come_image_by_image_without_the_unreadable(detector, folder):
     ]
     for one in found:
         assert one.score_map.shape == (40, 40) and one.score_map.min() == 0 and one.score_map.max() == 1
-        assert 0 <= one.predicted_class < 3
 
 
 def test_the_wanted_class_decides_the_class_activation_map(detector, folder):
