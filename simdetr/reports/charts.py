@@ -204,7 +204,6 @@ Equation = Literal["eq5", "eq6", "eq7"]
 TITLES: dict[Equation, str] = {"eq5": "5: u + v", "eq6": "6: u + exp(-u)·v", "eq7": "7: u + exp(-u)·v²"}
 BORDERS = ("above it the class loss falls faster", "below it the class loss rises")
 STARTS = ((1.0, 1.0), (3.0, 1.0), (3.0, 2.0), (3.0, 3.0), (1.5, 3.0), (0.5, 2.0))
-LONGEST = 1e4  # time after which a loss that has not halved counts as one that never does
 
 
 def gradient(u: ArrayLike, v: ArrayLike, equation: Equation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -233,24 +232,13 @@ def flow(start: tuple[float, float], equation: Equation, times: ArrayLike) -> ND
     moments = np.asarray(times, np.float64)
     if moments.ndim != 1 or not len(moments) or moments[0] < 0 or (np.diff(moments) < 0).any():
         raise ValueError(f"times: expected ascending numbers from 0 on, got {moments.tolist()}")
-    _check_start(start)
+    if len(start) != 2 or not all(loss >= 0 and math.isfinite(loss) for loss in start):
+        raise ValueError(f"start: expected finite (u, v) of at least 0, got {start}")
     if moments[-1] == 0:
         return np.tile(np.asarray(start, np.float64), (len(moments), 1))
     span = (0, moments[-1])
     solution = solve_ivp(_velocity, span, start, t_eval=moments, args=(equation,), rtol=1e-8, atol=1e-10)
     return np.maximum(solution.y.T, 0)
-
-
-def half_times(start: tuple[float, float], equation: Equation) -> tuple[float, float]:
-    """When u and when v come to half of their start, ``inf`` for one that never does.
-
-    Raises:
-        ValueError: a start that is not positive, or an unknown equation.
-    """
-    _check_start(start)
-    if min(start) == 0:
-        raise ValueError(f"start: expected two losses above 0, which can be halved, got {start}")
-    return _half_time(start, equation, 0), _half_time(start, equation, 1)
 
 
 def draw_flow(starts: Sequence[tuple[float, float]] = STARTS, longest: float = 6.0) -> Figure:
@@ -291,22 +279,7 @@ def class_first_border(v: ArrayLike, equation: Equation) -> NDArray[np.float64]:
     return np.log(slope + (values if equation == "eq6" else values**2))
 
 
-def _half_time(start: tuple[float, float], equation: Equation, row: int) -> float:
-    def above_half(_: float, losses: NDArray[np.float64], *__: Equation) -> float:
-        return float(losses[row]) - start[row] / 2
-
-    above_half.terminal = True  # type: ignore[attr-defined]  # so solve_ivp is told to stop there
-    span = (0, LONGEST)
-    solution = solve_ivp(_velocity, span, start, events=above_half, args=(equation,), rtol=1e-8, atol=1e-10)
-    return float(solution.t[-1]) if solution.status == 1 else math.inf
-
-
 def _velocity(_: float, losses: NDArray[np.float64], equation: Equation) -> list[float]:
     """How fast both losses change at a time, as `solve_ivp` asks for it."""
     down = [-float(slope) for slope in gradient(losses[0], losses[1], equation)]
     return [0.0 if loss <= 0 and speed < 0 else speed for loss, speed in zip(losses, down, strict=True)]
-
-
-def _check_start(start: tuple[float, float]) -> None:
-    if len(start) != 2 or not all(loss >= 0 and math.isfinite(loss) for loss in start):
-        raise ValueError(f"start: expected finite (u, v) of at least 0, got {start}")
