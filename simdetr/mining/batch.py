@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from einops import repeat
@@ -28,6 +29,7 @@ from simdetr.mining.ranking import rank_shapes, shapes_to_regions
 from simdetr.mining.regions import Candidates, Regions, find_candidates, to_regions
 from simdetr.mining.spectral_clustering import Affinity, spectral_clustering
 
+Key = TypeVar("Key")
 SIDE_MULTIPLE = 32  # both sides become multiples of this, so that the grids of strides 16 and 32 nest
 LEAST_THREADS = 2  # by default: one decodes while the other resizes, beside the encoder's own threads
 UNLIMITED = 100  # boxes of an image that a list of filters without a limit leaves, roughly
@@ -128,13 +130,27 @@ def mine_batch(
     Returns:
         One record per image, boxes in its own pixels.
     """
-    shrunk = [shrink(image, config.image_size) for image in images]
+    shrunk = (shrink(image, config.image_size) for image in images)
     results: dict[int, Regions] = {}
-    for batch in _equal_shapes(shrunk, config.batch_size):
-        pixels = torch.stack([shrunk[index] for index in batch]).to(device)
+    for batch, pixels in batches_of_one_shape(enumerate(shrunk), config.batch_size):
         sizes = [(images[index].shape[-2], images[index].shape[-1]) for index in batch]
-        results.update(zip(batch, mine_pixels(pixels, encoder, sizes, config), strict=True))
+        results.update(zip(batch, mine_pixels(pixels.to(device), encoder, sizes, config), strict=True))
     return [results[index] for index in range(len(images))]
+
+
+def batches_of_one_shape(images: Iterable[tuple[Key, Tensor]], batch_size: int) -> Iterator[tuple[list[Key], Tensor]]:
+    """Gather images of one shape, each with a key, as they come; keys and stacked images, ``batch_size`` at most."""
+    waiting: dict[torch.Size, list[tuple[Key, Tensor]]] = defaultdict(list)
+
+    def batch(shape: torch.Size) -> tuple[list[Key], Tensor]:
+        keys, same = zip(*waiting.pop(shape), strict=True)
+        return list(keys), torch.stack(same)
+
+    for key, image in images:
+        waiting[image.shape].append((key, image))
+        if len(waiting[image.shape]) == batch_size:
+            yield batch(image.shape)
+    yield from map(batch, list(waiting))
 
 
 def encode(pixels: Tensor, encoder: Encoder) -> dict[int, Tensor]:
@@ -250,17 +266,6 @@ def cluster_maps(maps: Mapping[int, Tensor], config: MiningConfig) -> Candidates
 def mine_maps(maps: Mapping[int, Tensor], sizes_hw: Sequence[tuple[int, int]], config: MiningConfig) -> list[Regions]:
     """Regions of images, sizes_hw their (height, width) in pixels, from their maps: clustering, components, filters."""
     return to_regions(apply_filters(cluster_maps(maps, config), config.filters), sizes_hw)
-
-
-def _equal_shapes(images: Sequence[Tensor], batch_size: int) -> Iterator[list[int]]:
-    """Indices of images of one shape, at most ``batch_size`` together."""
-    shapes: dict[torch.Size, list[int]] = defaultdict(list)
-    for index, image in enumerate(images):
-        waiting = shapes[image.shape]
-        waiting.append(index)
-        if len(waiting) == batch_size:
-            yield shapes.pop(image.shape)
-    yield from shapes.values()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

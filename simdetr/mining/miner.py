@@ -18,7 +18,6 @@ import logging
 import os
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,12 +32,12 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from simdetr.data.images import ImageSource
 from simdetr.data.quarantine import check_fraction, to_csv
 from simdetr.data.storage import Location, write_whole
-from simdetr.mining.batch import ImageLoading, LoadedImage, MiningConfig, mine_pixels
+from simdetr.mining.batch import ImageLoading, LoadedImage, MiningConfig, batches_of_one_shape, mine_pixels
 from simdetr.mining.encoders import Encoder
 from simdetr.mining.store import Manifest, ProposalRow, ProposalStore, StoreError
 
@@ -216,27 +215,21 @@ def mine_rows(
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[ProposalRow], dict[str, str]]:
     """Rows of one shard's images in their order, and the reasons by id of the unreadable ones."""
-    waiting: dict[torch.Size, list[tuple[int, LoadedImage]]] = defaultdict(list)
     rows: dict[int, ProposalRow] = {}
     unreadable: dict[str, str] = {}
 
-    def finish(batch: list[tuple[int, LoadedImage]]) -> None:
-        pixels = torch.stack([image.pixels for _, image in batch if image.pixels is not None]).to(device)
-        regions = mine_pixels(pixels, encoder, [image.size_hw for _, image in batch], config)
+    def readable() -> Iterator[tuple[tuple[int, LoadedImage], Tensor]]:
+        for place, image in enumerate(images):
+            advance(1)
+            if image.pixels is None:
+                unreadable[image.image_id] = image.reason
+            else:
+                yield (place, image), image.pixels
+
+    for batch, pixels in batches_of_one_shape(readable(), config.batch_size):
+        regions = mine_pixels(pixels.to(device), encoder, [image.size_hw for _, image in batch], config)
         for (place, image), found in zip(batch, regions, strict=True):
             rows[place] = ProposalRow(image.image_id, *image.size_hw, found)
-
-    for place, image in enumerate(images):
-        advance(1)
-        if image.pixels is None:
-            unreadable[image.image_id] = image.reason
-            continue
-        same = waiting[image.pixels.shape]
-        same.append((place, image))
-        if len(same) == config.batch_size:
-            finish(waiting.pop(image.pixels.shape))
-    for batch in waiting.values():
-        finish(batch)
     return [rows[place] for place in sorted(rows)], unreadable
 
 
@@ -341,11 +334,21 @@ def tidy(store: ProposalStore) -> None:
                     leftover.unlink()
 
 
-class _RateColumn(ProgressColumn):
-    """Images per second."""
+class RateColumn(ProgressColumn):
+    """Images, or whatever the unit is, per second."""
+
+    def __init__(self, unit: str = "images") -> None:
+        super().__init__()
+        self.unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:.1f} images/s")
+        """The rate as text."""
+        return Text(rate_text(task.speed or 0, self.unit))
+
+
+def rate_text(speed: float, unit: str) -> str:
+    """So many per second, with the digits that tell."""
+    return f"{speed:.1f} {unit}/s" if speed >= 1 or speed == 0 else f"{speed:.2g} {unit}/s"
 
 
 class MiningBar:
@@ -363,7 +366,7 @@ class MiningBar:
         self._there, self._told, self._others = self._images_of(self._begun_with), 0, 0
         self._lock = Lock()  # several threads may tell
         self._looked = time.monotonic()
-        columns = (TextColumn("mining"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
+        columns = (TextColumn("mining"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
         console, period = Console(stderr=True), _SPEED_OVER_S
         self._bar = Progress(*columns, console=console, disable=not shown, speed_estimate_period=period)
         self._task = self._bar.add_task("mining", total=store.manifest.num_images, completed=self._there)

@@ -231,12 +231,15 @@ class ProposalStore:
         if columns is not None and "features" not in columns:
             wanted.remove("features")
         for shard in self.written():
-            path = self.shard_path(shard)
-            try:
-                read = to_shard(read_table(path, wanted))
-            except Exception as error:
-                raise StoreError(f"{path} is damaged ({error}); run the mining command again to redo it") from error
-            yield read
+            yield to_shard(self.read_columns(shard, wanted))
+
+    def read_columns(self, shard: int, columns: Sequence[str]) -> pa.Table:
+        """Some columns of one shard and nothing else of it; StoreError if it is damaged."""
+        path = self.shard_path(shard)
+        try:
+            return read_table(path, list(columns))
+        except Exception as error:  # the reader raises all kinds of errors on damaged files
+            raise StoreError(f"{path} is damaged ({error}); run the mining command again to redo it") from error
 
     def iter_rows(self, columns: Sequence[str] | None = None) -> Iterator[ProposalRow]:
         """Stream the images in source order, one shard in memory at a time; ``columns`` as in :meth:`iter_shards`."""
@@ -252,7 +255,7 @@ class ProposalStore:
                 read_table(self.shard_path(shard))
             expected = len(self.manifest.images_of(shard))
             return bool(notes["shard"] == shard) and footer.num_rows + len(notes["unreadable"]) == expected
-        except Exception:  # the reader raises all kinds of errors on damaged files
+        except Exception:  # as in reading
             return False
 
 

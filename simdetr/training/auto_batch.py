@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.memory import garbage_collection_cuda, is_oom_e
 from torch import Tensor
 
 from simdetr.data.dataset import Batch
-from simdetr.data.storage import atomic_path
+from simdetr.data.storage import write_json
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.run_folder import RunFolder
 from simdetr.training.train import Training
@@ -56,12 +56,9 @@ class BatchSettings:
 
     def options(self) -> tuple[str, ...]:
         """For a recipe."""
-        return (
-            f"--data.batch_size={self.batch_size}",
-            f"--model.lr={self.lr!r}",
-            f"--model.backbone_lr={self.backbone_lr!r}",
-            *([] if self.new_lr is None else [f"--model.new_lr={self.new_lr!r}"]),
-        )
+        rates = {"lr": self.lr, "backbone_lr": self.backbone_lr, "new_lr": self.new_lr}
+        given = (f"--model.{name}={rate!r}" for name, rate in rates.items() if rate is not None)
+        return (f"--data.batch_size={self.batch_size}", *given)
 
 
 def auto_batch_options(
@@ -81,9 +78,7 @@ def auto_batch_options(
     """
 
     def find() -> None:
-        found = largest_batch(build()) | {"scaling": scaling, "before": asdict(before)}
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        write_json(path, largest_batch(build()) | {"scaling": scaling, "before": asdict(before)}, indent=2)
 
     new = not path.is_file()
     RunFolder(path.parent).made_once(path, find)

@@ -351,15 +351,7 @@ class CocoValidation(Callback):
         """Forget the last epoch."""
         self._rows = []
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # noqa: ANN401
         """Keep a batch's detections."""
         image_ids = _validation_labels(trainer).image_ids
         for target, found in zip(batch.targets if batch is not None else [], outputs, strict=True):

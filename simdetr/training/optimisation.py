@@ -128,14 +128,7 @@ class StopOnConvergence(Callback):
         self._sum: Tensor | float = 0.0
         self._count = 0
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:  # noqa: ANN401
         """Add the batch's loss, without waiting for the device."""
         self._sum = self._sum + outputs["loss"].detach()
         self._count += 1
