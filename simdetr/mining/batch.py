@@ -10,6 +10,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -283,8 +284,11 @@ class LoadedImage:
     seconds: float = 0.0
 
 
-class ImageLoading:
-    """Iterates over the images at some positions of a source; a context manager, which ends the threads.
+@contextmanager
+def images_ahead(
+    source: ImageSource, positions: Iterable[int], image_size: int, num_workers: int, ahead: int
+) -> Iterator[Iterator[LoadedImage]]:
+    """Give the images at some positions of a source, in that order; the threads end with the block.
 
     Args:
         source: the images.
@@ -293,33 +297,24 @@ class ImageLoading:
         num_workers: threads; 0 decodes each image when it is asked for.
         ahead: images decoded before they are asked for, at most.
     """
+    if not num_workers:
+        yield (load_image(source[position], image_size) for position in positions)
+        return
+    left, waiting = iter(positions), deque[Future[LoadedImage]]()
 
-    def __init__(
-        self, source: ImageSource, positions: Iterable[int], image_size: int, num_workers: int, ahead: int
-    ) -> None:
-        self._source, self._positions, self._image_size = source, iter(positions), image_size
-        self._ahead = max(ahead, num_workers)
-        self._pool = ThreadPoolExecutor(num_workers) if num_workers else None
-        self._waiting: deque[Future[LoadedImage]] = deque()
+    def decoded() -> Iterator[LoadedImage]:
+        while True:
+            for position in islice(left, max(ahead, num_workers) + 1 - len(waiting)):
+                waiting.append(pool.submit(load_image, source[position], image_size))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
 
-    def __enter__(self) -> ImageLoading:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __iter__(self) -> ImageLoading:
-        return self
-
-    def __next__(self) -> LoadedImage:
-        if self._pool is None:
-            return load_image(self._source[next(self._positions)], self._image_size)
-        for position in islice(self._positions, self._ahead + 1 - len(self._waiting)):
-            self._waiting.append(self._pool.submit(load_image, self._source[position], self._image_size))
-        if not self._waiting:
-            raise StopIteration
-        return self._waiting.popleft().result()
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        yield decoded()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def load_image(record: ImageRecord, image_size: int) -> LoadedImage:

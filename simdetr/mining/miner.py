@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from simdetr.data.images import ImageSource
 from simdetr.data.quarantine import check_fraction, to_csv
 from simdetr.data.storage import Location, write_whole
-from simdetr.mining.batch import ImageLoading, LoadedImage, MiningConfig, batches_of_one_shape, mine_pixels
+from simdetr.mining.batch import LoadedImage, MiningConfig, batches_of_one_shape, images_ahead, mine_pixels
 from simdetr.mining.encoders import Encoder
 from simdetr.mining.store import Manifest, ProposalRow, ProposalStore, StoreError
 
@@ -200,10 +200,10 @@ def mine_free_shards(
 
 def load_ahead(
     source: ImageSource, positions: Iterable[int], config: MiningConfig, device: str | torch.device
-) -> ImageLoading:
+) -> AbstractContextManager[Iterator[LoadedImage]]:
     """The images at some positions, decoded by threads a batch ahead."""
     threads = config.decoding_threads(device)
-    return ImageLoading(source, positions, config.image_size, threads, ahead=config.batch_size)
+    return images_ahead(source, positions, config.image_size, threads, ahead=config.batch_size)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from torch.nn import functional
 from torchvision.ops import masks_to_boxes
 
 from simdetr.data.images import ImageSource
-from simdetr.mining.batch import ImageLoading, MiningConfig, encode
+from simdetr.mining.batch import MiningConfig, encode, images_ahead
 from simdetr.mining.encoders import Encoder
 from simdetr.mining.miner import finish, open_store
 from simdetr.mining.regions import Regions, connected_components
@@ -363,7 +363,7 @@ def mine_rival(
         encoder.to(device).eval()
     missing = store.missing_shards()
     positions = [position for shard in missing for position in store.manifest.images_of(shard)]
-    with ImageLoading(source, positions, config.image_size, _WORKERS, ahead=config.batch_size) as loading:
+    with images_ahead(source, positions, config.image_size, _WORKERS, ahead=config.batch_size) as loading:
         console = Console(stderr=True)
         loaded = iter(track(loading, method, len(positions), console=console, disable=not progress))
         for shard in missing:

@@ -28,18 +28,12 @@ _FORWARD = 1 / 3  # of a training step
 
 @dataclass(frozen=True)
 class RunTime:
-    """Seconds that the rest of a run takes, about.
+    """Seconds that the rest of a run takes, about."""
 
-    Attributes:
-        mining: of all images; 0 once they are mined.
-        training: of each stage, and so ``relabelling`` and ``steps``.
-        stages: that are not trained yet.
-    """
-
-    mining: float
-    training: float
+    mining: float  # of all images; 0 once they are mined
+    training: float  # of each stage, and so relabelling and steps
     relabelling: float
-    stages: int
+    stages: int  # that are not trained yet
     steps: int
 
     @property
