@@ -170,11 +170,7 @@ def mine_pixels(
 ) -> list[Regions]:
     """Regions of images of one shape: encoder, clustering, then the document's filters or level sets.
 
-    Args:
-        pixels: uint8 [B, 3, H, W], sides multiples of 32.
-        encoder: on the pixels' device.
-        sizes_hw: (height, width) of the originals in pixels.
-        config: the settings.
+    Pixels are uint8 [B, 3, H, W], sides multiples of 32; ``sizes_hw`` are the originals' (height, width) in pixels.
     """
     maps = encode(pixels, encoder)
     if config.level_sets is None:
@@ -288,14 +284,10 @@ class LoadedImage:
 def images_ahead(
     source: ImageSource, positions: Iterable[int], image_size: int, num_workers: int, ahead: int
 ) -> Iterator[Iterator[LoadedImage]]:
-    """Give the images at some positions of a source, in that order; the threads end with the block.
+    """Give the images at some positions of a source, in that order and shrunk to ``image_size``.
 
-    Args:
-        source: the images.
-        positions: which, in which order.
-        image_size: long side in pixels, see :func:`shrink`.
-        num_workers: threads; 0 decodes each image when it is asked for.
-        ahead: images decoded before they are asked for, at most.
+    So many threads, which end with the block, decode at most ``ahead`` images before they are asked for; without any an
+    image is decoded when it is asked for.
     """
     if not num_workers:
         yield (load_image(source[position], image_size) for position in positions)

@@ -259,13 +259,8 @@ class Rank:
 class ShardClaims:
     """Claims of one process on the missing shards of a store; a context manager, which gives back what it holds.
 
-    Args:
-        store: may be in use by other processes.
-        rank: decides with which shards this process begins; of those that are there it verifies the checksums.
-
-    Attributes:
-        store: the store.
-        taken: shards that this process has claimed since it began.
+    The store may be in use by other processes. The rank decides with which shards this process begins; of those that
+    are there it verifies the checksums. ``taken`` are the shards that it has claimed since it began.
     """
 
     def __init__(self, store: ProposalStore, rank: Rank) -> None:
@@ -352,12 +347,9 @@ def rate_text(speed: float, unit: str) -> str:
 
 
 class MiningBar:
-    """Images done of all, images per second and time left, on stderr; a context manager.
+    """Images done of all, images per second and time left, on stderr unless not ``shown``; a context manager.
 
-    Args:
-        store: looked at now and then for the shards that others have written.
-        own: shards whose images are told one by one, by :meth:`advance`.
-        shown: False keeps silent.
+    Of ``own`` shards the images are told one by one, by :meth:`advance`; the store is looked at for those of others.
     """
 
     def __init__(self, store: ProposalStore, own: Container[int], shown: bool) -> None:
@@ -401,14 +393,10 @@ class MiningBar:
 
 
 class UnreadableImages:
-    """The unreadable images of a store, whoever found them; ``quarantine.csv`` and a stop past a fraction.
+    """The unreadable images of a store, whoever found them; ``quarantine.csv``, and a stop past a fraction of all.
 
     Every process counts what the shards of all processes say, so that none needs to hear of the others; the list is put
     together from the shards once they are all there.
-
-    Args:
-        store: may be in use by other processes.
-        max_fraction: share of all images that may be unreadable.
     """
 
     def __init__(self, store: ProposalStore, max_fraction: float) -> None:
@@ -416,10 +404,7 @@ class UnreadableImages:
         self._known: dict[int, dict[str, str]] = {}  # by shard
 
     def check(self, found: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Count those of all shards so far and ``found``, those of a shard that is not written yet.
-
-        Returns:
-            Reasons by id, in the order of the source.
+        """Reasons by id of those of all shards so far, in their order, and ``found``, of a shard not written yet.
 
         Raises:
             TooManyUnreadableError: there are too many; ``quarantine.csv`` lists them.

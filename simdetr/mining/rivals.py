@@ -39,6 +39,7 @@ from simdetr.data.images import ImageSource
 from simdetr.mining.batch import MiningConfig, encode, images_ahead
 from simdetr.mining.encoders import Encoder
 from simdetr.mining.miner import finish, open_store
+from simdetr.mining.ranking import coverage
 from simdetr.mining.regions import Regions, connected_components
 from simdetr.mining.spectral_clustering import FLAT, NO_GROUP, leading_eigenvectors
 from simdetr.mining.store import ProposalRow, ProposalStore
@@ -74,13 +75,8 @@ def lost(features: Tensor, expansion: int = 100) -> Tensor:
 def token_cut(features: Tensor, threshold: float = 0.2, *, centre: bool = True) -> Tensor:
     """The one object of TokenCut: the prominent side of the best normalised cut, around its most prominent cell.
 
-    Args:
-        features: float [D, H, W].
-        threshold: cosine from which two cells are joined.
-        centre: subtract the image's mean feature before the cosine.
-
-    Returns:
-        Bool [1, H, W], or [0, H, W] where the map has no two groups.
+    From features [D, H, W] to bool [1, H, W], or [0, H, W] where the map has no two groups. Cells are joined from a
+    cosine of ``threshold`` on; ``centre`` subtracts the image's mean feature before.
     """
     value, vector = second_eigenvector(_similar(functional.normalize(_cells(features, centre), dim=1), threshold))
     if value <= NO_GROUP:
@@ -92,11 +88,8 @@ def token_cut(features: Tensor, threshold: float = 0.2, *, centre: bool = True) 
 def mask_cut(features: Tensor, threshold: float = 0.15, masks: int = 3, *, centre: bool = True) -> Tensor:
     """Several objects: TokenCut again and again, with the cells of the objects found so far taken out of the graph.
 
-    A side with two or more of the map's corners is the background, however prominent, and the other one is taken. The
-    other arguments are those of `token_cut`.
-
-    Returns:
-        Bool [M, H, W], M at most ``masks``, in the order in which they were found; fewer where nothing is left to cut.
+    A side with two or more of the map's corners is the background, however prominent, and the other one is taken. Bool
+    [M, H, W], M at most ``masks``, in the order in which they were found; the other arguments are those of `token_cut`.
     """
     height, width = features.shape[-2:]
     directions = functional.normalize(_cells(features, centre), dim=1)
@@ -119,11 +112,8 @@ def mask_cut(features: Tensor, threshold: float = 0.15, masks: int = 3, *, centr
 def second_eigenvector(weights: Tensor) -> tuple[float, Tensor]:
     """Second smallest eigenvector x of (D - W) x = lambda D x, the relaxed normalised cut (Shi and Malik 2000).
 
-    Args:
-        weights: W, float [N, N], symmetric and positive; D is the diagonal of its row sums.
-
-    Returns:
-        1 - lambda, and x as float [N] of either sign. 1 - lambda is positive only where the graph has two groups.
+    Of weights W [N, N], symmetric and positive, with their row sums D: 1 - lambda, which is positive only where the
+    graph has two groups, and x [N] of either sign.
     """
     if len(weights) < 2:
         return 0.0, weights.new_zeros(len(weights))
@@ -184,13 +174,9 @@ def selective_search(
 def search_boxes(image: Tensor, side: int = 128, *, seed: int = 0) -> NDArray[np.float64]:
     """All boxes of OpenCV's Selective Search, fast mode, best first: relative, double [n, 4].
 
-    Args:
-        image: uint8 [3, H, W], RGB.
-        side: the image is resized to a square of so many pixels, as is usual.
-        seed: of the order, which is drawn at random with the regions merged first before the others, more or less.
-
-    Raises:
-        RuntimeError: if OpenCV's contrib modules are not installed.
+    The image, uint8 [3, H, W] RGB, is resized to a square of ``side`` pixels, as is usual. ``seed`` is that of the
+    order: drawn at random, more or less with the regions that were merged first before the others. RuntimeError if
+    OpenCV's contrib modules are not installed.
     """
     try:
         import cv2
@@ -281,19 +267,11 @@ def _of_boxes(
 ) -> Regions:
     """Regions of boxes without a mask: averages over the box, stride 0 because no level has found them."""
     last = maps[max(maps)][index].float()
-    down, across = (
-        _overlaps(relative[:, axis::2], cells).to(last) for axis, cells in ((1, last.shape[1]), (0, last.shape[2]))
-    )
-    features = einsum(down, across, last, "n h, n w, d h w -> n d") / einsum(down, across, "n h, n w -> n")[:, None]
+    rows, columns = last.shape[1:]
+    shares = coverage(torch.from_numpy(relative * [columns, rows, columns, rows]).to(last), (rows, columns))
+    features = shares @ last.flatten(1).T / shares.sum(dim=1, keepdim=True)
     boxes_px = relative * np.tile(np.array(size_hw[::-1], np.float64), 2)
     return _regions(boxes_px, features, (boxes_px[:, 2:] - boxes_px[:, :2]).prod(axis=1), 0)
-
-
-def _overlaps(spans: NDArray[np.float64], cells: int) -> Tensor:
-    """How much of each of so many equal cells of 0..1 lies within the spans [n, 2], double [n, cells]."""
-    edges = np.linspace(0, 1, cells + 1)
-    inside = np.minimum(spans[:, 1:], edges[1:]) - np.maximum(spans[:, :1], edges[:-1])
-    return torch.from_numpy(inside.clip(min=0) * cells)
 
 
 def _of_masks(masks: Tensor, maps: Mapping[int, Tensor], index: int, size_hw: tuple[int, int], stride: int) -> Regions:

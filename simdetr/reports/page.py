@@ -84,9 +84,7 @@ class ReportData:
     origins: list[dict[str, Any]] = field(default_factory=list)  # per stage, of `simdetr.reports.report.origin_rows`
     montages: list[tuple[str, Image.Image]] = field(default_factory=list)  # (title, sheet of crops) per pseudo-class
     clustering: Mapping[str, Any] | None = None  # `simdetr.mining.kmeans.clustering_record` of the pseudo-classes
-    recall: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # a `recall_row` per stage
+    recall: list[dict[str, Any]] = field(default_factory=list)  # a `recall_row` per stage
     rivals: list[dict[str, Any]] = field(default_factory=list)
     """One per method, ours first, as ``recall``; the page has this part only if there are any."""
     rival_samples: list[Sample] = field(default_factory=list)  # images with the boxes of every method
