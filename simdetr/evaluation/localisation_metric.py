@@ -180,15 +180,10 @@ class PixelAveragePrecision:
         self._counts = np.zeros((2, len(self._edges) - 1), np.int64)  # of background and object pixels
 
     def update(self, score_map: ArrayLike, mask: ArrayLike, ignore: ArrayLike | None = None) -> None:
-        """Count the pixels of one image.
+        """Count the pixels of one image; ValueError for a bad map, or masks that are not 2-D.
 
-        Args:
-            score_map: [H, W] in [0, 1] over the whole image, of any size.
-            mask: bool [h, w] of any size, True on the objects.
-            ignore: bool [h, w]; pixels outside the objects that do not count.
-
-        Raises:
-            ValueError: a bad map, or masks that are not 2-D.
+        The score map [H, W] is in [0, 1] over the whole image, ``mask`` bool [h, w] True on the objects, of any sizes;
+        ``ignore`` bool [h, w] are pixels outside the objects that do not count.
         """
         values = resize_score_map(check_score_map(score_map), (SIDE_PX, SIDE_PX))
         objects = _resize_mask("mask", mask)

@@ -40,12 +40,7 @@ class QueryMILHead(Head):
         sizes: what it is built for.
         taps: indices of the levels for L_ca, fine to coarse; None for all. The block's memory grows with the square of
             a level's positions, so leave the fine ones out for large images.
-        contrastive_weight: of L_ca; 0 builds no attention.
-        margin: m of L_ca.
-        distance: of L_ca.
-        foreground_threshold: θ_fg of L_ca's masks.
-        background_threshold: θ_bg of L_ca's masks.
-        embedding_size: of L_ca's projector.
+        contrastive_weight: of L_ca; 0 builds no attention. Its other settings are explained at ``LocalisationHead``.
         num_boxes: most probable classes that get a box each.
 
     Raises:

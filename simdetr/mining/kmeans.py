@@ -437,10 +437,7 @@ def _squared_distances(sample: Tensor, norms: Tensor, picks: Tensor) -> Tensor:
 
 
 def cluster_balance(sizes: NDArray[np.int64]) -> dict[str, float]:
-    """Numbers about the sizes of clusters: a few that hold most rows, or many that hold none, teach little.
-
-    Args:
-        sizes: rows of each cluster, [C].
+    """Numbers about the sizes [C] of clusters in rows: a few that hold most, or many that hold none, teach little.
 
     Returns:
         ``min``, ``median``, ``max`` (rows), ``empty`` (clusters), ``entropy`` (of the shares; 1 when all are equal, 0
@@ -473,11 +470,9 @@ def cluster_balance(sizes: NDArray[np.int64]) -> dict[str, float]:
 
 
 def clustering_record(clustering: KMeans, settings: dict[str, Any]) -> dict[str, Any]:
-    """What is worth keeping of a clustering and its settings beside the labels, as JSON can say it.
+    """What is worth keeping of a clustering beside the labels, as JSON can say it.
 
-    Returns:
-        ``settings``, ``regions``, ``iterations``, ``inertia``, ``empty`` and ``seconds`` (one per pass), ``balance``
-        and ``sizes`` (regions of each cluster).
+    ``inertia``, ``empty`` and ``seconds`` have a number per pass; ``sizes`` are the regions of each cluster.
     """
     sizes = clustering.counts.cpu().numpy()
     return {

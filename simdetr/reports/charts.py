@@ -41,12 +41,8 @@ class Curve:
 def read_curve(run_name: str, *metrics_csv: Path) -> Curve:
     """Read the Lightning CSVLogger files of one training: columns ``step``, ``epoch`` and one per metric, with holes.
 
-    Args:
-        run_name: what the curve is called.
-        metrics_csv: one file per start of the training, in order; a resumed start replaces the steps it repeats.
-
-    Raises:
-        ValueError: no ``step`` column.
+    There is one file per start of the training, in order; a resumed start replaces the steps it repeats. ValueError for
+    a file without a ``step`` column.
     """
     series: dict[str, dict[float, float]] = defaultdict(dict)
     for path in metrics_csv:
@@ -152,11 +148,7 @@ def _thin(series: tuple[Sequence[float], Sequence[float]]) -> tuple[NDArray[np.f
 def draw_clustering(record: Mapping[str, Any]) -> str:
     """Histogram of cluster sizes by powers of two, and inertia per region by iteration, side by side.
 
-    Args:
-        record: what `simdetr.mining.kmeans.clustering_record` gives (``stage0/clustering.json``).
-
-    Raises:
-        ValueError: the record lacks what is drawn.
+    The record is what `simdetr.mining.kmeans.clustering_record` gives; ValueError if it lacks what is drawn.
     """
     for key in ("sizes", "inertia", "regions"):
         if key not in record:

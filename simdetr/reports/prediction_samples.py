@@ -158,12 +158,8 @@ def write_heat_maps(
 ) -> int:
     """Write a copy of every image with its score map laid over it and the box that is read off it; returns how many.
 
-    Args:
-        detector: With a localisation head.
-        source: The images.
-        settings: How they are prepared.
-        folder: Where the copies go, under the images' relative paths.
-        truth: Human boxes, drawn in red; none if left out.
+    The detector has a localisation head. Copies go under the images' relative paths in ``folder``; the human boxes of
+    ``truth`` are drawn in red.
     """
     head, written = localisation_head(detector), 0
     for found in localise(detector, source, settings):

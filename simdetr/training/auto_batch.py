@@ -64,13 +64,9 @@ class BatchSettings:
 def auto_batch_options(
     path: Path, before: BatchSettings, scaling: Scaling, build: Callable[[], Training]
 ) -> tuple[str, ...]:
-    """Options of the largest batch that fits, found once per run.
+    """Options of the largest batch that fits, found once per run and kept at ``path``.
 
-    Args:
-        path: Where it is kept; if the file is there, nothing is tried.
-        before: The recipe's own numbers.
-        scaling: How learning rates follow the batch size.
-        build: Makes the training to try; its weights are spoilt.
+    ``before`` are the recipe's own numbers; ``build`` makes the training to try, whose weights are spoilt.
 
     Raises:
         ValueError: The file is of another scaling.

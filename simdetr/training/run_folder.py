@@ -127,9 +127,7 @@ class RunFolder:
     def claim(self, config_yaml: str, settled: Sequence[str] | None = None) -> None:
         """Keep the configuration, or check that it is the one this run was started with, but for what is ``FREE``.
 
-        Args:
-            config_yaml: The resolved configuration.
-            settled: Sections that finished work depends on; only they must not differ. All, when left out.
+        ``settled`` are sections that finished work depends on; only they must not differ. All, when left out.
 
         Raises:
             RunMismatchError: They differ; the message lists the settings.
@@ -201,11 +199,8 @@ class RunFolder:
     ) -> None:
         """Let the leader, within :meth:`led`, make a file that does not exist yet; the other processes wait for it.
 
-        Args:
-            output: The file, which appears whole.
-            make: Makes it.
-            poll_s: Seconds between two looks.
-            patience_s: Seconds without any leader after which it is taken for dead; it may begin later than the others.
+        They look every ``poll_s`` seconds, and take the leader, which may begin later than they, for dead after
+        ``patience_s`` without any.
 
         Raises:
             LeaderLostError: There is no leader, and no file.

@@ -65,17 +65,8 @@ def measure(
 ) -> RunTime | None:
     """How long a run takes; None where none of the sampled images can be read.
 
-    Args:
-        source: The images.
-        encoder: Of the mining.
-        mining: Its settings.
-        detector: To train.
-        config: Of the training: its sections ``data``, ``model`` and ``trainer`` are read.
-        device: Of mining and training.
-        objects: In each image, where that is known already.
-        stages: To train.
-        mined: Whether mining is done.
-        num_ranks: Processes that mine.
+    Of the training's ``config`` the sections ``data``, ``model`` and ``trainer`` are read; ``objects`` are in each
+    image, ``stages`` are to be trained, ``mined`` says whether the mining, by ``num_ranks`` processes, is done.
     """
     sides = typical_sides(source)
     positions = sorted({round(index * (len(source) - 1) / (_MINED - 1)) for index in range(_MINED)})
