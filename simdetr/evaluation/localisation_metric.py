@@ -114,10 +114,8 @@ class LocalisationMetric:
     def accuracy_at(self, thresholds: float | Mapping[float, float], contours: Contours) -> dict[float, float]:
         """Share of right images per IoU limit at thresholds chosen elsewhere.
 
-        They are one for all limits, or one per limit, such as `best_thresholds` of other images gives.
-
-        Raises:
-            ValueError: as `accuracies`, a limit without threshold, or a threshold outside [0, 1).
+        They are one for all limits, or one per limit, such as `best_thresholds` of other images gives; ValueError for
+        one that is absent or outside [0, 1), and as `accuracies`.
         """
         table = self.accuracies(contours)
         given = thresholds if isinstance(thresholds, Mapping) else dict.fromkeys(self.deltas, thresholds)

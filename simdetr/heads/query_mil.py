@@ -93,10 +93,7 @@ class QueryMILHead(Head):
     def losses(self, outputs: MILOutput, features: Features, targets: Sequence[Target]) -> HeadLosses:
         """Binary cross-entropy of the image logits, mean over the predictions, and L_ca, mean over the taps.
 
-        Of the targets only ``labels`` are read; images without them teach nothing.
-
-        Raises:
-            ValueError: labels that are no classes.
+        Of the targets only ``labels`` are read, a ValueError where they are no classes; images without teach nothing.
         """
         check_targets(targets, outputs.image_logits.shape[1], self.sizes.num_classes)
         classes = image_classes(targets, self.sizes.num_classes, outputs.image_logits.device)

@@ -330,10 +330,8 @@ def faiss_nearest(centroids: Tensor) -> Nearest:
 def sample_rows(blocks: Iterable[Tensor], num_clusters: int, spherical: bool, seed: int) -> Tensor:
     """A sample [m, D] of the different rows of all ranks, the same however they are spread over blocks and ranks.
 
-    A row's key is a hash of its values; the rows with the lowest keys stay. One pass, memory of two samples.
-
-    Raises:
-        ValueError: on every rank, for rows that are not finite, blocks of unequal width or too few rows.
+    A row's key is a hash of its values; the rows with the lowest keys stay. One pass, memory of two samples. A
+    ValueError on every rank for rows that are not finite, blocks of unequal width or too few rows.
     """
     wanted = max(num_clusters * _SAMPLE_PER_CLUSTER, _SAMPLE_AT_LEAST)
     keys, kept, total = torch.empty(0, dtype=torch.int64), torch.empty(0, 0), 0

@@ -98,12 +98,7 @@ def mine(
 
 
 def begin(source: ImageSource, encoder: Encoder, config: MiningConfig, out: str | Location) -> ProposalStore:
-    """Make the store, or find the one that is there.
-
-    Raises:
-        ValueError: if the source is empty.
-        StoreError: if the store is of another run, cannot be written or does not fit on the disk.
-    """
+    """Make the store, or find the one that is there; errors as of `mine`, or a StoreError if the disk is too small."""
     store = open_store(source, encoder, config.result_settings(), config.shard_size, out)
     written = sum(len(store.manifest.images_of(shard)) for shard in store.written())
     _check_space(store, config, len(source) - written)
@@ -128,11 +123,7 @@ def open_store(
 
 
 def finish(store: ProposalStore, max_unreadable: float) -> ProposalStore:
-    """List the unreadable images of a complete store and tidy its folder.
-
-    Raises:
-        TooManyUnreadableError: past ``max_unreadable``.
-    """
+    """List the unreadable images of a complete store and tidy its folder; TooManyUnreadableError as of `mine`."""
     unreadable = UnreadableImages(store, max_unreadable)
     reasons = unreadable.check()
     unreadable.write(reasons)
@@ -169,11 +160,7 @@ def mine_free_shards(
 ) -> int:
     """Mine shard after shard until no missing one is free; returns how many.
 
-    The arguments are those of `mine`; ``advance`` hears of every image that is done.
-
-    Raises:
-        StoreError: if the store cannot be written.
-        TooManyUnreadableError: past ``max_unreadable``.
+    Arguments and errors are those of `mine`; ``advance`` hears of every image that is done.
     """
     if isinstance(encoder, nn.Module):
         encoder.to(device).eval()

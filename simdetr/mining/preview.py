@@ -119,10 +119,8 @@ def preview_mining(
     """Mine some images of a source in memory.
 
     The arguments are those of `simdetr.mining.miner.mine`, ``count``: so many images, evenly spaced (all if there are
-    fewer), and ``truth``: boxes for some of the images, which come first among the previewed ones.
-
-    Raises:
-        ValueError: for a count below 1, an empty source, truth of other images, or if no image can be read.
+    fewer), and ``truth``: boxes for some of the images, which come first among the previewed ones. ValueError for a
+    count below 1, an empty source, truth of other images, or if no image can be read.
     """
     if count < 1:
         raise ValueError(f"preview: expected at least 1 image, got {count}")

@@ -161,11 +161,7 @@ def selective_search(
     *,
     side: int = 128,
 ) -> list[Regions]:
-    """Selective Search in fast mode on the image resized to ``side`` x ``side`` pixels, in OpenCV's own order.
-
-    Raises:
-        RuntimeError: as `search_boxes`.
-    """
+    """Selective Search in fast mode at ``side`` x ``side`` pixels, in OpenCV's order; errors as of `search_boxes`."""
     boxes = [search_boxes(image, side, seed=_own_seed(image, seed))[:max_boxes] for image in images]
     pairs = enumerate(zip(boxes, sizes_hw, strict=True))
     return [_of_boxes(own, maps, index, size_hw) for index, (own, size_hw) in pairs]
@@ -226,11 +222,7 @@ def objects(
     *,
     stride: int = 16,
 ) -> list[Regions]:
-    """Regions of the masks [M, H, W] that ``find`` cuts out of each map [D, H, W] of one stride; no random numbers.
-
-    Raises:
-        ValueError: if there is no map of that stride.
-    """
+    """Regions of the masks [M, H, W] that ``find`` cuts out of each map [D, H, W] of a stride; ValueError if absent."""
     if stride not in maps:
         raise ValueError(f"stride: expected one of the encoder's, {sorted(maps)}, got {stride}")
     levels = enumerate(zip(maps[stride], sizes_hw, strict=True))
@@ -247,11 +239,7 @@ BASELINES: dict[str, Baseline] = {
 
 
 def baseline(name: str) -> Baseline:
-    """The rival of a name.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The rival of a name; ValueError if there is none."""
     if name not in BASELINES:
         raise ValueError(f"methods: expected some of {', '.join(BASELINES)}, got {name!r}")
     return BASELINES[name]

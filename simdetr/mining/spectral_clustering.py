@@ -73,10 +73,8 @@ def cell_affinity(features: Tensor, kind: Affinity = "exp", temperature: float =
 
     "clamp" is max(cos, 0). "exp" is exp((cos - 1) / temperature): 1 for equal directions, and the lower the
     temperature, the less far directions count. With ``centre`` the image's mean feature is subtracted before. A cell
-    without direction, because it is zero or equals the mean, has cosine 0 with every cell.
-
-    Raises:
-        ValueError: for an unknown kind or a temperature that is not positive.
+    without direction, because it is zero or equals the mean, has cosine 0 with every cell. ValueError for an unknown
+    kind or a temperature that is not positive.
     """
     if kind not in ("clamp", "exp"):
         raise ValueError(f"affinity must be 'clamp' or 'exp', got {kind!r}")

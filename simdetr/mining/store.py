@@ -240,11 +240,7 @@ class ProposalStore:
 
 
 def to_table(rows: Sequence[ProposalRow], dim: int, notes: Mapping[str, Any]) -> pa.Table:
-    """The table of a shard's rows in source order, with features of ``dim`` channels and some plain values as notes.
-
-    Raises:
-        ValueError: if a feature does not fit into fp16.
-    """
+    """The table of rows in source order, features of ``dim`` channels, with notes; ValueError past fp16's range."""
     for row in rows:
         if row.regions.features.size and np.abs(row.regions.features).max() > np.finfo(np.float16).max:
             raise ValueError(

@@ -74,11 +74,7 @@ def panels(curve: Curve) -> dict[str, list[str]]:
 
 
 def draw_curve(curve: Curve) -> str:
-    """The curve's panels side by side as one SVG element.
-
-    Raises:
-        ValueError: nothing to draw in the curve.
-    """
+    """The curve's panels side by side as one SVG element; ValueError if there is nothing to draw."""
     drawn = panels(curve)
     if not drawn:
         raise ValueError(f"curve {curve.name!r}: no loss, AP or AR among its metrics {sorted(curve.metrics)}")
@@ -199,11 +195,7 @@ STARTS = ((1.0, 1.0), (3.0, 1.0), (3.0, 2.0), (3.0, 3.0), (1.5, 3.0), (0.5, 2.0)
 
 
 def gradient(u: ArrayLike, v: ArrayLike, equation: Equation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Derivatives of the total loss by the class loss u and the localisation loss v, of their common shape.
-
-    Raises:
-        ValueError: an unknown equation.
-    """
+    """Derivatives of the total loss by u and by v, of their common shape; ValueError for an unknown equation."""
     u, v = np.broadcast_arrays(np.asarray(u, np.float64), np.asarray(v, np.float64))
     if equation == "eq5":
         return np.ones_like(u), np.ones_like(v)
@@ -259,11 +251,7 @@ def draw_flow(starts: Sequence[tuple[float, float]] = STARTS, longest: float = 6
 
 
 def class_first_border(v: ArrayLike, equation: Equation) -> NDArray[np.float64]:
-    """The class loss above which it falls faster than the localisation loss v; infinite for equation 5: never.
-
-    Raises:
-        ValueError: an unknown equation.
-    """
+    """The class loss above which it falls faster than the localisation loss v; infinite for equation 5: never."""
     values = np.asarray(v, np.float64)
     slope = gradient(0.0, values, equation)[1]  # of v at u = 0; the border is where exp(-u) brings both to the same
     if equation == "eq5":

@@ -99,11 +99,7 @@ class ReportData:
 
 
 def render_report(data: ReportData) -> str:
-    """The page as HTML text.
-
-    Raises:
-        ValueError: a curve without anything to draw, or comparison rows that lack a key.
-    """
+    """The page as HTML text; ValueError for a curve with nothing to draw, or comparison rows that lack a key."""
     comparison = summarise_seeds(data.comparison or [])
     seconds = [step.seconds for step in data.steps if step.seconds is not None]
     return page_template("report.html.jinja").render(
@@ -123,12 +119,7 @@ def render_report(data: ReportData) -> str:
 
 
 def write_report(data: ReportData, folder: Path) -> Path:
-    """Write ``index.html`` in ``folder``, which is made if absent, whole or not at all; returns the page's path.
-
-    Raises:
-        ValueError: as `render_report`.
-        OSError: the folder cannot be written.
-    """
+    """Write `render_report` as ``index.html`` in ``folder``, whole or not at all; returns its path."""
     page, path = render_report(data), folder / "index.html"
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -95,11 +95,7 @@ def auto_batch_options(
 
 
 def largest_batch(training: Training) -> dict[str, object]:
-    """``batch_size``, the largest power of two whose training step fits; also ``device`` and ``size_hw``.
-
-    Raises:
-        MemoryError: Not even one image fits.
-    """
+    """``batch_size``, the largest power of two whose step fits, ``device``, ``size_hw``; MemoryError if none does."""
     trial = TrialStep(training)
     most = -(-len(training.datamodule.labels) // training.trainer.world_size)
     if trial.device.type == "cpu":

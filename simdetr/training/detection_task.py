@@ -295,11 +295,7 @@ def _all_are(values: object, wanted: float) -> bool:
 
 
 def check_start(detector: Detector, fixed: list[str]) -> None:
-    """Refuse a training that would keep random weights; ``fixed`` are the detector's ``fixed_parts``.
-
-    Raises:
-        RandomStartError: Some parts are fixed, and the feature network was never trained.
-    """
+    """Refuse, by a RandomStartError, a training that would keep random weights; ``fixed`` are its ``fixed_parts``."""
     if not fixed or not is_untrained(detector.get_submodule(detector.body_name)):
         return
     shown = ", ".join(fixed[:_NAMES_SHOWN]) + (", …" if len(fixed) > _NAMES_SHOWN else "")

@@ -127,10 +127,8 @@ class RunFolder:
     def claim(self, config_yaml: str, settled: Sequence[str] | None = None) -> None:
         """Keep the configuration, or check that it is the one this run was started with, but for what is ``FREE``.
 
-        ``settled`` are sections that finished work depends on; only they must not differ. All, when left out.
-
-        Raises:
-            RunMismatchError: They differ; the message lists the settings.
+        ``settled`` are sections that finished work depends on; only they must not differ. All, when left out. A
+        RunMismatchError lists the settings that do.
         """
         if self.config.is_file():
             before = self.config.read_text(encoding="utf-8")
@@ -161,10 +159,8 @@ class RunFolder:
     def led(self) -> Iterator[None]:
         """Hold the leader's lock while the block runs, if this is the leader, so that the others notice its death.
 
-        The lock is the operating system's: it ends with its process, however that dies.
-
-        Raises:
-            RunInUseError: Another command holds it.
+        The lock is the operating system's: it ends with its process, however that dies. RunInUseError if another
+        command holds it.
         """
         if not leads():
             yield
@@ -200,10 +196,7 @@ class RunFolder:
         """Let the leader, within :meth:`led`, make a file that does not exist yet; the other processes wait for it.
 
         They look every ``poll_s`` seconds, and take the leader, which may begin later than they, for dead after
-        ``patience_s`` without any.
-
-        Raises:
-            LeaderLostError: There is no leader, and no file.
+        ``patience_s`` without any: a LeaderLostError.
         """
         if output.is_file():
             return
@@ -247,11 +240,7 @@ class RunFolder:
         return None if self.stage(1).is_dir() else ("encoder", "mining", "clustering", "data.images")
 
     def check_classes(self, asked: int) -> None:
-        """Whether the labels T0 have the number of pseudo-classes that is asked for.
-
-        Raises:
-            RunMismatchError: They have another one.
-        """
+        """RunMismatchError unless the labels T0 have the number of pseudo-classes that is asked for."""
         there = read_labels(self.labels(0)).num_classes
         if there != asked:
             raise RunMismatchError(
@@ -265,11 +254,7 @@ class RunFolder:
 
 
 def detector_folder(path: str | Path) -> Path:
-    """The detector a path means: itself, or the last one of a run folder.
-
-    Raises:
-        FileNotFoundError: The path does not exist or holds no detector.
-    """
+    """The detector a path means: itself, or the last one of a run folder; FileNotFoundError if there is none."""
     path = Path(path)
     if path.is_file() or is_saved(path):
         return path
