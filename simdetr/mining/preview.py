@@ -208,29 +208,23 @@ def mine_timed(
 ) -> tuple[list[ProposalRow], dict[str, str], MiningTime]:
     """Rows, reasons and times: the loop of a full run over these images."""
     timed = _TimedEncoder(encoder, device)
+    decoding = waiting = 0.0
+
+    def images() -> Iterator[LoadedImage]:
+        nonlocal decoding, waiting
+        asked = time.perf_counter()
+        for image in loading:
+            waiting += time.perf_counter() - asked
+            decoding += image.seconds
+            yield image
+            asked = time.perf_counter()
+
     with load_ahead(source, positions, config, device) as loading:
-        images = _TimedImages(loading)
         start, cpu = time.perf_counter(), time.process_time()
-        rows, unreadable = mine_rows(images, timed, config, device)
+        rows, unreadable = mine_rows(images(), timed, config, device)
         _finish(device)
         total, cpu = time.perf_counter() - start, time.process_time() - cpu
-    taken = MiningTime(len(rows), total, images.decoding, images.waiting, timed.seconds, cpu, timed.calls)
-    return rows, unreadable, taken
-
-
-class _TimedImages(Iterator[LoadedImage]):
-    """Passes loaded images through; notes how long their decoding and the waiting for it took."""
-
-    def __init__(self, images: Iterator[LoadedImage]) -> None:
-        self._images = images
-        self.decoding = self.waiting = 0.0
-
-    def __next__(self) -> LoadedImage:
-        start = time.perf_counter()
-        image = next(self._images)
-        self.waiting += time.perf_counter() - start
-        self.decoding += image.seconds
-        return image
+    return rows, unreadable, MiningTime(len(rows), total, decoding, waiting, timed.seconds, cpu, timed.calls)
 
 
 class _TimedEncoder:

@@ -136,12 +136,6 @@ class Candidates:
             **{name: getattr(self, name).gather(1, order) for name in ("clustering", "cluster", "scores")},
         )
 
-    def relabelled(self, labels: Tensor) -> Candidates:
-        """The candidates of other cluster labels [B, L, H, W] over the same maps."""
-        return find_candidates(
-            labels, self.strides, self.ks, self.maps, connectivity=self.connectivity, centre=self.centre
-        )
-
     def _cells_of(self, components: Tensor) -> Tensor:
         """Compare the region numbers of a grid's cells, [B, L, h, w], with every row's own, to bool [B, R, h w]."""
         flat = components.flatten(2)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -51,9 +51,9 @@ LARGEST_ASPECT = 3.0  # of random boxes: one relative side is at most so many ti
 MAX_BOXES = 100  # per image; recall is reported up to here
 _WORKERS = 2  # threads that decode; the methods themselves are far slower
 
-Baseline = Callable[[Sequence[Tensor], Mapping[int, Tensor], Sequence[tuple[int, int]], int, int], list[Regions]]
-"""Shrunk images uint8 [3, h, w], maps [B, D, H_l, W_l] by stride, (height, width) of the originals, most boxes per
-image, seed -> one record per image, boxes in pixels of the original."""
+Baseline = Callable[[Tensor, Mapping[int, Tensor], tuple[int, int], int, int], Regions]
+"""Shrunk image uint8 [3, h, w], its maps [1, D, H_l, W_l] by stride, (height, width) of the original, most boxes, seed
+-> boxes in pixels of the original."""
 
 
 def lost(features: Tensor, expansion: int = 100) -> Tensor:
@@ -153,18 +153,10 @@ def _around(mask: Tensor, seed: int) -> Tensor:
 
 
 def selective_search(
-    images: Sequence[Tensor],
-    maps: Mapping[int, Tensor],
-    sizes_hw: Sequence[tuple[int, int]],
-    max_boxes: int,
-    seed: int,
-    *,
-    side: int = 128,
-) -> list[Regions]:
+    image: Tensor, maps: Mapping[int, Tensor], size_hw: tuple[int, int], max_boxes: int, seed: int, *, side: int = 128
+) -> Regions:
     """Selective Search in fast mode at ``side`` x ``side`` pixels, in OpenCV's order; errors as of `search_boxes`."""
-    boxes = [search_boxes(image, side, seed=_own_seed(image, seed))[:max_boxes] for image in images]
-    pairs = enumerate(zip(boxes, sizes_hw, strict=True))
-    return [_of_boxes(own, maps, index, size_hw) for index, (own, size_hw) in pairs]
+    return _of_boxes(search_boxes(image, side, seed=_own_seed(image, seed))[:max_boxes], maps, size_hw)
 
 
 def search_boxes(image: Tensor, side: int = 128, *, seed: int = 0) -> NDArray[np.float64]:
@@ -194,39 +186,31 @@ def search_boxes(image: Tensor, side: int = 128, *, seed: int = 0) -> NDArray[np
 
 
 def random_boxes(
-    images: Sequence[Tensor],
-    maps: Mapping[int, Tensor],
-    sizes_hw: Sequence[tuple[int, int]],
-    max_boxes: int,
-    seed: int,
-) -> list[Regions]:
+    image: Tensor, maps: Mapping[int, Tensor], size_hw: tuple[int, int], max_boxes: int, seed: int
+) -> Regions:
     """Boxes that know nothing: sizes and aspects log-uniform, places uniform within the image."""
-    results = []
-    for index, (image, size_hw) in enumerate(zip(images, sizes_hw, strict=True)):
-        rng = np.random.default_rng(_own_seed(image, seed))
-        size, aspect, place = np.split(rng.uniform(size=(max_boxes, 4)), [1, 2], axis=1)
-        root, stretch = SMALLEST_SIDE**size, LARGEST_ASPECT ** (aspect - 0.5)
-        sides = np.concatenate([root * stretch, root / stretch], axis=1).clip(max=1)
-        corners = place * (1 - sides)
-        results.append(_of_boxes(np.concatenate([corners, corners + sides], axis=1), maps, index, size_hw))
-    return results
+    rng = np.random.default_rng(_own_seed(image, seed))
+    size, aspect, place = np.split(rng.uniform(size=(max_boxes, 4)), [1, 2], axis=1)
+    root, stretch = SMALLEST_SIDE**size, LARGEST_ASPECT ** (aspect - 0.5)
+    sides = np.concatenate([root * stretch, root / stretch], axis=1).clip(max=1)
+    corners = place * (1 - sides)
+    return _of_boxes(np.concatenate([corners, corners + sides], axis=1), maps, size_hw)
 
 
 def objects(
     find: Callable[[Tensor], Tensor],
-    images: Sequence[Tensor],
+    image: Tensor,
     maps: Mapping[int, Tensor],
-    sizes_hw: Sequence[tuple[int, int]],
+    size_hw: tuple[int, int],
     max_boxes: int,
     seed: int,
     *,
     stride: int = 16,
-) -> list[Regions]:
-    """Regions of the masks [M, H, W] that ``find`` cuts out of each map [D, H, W] of a stride; ValueError if absent."""
+) -> Regions:
+    """Regions of the masks [M, H, W] that ``find`` cuts out of the map [D, H, W] of a stride; ValueError if absent."""
     if stride not in maps:
         raise ValueError(f"stride: expected one of the encoder's, {sorted(maps)}, got {stride}")
-    levels = enumerate(zip(maps[stride], sizes_hw, strict=True))
-    return [_of_masks(find(level)[:max_boxes], maps, index, size_hw, stride) for index, (level, size_hw) in levels]
+    return _of_masks(find(maps[stride][0])[:max_boxes], maps, size_hw, stride)
 
 
 BASELINES: dict[str, Baseline] = {
@@ -246,15 +230,13 @@ def baseline(name: str) -> Baseline:
 
 
 def _own_seed(image: Tensor, seed: int) -> int:
-    """A seed of the pixels, so that a result does not depend on what else is in the batch."""
+    """A seed of the pixels, so that a result does not depend on an image's place in the source."""
     return zlib.crc32(image.contiguous().numpy().tobytes(), seed)
 
 
-def _of_boxes(
-    relative: NDArray[np.float64], maps: Mapping[int, Tensor], index: int, size_hw: tuple[int, int]
-) -> Regions:
+def _of_boxes(relative: NDArray[np.float64], maps: Mapping[int, Tensor], size_hw: tuple[int, int]) -> Regions:
     """Regions of boxes without a mask: averages over the box, stride 0 because no level has found them."""
-    last = maps[max(maps)][index].float()
+    last = maps[max(maps)][0].float()
     rows, columns = last.shape[1:]
     shares = coverage(torch.from_numpy(relative * [columns, rows, columns, rows]).to(last), (rows, columns))
     features = shares @ last.flatten(1).T / shares.sum(dim=1, keepdim=True)
@@ -262,12 +244,10 @@ def _of_boxes(
     return _regions(boxes_px, features, (boxes_px[:, 2:] - boxes_px[:, :2]).prod(axis=1), 0)
 
 
-def _of_masks(masks: Tensor, maps: Mapping[int, Tensor], index: int, size_hw: tuple[int, int], stride: int) -> Regions:
+def _of_masks(masks: Tensor, maps: Mapping[int, Tensor], size_hw: tuple[int, int], stride: int) -> Regions:
     """Regions of masks bool [n, H, W]: averages over the mask of the last level's map, resampled to the masks' grid."""
     height, width = masks.shape[-2:]
-    last = functional.interpolate(
-        maps[max(maps)][index : index + 1].float(), (height, width), mode="bilinear", align_corners=False
-    )[0]
+    last = functional.interpolate(maps[max(maps)].float(), (height, width), mode="bilinear", align_corners=False)[0]
     cells = masks.sum(dim=(1, 2))
     features = einsum(masks.to(last), last, "n h w, d h w -> n d") / cells[:, None]
     corners = masks_to_boxes(masks) + masks.new_tensor([0, 0, 1, 1], dtype=torch.float32)
@@ -339,7 +319,7 @@ def mine_rival(
                     unreadable[image.image_id] = image.reason
                     continue
                 maps = encode(image.pixels[None].to(device), encoder)
-                regions = find([image.pixels], maps, [image.size_hw], max_boxes, config.seed)[0]
+                regions = find(image.pixels, maps, image.size_hw, max_boxes, config.seed)
                 rows.append(ProposalRow(image.image_id, *image.size_hw, regions))
             store.write_shard(shard, rows, unreadable)
     return finish(store, config.max_unreadable)
