@@ -116,21 +116,17 @@ def largest_batch(training: Training) -> dict[str, object]:
 def largest_power_of_two(attempt: Callable[[int], object], most: int) -> int:
     """The largest power of two up to ``most`` for which ``attempt`` does not run out of memory; 0 if none."""
     found, size = 0, 1
-    while size <= most and _succeeds(attempt, size):
+    while size <= most:
+        garbage_collection_cuda()
+        try:
+            attempt(size)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or is_oom_error(error):
+                break
+            raise
         found, size = size, 2 * size
     garbage_collection_cuda()
     return found
-
-
-def _succeeds(attempt: Callable[[int], object], size: int) -> bool:
-    garbage_collection_cuda()
-    try:
-        attempt(size)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or is_oom_error(error):
-            return False
-        raise
-    return True
 
 
 class TrialStep:

@@ -32,7 +32,7 @@ from simdetr.exchange.weights import LoadReport, checkpoint_config, class_tensor
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_groups
 from simdetr.training.relabel import as_image_labels
-from simdetr.training.run_folder import detector_folder
+from simdetr.training.run_folder import detector_folder, leaves
 
 _NAMES_SHOWN = 2
 
@@ -310,20 +310,9 @@ def check_start(detector: Detector, fixed: list[str]) -> None:
 
 def thawing(detector: Detector) -> list[str]:
     """The arguments that would leave nothing of its backbone fixed, as ``name: value``, if it has others."""
-    thawed = _changed(detector.init_args, detector.thawed(detector.init_args))
-    return [f"{name}: {str(value).lower()}" for name, value in thawed.items()]
-
-
-def _changed(before: dict[str, object], after: dict[str, object]) -> dict[str, object]:
-    """What differs in nested arguments, by the innermost names."""
-    found: dict[str, object] = {}
-    for name, value in after.items():
-        old = before.get(name)
-        if isinstance(value, dict) and isinstance(old, dict):
-            found |= _changed(old, value)
-        elif value != old:
-            found[name] = value
-    return found
+    before, thawed = dict(leaves(detector.init_args)), dict(leaves(detector.thawed(detector.init_args)))
+    changed = {name: value for name, value in thawed.items() if before.get(name) != value}
+    return [f"{name.rpartition('.')[2]}: {str(value).lower()}" for name, value in changed.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ class RunFolder:
             temporary.write_text(config_yaml, encoding="utf-8")
 
     def _check_settled(self, before: object, config_yaml: str, settled: Sequence[str] | None) -> None:
-        there, asked = dict(_leaves(before)), dict(_leaves(yaml.safe_load(config_yaml)))
+        there, asked = dict(leaves(before)), dict(leaves(yaml.safe_load(config_yaml)))
         per_step = _images_per_step(asked)
         free = (*FREE, *PER_STEP) if per_step is not None and per_step == _images_per_step(there) else FREE
         differing = [
@@ -287,13 +287,13 @@ def _images_per_step(settings: dict[str, Any]) -> int | None:
     return math.prod(numbers) if len(numbers) == len(counts) else None
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
     """Dotted names and values of nested settings; a list is one value, and null is as good as not set.
 
     So an option that came later, null as long as it is not used, does not keep an older run from going on.
     """
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+            yield from leaves(inner, f"{name}.{key}" if name else str(key))
     elif value is not None:
         yield name, value
