@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.environment import DATA, environment, write_result
 from simdetr.data.images import ImageSource, open_images
 from simdetr.mining import ColourTextureEncoder, MiningConfig, TimmEncoder, mine
-from simdetr.mining.batch import ImageLoading, encode
+from simdetr.mining.batch import encode, images_ahead
 from simdetr.mining.encoders import Encoder
 
 WORKERS = 2
@@ -32,7 +32,7 @@ WORKERS = 2
 def decode_and_encode(source: ImageSource, encoder: Encoder, config: MiningConfig) -> None:
     """What every method that uses this encoder has to do."""
     waiting: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    with ImageLoading(source, range(len(source)), config.image_size, WORKERS, ahead=config.batch_size) as loading:
+    with images_ahead(source, range(len(source)), config.image_size, WORKERS, ahead=config.batch_size) as loading:
         for image in loading:
             assert image.pixels is not None
             same = waiting[image.pixels.shape]

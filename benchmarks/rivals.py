@@ -120,7 +120,7 @@ def of_features(images: Images, encoder: Encoder) -> dict[str, dict[str, float]]
         small = shrink(image, MiningConfig.image_size)
         maps = encode(small[None], encoder)
         for name, rival in RIVALS.items():
-            found[name].append(best_first(rival([small], maps, [size], max(LIMITS), 0)[0]))
+            found[name].append(best_first(rival(small, maps, size, max(LIMITS), 0)))
     return {name: recall(images, boxes) for name, boxes in found.items()}
 
 

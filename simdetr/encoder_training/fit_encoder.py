@@ -8,12 +8,10 @@ goes on with the same call, and ends with the weights of one that was never inte
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import shutil
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +20,6 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import save_file
@@ -30,7 +27,7 @@ from torch import Tensor
 
 from simdetr.data.dataset import item_seed
 from simdetr.data.images import ImageSource, open_images
-from simdetr.data.storage import atomic_path
+from simdetr.data.storage import atomic_path, write_json
 from simdetr.encoder_training.crops import EncoderData
 from simdetr.encoder_training.objectives import (
     LearningEncoder,
@@ -45,7 +42,7 @@ from simdetr.mining.batch import MiningConfig
 from simdetr.mining.encoders import RECORD_NAME, WEIGHTS_NAME, is_fitted
 from simdetr.training.detection_task import NonFiniteLossError
 from simdetr.training.optimisation import Schedule, lr_factor
-from simdetr.training.progress import image_progress
+from simdetr.training.progress import TrainingProgress
 from simdetr.training.run_folder import RunFolder
 from simdetr.training.train import RESUME, AtomicCheckpointIO, ResumePoint, safe_loading
 
@@ -167,7 +164,7 @@ class EncoderTask(pl.LightningModule):
                 f"the loss became NaN or infinite at step {self.global_step}. Lower lr (now {self.config.lr}) or use "
                 "precision 32-true or bf16-mixed, then repeat the command in a new folder."
             )
-        self.log("train/loss", loss.detach(), batch_size=len(batch[0]))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch[0]))
         return loss
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -185,33 +182,6 @@ class EncoderTask(pl.LightningModule):
         factor = lr_factor(self.config.schedule, self.total_steps, warmup_steps=warmup_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-class ImageBar(Callback):
-    """A bar with images per second and the time left, which moves by a batch."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self._open = ExitStack()
-        self._advance: Callable[[int], None] | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:  # noqa: ANN401
-        """Open it, for what is left to do."""
-        steps = pl_module.total_steps - trainer.global_step
-        self._advance = self._open.enter_context(image_progress("encoder fit", steps * self.batch_size))
-
-    def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401
-        """Move it by a batch."""
-        if self._advance is not None:
-            self._advance(self.batch_size)
-
-    def on_train_end(self, *_: Any) -> None:  # noqa: ANN401
-        """Close it."""
-        self._open.close()
-
-    def on_exception(self, *_: Any) -> None:  # noqa: ANN401
-        """Close it: Lightning does not come to the end of the training then."""
-        self._open.close()
 
 
 def fit_encoder(
@@ -284,11 +254,10 @@ def make_trainer(out: Path, config: EncoderFitConfig, device: str | None, probe:
         max_steps=-1 if config.max_steps is None else config.max_steps,
         logger=CSVLogger(out, name="logs", flush_logs_every_n_steps=1),
         plugins=[AtomicCheckpointIO()],
-        callbacks=[ImageBar(config.batch_size), probe, resume],
+        callbacks=[TrainingProgress(), probe, resume],
         reload_dataloaders_every_n_epochs=1,  # the loader of an epoch knows its epoch: exact resume
         use_distributed_sampler=False,
         log_every_n_steps=10,
-        enable_progress_bar=False,  # ImageBar counts images, over all epochs
         enable_model_summary=False,
     )
 
@@ -309,5 +278,4 @@ def save_encoder(folder: Path, task: EncoderTask, source: ImageSource, steps: in
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "probe": read_rows(folder / PROBE_NAME),
     }
-    with atomic_path(folder / RECORD_NAME) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / RECORD_NAME, record, indent=2)

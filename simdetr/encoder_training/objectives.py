@@ -288,14 +288,8 @@ def make_crops(objective: Objective, image_size: int, views: Mapping[str, Any]) 
 class LearningEncoder(TimmEncoder):
     """A trainable :class:`TimmEncoder`, so that what is trained is what is mined with, pixel by pixel.
 
-    Args:
-        model: timm's name.
-        weights: file or URL to start from; random when left out.
-        seed: of the random weights.
-
-    Raises:
-        ValueError: for a name that timm does not know, or a backbone without maps at strides 16 and 32.
-        PretrainedWeightsError: when the weights are unreadable or for another architecture.
+    Arguments and errors are those of the latter; without weights it starts from random ones. A ValueError names a model
+    that timm does not know.
     """
 
     def __init__(self, model: str, weights: str | None = None, seed: int = 0) -> None:

@@ -28,6 +28,7 @@ from simdetr.data.storage import atomic_path
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.batch import MiningConfig, encode, load_image, mine_batch, shrink
 from simdetr.mining.encoders import Encoder
+from simdetr.mining.preview import evenly
 from simdetr.training.datamodule import read_training_labels
 
 Recall = Callable[[Encoder, torch.device], dict[str, float]]  # An encoder and its device to named recall numbers
@@ -142,7 +143,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def probe_images(source: ImageSource, count: int, image_size: int) -> list[Tensor]:
     """Evenly spaced readable images, uint8 [3, H, W], ``image_size`` pixels long; a ValueError for fewer than two."""
-    loaded = [load_image(source[position], image_size) for position in _evenly(len(source), count)]
+    loaded = [load_image(source[position], image_size) for position in evenly(range(len(source)), count)]
     images = [image.pixels for image in loaded if image.pixels is not None]
     if len(images) < 2:
         raise ValueError(
@@ -150,12 +151,6 @@ def probe_images(source: ImageSource, count: int, image_size: int) -> list[Tenso
             "`simdetr doctor` lists what is wrong"
         )
     return images
-
-
-def _evenly(total: int, count: int) -> list[int]:
-    """At most so many positions out of all, evenly spaced."""
-    positions: list[int] = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
-    return positions
 
 
 @dataclass(frozen=True)
@@ -205,6 +200,6 @@ def load_encoder_recall(
             f"truth: none of its {len(labels)} images is in {source.root} (first: {labels.image_ids[0]!r}, there are "
             f"ids like {source.ids[0]!r}); give the folder that its file names are relative to"
         )
-    chosen = labels.select(present[row] for row in _evenly(len(present), count))
+    chosen = labels.select(evenly(present, count))
     pixels = (read_image(record) for record in source.subset(chosen.image_ids))
     return EncoderRecall(chosen, tuple(shrink(image, mining.image_size) for image in pixels), mining)

@@ -89,10 +89,8 @@ def match_boxes(
     """Match scored predictions to truth greedily in every image, as COCOeval does.
 
     ``class_agnostic`` ignores the classes of both sides (COCOeval's ``useCats=0``); ``max_boxes`` are numbers of
-    best-scored boxes per image (and class) that are looked at.
-
-    Raises:
-        ValueError: predictions for unknown images, no category in common, or ``max_boxes`` empty or below 1.
+    best-scored boxes per image (and class) that are looked at. ValueError for predictions for unknown images, no
+    category in common, or ``max_boxes`` empty or below 1.
     """
     if not max_boxes or min(max_boxes) < 1:
         raise ValueError(f"max_boxes: expected at least one number of boxes >= 1, got {tuple(max_boxes)}")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from simdetr.data.storage import atomic_path, json_ready
+from simdetr.data.storage import json_ready, write_json
 
 LOG = logging.getLogger(__name__)
 METRICS = ("AP", "AP50", "AR100", "AR@100")
@@ -73,8 +73,7 @@ class ComparisonRows:
         """Keep the scores of one more training."""
         key = {"initialisation": initialisation, "label_budget": label_budget, "seed": seed}
         self.rows.append(key | json_ready(scores))
-        with atomic_path(self.path) as temporary:
-            temporary.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
+        write_json(self.path, self.rows, indent=1)
 
 
 def summarise_seeds(rows: Sequence[Mapping[str, Any]], *, baseline: str | None = None) -> list[SeedSummary]:

@@ -114,10 +114,8 @@ class LocalisationMetric:
     def accuracy_at(self, thresholds: float | Mapping[float, float], contours: Contours) -> dict[float, float]:
         """Share of right images per IoU limit at thresholds chosen elsewhere.
 
-        They are one for all limits, or one per limit, such as `best_thresholds` of other images gives.
-
-        Raises:
-            ValueError: as `accuracies`, a limit without threshold, or a threshold outside [0, 1).
+        They are one for all limits, or one per limit, such as `best_thresholds` of other images gives; ValueError for
+        one that is absent or outside [0, 1), and as `accuracies`.
         """
         table = self.accuracies(contours)
         given = thresholds if isinstance(thresholds, Mapping) else dict.fromkeys(self.deltas, thresholds)
@@ -180,15 +178,10 @@ class PixelAveragePrecision:
         self._counts = np.zeros((2, len(self._edges) - 1), np.int64)  # of background and object pixels
 
     def update(self, score_map: ArrayLike, mask: ArrayLike, ignore: ArrayLike | None = None) -> None:
-        """Count the pixels of one image.
+        """Count the pixels of one image; ValueError for a bad map, or masks that are not 2-D.
 
-        Args:
-            score_map: [H, W] in [0, 1] over the whole image, of any size.
-            mask: bool [h, w] of any size, True on the objects.
-            ignore: bool [h, w]; pixels outside the objects that do not count.
-
-        Raises:
-            ValueError: a bad map, or masks that are not 2-D.
+        The score map [H, W] is in [0, 1] over the whole image, ``mask`` bool [h, w] True on the objects, of any sizes;
+        ``ignore`` bool [h, w] are pixels outside the objects that do not count.
         """
         values = resize_score_map(check_score_map(score_map), (SIDE_PX, SIDE_PX))
         objects = _resize_mask("mask", mask)

@@ -48,15 +48,10 @@ class Head(nn.Module, ABC):
     is_neck: bool = False
 
     def pass_level(self, index: int, level: Level) -> tuple[Tensor, Any]:
-        """Necks only: see a level on its way; draws come from torch's default generator, which training seeds.
+        """Necks only: see a level, the ``index``-th from fine to coarse, on its way.
 
-        Args:
-            index: its place among the levels, fine to coarse.
-            level: the features as they come.
-
-        Returns:
-            The features [B, C, h, w] to go on with (the same tensor in evaluation mode), and what to find again in
-            ``Features.taps``.
+        Gives the features [B, C, h, w] to go on with (the same tensor in evaluation mode), and what to find again in
+        ``Features.taps``. Draws come from torch's default generator, which training seeds.
         """
         return level.features, None
 

@@ -80,11 +80,7 @@ class GridLandmarks(nn.Module):
         nn.init.constant_(self.point_embed.bias, 0.0 if self.offsets else 0.5)
 
     def forward(self, features: Features) -> GridOutputs:
-        """Scores and points.
-
-        Raises:
-            ValueError: no map is as large as the grid, another number of channels, or features that are not finite.
-        """
+        """Scores and points; ValueError for maps smaller than the grid, other channels, or values not finite."""
         index = self._chosen(features.levels)
         level = features.levels[index]
         check_finite(f"levels[{index}]", level.features.masked_fill(level.mask[:, None], 0.0))

@@ -29,11 +29,7 @@ class LandmarkTargets(NamedTuple):
 
     @classmethod
     def of(cls, targets: Sequence[Target], device: torch.device) -> LandmarkTargets:
-        """Targets ``labels``, ``boxes`` and ``points`` of each image, on a device.
-
-        Raises:
-            ValueError: no points, or not one for each label.
-        """
+        """Targets ``labels``, ``boxes``, ``points`` of each image on a device; ValueError without a point each."""
         counts = [len(target["labels"]) for target in targets]
         for index, (target, count) in enumerate(zip(targets, counts, strict=True)):
             if "points" not in target:

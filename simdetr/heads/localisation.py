@@ -211,13 +211,8 @@ class LocalisationHead(Head):
     def score_map(self, outputs: Tensor, features: Features, labels: Tensor | None = None) -> Tensor:
         """Where the object is: [B, 1, S, S] in [0, 1] over the valid image; 0 where the map is constant.
 
-        Args:
-            outputs: of ``forward``, in evaluation mode.
-            features: what they were made of.
-            labels: class of each image [B] (GT-known); None for the predicted one. Only ``cam`` depends on it.
-
-        Raises:
-            ValueError: not one label per image, or one outside the classes.
+        Outputs are of ``forward`` in evaluation mode. ``labels`` are the images' classes [B] (GT-known), which a
+        ValueError checks; None for the predicted ones. Only ``cam`` depends on them.
         """
         classes = chosen_classes(outputs, labels)
         product: tuple[MapSource, ...] = ("first_attention", "last_attention")

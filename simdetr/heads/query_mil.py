@@ -40,12 +40,7 @@ class QueryMILHead(Head):
         sizes: what it is built for.
         taps: indices of the levels for L_ca, fine to coarse; None for all. The block's memory grows with the square of
             a level's positions, so leave the fine ones out for large images.
-        contrastive_weight: of L_ca; 0 builds no attention.
-        margin: m of L_ca.
-        distance: of L_ca.
-        foreground_threshold: θ_fg of L_ca's masks.
-        background_threshold: θ_bg of L_ca's masks.
-        embedding_size: of L_ca's projector.
+        contrastive_weight: of L_ca; 0 builds no attention. Its other settings are explained at ``LocalisationHead``.
         num_boxes: most probable classes that get a box each.
 
     Raises:
@@ -98,10 +93,7 @@ class QueryMILHead(Head):
     def losses(self, outputs: MILOutput, features: Features, targets: Sequence[Target]) -> HeadLosses:
         """Binary cross-entropy of the image logits, mean over the predictions, and L_ca, mean over the taps.
 
-        Of the targets only ``labels`` are read; images without them teach nothing.
-
-        Raises:
-            ValueError: labels that are no classes.
+        Of the targets only ``labels`` are read, a ValueError where they are no classes; images without teach nothing.
         """
         check_targets(targets, outputs.image_logits.shape[1], self.sizes.num_classes)
         classes = image_classes(targets, self.sizes.num_classes, outputs.image_logits.device)

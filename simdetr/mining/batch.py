@@ -10,9 +10,11 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from einops import repeat
@@ -28,6 +30,7 @@ from simdetr.mining.ranking import rank_shapes, shapes_to_regions
 from simdetr.mining.regions import Candidates, Regions, find_candidates, to_regions
 from simdetr.mining.spectral_clustering import Affinity, spectral_clustering
 
+Key = TypeVar("Key")
 SIDE_MULTIPLE = 32  # both sides become multiples of this, so that the grids of strides 16 and 32 nest
 LEAST_THREADS = 2  # by default: one decodes while the other resizes, beside the encoder's own threads
 UNLIMITED = 100  # boxes of an image that a list of filters without a limit leaves, roughly
@@ -128,13 +131,27 @@ def mine_batch(
     Returns:
         One record per image, boxes in its own pixels.
     """
-    shrunk = [shrink(image, config.image_size) for image in images]
+    shrunk = (shrink(image, config.image_size) for image in images)
     results: dict[int, Regions] = {}
-    for batch in _equal_shapes(shrunk, config.batch_size):
-        pixels = torch.stack([shrunk[index] for index in batch]).to(device)
+    for batch, pixels in batches_of_one_shape(enumerate(shrunk), config.batch_size):
         sizes = [(images[index].shape[-2], images[index].shape[-1]) for index in batch]
-        results.update(zip(batch, mine_pixels(pixels, encoder, sizes, config), strict=True))
+        results.update(zip(batch, mine_pixels(pixels.to(device), encoder, sizes, config), strict=True))
     return [results[index] for index in range(len(images))]
+
+
+def batches_of_one_shape(images: Iterable[tuple[Key, Tensor]], batch_size: int) -> Iterator[tuple[list[Key], Tensor]]:
+    """Gather images of one shape, each with a key, as they come; keys and stacked images, ``batch_size`` at most."""
+    waiting: dict[torch.Size, list[tuple[Key, Tensor]]] = defaultdict(list)
+
+    def batch(shape: torch.Size) -> tuple[list[Key], Tensor]:
+        keys, same = zip(*waiting.pop(shape), strict=True)
+        return list(keys), torch.stack(same)
+
+    for key, image in images:
+        waiting[image.shape].append((key, image))
+        if len(waiting[image.shape]) == batch_size:
+            yield batch(image.shape)
+    yield from map(batch, list(waiting))
 
 
 def encode(pixels: Tensor, encoder: Encoder) -> dict[int, Tensor]:
@@ -153,11 +170,7 @@ def mine_pixels(
 ) -> list[Regions]:
     """Regions of images of one shape: encoder, clustering, then the document's filters or level sets.
 
-    Args:
-        pixels: uint8 [B, 3, H, W], sides multiples of 32.
-        encoder: on the pixels' device.
-        sizes_hw: (height, width) of the originals in pixels.
-        config: the settings.
+    Pixels are uint8 [B, 3, H, W], sides multiples of 32; ``sizes_hw`` are the originals' (height, width) in pixels.
     """
     maps = encode(pixels, encoder)
     if config.level_sets is None:
@@ -252,17 +265,6 @@ def mine_maps(maps: Mapping[int, Tensor], sizes_hw: Sequence[tuple[int, int]], c
     return to_regions(apply_filters(cluster_maps(maps, config), config.filters), sizes_hw)
 
 
-def _equal_shapes(images: Sequence[Tensor], batch_size: int) -> Iterator[list[int]]:
-    """Indices of images of one shape, at most ``batch_size`` together."""
-    shapes: dict[torch.Size, list[int]] = defaultdict(list)
-    for index, image in enumerate(images):
-        waiting = shapes[image.shape]
-        waiting.append(index)
-        if len(waiting) == batch_size:
-            yield shapes.pop(image.shape)
-    yield from shapes.values()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Images decoded ahead by threads: decoders and resizing release the interpreter's lock, and threads cost no memory.
 
@@ -278,43 +280,33 @@ class LoadedImage:
     seconds: float = 0.0
 
 
-class ImageLoading:
-    """Iterates over the images at some positions of a source; a context manager, which ends the threads.
+@contextmanager
+def images_ahead(
+    source: ImageSource, positions: Iterable[int], image_size: int, num_workers: int, ahead: int
+) -> Iterator[Iterator[LoadedImage]]:
+    """Give the images at some positions of a source, in that order and shrunk to ``image_size``.
 
-    Args:
-        source: the images.
-        positions: which, in which order.
-        image_size: long side in pixels, see :func:`shrink`.
-        num_workers: threads; 0 decodes each image when it is asked for.
-        ahead: images decoded before they are asked for, at most.
+    So many threads, which end with the block, decode at most ``ahead`` images before they are asked for; without any an
+    image is decoded when it is asked for.
     """
+    if not num_workers:
+        yield (load_image(source[position], image_size) for position in positions)
+        return
+    left, waiting = iter(positions), deque[Future[LoadedImage]]()
 
-    def __init__(
-        self, source: ImageSource, positions: Iterable[int], image_size: int, num_workers: int, ahead: int
-    ) -> None:
-        self._source, self._positions, self._image_size = source, iter(positions), image_size
-        self._ahead = max(ahead, num_workers)
-        self._pool = ThreadPoolExecutor(num_workers) if num_workers else None
-        self._waiting: deque[Future[LoadedImage]] = deque()
+    def decoded() -> Iterator[LoadedImage]:
+        while True:
+            for position in islice(left, max(ahead, num_workers) + 1 - len(waiting)):
+                waiting.append(pool.submit(load_image, source[position], image_size))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
 
-    def __enter__(self) -> ImageLoading:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __iter__(self) -> ImageLoading:
-        return self
-
-    def __next__(self) -> LoadedImage:
-        if self._pool is None:
-            return load_image(self._source[next(self._positions)], self._image_size)
-        for position in islice(self._positions, self._ahead + 1 - len(self._waiting)):
-            self._waiting.append(self._pool.submit(load_image, self._source[position], self._image_size))
-        if not self._waiting:
-            raise StopIteration
-        return self._waiting.popleft().result()
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        yield decoded()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def load_image(record: ImageRecord, image_size: int) -> LoadedImage:

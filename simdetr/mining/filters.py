@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from simdetr.boxes import batched_iou
-from simdetr.mining.regions import Candidates
+from simdetr.mining.regions import Candidates, find_candidates
 
 BoxFilter = Callable[[Candidates, float], Candidates]
 SUBSET_SHARE = 0.95  # of a region's cells inside another make it a subset: grids of different levels never fit exactly
@@ -45,7 +45,8 @@ def merge_similar_clusters(candidates: Candidates, limit: float) -> Candidates:
         centroids = functional.normalize(centroids, dim=1)
         target = _closure(torch.bmm(centroids.mT, centroids) > limit).int().argmax(dim=2)
         labels[:, index] = target.gather(1, labels[:, index].flatten(1)).reshape(-1, height, width)
-    return candidates.relabelled(labels)
+    levels = (candidates.strides, candidates.ks, candidates.maps)
+    return find_candidates(labels, *levels, connectivity=candidates.connectivity, centre=candidates.centre)
 
 
 def drop_fragmented_clusters(candidates: Candidates, limit: float) -> Candidates:

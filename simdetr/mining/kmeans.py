@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import log
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import faiss
 import numpy as np
@@ -56,19 +56,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Iteration:
-    """One pass over all rows.
+    """One pass over all rows."""
 
-    Attributes:
-        number: 0 assigns rows to the starts.
-        inertia: of the centroids that the pass began with.
-        empty: clusters without any row; they start anew elsewhere.
-        seconds: of the pass and of what led to its centroids.
-    """
-
-    number: int
-    inertia: float
-    empty: int
-    seconds: float
+    number: int  # 0 assigns rows to the starts
+    inertia: float  # of the centroids that the pass began with
+    empty: int  # clusters without any row; they start anew elsewhere
+    seconds: float  # of the pass and of what led to its centroids
 
 
 History = tuple[Iteration, ...]
@@ -76,17 +69,11 @@ History = tuple[Iteration, ...]
 
 @dataclass(frozen=True)
 class Journal:
-    """Keeps the centroids and the history after every iteration; only the first rank writes and tells.
+    """Keeps the centroids and the history after every iteration; only the first rank writes and tells."""
 
-    Attributes:
-        path: of the file; nothing is kept without one.
-        data: what is clustered, in words; a file of other data or other settings is not gone on from.
-        tell: called after every iteration.
-    """
-
-    path: Path | None = None
-    data: str = ""
-    tell: Callable[[Iteration], None] | None = None
+    path: Path | None = None  # of the file; nothing is kept without one
+    data: str = ""  # what is clustered, in words; a file of other data or other settings is not gone on from
+    tell: Callable[[Iteration], None] | None = None  # called after every iteration
 
     def restore(self, settings: str) -> tuple[Tensor, History] | None:
         """The centroids to go on with and the iterations done, the same on every rank; None to begin."""
@@ -124,21 +111,13 @@ class Journal:
 
 @dataclass(frozen=True)
 class KMeans:
-    """A fitted clustering.
+    """A fitted clustering."""
 
-    Attributes:
-        centroids: float32 [C, D], of unit length when spherical.
-        counts: int64 [C], rows of each cluster, over all ranks.
-        labels: int32 [n], cluster of each row that this rank gave, in their order.
-        history: all passes over the rows, the last of which gave counts and labels.
-        spherical: whether rows and centroids are compared by direction.
-    """
-
-    centroids: Tensor
-    counts: Tensor
-    labels: Tensor
-    history: History
-    spherical: bool
+    centroids: Tensor  # float32 [C, D], of unit length when spherical
+    counts: Tensor  # int64 [C], rows of each cluster, over all ranks
+    labels: Tensor  # int32 [n], cluster of each row that this rank gave, in their order
+    history: History  # all passes over the rows, the last of which gave counts and labels
+    spherical: bool  # whether rows and centroids are compared by direction
 
     @property
     def inertia(self) -> float:
@@ -235,21 +214,13 @@ def _means(sums: Tensor, counts: Tensor, centroids: Tensor, sample: Tensor, sphe
 # One pass over all rows: nearest clusters, their sums and counts.
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """Rows by their nearest centroid.
+class Assignment(NamedTuple):
+    """Rows by their nearest centroid."""
 
-    Attributes:
-        sums: float64 [C, D], of each cluster's rows, over all ranks.
-        counts: int64 [C], rows of each cluster, over all ranks.
-        inertia: sum of squared distances of all ranks' rows to their centroids.
-        labels: int32 [n], cluster of each row of this rank, on the CPU.
-    """
-
-    sums: Tensor
-    counts: Tensor
-    inertia: float
-    labels: Tensor
+    sums: Tensor  # float64 [C, D], of each cluster's rows, over all ranks
+    counts: Tensor  # int64 [C], rows of each cluster, over all ranks
+    inertia: float  # sum of squared distances of all ranks' rows to their centroids
+    labels: Tensor  # int32 [n], cluster of each row of this rank, on the CPU
 
 
 def prepare_rows(block: Tensor, spherical: bool) -> Tensor:
@@ -359,10 +330,8 @@ def faiss_nearest(centroids: Tensor) -> Nearest:
 def sample_rows(blocks: Iterable[Tensor], num_clusters: int, spherical: bool, seed: int) -> Tensor:
     """A sample [m, D] of the different rows of all ranks, the same however they are spread over blocks and ranks.
 
-    A row's key is a hash of its values; the rows with the lowest keys stay. One pass, memory of two samples.
-
-    Raises:
-        ValueError: on every rank, for rows that are not finite, blocks of unequal width or too few rows.
+    A row's key is a hash of its values; the rows with the lowest keys stay. One pass, memory of two samples. A
+    ValueError on every rank for rows that are not finite, blocks of unequal width or too few rows.
     """
     wanted = max(num_clusters * _SAMPLE_PER_CLUSTER, _SAMPLE_AT_LEAST)
     keys, kept, total = torch.empty(0, dtype=torch.int64), torch.empty(0, 0), 0
@@ -466,10 +435,7 @@ def _squared_distances(sample: Tensor, norms: Tensor, picks: Tensor) -> Tensor:
 
 
 def cluster_balance(sizes: NDArray[np.int64]) -> dict[str, float]:
-    """Numbers about the sizes of clusters: a few that hold most rows, or many that hold none, teach little.
-
-    Args:
-        sizes: rows of each cluster, [C].
+    """Numbers about the sizes [C] of clusters in rows: a few that hold most, or many that hold none, teach little.
 
     Returns:
         ``min``, ``median``, ``max`` (rows), ``empty`` (clusters), ``entropy`` (of the shares; 1 when all are equal, 0
@@ -502,11 +468,9 @@ def cluster_balance(sizes: NDArray[np.int64]) -> dict[str, float]:
 
 
 def clustering_record(clustering: KMeans, settings: dict[str, Any]) -> dict[str, Any]:
-    """What is worth keeping of a clustering and its settings beside the labels, as JSON can say it.
+    """What is worth keeping of a clustering beside the labels, as JSON can say it.
 
-    Returns:
-        ``settings``, ``regions``, ``iterations``, ``inertia``, ``empty`` and ``seconds`` (one per pass), ``balance``
-        and ``sizes`` (regions of each cluster).
+    ``inertia``, ``empty`` and ``seconds`` have a number per pass; ``sizes`` are the regions of each cluster.
     """
     sizes = clustering.counts.cpu().numpy()
     return {

@@ -87,29 +87,17 @@ class LevelSets:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Connected shapes of a batch of images, in the order of image, plane and first cell.
+    """Connected shapes of a batch of images, in the order of image, plane and first cell."""
 
-    Attributes:
-        grid: (H, W) in fine cells.
-        image: int64 [S].
-        cluster: int64 [S], of the J.
-        count: int64 [S], cells.
-        boxes: float32 [S, 4], x0, y0, x1, y1 in fine cells, grown back by the erosion.
-        edge: float32 [S], mean strength of the image's edges along the contour.
-        starts: int64 [M], place y W + x of every run's first cell.
-        lengths: int64 [M], cells of every run.
-        shape_of: int64 [M], its shape; S for runs of what was too small for one.
-    """
-
-    grid: tuple[int, int]
-    image: Tensor
-    cluster: Tensor
-    count: Tensor
-    boxes: Tensor
-    edge: Tensor
-    starts: Tensor
-    lengths: Tensor
-    shape_of: Tensor
+    grid: tuple[int, int]  # (H, W) in fine cells
+    image: Tensor  # int64 [S]
+    cluster: Tensor  # int64 [S], of the J
+    count: Tensor  # int64 [S], cells
+    boxes: Tensor  # float32 [S, 4], x0, y0, x1, y1 in fine cells, grown back by the erosion
+    edge: Tensor  # float32 [S], mean strength of the image's edges along the contour
+    starts: Tensor  # int64 [M], place y W + x of every run's first cell
+    lengths: Tensor  # int64 [M], cells of every run
+    shape_of: Tensor  # int64 [M], its shape; S for runs of what was too small for one
 
 
 def colours(images: Tensor, cell_px: int) -> Tensor:

@@ -18,10 +18,9 @@ import logging
 import os
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -33,12 +32,12 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from simdetr.data.images import ImageSource
 from simdetr.data.quarantine import check_fraction, to_csv
 from simdetr.data.storage import Location, write_whole
-from simdetr.mining.batch import ImageLoading, LoadedImage, MiningConfig, mine_pixels
+from simdetr.mining.batch import LoadedImage, MiningConfig, batches_of_one_shape, images_ahead, mine_pixels
 from simdetr.mining.encoders import Encoder
 from simdetr.mining.store import Manifest, ProposalRow, ProposalStore, StoreError
 
@@ -99,12 +98,7 @@ def mine(
 
 
 def begin(source: ImageSource, encoder: Encoder, config: MiningConfig, out: str | Location) -> ProposalStore:
-    """Make the store, or find the one that is there.
-
-    Raises:
-        ValueError: if the source is empty.
-        StoreError: if the store is of another run, cannot be written or does not fit on the disk.
-    """
+    """Make the store, or find the one that is there; errors as of `mine`, or a StoreError if the disk is too small."""
     store = open_store(source, encoder, config.result_settings(), config.shard_size, out)
     written = sum(len(store.manifest.images_of(shard)) for shard in store.written())
     _check_space(store, config, len(source) - written)
@@ -129,11 +123,7 @@ def open_store(
 
 
 def finish(store: ProposalStore, max_unreadable: float) -> ProposalStore:
-    """List the unreadable images of a complete store and tidy its folder.
-
-    Raises:
-        TooManyUnreadableError: past ``max_unreadable``.
-    """
+    """List the unreadable images of a complete store and tidy its folder; TooManyUnreadableError as of `mine`."""
     unreadable = UnreadableImages(store, max_unreadable)
     reasons = unreadable.check()
     unreadable.write(reasons)
@@ -170,11 +160,7 @@ def mine_free_shards(
 ) -> int:
     """Mine shard after shard until no missing one is free; returns how many.
 
-    The arguments are those of `mine`; ``advance`` hears of every image that is done.
-
-    Raises:
-        StoreError: if the store cannot be written.
-        TooManyUnreadableError: past ``max_unreadable``.
+    Arguments and errors are those of `mine`; ``advance`` hears of every image that is done.
     """
     if isinstance(encoder, nn.Module):
         encoder.to(device).eval()
@@ -201,10 +187,10 @@ def mine_free_shards(
 
 def load_ahead(
     source: ImageSource, positions: Iterable[int], config: MiningConfig, device: str | torch.device
-) -> ImageLoading:
+) -> AbstractContextManager[Iterator[LoadedImage]]:
     """The images at some positions, decoded by threads a batch ahead."""
     threads = config.decoding_threads(device)
-    return ImageLoading(source, positions, config.image_size, threads, ahead=config.batch_size)
+    return images_ahead(source, positions, config.image_size, threads, ahead=config.batch_size)
 
 
 @torch.no_grad()
@@ -216,27 +202,21 @@ def mine_rows(
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[ProposalRow], dict[str, str]]:
     """Rows of one shard's images in their order, and the reasons by id of the unreadable ones."""
-    waiting: dict[torch.Size, list[tuple[int, LoadedImage]]] = defaultdict(list)
     rows: dict[int, ProposalRow] = {}
     unreadable: dict[str, str] = {}
 
-    def finish(batch: list[tuple[int, LoadedImage]]) -> None:
-        pixels = torch.stack([image.pixels for _, image in batch if image.pixels is not None]).to(device)
-        regions = mine_pixels(pixels, encoder, [image.size_hw for _, image in batch], config)
+    def readable() -> Iterator[tuple[tuple[int, LoadedImage], Tensor]]:
+        for place, image in enumerate(images):
+            advance(1)
+            if image.pixels is None:
+                unreadable[image.image_id] = image.reason
+            else:
+                yield (place, image), image.pixels
+
+    for batch, pixels in batches_of_one_shape(readable(), config.batch_size):
+        regions = mine_pixels(pixels.to(device), encoder, [image.size_hw for _, image in batch], config)
         for (place, image), found in zip(batch, regions, strict=True):
             rows[place] = ProposalRow(image.image_id, *image.size_hw, found)
-
-    for place, image in enumerate(images):
-        advance(1)
-        if image.pixels is None:
-            unreadable[image.image_id] = image.reason
-            continue
-        same = waiting[image.pixels.shape]
-        same.append((place, image))
-        if len(same) == config.batch_size:
-            finish(waiting.pop(image.pixels.shape))
-    for batch in waiting.values():
-        finish(batch)
     return [rows[place] for place in sorted(rows)], unreadable
 
 
@@ -266,13 +246,8 @@ class Rank:
 class ShardClaims:
     """Claims of one process on the missing shards of a store; a context manager, which gives back what it holds.
 
-    Args:
-        store: may be in use by other processes.
-        rank: decides with which shards this process begins; of those that are there it verifies the checksums.
-
-    Attributes:
-        store: the store.
-        taken: shards that this process has claimed since it began.
+    The store may be in use by other processes. The rank decides with which shards this process begins; of those that
+    are there it verifies the checksums. ``taken`` are the shards that it has claimed since it began.
     """
 
     def __init__(self, store: ProposalStore, rank: Rank) -> None:
@@ -341,20 +316,27 @@ def tidy(store: ProposalStore) -> None:
                     leftover.unlink()
 
 
-class _RateColumn(ProgressColumn):
-    """Images per second."""
+class RateColumn(ProgressColumn):
+    """Images, or whatever the unit is, per second."""
+
+    def __init__(self, unit: str = "images") -> None:
+        super().__init__()
+        self.unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:.1f} images/s")
+        """The rate as text."""
+        return Text(rate_text(task.speed or 0, self.unit))
+
+
+def rate_text(speed: float, unit: str) -> str:
+    """So many per second, with the digits that tell."""
+    return f"{speed:.1f} {unit}/s" if speed >= 1 or speed == 0 else f"{speed:.2g} {unit}/s"
 
 
 class MiningBar:
-    """Images done of all, images per second and time left, on stderr; a context manager.
+    """Images done of all, images per second and time left, on stderr unless not ``shown``; a context manager.
 
-    Args:
-        store: looked at now and then for the shards that others have written.
-        own: shards whose images are told one by one, by :meth:`advance`.
-        shown: False keeps silent.
+    Of ``own`` shards the images are told one by one, by :meth:`advance`; the store is looked at for those of others.
     """
 
     def __init__(self, store: ProposalStore, own: Container[int], shown: bool) -> None:
@@ -363,7 +345,7 @@ class MiningBar:
         self._there, self._told, self._others = self._images_of(self._begun_with), 0, 0
         self._lock = Lock()  # several threads may tell
         self._looked = time.monotonic()
-        columns = (TextColumn("mining"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
+        columns = (TextColumn("mining"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
         console, period = Console(stderr=True), _SPEED_OVER_S
         self._bar = Progress(*columns, console=console, disable=not shown, speed_estimate_period=period)
         self._task = self._bar.add_task("mining", total=store.manifest.num_images, completed=self._there)
@@ -398,14 +380,10 @@ class MiningBar:
 
 
 class UnreadableImages:
-    """The unreadable images of a store, whoever found them; ``quarantine.csv`` and a stop past a fraction.
+    """The unreadable images of a store, whoever found them; ``quarantine.csv``, and a stop past a fraction of all.
 
     Every process counts what the shards of all processes say, so that none needs to hear of the others; the list is put
     together from the shards once they are all there.
-
-    Args:
-        store: may be in use by other processes.
-        max_fraction: share of all images that may be unreadable.
     """
 
     def __init__(self, store: ProposalStore, max_fraction: float) -> None:
@@ -413,10 +391,7 @@ class UnreadableImages:
         self._known: dict[int, dict[str, str]] = {}  # by shard
 
     def check(self, found: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Count those of all shards so far and ``found``, those of a shard that is not written yet.
-
-        Returns:
-            Reasons by id, in the order of the source.
+        """Reasons by id of those of all shards so far, in their order, and ``found``, of a shard not written yet.
 
         Raises:
             TooManyUnreadableError: there are too many; ``quarantine.csv`` lists them.

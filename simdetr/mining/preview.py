@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -45,44 +45,26 @@ ASPECT_EDGES = 2.0 ** np.arange(-4.25, 4.5, 0.5)  # one bin is centred at 1:1
 
 @dataclass(frozen=True)
 class Recall:
-    """Recall of the previewed boxes; ``scores`` is what `proposal_recall` gives.
+    """Recall of the previewed boxes."""
 
-    Attributes:
-        scores: by name.
-        images: number of previewed images with truth.
-        objects: number of objects on them.
-        max_boxes: most boxes of an image that were judged.
-        ranked: whether the miner tells which boxes are better.
-    """
-
-    scores: dict[str, float]
-    images: int
-    objects: int
-    max_boxes: int
-    ranked: bool
+    scores: dict[str, float]  # as `proposal_recall` gives them
+    images: int  # previewed ones with truth
+    objects: int  # on them
+    max_boxes: int  # most boxes of an image that were judged
+    ranked: bool  # whether the miner tells which boxes are better
 
 
 @dataclass(frozen=True)
 class MiningTime:
-    """Where the time went. All in seconds, for all images together.
-
-    Attributes:
-        images: number of images.
-        total: from the first to the last.
-        decoding: of the decoding threads, added up; it goes on beside the rest.
-        waiting: for decoded images, when nothing else could be done.
-        encoder: in the encoder.
-        cpu: of the process, on all its cores.
-        batches: number of calls of the encoder.
-    """
+    """Where the time went: seconds for all images together."""
 
     images: int
-    total: float
-    decoding: float
-    waiting: float
+    total: float  # from the first to the last
+    decoding: float  # of the decoding threads, added up; it goes on beside the rest
+    waiting: float  # for decoded images, when nothing else could be done
     encoder: float
-    cpu: float
-    batches: int
+    cpu: float  # of the process, on all its cores
+    batches: int  # calls of the encoder
 
     @property
     def images_per_s(self) -> float:
@@ -102,39 +84,22 @@ class MiningTime:
 
 @dataclass(frozen=True)
 class MiningPreview:
-    """What mining some images of a source showed.
-
-    Attributes:
-        config: the settings.
-        device: where it ran.
-        source: all images.
-        rows: of the readable previewed ones, in source order, as a full run stores them.
-        unreadable: reasons by id of the others.
-        copies: (id, id of the first one) of previewed images with equal files.
-        time: of these images, after a warm-up.
-        stored_bytes: of their rows in Parquet, without what every shard takes.
-        shard_bytes: what every shard takes beside its rows.
-        held_bytes: of one image's regions in memory, on average.
-        peak_bytes: most memory that the process had; None where the system does not tell.
-        device_peak_bytes: most memory taken on the device; None on the processor.
-        truth: labels of previewed images; None without any.
-        recall: None without truth.
-    """
+    """What mining some images of a source showed."""
 
     config: MiningConfig
     device: str
-    source: ImageSource
-    rows: list[ProposalRow]
-    unreadable: dict[str, str]
-    copies: list[tuple[str, str]]
-    time: MiningTime
-    stored_bytes: int
-    shard_bytes: int
-    held_bytes: int
-    peak_bytes: int | None
-    device_peak_bytes: int | None
-    truth: Labels | None
-    recall: Recall | None
+    source: ImageSource  # all images
+    rows: list[ProposalRow]  # of the readable previewed ones, in source order, as a full run stores them
+    unreadable: dict[str, str]  # reasons by id of the others
+    copies: list[tuple[str, str]]  # (id, id of the first one) of previewed images with equal files
+    time: MiningTime  # of these images, after a warm-up
+    stored_bytes: int  # of their rows in Parquet, without what every shard takes
+    shard_bytes: int  # what every shard takes beside its rows
+    held_bytes: int  # of one image's regions in memory, on average
+    peak_bytes: int | None  # most memory that the process had; None where the system does not tell
+    device_peak_bytes: int | None  # most memory taken on the device; None on the processor
+    truth: Labels | None  # of previewed images; None without any
+    recall: Recall | None  # None without truth
 
     @property
     def previewed(self) -> int:
@@ -154,10 +119,8 @@ def preview_mining(
     """Mine some images of a source in memory.
 
     The arguments are those of `simdetr.mining.miner.mine`, ``count``: so many images, evenly spaced (all if there are
-    fewer), and ``truth``: boxes for some of the images, which come first among the previewed ones.
-
-    Raises:
-        ValueError: for a count below 1, an empty source, truth of other images, or if no image can be read.
+    fewer), and ``truth``: boxes for some of the images, which come first among the previewed ones. ValueError for a
+    count below 1, an empty source, truth of other images, or if no image can be read.
     """
     if count < 1:
         raise ValueError(f"preview: expected at least 1 image, got {count}")
@@ -245,29 +208,23 @@ def mine_timed(
 ) -> tuple[list[ProposalRow], dict[str, str], MiningTime]:
     """Rows, reasons and times: the loop of a full run over these images."""
     timed = _TimedEncoder(encoder, device)
+    decoding = waiting = 0.0
+
+    def images() -> Iterator[LoadedImage]:
+        nonlocal decoding, waiting
+        asked = time.perf_counter()
+        for image in loading:
+            waiting += time.perf_counter() - asked
+            decoding += image.seconds
+            yield image
+            asked = time.perf_counter()
+
     with load_ahead(source, positions, config, device) as loading:
-        images = _TimedImages(loading)
         start, cpu = time.perf_counter(), time.process_time()
-        rows, unreadable = mine_rows(images, timed, config, device)
+        rows, unreadable = mine_rows(images(), timed, config, device)
         _finish(device)
         total, cpu = time.perf_counter() - start, time.process_time() - cpu
-    taken = MiningTime(len(rows), total, images.decoding, images.waiting, timed.seconds, cpu, timed.calls)
-    return rows, unreadable, taken
-
-
-class _TimedImages(Iterator[LoadedImage]):
-    """Passes loaded images through; notes how long their decoding and the waiting for it took."""
-
-    def __init__(self, images: Iterator[LoadedImage]) -> None:
-        self._images = images
-        self.decoding = self.waiting = 0.0
-
-    def __next__(self) -> LoadedImage:
-        start = time.perf_counter()
-        image = next(self._images)
-        self.waiting += time.perf_counter() - start
-        self.decoding += image.seconds
-        return image
+    return rows, unreadable, MiningTime(len(rows), total, decoding, waiting, timed.seconds, cpu, timed.calls)
 
 
 class _TimedEncoder:
@@ -352,16 +309,20 @@ def _recall(
         images=len(truth),
         objects=int((~truth.crowd).sum()),
         max_boxes=max((len(row.regions) for row in judged), default=0),
-        ranked=any(len(np.unique(row.regions.score)) > 1 for row in judged),
+        ranked=are_ranked(judged),
     )
+
+
+def are_ranked(rows: Iterable[ProposalRow]) -> bool:
+    """Whether the scores of some image's boxes differ."""
+    return any(len(np.unique(row.regions.score)) > 1 for row in rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The record: what a full run would take, and how many, how large, how long, how alike the boxes are.
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
     """What the processes of a full run share: processor cores and graphics processors."""
 
     cores: int
@@ -461,21 +422,13 @@ def _warnings(preview: MiningPreview) -> list[str]:
 
 @dataclass(frozen=True)
 class BoxStatistics:
-    """Boxes of a set of images, by what a person asks about them.
+    """Boxes of a set of images, by what a person asks about them."""
 
-    Attributes:
-        per_image: int64 [N], number of boxes.
-        size: float64 [M], square root of the share of the image's area that a box covers; 0..1.
-        aspect: float64 [M], width / height.
-        copied: bool [M], whether another box of the same image has an IoU above `COPY_IOU` with it.
-        at_border: bool [M], whether it touches the image's border.
-    """
-
-    per_image: NDArray[np.int64]
-    size: NDArray[np.float64]
-    aspect: NDArray[np.float64]
-    copied: NDArray[np.bool_]
-    at_border: NDArray[np.bool_]
+    per_image: NDArray[np.int64]  # [N], number of boxes
+    size: NDArray[np.float64]  # [M], square root of the share of the image's area that a box covers; 0..1
+    aspect: NDArray[np.float64]  # [M], width / height
+    copied: NDArray[np.bool_]  # [M], whether another box of the same image has an IoU above `COPY_IOU` with it
+    at_border: NDArray[np.bool_]  # [M], whether it touches the image's border
 
     @classmethod
     def of(cls, boxes_xyxy: Iterable[NDArray[np.float32]], sizes_hw: Sequence[tuple[int, int]]) -> BoxStatistics:

@@ -42,14 +42,9 @@ class Job(NamedTuple):
 def mine_in_processes(
     job: Job, code: str, order: Mapping[str, Any], num_ranks: int, *, progress: bool
 ) -> ProposalStore:
-    """Mine in several new processes on this machine.
+    """Mine in several new processes on this machine; ``progress`` shows a bar for all of them.
 
-    Args:
-        job: as this process has built it.
-        code: Python code that a process runs; it ends in a call of `work`.
-        order: plain values that every process is told, to build the same job from.
-        num_ranks: processes.
-        progress: show a bar for all of them.
+    Each runs ``code``, which ends in a call of `work`, and is told ``order``, plain values to build the same job from.
 
     Raises:
         ValueError: if these are several processes already.

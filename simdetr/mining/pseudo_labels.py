@@ -18,14 +18,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from simdetr.data.annotations import Category, Lineage
 from simdetr.data.labels import Labels
-from simdetr.data.storage import atomic_path
+from simdetr.data.storage import write_json
 from simdetr.mining.kmeans import (
     Backend,
     Iteration,
@@ -38,13 +37,12 @@ from simdetr.mining.kmeans import (
     rank,
     world_size,
 )
-from simdetr.mining.store import ProposalStore, StoreError, read_table
+from simdetr.mining.store import ProposalStore
 
 _log = logging.getLogger(__name__)
 _KEEP_IN_MEMORY_BYTES = 1 << 30  # fp16 features of all ranks up to here are read once, more in every pass
 CENTROIDS, RECORD = "clustering.safetensors", "clustering.json"
 _NUMBERS = {"area": np.float32, "score": np.float32, "stride": np.int16, "k": np.int16, "cluster": np.int16}
-_BOX_COLUMNS = ["image_id", "height", "width", "boxes_xyxy", *_NUMBERS]
 SIZE_SHARE = 0.5  # of what size and borders alone explain, which is taken off
 ABSOLUTE_POWER = 0.25  # how much the comparison with other images counts beside that within the image
 _OCTAVES = 16  # of a box's share of the image
@@ -96,8 +94,7 @@ def make_pseudo_labels(
         return to_labels(store, count_regions(store), None)
     clustering = cluster_regions(store, config, device=device, folder=folder)
     if folder is not None and rank() == 0:
-        with atomic_path(folder / RECORD) as temporary:
-            temporary.write_text(json.dumps(clustering_record(clustering, asdict(config))), encoding="utf-8")
+        write_json(folder / RECORD, clustering_record(clustering, asdict(config)))
     return to_labels(store, int(clustering.counts.sum()), clustering)
 
 
@@ -144,24 +141,22 @@ def to_labels(store: ProposalStore, regions: int, clustering: KMeans | None) -> 
     clusters_of = gather(clustering.labels.numpy()) if clustering is not None else []
     read_of = [0] * len(clusters_of)
     begin = 0
-    for place, shard in enumerate(store.written()):
-        table = read_columns(store, shard, _BOX_COLUMNS)
-        own = {name: table[name].combine_chunks() for name in _NUMBERS}
-        rows = slice(begin, begin + len(own["area"].flatten()))
+    for place, shard in enumerate(store.iter_shards(["boxes_xyxy", *_NUMBERS])):
+        rows = slice(begin, begin + len(shard.area))
         begin = rows.stop
-        ids += table["image_id"].to_pylist()
-        sizes.append(np.stack([table["height"].to_numpy(), table["width"].to_numpy()], axis=1))
-        counts.append(own["area"].value_lengths().to_numpy())
-        for name, column in own.items():
-            numbers[name][rows] = column.flatten().to_numpy()
-        boxes[rows] = table["boxes_xyxy"].combine_chunks().flatten().flatten().to_numpy().reshape(-1, 4)
+        ids += shard.image_ids
+        sizes.append(shard.sizes_hw)
+        counts.append(np.diff(shard.offsets))
+        boxes[rows] = shard.boxes_xyxy
+        for name in _NUMBERS:
+            numbers[name][rows] = getattr(shard, name)
         if clusters_of:
             owner = place % len(clusters_of)  # as own_shards deals them out
             at = read_of[owner]
             read_of[owner] += rows.stop - rows.start
             classes[rows] = clusters_of[owner][at : read_of[owner]]
     offsets = np.cumsum(np.concatenate(counts), dtype=np.int64)
-    sizes_hw = np.concatenate(sizes).astype(np.int64)
+    sizes_hw = np.concatenate(sizes)
     found_in = {name: numbers[name] for name in ("stride", "k", "cluster")}
     return Labels(
         image_ids=tuple(ids),
@@ -195,18 +190,9 @@ def own_shards(store: ProposalStore) -> list[int]:
     return store.written()[rank() :: world_size()]
 
 
-def read_columns(store: ProposalStore, shard: int, columns: list[str]) -> pa.Table:
-    """Some columns of one shard and nothing else of it; StoreError if it is damaged."""
-    path = store.shard_path(shard)
-    try:
-        return read_table(path, columns)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} is damaged ({error}); run the mining command again to redo it") from error
-
-
 def count_regions(store: ProposalStore) -> int:
     """Regions of all images, M; ValueError when there are none."""
-    own = (read_columns(store, shard, ["area"])["area"] for shard in own_shards(store))
+    own = (store.read_columns(shard, ["area"])["area"] for shard in own_shards(store))
     regions = sum(gather(sum(len(chunk.flatten()) for column in own for chunk in column.chunks)))
     if regions == 0:
         raise ValueError(
@@ -238,7 +224,7 @@ class RegionBlocks:
             yield block.to(self.device)
 
     def _read(self, shard: int) -> Tensor:
-        features = read_columns(self.store, shard, ["features"])["features"].combine_chunks().flatten()
+        features = self.store.read_columns(shard, ["features"])["features"].combine_chunks().flatten()
         values = np.array(features.flatten().to_numpy(zero_copy_only=False))  # a copy that may be written to
         return torch.from_numpy(values.reshape(len(features), self.store.manifest.region_dim))
 

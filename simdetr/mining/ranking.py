@@ -85,17 +85,9 @@ def suppress(iou: Tensor, ranks: Tensor, count: int, max_iou: float) -> tuple[Te
     """Choose the best box of every image again and again; each choice lowers the others by 1 - IoU² (soft NMS).
 
     Source: Bodla et al., Soft-NMS: improving object detection with one line of code, 2017, with the square, so that
-    neighbours that hardly overlap keep their rank; what overlaps more than ``max_iou`` goes.
-
-    Args:
-        iou: [B, R, R] of an image's boxes.
-        ranks: [B, R], 0 or more, higher is better; negative ones are never chosen.
-        count: boxes per image at most.
-        max_iou: 0..1.
-
-    Returns:
-        Rows of the chosen boxes, int64 [B, C], and their lowered ranks [B, C], not ascending; negative
-        where none was left.
+    neighbours that hardly overlap keep their rank; what overlaps more than ``max_iou`` goes. From the boxes' IoU
+    [B, R, R] and ranks [B, R], higher is better, negative is never chosen, to at most ``count`` rows of boxes, int64
+    [B, C], and their lowered ranks [B, C], not ascending; negative where none was left.
     """
     left = ranks.clone()
     rows, lowered = [], []
@@ -138,13 +130,8 @@ def shapes_to_regions(
 ) -> list[Regions]:
     """Regions of each image in pixels of its original, best first.
 
-    Args:
-        shapes: of all images.
-        kept: which, as :func:`rank_shapes` gives it.
-        scores: likewise.
-        labels: whose keys (stride, K) say what the planes are.
-        last_map: [B, D, h, w], the coarsest map, which region features are averages of.
-        sizes_hw: (height, width) of the originals in pixels.
+    ``kept`` and ``scores`` are of :func:`rank_shapes`; the keys (stride, K) of ``labels`` say what the planes are;
+    region features are averages of ``last_map`` [B, D, h, w]; originals have (height, width) pixels.
     """
     features = _pooled(shapes, kept, last_map).cpu().numpy()
     origin = np.array([(stride, k, c) for stride, k in labels for c in range(k)], np.int16)
@@ -187,8 +174,7 @@ def _pooled(shapes: Shapes, kept: Tensor, last_map: Tensor) -> Tensor:
 def feature_contrast(boxes: Tensor, image: Tensor, level: Tensor, grid_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """How far the mean features inside a box and in the ring around it are apart.
 
-    An object has other features than the ring around it; ground and pieces of a large object have the same. The
-    difference is counted in the spreads of the image's own features, so that it has no unit and means the same for
+    The difference is counted in the spreads of the image's own features, so that it has no unit and means the same for
     every encoder, image and stride.
 
     Args:
@@ -223,14 +209,14 @@ def _inside_and_around(boxes: Tensor, size_hw: tuple[int, int]) -> tuple[Tensor,
     """Weights of the cells for the mean inside each box and in its ring, [S, h w] each; none for a ring too small."""
     sides = boxes[:, 2:] - boxes[:, :2]
     margin = (RING * sides).clamp(min=LEAST_RING)
-    inside = _coverage(boxes, size_hw)
-    around = _coverage(torch.cat((boxes[:, :2] - margin, boxes[:, 2:] + margin), dim=1), size_hw) - inside
+    inside = coverage(boxes, size_hw)
+    around = coverage(torch.cat((boxes[:, :2] - margin, boxes[:, 2:] + margin), dim=1), size_hw) - inside
     area, ring = inside.sum(dim=1, keepdim=True), around.sum(dim=1, keepdim=True)
     return inside / area.clamp(min=FLAT), around / ring.clamp(min=FLAT) * (ring >= LEAST_SHARE * area)
 
 
-def _coverage(boxes: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Share of every cell that lies in each box, [S, h w]; a box is a product of two intervals."""
+def coverage(boxes: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Share of every cell that lies in each box, [S, h w]; boxes are xyxy [S, 4] in cells of a map of that size."""
     shares = []
     for axis, size in ((1, size_hw[0]), (0, size_hw[1])):
         begin = torch.arange(size, device=boxes.device, dtype=boxes.dtype)

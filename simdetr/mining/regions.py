@@ -64,35 +64,21 @@ class Regions:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Regions of a batch of images of one shape, on their way through the filters.
+    """Regions of a batch of images of one shape, on their way through the filters."""
 
-    Attributes:
-        labels: int64 [B, L, H, W], cluster of every cell of the finest grid in every clustering.
-        strides, ks: level and K of the L clusterings.
-        maps: the feature maps by stride, [B, C, H_l, W_l].
-        connectivity: 4 or 8 neighbours join cells to a region.
-        centre: whether similarities are taken after subtracting the image's mean feature.
-        components: int64 [B, L, H, W], number of the region, within its image, that a cell belongs to.
-        ids: int64 [B, R], the region numbers that are still candidates; -1 pads.
-        clustering, cluster: int64 [B, R], which clustering and which of its clusters a region comes from.
-        cells: int64 [B, R], size in cells of the finest grid; 0 for padding.
-        boxes: int64 [B, R, 4], x0, y0, x1, y1 in cells of the finest grid, far edges exclusive.
-        scores: float32 [B, R], higher is better; 1 until a filter ranks the regions.
-    """
-
-    labels: Tensor
-    strides: tuple[int, ...]
-    ks: tuple[int, ...]
-    maps: Mapping[int, Tensor]
-    connectivity: int
-    centre: bool
-    components: Tensor
-    ids: Tensor
-    clustering: Tensor
-    cluster: Tensor
-    cells: Tensor
-    boxes: Tensor
-    scores: Tensor
+    labels: Tensor  # int64 [B, L, H, W], cluster of every cell of the finest grid in every clustering
+    strides: tuple[int, ...]  # levels of the L clusterings
+    ks: tuple[int, ...]  # numbers of clusters of the L clusterings
+    maps: Mapping[int, Tensor]  # the feature maps by stride, [B, C, H_l, W_l]
+    connectivity: int  # 4 or 8 neighbours join cells to a region
+    centre: bool  # whether similarities are taken after subtracting the image's mean feature
+    components: Tensor  # int64 [B, L, H, W], number of the region, within its image, that a cell belongs to
+    ids: Tensor  # int64 [B, R], the region numbers that are still candidates; -1 pads
+    clustering: Tensor  # int64 [B, R], which clustering a region comes from
+    cluster: Tensor  # int64 [B, R], and which of its clusters
+    cells: Tensor  # int64 [B, R], size in cells of the finest grid; 0 for padding
+    boxes: Tensor  # int64 [B, R, 4], x0, y0, x1, y1 in cells of the finest grid, far edges exclusive
+    scores: Tensor  # float32 [B, R], higher is better; 1 until a filter ranks the regions
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -148,12 +134,6 @@ class Candidates:
             cells=self.cells.gather(1, order).masked_fill(~kept, 0),
             boxes=self.boxes.gather(1, order[:, :, None].expand(-1, -1, 4)) * kept[:, :, None],
             **{name: getattr(self, name).gather(1, order) for name in ("clustering", "cluster", "scores")},
-        )
-
-    def relabelled(self, labels: Tensor) -> Candidates:
-        """The candidates of other cluster labels [B, L, H, W] over the same maps."""
-        return find_candidates(
-            labels, self.strides, self.ks, self.maps, connectivity=self.connectivity, centre=self.centre
         )
 
     def _cells_of(self, components: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -36,9 +36,10 @@ from torch.nn import functional
 from torchvision.ops import masks_to_boxes
 
 from simdetr.data.images import ImageSource
-from simdetr.mining.batch import ImageLoading, MiningConfig, encode
+from simdetr.mining.batch import MiningConfig, encode, images_ahead
 from simdetr.mining.encoders import Encoder
 from simdetr.mining.miner import finish, open_store
+from simdetr.mining.ranking import coverage
 from simdetr.mining.regions import Regions, connected_components
 from simdetr.mining.spectral_clustering import FLAT, NO_GROUP, leading_eigenvectors
 from simdetr.mining.store import ProposalRow, ProposalStore
@@ -50,9 +51,9 @@ LARGEST_ASPECT = 3.0  # of random boxes: one relative side is at most so many ti
 MAX_BOXES = 100  # per image; recall is reported up to here
 _WORKERS = 2  # threads that decode; the methods themselves are far slower
 
-Baseline = Callable[[Sequence[Tensor], Mapping[int, Tensor], Sequence[tuple[int, int]], int, int], list[Regions]]
-"""Shrunk images uint8 [3, h, w], maps [B, D, H_l, W_l] by stride, (height, width) of the originals, most boxes per
-image, seed -> one record per image, boxes in pixels of the original."""
+Baseline = Callable[[Tensor, Mapping[int, Tensor], tuple[int, int], int, int], Regions]
+"""Shrunk image uint8 [3, h, w], its maps [1, D, H_l, W_l] by stride, (height, width) of the original, most boxes, seed
+-> boxes in pixels of the original."""
 
 
 def lost(features: Tensor, expansion: int = 100) -> Tensor:
@@ -74,13 +75,8 @@ def lost(features: Tensor, expansion: int = 100) -> Tensor:
 def token_cut(features: Tensor, threshold: float = 0.2, *, centre: bool = True) -> Tensor:
     """The one object of TokenCut: the prominent side of the best normalised cut, around its most prominent cell.
 
-    Args:
-        features: float [D, H, W].
-        threshold: cosine from which two cells are joined.
-        centre: subtract the image's mean feature before the cosine.
-
-    Returns:
-        Bool [1, H, W], or [0, H, W] where the map has no two groups.
+    From features [D, H, W] to bool [1, H, W], or [0, H, W] where the map has no two groups. Cells are joined from a
+    cosine of ``threshold`` on; ``centre`` subtracts the image's mean feature before.
     """
     value, vector = second_eigenvector(_similar(functional.normalize(_cells(features, centre), dim=1), threshold))
     if value <= NO_GROUP:
@@ -92,11 +88,8 @@ def token_cut(features: Tensor, threshold: float = 0.2, *, centre: bool = True) 
 def mask_cut(features: Tensor, threshold: float = 0.15, masks: int = 3, *, centre: bool = True) -> Tensor:
     """Several objects: TokenCut again and again, with the cells of the objects found so far taken out of the graph.
 
-    A side with two or more of the map's corners is the background, however prominent, and the other one is taken. The
-    other arguments are those of `token_cut`.
-
-    Returns:
-        Bool [M, H, W], M at most ``masks``, in the order in which they were found; fewer where nothing is left to cut.
+    A side with two or more of the map's corners is the background, however prominent, and the other one is taken. Bool
+    [M, H, W], M at most ``masks``, in the order in which they were found; the other arguments are those of `token_cut`.
     """
     height, width = features.shape[-2:]
     directions = functional.normalize(_cells(features, centre), dim=1)
@@ -119,11 +112,8 @@ def mask_cut(features: Tensor, threshold: float = 0.15, masks: int = 3, *, centr
 def second_eigenvector(weights: Tensor) -> tuple[float, Tensor]:
     """Second smallest eigenvector x of (D - W) x = lambda D x, the relaxed normalised cut (Shi and Malik 2000).
 
-    Args:
-        weights: W, float [N, N], symmetric and positive; D is the diagonal of its row sums.
-
-    Returns:
-        1 - lambda, and x as float [N] of either sign. 1 - lambda is positive only where the graph has two groups.
+    Of weights W [N, N], symmetric and positive, with their row sums D: 1 - lambda, which is positive only where the
+    graph has two groups, and x [N] of either sign.
     """
     if len(weights) < 2:
         return 0.0, weights.new_zeros(len(weights))
@@ -163,34 +153,18 @@ def _around(mask: Tensor, seed: int) -> Tensor:
 
 
 def selective_search(
-    images: Sequence[Tensor],
-    maps: Mapping[int, Tensor],
-    sizes_hw: Sequence[tuple[int, int]],
-    max_boxes: int,
-    seed: int,
-    *,
-    side: int = 128,
-) -> list[Regions]:
-    """Selective Search in fast mode on the image resized to ``side`` x ``side`` pixels, in OpenCV's own order.
-
-    Raises:
-        RuntimeError: as `search_boxes`.
-    """
-    boxes = [search_boxes(image, side, seed=_own_seed(image, seed))[:max_boxes] for image in images]
-    pairs = enumerate(zip(boxes, sizes_hw, strict=True))
-    return [_of_boxes(own, maps, index, size_hw) for index, (own, size_hw) in pairs]
+    image: Tensor, maps: Mapping[int, Tensor], size_hw: tuple[int, int], max_boxes: int, seed: int, *, side: int = 128
+) -> Regions:
+    """Selective Search in fast mode at ``side`` x ``side`` pixels, in OpenCV's order; errors as of `search_boxes`."""
+    return _of_boxes(search_boxes(image, side, seed=_own_seed(image, seed))[:max_boxes], maps, size_hw)
 
 
 def search_boxes(image: Tensor, side: int = 128, *, seed: int = 0) -> NDArray[np.float64]:
     """All boxes of OpenCV's Selective Search, fast mode, best first: relative, double [n, 4].
 
-    Args:
-        image: uint8 [3, H, W], RGB.
-        side: the image is resized to a square of so many pixels, as is usual.
-        seed: of the order, which is drawn at random with the regions merged first before the others, more or less.
-
-    Raises:
-        RuntimeError: if OpenCV's contrib modules are not installed.
+    The image, uint8 [3, H, W] RGB, is resized to a square of ``side`` pixels, as is usual. ``seed`` is that of the
+    order: drawn at random, more or less with the regions that were merged first before the others. RuntimeError if
+    OpenCV's contrib modules are not installed.
     """
     try:
         import cv2
@@ -212,43 +186,31 @@ def search_boxes(image: Tensor, side: int = 128, *, seed: int = 0) -> NDArray[np
 
 
 def random_boxes(
-    images: Sequence[Tensor],
-    maps: Mapping[int, Tensor],
-    sizes_hw: Sequence[tuple[int, int]],
-    max_boxes: int,
-    seed: int,
-) -> list[Regions]:
+    image: Tensor, maps: Mapping[int, Tensor], size_hw: tuple[int, int], max_boxes: int, seed: int
+) -> Regions:
     """Boxes that know nothing: sizes and aspects log-uniform, places uniform within the image."""
-    results = []
-    for index, (image, size_hw) in enumerate(zip(images, sizes_hw, strict=True)):
-        rng = np.random.default_rng(_own_seed(image, seed))
-        size, aspect, place = np.split(rng.uniform(size=(max_boxes, 4)), [1, 2], axis=1)
-        root, stretch = SMALLEST_SIDE**size, LARGEST_ASPECT ** (aspect - 0.5)
-        sides = np.concatenate([root * stretch, root / stretch], axis=1).clip(max=1)
-        corners = place * (1 - sides)
-        results.append(_of_boxes(np.concatenate([corners, corners + sides], axis=1), maps, index, size_hw))
-    return results
+    rng = np.random.default_rng(_own_seed(image, seed))
+    size, aspect, place = np.split(rng.uniform(size=(max_boxes, 4)), [1, 2], axis=1)
+    root, stretch = SMALLEST_SIDE**size, LARGEST_ASPECT ** (aspect - 0.5)
+    sides = np.concatenate([root * stretch, root / stretch], axis=1).clip(max=1)
+    corners = place * (1 - sides)
+    return _of_boxes(np.concatenate([corners, corners + sides], axis=1), maps, size_hw)
 
 
 def objects(
     find: Callable[[Tensor], Tensor],
-    images: Sequence[Tensor],
+    image: Tensor,
     maps: Mapping[int, Tensor],
-    sizes_hw: Sequence[tuple[int, int]],
+    size_hw: tuple[int, int],
     max_boxes: int,
     seed: int,
     *,
     stride: int = 16,
-) -> list[Regions]:
-    """Regions of the masks [M, H, W] that ``find`` cuts out of each map [D, H, W] of one stride; no random numbers.
-
-    Raises:
-        ValueError: if there is no map of that stride.
-    """
+) -> Regions:
+    """Regions of the masks [M, H, W] that ``find`` cuts out of the map [D, H, W] of a stride; ValueError if absent."""
     if stride not in maps:
         raise ValueError(f"stride: expected one of the encoder's, {sorted(maps)}, got {stride}")
-    levels = enumerate(zip(maps[stride], sizes_hw, strict=True))
-    return [_of_masks(find(level)[:max_boxes], maps, index, size_hw, stride) for index, (level, size_hw) in levels]
+    return _of_masks(find(maps[stride][0])[:max_boxes], maps, size_hw, stride)
 
 
 BASELINES: dict[str, Baseline] = {
@@ -261,47 +223,31 @@ BASELINES: dict[str, Baseline] = {
 
 
 def baseline(name: str) -> Baseline:
-    """The rival of a name.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The rival of a name; ValueError if there is none."""
     if name not in BASELINES:
         raise ValueError(f"methods: expected some of {', '.join(BASELINES)}, got {name!r}")
     return BASELINES[name]
 
 
 def _own_seed(image: Tensor, seed: int) -> int:
-    """A seed of the pixels, so that a result does not depend on what else is in the batch."""
+    """A seed of the pixels, so that a result does not depend on an image's place in the source."""
     return zlib.crc32(image.contiguous().numpy().tobytes(), seed)
 
 
-def _of_boxes(
-    relative: NDArray[np.float64], maps: Mapping[int, Tensor], index: int, size_hw: tuple[int, int]
-) -> Regions:
+def _of_boxes(relative: NDArray[np.float64], maps: Mapping[int, Tensor], size_hw: tuple[int, int]) -> Regions:
     """Regions of boxes without a mask: averages over the box, stride 0 because no level has found them."""
-    last = maps[max(maps)][index].float()
-    down, across = (
-        _overlaps(relative[:, axis::2], cells).to(last) for axis, cells in ((1, last.shape[1]), (0, last.shape[2]))
-    )
-    features = einsum(down, across, last, "n h, n w, d h w -> n d") / einsum(down, across, "n h, n w -> n")[:, None]
+    last = maps[max(maps)][0].float()
+    rows, columns = last.shape[1:]
+    shares = coverage(torch.from_numpy(relative * [columns, rows, columns, rows]).to(last), (rows, columns))
+    features = shares @ last.flatten(1).T / shares.sum(dim=1, keepdim=True)
     boxes_px = relative * np.tile(np.array(size_hw[::-1], np.float64), 2)
     return _regions(boxes_px, features, (boxes_px[:, 2:] - boxes_px[:, :2]).prod(axis=1), 0)
 
 
-def _overlaps(spans: NDArray[np.float64], cells: int) -> Tensor:
-    """How much of each of so many equal cells of 0..1 lies within the spans [n, 2], double [n, cells]."""
-    edges = np.linspace(0, 1, cells + 1)
-    inside = np.minimum(spans[:, 1:], edges[1:]) - np.maximum(spans[:, :1], edges[:-1])
-    return torch.from_numpy(inside.clip(min=0) * cells)
-
-
-def _of_masks(masks: Tensor, maps: Mapping[int, Tensor], index: int, size_hw: tuple[int, int], stride: int) -> Regions:
+def _of_masks(masks: Tensor, maps: Mapping[int, Tensor], size_hw: tuple[int, int], stride: int) -> Regions:
     """Regions of masks bool [n, H, W]: averages over the mask of the last level's map, resampled to the masks' grid."""
     height, width = masks.shape[-2:]
-    last = functional.interpolate(
-        maps[max(maps)][index : index + 1].float(), (height, width), mode="bilinear", align_corners=False
-    )[0]
+    last = functional.interpolate(maps[max(maps)].float(), (height, width), mode="bilinear", align_corners=False)[0]
     cells = masks.sum(dim=(1, 2))
     features = einsum(masks.to(last), last, "n h w, d h w -> n d") / cells[:, None]
     corners = masks_to_boxes(masks) + masks.new_tensor([0, 0, 1, 1], dtype=torch.float32)
@@ -363,7 +309,7 @@ def mine_rival(
         encoder.to(device).eval()
     missing = store.missing_shards()
     positions = [position for shard in missing for position in store.manifest.images_of(shard)]
-    with ImageLoading(source, positions, config.image_size, _WORKERS, ahead=config.batch_size) as loading:
+    with images_ahead(source, positions, config.image_size, _WORKERS, ahead=config.batch_size) as loading:
         console = Console(stderr=True)
         loaded = iter(track(loading, method, len(positions), console=console, disable=not progress))
         for shard in missing:
@@ -373,7 +319,7 @@ def mine_rival(
                     unreadable[image.image_id] = image.reason
                     continue
                 maps = encode(image.pixels[None].to(device), encoder)
-                regions = find([image.pixels], maps, [image.size_hw], max_boxes, config.seed)[0]
+                regions = find(image.pixels, maps, image.size_hw, max_boxes, config.seed)
                 rows.append(ProposalRow(image.image_id, *image.size_hw, regions))
             store.write_shard(shard, rows, unreadable)
     return finish(store, config.max_unreadable)

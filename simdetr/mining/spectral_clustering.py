@@ -73,10 +73,8 @@ def cell_affinity(features: Tensor, kind: Affinity = "exp", temperature: float =
 
     "clamp" is max(cos, 0). "exp" is exp((cos - 1) / temperature): 1 for equal directions, and the lower the
     temperature, the less far directions count. With ``centre`` the image's mean feature is subtracted before. A cell
-    without direction, because it is zero or equals the mean, has cosine 0 with every cell.
-
-    Raises:
-        ValueError: for an unknown kind or a temperature that is not positive.
+    without direction, because it is zero or equals the mean, has cosine 0 with every cell. ValueError for an unknown
+    kind or a temperature that is not positive.
     """
     if kind not in ("clamp", "exp"):
         raise ValueError(f"affinity must be 'clamp' or 'exp', got {kind!r}")
@@ -96,20 +94,14 @@ def cell_affinity(features: Tensor, kind: Affinity = "exp", temperature: float =
 def cluster_graphs(
     weights: Tensor, cluster_counts: Sequence[int], *, starts: int = 3, cut_steps: int = 2, seed: int = 0
 ) -> dict[int, Tensor]:
-    """Partition weighted graphs (Ng, Jordan, Weiss 2001) into each number of clusters.
+    """Partition weighted graphs (Ng, Jordan, Weiss 2001) into each number of clusters K: labels int64 [B, N] by K.
 
     Args:
         weights: float [B, N, N], symmetric, not negative; the diagonal is ignored.
-        cluster_counts: every K wanted.
+        cluster_counts: every K wanted, a ValueError below 1.
         starts: of k-means for each K; the one with the lowest normalised cut is taken.
         cut_steps: at most so many times, move cells between clusters on the graph itself, see :func:`lower_cut`.
         seed: of all random numbers.
-
-    Returns:
-        For each K the labels, int64 [B, N].
-
-    Raises:
-        ValueError: if a K is less than 1.
     """
     if not cluster_counts or min(cluster_counts) < 1:
         raise ValueError(f"cluster_counts must be numbers of clusters of at least 1, got {list(cluster_counts)}")
@@ -201,19 +193,12 @@ def leading_eigenvectors(
 ) -> tuple[Tensor, Tensor]:
     """Largest eigenvalues, descending, and their orthonormal eigenvectors.
 
-    Small matrices are decomposed whole by LAPACK. Of larger ones a few vectors out of hundreds are wanted, and block
-    Lanczos with full reorthogonalisation (Golub, Underwood 1977) finds them with the fewest products;
-    `benchmarks/LOG.md` has the measurement against whole decompositions and Chebyshev-filtered subspace iteration.
+    Small matrices are decomposed whole by LAPACK, of larger ones block Lanczos with full reorthogonalisation (Golub,
+    Underwood 1977) finds the few vectors that are wanted with the fewest products (measured in `benchmarks/LOG.md`).
 
-    Args:
-        matrices: float [B, N, N], symmetric, with eigenvalues in [-1, 1] as D^-1/2 W D^-1/2 has them.
-        count: how many; at most N are returned.
-        seed: of the starting block.
-        tolerance: largest norm of A v - lambda v that is accepted.
-
-    Returns:
-        Values [B, C] and vectors [B, N, C] with C = min(count, N). Where the eigenvalues that were found are all not
-        positive from some place on, vectors there may be zero.
+    From symmetric matrices [B, N, N], with eigenvalues in [-1, 1] as D^-1/2 W D^-1/2 has them, to values [B, C] and
+    vectors [B, N, C] with C = min(count, N); vectors of values that are not positive may be zero. ``seed`` is that of
+    the starting block, ``tolerance`` the largest norm of A v - lambda v that is accepted.
     """
     nodes = matrices.shape[-1]
     count = min(count, nodes)
@@ -315,17 +300,9 @@ class _BlockLanczos:
 def batched_kmeans(points: Tensor, num_clusters: int, *, starts: int = 3, max_steps: int = 12, seed: int = 0) -> Tensor:
     """Several k-means++ starts (Arthur and Vassilvitskii 2007), each refined by Lloyd's iteration.
 
-    Points that coincide always share a cluster; with fewer distinct points than clusters, those left over stay empty.
-
-    Args:
-        points: float [B, N, D].
-        num_clusters: K; may exceed N.
-        starts: independent seedings.
-        max_steps: of Lloyd's iteration; a point set stops earlier when none of its labels change.
-        seed: of the random numbers.
-
-    Returns:
-        Labels int64 [B, N, S] of every start.
+    From points [B, N, D] to labels int64 [B, N, S] of every start. Points that coincide always share a cluster; with
+    fewer distinct points than clusters, those left over stay empty. A point set stops before ``max_steps`` when none of
+    its labels change.
     """
     batch, count, _ = points.shape
     centroids, used = _spread_seeds(points, num_clusters, starts, seed)

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +50,15 @@ class StoreError(RuntimeError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds; two runs may share a store only if theirs are equal.
+    """What a store holds; two runs may share a store only if theirs are equal."""
 
-    Attributes:
-        config: settings that change the result, as plain values.
-        encoder: the encoder's fingerprint.
-        source: fingerprint of the image ids.
-        num_images: of the source.
-        shard_size: images per shard.
-        region_dim: channels of a region feature.
-    """
-
-    config: Mapping[str, Any]
-    encoder: str
-    source: str
-    num_images: int
-    shard_size: int
-    region_dim: int
-    format: int = field(default=FORMAT)
+    config: Mapping[str, Any]  # settings that change the result, as plain values
+    encoder: str  # its fingerprint
+    source: str  # fingerprint of the image ids
+    num_images: int  # of the source
+    shard_size: int  # images per shard
+    region_dim: int  # channels of a region feature
+    format: int = FORMAT
 
     @property
     def num_shards(self) -> int:
@@ -91,26 +82,15 @@ class ProposalRow:
 
 @dataclass(frozen=True)
 class ProposalShard:
-    """One shard by column; image i owns region rows ``offsets[i]:offsets[i + 1]``.
-
-    Attributes:
-        image_ids: N ids.
-        sizes_hw: int64 [N, 2], pixels.
-        offsets: int64 [N + 1].
-        boxes_xyxy: float32 [M, 4], pixels.
-        features: float16 [M, D]; D is 0 when features were not asked for.
-        area: float32 [M], square pixels.
-        stride, k, cluster: int16 [M].
-        score: float32 [M].
-    """
+    """One shard of N images and M regions by column; image i owns region rows ``offsets[i]:offsets[i + 1]``."""
 
     image_ids: tuple[str, ...]
-    sizes_hw: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    boxes_xyxy: NDArray[np.float32]
-    features: NDArray[np.float16]
-    area: NDArray[np.float32]
-    stride: NDArray[np.int16]
+    sizes_hw: NDArray[np.int64]  # [N, 2], pixels
+    offsets: NDArray[np.int64]  # [N + 1]
+    boxes_xyxy: NDArray[np.float32]  # [M, 4], pixels
+    features: NDArray[np.float16]  # [M, D]; D is 0 when features were not asked for
+    area: NDArray[np.float32]  # [M], square pixels
+    stride: NDArray[np.int16]  # [M], and so are the others
     k: NDArray[np.int16]
     cluster: NDArray[np.int16]
     score: NDArray[np.float32]
@@ -231,12 +211,15 @@ class ProposalStore:
         if columns is not None and "features" not in columns:
             wanted.remove("features")
         for shard in self.written():
-            path = self.shard_path(shard)
-            try:
-                read = to_shard(read_table(path, wanted))
-            except Exception as error:
-                raise StoreError(f"{path} is damaged ({error}); run the mining command again to redo it") from error
-            yield read
+            yield to_shard(self.read_columns(shard, wanted))
+
+    def read_columns(self, shard: int, columns: Sequence[str]) -> pa.Table:
+        """Some columns of one shard and nothing else of it; StoreError if it is damaged."""
+        path = self.shard_path(shard)
+        try:
+            return read_table(path, list(columns))
+        except Exception as error:  # the reader raises all kinds of errors on damaged files
+            raise StoreError(f"{path} is damaged ({error}); run the mining command again to redo it") from error
 
     def iter_rows(self, columns: Sequence[str] | None = None) -> Iterator[ProposalRow]:
         """Stream the images in source order, one shard in memory at a time; ``columns`` as in :meth:`iter_shards`."""
@@ -252,16 +235,12 @@ class ProposalStore:
                 read_table(self.shard_path(shard))
             expected = len(self.manifest.images_of(shard))
             return bool(notes["shard"] == shard) and footer.num_rows + len(notes["unreadable"]) == expected
-        except Exception:  # the reader raises all kinds of errors on damaged files
+        except Exception:  # as in reading
             return False
 
 
 def to_table(rows: Sequence[ProposalRow], dim: int, notes: Mapping[str, Any]) -> pa.Table:
-    """The table of a shard's rows in source order, with features of ``dim`` channels and some plain values as notes.
-
-    Raises:
-        ValueError: if a feature does not fit into fp16.
-    """
+    """The table of rows in source order, features of ``dim`` channels, with notes; ValueError past fp16's range."""
     for row in rows:
         if row.regions.features.size and np.abs(row.regions.features).max() > np.finfo(np.float16).max:
             raise ValueError(

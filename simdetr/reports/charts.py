@@ -41,12 +41,8 @@ class Curve:
 def read_curve(run_name: str, *metrics_csv: Path) -> Curve:
     """Read the Lightning CSVLogger files of one training: columns ``step``, ``epoch`` and one per metric, with holes.
 
-    Args:
-        run_name: what the curve is called.
-        metrics_csv: one file per start of the training, in order; a resumed start replaces the steps it repeats.
-
-    Raises:
-        ValueError: no ``step`` column.
+    There is one file per start of the training, in order; a resumed start replaces the steps it repeats. ValueError for
+    a file without a ``step`` column.
     """
     series: dict[str, dict[float, float]] = defaultdict(dict)
     for path in metrics_csv:
@@ -78,11 +74,7 @@ def panels(curve: Curve) -> dict[str, list[str]]:
 
 
 def draw_curve(curve: Curve) -> str:
-    """The curve's panels side by side as one SVG element.
-
-    Raises:
-        ValueError: nothing to draw in the curve.
-    """
+    """The curve's panels side by side as one SVG element; ValueError if there is nothing to draw."""
     drawn = panels(curve)
     if not drawn:
         raise ValueError(f"curve {curve.name!r}: no loss, AP or AR among its metrics {sorted(curve.metrics)}")
@@ -152,11 +144,7 @@ def _thin(series: tuple[Sequence[float], Sequence[float]]) -> tuple[NDArray[np.f
 def draw_clustering(record: Mapping[str, Any]) -> str:
     """Histogram of cluster sizes by powers of two, and inertia per region by iteration, side by side.
 
-    Args:
-        record: what `simdetr.mining.kmeans.clustering_record` gives (``stage0/clustering.json``).
-
-    Raises:
-        ValueError: the record lacks what is drawn.
+    The record is what `simdetr.mining.kmeans.clustering_record` gives; ValueError if it lacks what is drawn.
     """
     for key in ("sizes", "inertia", "regions"):
         if key not in record:
@@ -204,15 +192,10 @@ Equation = Literal["eq5", "eq6", "eq7"]
 TITLES: dict[Equation, str] = {"eq5": "5: u + v", "eq6": "6: u + exp(-u)·v", "eq7": "7: u + exp(-u)·v²"}
 BORDERS = ("above it the class loss falls faster", "below it the class loss rises")
 STARTS = ((1.0, 1.0), (3.0, 1.0), (3.0, 2.0), (3.0, 3.0), (1.5, 3.0), (0.5, 2.0))
-LONGEST = 1e4  # time after which a loss that has not halved counts as one that never does
 
 
 def gradient(u: ArrayLike, v: ArrayLike, equation: Equation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Derivatives of the total loss by the class loss u and the localisation loss v, of their common shape.
-
-    Raises:
-        ValueError: an unknown equation.
-    """
+    """Derivatives of the total loss by u and by v, of their common shape; ValueError for an unknown equation."""
     u, v = np.broadcast_arrays(np.asarray(u, np.float64), np.asarray(v, np.float64))
     if equation == "eq5":
         return np.ones_like(u), np.ones_like(v)
@@ -233,24 +216,13 @@ def flow(start: tuple[float, float], equation: Equation, times: ArrayLike) -> ND
     moments = np.asarray(times, np.float64)
     if moments.ndim != 1 or not len(moments) or moments[0] < 0 or (np.diff(moments) < 0).any():
         raise ValueError(f"times: expected ascending numbers from 0 on, got {moments.tolist()}")
-    _check_start(start)
+    if len(start) != 2 or not all(loss >= 0 and math.isfinite(loss) for loss in start):
+        raise ValueError(f"start: expected finite (u, v) of at least 0, got {start}")
     if moments[-1] == 0:
         return np.tile(np.asarray(start, np.float64), (len(moments), 1))
     span = (0, moments[-1])
     solution = solve_ivp(_velocity, span, start, t_eval=moments, args=(equation,), rtol=1e-8, atol=1e-10)
     return np.maximum(solution.y.T, 0)
-
-
-def half_times(start: tuple[float, float], equation: Equation) -> tuple[float, float]:
-    """When u and when v come to half of their start, ``inf`` for one that never does.
-
-    Raises:
-        ValueError: a start that is not positive, or an unknown equation.
-    """
-    _check_start(start)
-    if min(start) == 0:
-        raise ValueError(f"start: expected two losses above 0, which can be halved, got {start}")
-    return _half_time(start, equation, 0), _half_time(start, equation, 1)
 
 
 def draw_flow(starts: Sequence[tuple[float, float]] = STARTS, longest: float = 6.0) -> Figure:
@@ -279,11 +251,7 @@ def draw_flow(starts: Sequence[tuple[float, float]] = STARTS, longest: float = 6
 
 
 def class_first_border(v: ArrayLike, equation: Equation) -> NDArray[np.float64]:
-    """The class loss above which it falls faster than the localisation loss v; infinite for equation 5: never.
-
-    Raises:
-        ValueError: an unknown equation.
-    """
+    """The class loss above which it falls faster than the localisation loss v; infinite for equation 5: never."""
     values = np.asarray(v, np.float64)
     slope = gradient(0.0, values, equation)[1]  # of v at u = 0; the border is where exp(-u) brings both to the same
     if equation == "eq5":
@@ -291,22 +259,7 @@ def class_first_border(v: ArrayLike, equation: Equation) -> NDArray[np.float64]:
     return np.log(slope + (values if equation == "eq6" else values**2))
 
 
-def _half_time(start: tuple[float, float], equation: Equation, row: int) -> float:
-    def above_half(_: float, losses: NDArray[np.float64], *__: Equation) -> float:
-        return float(losses[row]) - start[row] / 2
-
-    above_half.terminal = True  # type: ignore[attr-defined]  # so solve_ivp is told to stop there
-    span = (0, LONGEST)
-    solution = solve_ivp(_velocity, span, start, events=above_half, args=(equation,), rtol=1e-8, atol=1e-10)
-    return float(solution.t[-1]) if solution.status == 1 else math.inf
-
-
 def _velocity(_: float, losses: NDArray[np.float64], equation: Equation) -> list[float]:
     """How fast both losses change at a time, as `solve_ivp` asks for it."""
     down = [-float(slope) for slope in gradient(losses[0], losses[1], equation)]
     return [0.0 if loss <= 0 and speed < 0 else speed for loss, speed in zip(losses, down, strict=True)]
-
-
-def _check_start(start: tuple[float, float]) -> None:
-    if len(start) != 2 or not all(loss >= 0 and math.isfinite(loss) for loss in start):
-        raise ValueError(f"start: expected finite (u, v) of at least 0, got {start}")

@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.v2.functional import resize, to_pil_image
@@ -315,13 +315,8 @@ def _tile(image: Tensor, box_xyxy: NDArray[np.float32], tile_px: int) -> Image.I
     height, width = image.shape[1:]
     x0, y0 = (max(0, min(math.floor(box_xyxy[axis]), side - 1)) for axis, side in enumerate((width, height)))
     x1, y1 = max(x0 + 1, math.ceil(box_xyxy[2])), max(y0 + 1, math.ceil(box_xyxy[3]))
-    crop = image[:, y0:y1, x0:x1]
-    scale = tile_px / max(crop.shape[1:])
-    size = [max(1, round(side * scale)) for side in crop.shape[1:]]
-    picture = to_pil_image(resize(crop, size, antialias=True))
-    square = Image.new("RGB", (tile_px, tile_px), PAPER)
-    square.paste(picture, ((tile_px - picture.width) // 2, (tile_px - picture.height) // 2))
-    return square
+    crop = to_pil_image(image[:, y0:y1, x0:x1])
+    return ImageOps.pad(crop, (tile_px, tile_px), Image.Resampling.BILINEAR, PAPER)
 
 
 def draw_heat_map(

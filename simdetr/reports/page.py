@@ -72,55 +72,34 @@ class Sample:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything the page shows.
+    """Everything the page shows."""
 
-    Attributes:
-        title: heading of the page.
-        created: date and time, as text.
-        command: the command line that made the run; empty if unknown.
-        steps: the flow in order.
-        samples: images with their boxes per stage.
-        births: what the colours of these boxes say, (title, RGB); empty if a colour is a class.
-        origins: one dict per stage, as `simdetr.reports.report.origin_rows` gives.
-        montages: (title, sheet of crops) per pseudo-class.
-        clustering: how the pseudo-classes were made, as `simdetr.mining.kmeans.clustering_record` says it.
-        recall: one dict per stage: ``stage``, ``images``, ``boxes_per_image`` and what `proposal_recall` gives.
-        rivals: one dict per method, ours first, as ``recall``; the page has this part only if there are any.
-        rival_samples: images with the boxes of every method.
-        scores: name and text of the scores of a trained head; the page has this part only if there are any.
-        predictions: images with what the head found on them.
-        curves: learning curves.
-        comparison: one row per fine-tuning run as `simdetr.evaluation.compare` describes, or None.
-        config: the resolved configuration as text.
-        missing: reason per part (attribute name) that is empty; a general one is shown where none is given.
-    """
-
-    title: str
-    created: str
-    command: str = ""
-    steps: list[StepRow] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    title: str  # heading of the page
+    created: str  # date and time, as text
+    command: str = ""  # the command line that made the run; empty if unknown
+    steps: list[StepRow] = field(default_factory=list)  # the flow in order
+    samples: list[Sample] = field(default_factory=list)  # images with their boxes per stage
     births: list[tuple[str, Colour]] = field(default_factory=list)
-    origins: list[dict[str, Any]] = field(default_factory=list)
-    montages: list[tuple[str, Image.Image]] = field(default_factory=list)
-    clustering: Mapping[str, Any] | None = None
-    recall: list[dict[str, Any]] = field(default_factory=list)
+    """What the colours of these boxes say, (title, RGB); empty if a colour is a class."""
+    origins: list[dict[str, Any]] = field(default_factory=list)  # per stage, of `simdetr.reports.report.origin_rows`
+    montages: list[tuple[str, Image.Image]] = field(default_factory=list)  # (title, sheet of crops) per pseudo-class
+    clustering: Mapping[str, Any] | None = None  # `simdetr.mining.kmeans.clustering_record` of the pseudo-classes
+    recall: list[dict[str, Any]] = field(default_factory=list)  # a `recall_row` per stage
     rivals: list[dict[str, Any]] = field(default_factory=list)
-    rival_samples: list[Sample] = field(default_factory=list)
+    """One per method, ours first, as ``recall``; the page has this part only if there are any."""
+    rival_samples: list[Sample] = field(default_factory=list)  # images with the boxes of every method
     scores: Mapping[str, str] = field(default_factory=dict)
-    predictions: list[Sample] = field(default_factory=list)
-    curves: list[Curve] = field(default_factory=list)
-    comparison: list[dict[str, Any]] | None = None
-    config: str = ""
+    """Name and text of the scores of a trained head; the page has this part only if there are any."""
+    predictions: list[Sample] = field(default_factory=list)  # images with what the head found on them
+    curves: list[Curve] = field(default_factory=list)  # learning curves
+    comparison: list[dict[str, Any]] | None = None  # one row per fine-tuning, as `simdetr.evaluation.compare` has it
+    config: str = ""  # the resolved configuration as text
     missing: Mapping[str, str] = field(default_factory=dict)
+    """Reason per part (attribute name) that is empty; a general one is shown where none is given."""
 
 
 def render_report(data: ReportData) -> str:
-    """The page as HTML text.
-
-    Raises:
-        ValueError: a curve without anything to draw, or comparison rows that lack a key.
-    """
+    """The page as HTML text; ValueError for a curve with nothing to draw, or comparison rows that lack a key."""
     comparison = summarise_seeds(data.comparison or [])
     seconds = [step.seconds for step in data.steps if step.seconds is not None]
     return page_template("report.html.jinja").render(
@@ -140,12 +119,7 @@ def render_report(data: ReportData) -> str:
 
 
 def write_report(data: ReportData, folder: Path) -> Path:
-    """Write ``index.html`` in ``folder``, which is made if absent, whole or not at all; returns the page's path.
-
-    Raises:
-        ValueError: as `render_report`.
-        OSError: the folder cannot be written.
-    """
+    """Write `render_report` as ``index.html`` in ``folder``, whole or not at all; returns its path."""
     page, path = render_report(data), folder / "index.html"
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -23,6 +23,7 @@ from simdetr.detectors.detector import Detector
 from simdetr.evaluation.heat_map_boxes import heat_map_boxes
 from simdetr.exchange.weights import LoadedDetector, load_detector
 from simdetr.heads.headed import HeadedBackbone, HeadedDetector
+from simdetr.mining.preview import evenly
 from simdetr.reports.drawing import draw_heat_map, draw_labels, picture_path, readable
 from simdetr.reports.page import Sample
 from simdetr.training.datamodule import DetectionData
@@ -59,7 +60,7 @@ def prediction_samples(run_dir: Path, source: ImageSource, truth: Labels | None,
     found = read_labels(path)
     ids = [name for name in found.image_ids if name in source]
     samples = []
-    chosen = ids[:: max(1, len(ids) // count)][:count]
+    chosen = evenly(ids, count)
     for place, image in readable(source, chosen):
         name, own = chosen[place], found.of(chosen[place])
         good = int((own.scores >= MIN_SCORE).sum())
@@ -88,7 +89,7 @@ def write_fit_results(root: Path, detector: Detector, data: DetectionData) -> No
     table = dict(rules.table) if rules is not None else None
     loaded = LoadedDetector(detector.eval(), data.categories, dict(data.image_settings), table)
     labelled = [name for name in data.val_source.ids if name in data.val_labels]
-    source = data.val_source.subset(labelled[:: max(1, -(-len(labelled) // MAX_SCORED))])
+    source = data.val_source.subset(evenly(labelled, MAX_SCORED))
     settings = InferenceSettings.of(loaded.image_settings, **OF_THE_MACHINE.on(default_device(), len(source)))
     found, scores = score(loaded, source, data.val_labels.select(source.ids), settings)
     folder = root / FOLDER
@@ -96,7 +97,7 @@ def write_fit_results(root: Path, detector: Detector, data: DetectionData) -> No
     write_labels(found, folder / "labels.parquet")
     write_scores(scores, folder / "scores.json")
     if localisation_head(detector) is not None:
-        chosen = source.subset(source.ids[:: max(1, len(source) // NUM_HEAT_MAPS)][:NUM_HEAT_MAPS])
+        chosen = source.subset(evenly(source.ids, NUM_HEAT_MAPS))
         write_heat_maps(detector, chosen, settings, folder / "heat_maps", data.val_labels)
 
 
@@ -157,12 +158,8 @@ def write_heat_maps(
 ) -> int:
     """Write a copy of every image with its score map laid over it and the box that is read off it; returns how many.
 
-    Args:
-        detector: With a localisation head.
-        source: The images.
-        settings: How they are prepared.
-        folder: Where the copies go, under the images' relative paths.
-        truth: Human boxes, drawn in red; none if left out.
+    The detector has a localisation head. Copies go under the images' relative paths in ``folder``; the human boxes of
+    ``truth`` are drawn in red.
     """
     head, written = localisation_head(detector), 0
     for found in localise(detector, source, settings):

@@ -21,7 +21,7 @@ from simdetr.data.images import open_images
 from simdetr.data.machine import cores
 from simdetr.data.storage import Location, locate, write_whole
 from simdetr.mining.miner import Rank
-from simdetr.mining.preview import MAX_BOXES, Machine, MiningPreview, evenly, preview_mining, preview_record
+from simdetr.mining.preview import MAX_BOXES, Machine, MiningPreview, are_ranked, evenly, preview_mining, preview_record
 from simdetr.mining.store import ProposalRow, best_first
 from simdetr.recipe import MiningJob
 from simdetr.reports.charts import INK, LINE_COLOURS, new_figure, style_panel, to_svg
@@ -63,7 +63,7 @@ def render_preview(preview: MiningPreview, record: Mapping[str, Any]) -> str:
         max_boxes=MAX_BOXES,
         pictures=_pictures(preview),
         drawn=MAX_BOXES_DRAWN,
-        ranked=_is_ranked(preview),
+        ranked=are_ranked(preview.rows),
         colours={"best": BEST, "other": OTHER, "true": TRUE},
         settings=json.dumps(record["settings"], indent=1),
     )
@@ -114,10 +114,6 @@ def _median(distribution: Mapping[str, Any], form: str) -> str:
     return "–" if distribution["median"] is None else "median " + form.format(distribution["median"])
 
 
-def _is_ranked(preview: MiningPreview) -> bool:
-    return any(len(np.unique(row.regions.score)) > 1 for row in preview.rows)
-
-
 def _charts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(Title, SVG) of boxes per image, their sizes and their aspects; those of true objects as a line."""
     boxes, truth = record["boxes"], record["truth"]
@@ -165,7 +161,7 @@ def _pictures(preview: MiningPreview) -> list[tuple[str, str, Image.Image]]:
         caption = f"{len(row.regions)} box{'' if len(row.regions) == 1 else 'es'}"
         if objects is not None:
             caption += f", {_found(row.regions.boxes_xyxy, true)} of {len(true)} objects found"
-        pictures.append((row.image_id, caption, _picture(image, row, true, _is_ranked(preview))))
+        pictures.append((row.image_id, caption, _picture(image, row, true, are_ranked(preview.rows))))
     return pictures
 
 

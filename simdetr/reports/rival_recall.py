@@ -21,6 +21,7 @@ from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
 from simdetr.evaluation.recall import proposal_recall
+from simdetr.mining.preview import evenly
 from simdetr.mining.rivals import BASELINES, baseline, mine_rival
 from simdetr.mining.store import MANIFEST, ProposalStore, best_first
 from simdetr.recipe import MiningJob
@@ -61,9 +62,7 @@ def rival_labels(run_dir: Path, image_ids: Iterable[str]) -> dict[str, Labels]:
     stores = {method: ProposalStore(rival_folder(run_dir, method)) for method in found}
     if (run_dir / "proposals" / MANIFEST).is_file():
         stores = {OURS: ProposalStore(run_dir / "proposals"), **stores}
-    wanted = list(image_ids)
-    if len(wanted) > MAX_IMAGES:
-        wanted = [wanted[row] for row in np.linspace(0, len(wanted) - 1, MAX_IMAGES).round().astype(int)]
+    wanted = evenly(list(image_ids), MAX_IMAGES)
     known = frozenset(wanted)
     tables = {
         method: {row.image_id: best_first(row) for row in store.iter_rows(["boxes_xyxy"]) if row.image_id in known}

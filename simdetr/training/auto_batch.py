@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.memory import garbage_collection_cuda, is_oom_e
 from torch import Tensor
 
 from simdetr.data.dataset import Batch
-from simdetr.data.storage import atomic_path
+from simdetr.data.storage import write_json
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.run_folder import RunFolder
 from simdetr.training.train import Training
@@ -56,24 +56,17 @@ class BatchSettings:
 
     def options(self) -> tuple[str, ...]:
         """For a recipe."""
-        return (
-            f"--data.batch_size={self.batch_size}",
-            f"--model.lr={self.lr!r}",
-            f"--model.backbone_lr={self.backbone_lr!r}",
-            *([] if self.new_lr is None else [f"--model.new_lr={self.new_lr!r}"]),
-        )
+        rates = {"lr": self.lr, "backbone_lr": self.backbone_lr, "new_lr": self.new_lr}
+        given = (f"--model.{name}={rate!r}" for name, rate in rates.items() if rate is not None)
+        return (f"--data.batch_size={self.batch_size}", *given)
 
 
 def auto_batch_options(
     path: Path, before: BatchSettings, scaling: Scaling, build: Callable[[], Training]
 ) -> tuple[str, ...]:
-    """Options of the largest batch that fits, found once per run.
+    """Options of the largest batch that fits, found once per run and kept at ``path``.
 
-    Args:
-        path: Where it is kept; if the file is there, nothing is tried.
-        before: The recipe's own numbers.
-        scaling: How learning rates follow the batch size.
-        build: Makes the training to try; its weights are spoilt.
+    ``before`` are the recipe's own numbers; ``build`` makes the training to try, whose weights are spoilt.
 
     Raises:
         ValueError: The file is of another scaling.
@@ -81,9 +74,7 @@ def auto_batch_options(
     """
 
     def find() -> None:
-        found = largest_batch(build()) | {"scaling": scaling, "before": asdict(before)}
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        write_json(path, largest_batch(build()) | {"scaling": scaling, "before": asdict(before)}, indent=2)
 
     new = not path.is_file()
     RunFolder(path.parent).made_once(path, find)
@@ -104,11 +95,7 @@ def auto_batch_options(
 
 
 def largest_batch(training: Training) -> dict[str, object]:
-    """``batch_size``, the largest power of two whose training step fits; also ``device`` and ``size_hw``.
-
-    Raises:
-        MemoryError: Not even one image fits.
-    """
+    """``batch_size``, the largest power of two whose step fits, ``device``, ``size_hw``; MemoryError if none does."""
     trial = TrialStep(training)
     most = -(-len(training.datamodule.labels) // training.trainer.world_size)
     if trial.device.type == "cpu":
@@ -129,21 +116,17 @@ def largest_batch(training: Training) -> dict[str, object]:
 def largest_power_of_two(attempt: Callable[[int], object], most: int) -> int:
     """The largest power of two up to ``most`` for which ``attempt`` does not run out of memory; 0 if none."""
     found, size = 0, 1
-    while size <= most and _succeeds(attempt, size):
+    while size <= most:
+        garbage_collection_cuda()
+        try:
+            attempt(size)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or is_oom_error(error):
+                break
+            raise
         found, size = size, 2 * size
     garbage_collection_cuda()
     return found
-
-
-def _succeeds(attempt: Callable[[int], object], size: int) -> bool:
-    garbage_collection_cuda()
-    try:
-        attempt(size)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or is_oom_error(error):
-            return False
-        raise
-    return True
 
 
 class TrialStep:

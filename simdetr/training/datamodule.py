@@ -60,12 +60,8 @@ def sizes_up_to(largest: int) -> list[int]:
 def queries_for(labels: Labels, mosaic: float = 0.0) -> int:
     """Number of queries that suits labels: twice the most objects of a sample, for most queries to learn background.
 
-    Args:
-        labels: Of the training images.
-        mosaic: Probability of samples that are made of four images.
-
-    Returns:
-        A multiple of 50 from 100 to 900; where that is too few, samples lose their least certain objects.
+    A multiple of 50 from 100 to 900; where that is too few, samples lose their least certain objects. ``mosaic`` is the
+    probability of samples that are made of four images.
     """
     owners = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
     most = int(np.bincount(owners[~labels.crowd]).max(initial=0))

@@ -32,7 +32,7 @@ from simdetr.exchange.weights import LoadReport, checkpoint_config, class_tensor
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_groups
 from simdetr.training.relabel import as_image_labels
-from simdetr.training.run_folder import detector_folder
+from simdetr.training.run_folder import detector_folder, leaves
 
 _NAMES_SHOWN = 2
 
@@ -295,11 +295,7 @@ def _all_are(values: object, wanted: float) -> bool:
 
 
 def check_start(detector: Detector, fixed: list[str]) -> None:
-    """Refuse a training that would keep random weights; ``fixed`` are the detector's ``fixed_parts``.
-
-    Raises:
-        RandomStartError: Some parts are fixed, and the feature network was never trained.
-    """
+    """Refuse, by a RandomStartError, a training that would keep random weights; ``fixed`` are its ``fixed_parts``."""
     if not fixed or not is_untrained(detector.get_submodule(detector.body_name)):
         return
     shown = ", ".join(fixed[:_NAMES_SHOWN]) + (", …" if len(fixed) > _NAMES_SHOWN else "")
@@ -314,20 +310,9 @@ def check_start(detector: Detector, fixed: list[str]) -> None:
 
 def thawing(detector: Detector) -> list[str]:
     """The arguments that would leave nothing of its backbone fixed, as ``name: value``, if it has others."""
-    thawed = _changed(detector.init_args, detector.thawed(detector.init_args))
-    return [f"{name}: {str(value).lower()}" for name, value in thawed.items()]
-
-
-def _changed(before: dict[str, object], after: dict[str, object]) -> dict[str, object]:
-    """What differs in nested arguments, by the innermost names."""
-    found: dict[str, object] = {}
-    for name, value in after.items():
-        old = before.get(name)
-        if isinstance(value, dict) and isinstance(old, dict):
-            found |= _changed(old, value)
-        elif value != old:
-            found[name] = value
-    return found
+    before, thawed = dict(leaves(detector.init_args)), dict(leaves(detector.thawed(detector.init_args)))
+    changed = {name: value for name, value in thawed.items() if before.get(name) != value}
+    return [f"{name.rpartition('.')[2]}: {str(value).lower()}" for name, value in changed.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -351,15 +336,7 @@ class CocoValidation(Callback):
         """Forget the last epoch."""
         self._rows = []
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # noqa: ANN401
         """Keep a batch's detections."""
         image_ids = _validation_labels(trainer).image_ids
         for target, found in zip(batch.targets if batch is not None else [], outputs, strict=True):

@@ -56,14 +56,12 @@ def fuse(found: Labels, before: Labels, settings: Fusion, *, max_boxes: int) -> 
     """Fuse image by image, leave out what overlaps, and compare the scores over the whole set.
 
     Args:
-        found: Detections of stage 1 or later with their objectness as scores; their classes, categories and stage stay.
+        found: Detections of stage 1 or later, else a ValueError, with their objectness as scores; their classes,
+            categories and stage stay.
         before: Labels of the stage before, T0 at first, with the same categories; of images that it does not hold,
             detections alone speak.
         settings: How.
         max_boxes: Most certain boxes kept per image.
-
-    Raises:
-        ValueError: The detections are of no stage.
     """
     if found.stage < 1:
         raise ValueError(f"found: expected detections of stage 1 or later, got stage {found.stage}")

@@ -213,15 +213,10 @@ def localise(
     map_source: MapSource | None = None,
     progress: Progress = lambda count: None,
 ) -> Iterator[Localised]:
-    """Score maps image by image, without the unreadable ones.
+    """Score maps of a detector with a localisation head image by image, without the unreadable ones.
 
-    Args:
-        detector: With a localisation head.
-        source: The images.
-        settings: How they are prepared; batch size and device.
-        wanted: The class to look for, by the image's id (GT-known); None for the predicted one.
-        map_source: What the map shows; None for the head's own choice.
-        progress: Hears of every batch of images done.
+    ``wanted`` gives the class to look for by the image's id (GT-known), else it is the predicted one; ``map_source`` is
+    the head's own choice if left out; ``progress`` hears of every batch of images done.
     """
     head = localisation_head(detector)
     if head is None:

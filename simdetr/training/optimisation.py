@@ -18,13 +18,13 @@ LOG = logging.getLogger(__name__)
 Schedule = Literal["step", "cosine", "constant"]
 FUSED_DEVICES = ("cuda", "cpu")
 """Devices that every supported version of torch has a fused AdamW for."""
+SLOW_FACTOR = 0.1
 
 
 def parameter_groups(
     detector: Detector,
     lr: float,
     backbone_lr: float,
-    slow_factor: float = 0.1,
     *,
     new: Collection[str] = (),
     new_lr: float | None = None,
@@ -36,7 +36,7 @@ def parameter_groups(
     Deformable DETR (Zhu et al. 2021, appendix), but for detectors whose recipe spares the backbone's biases, norms and
     tokens (ViDT).
     """
-    slow = lr * slow_factor
+    slow = lr * SLOW_FACTOR
     rates = {"new": new_lr, "backbone": backbone_lr, "backbone_vectors": backbone_lr, "slow": slow, "rest": lr}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in detector.named_parameters():
@@ -128,14 +128,7 @@ class StopOnConvergence(Callback):
         self._sum: Tensor | float = 0.0
         self._count = 0
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:  # noqa: ANN401
         """Add the batch's loss, without waiting for the device."""
         self._sum = self._sum + outputs["loss"].detach()
         self._count += 1

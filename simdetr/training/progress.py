@@ -13,30 +13,14 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from simdetr.mining.miner import RateColumn, rate_text
 
 LOG = logging.getLogger(__name__)
 EVERY_S = 30.0
 """Seconds between two lines of log."""
 _SPEED_OVER_S = 120.0  # steps of different image sizes, and validation in between
-
-
-class RateColumn(ProgressColumn):
-    """Images, or whatever the unit is, per second."""
-
-    def __init__(self, unit: str = "images") -> None:
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        """The rate as text."""
-        return Text(rate_text(task.speed or 0, self.unit))
-
-
-def rate_text(speed: float, unit: str) -> str:
-    """So many per second, with the digits that tell."""
-    return f"{speed:.1f} {unit}/s" if speed >= 1 or speed == 0 else f"{speed:.2g} {unit}/s"
 
 
 class PaceLog:
@@ -100,8 +84,8 @@ class TrainingProgress(ProgressBar):
         self.every_s = every_s
         self._enabled = True
         self._bar: Progress | None = None
-        self._steps: Any = None
-        self._batches: Any = None
+        self._steps: TaskID | None = None
+        self._batches: TaskID | None = None
         self._pace: PaceLog | None = None
 
     def disable(self) -> None:
@@ -116,17 +100,9 @@ class TrainingProgress(ProgressBar):
         """Begin where the training does, or where it is resumed."""
         total, begun = total_steps(trainer), trainer.global_step
         self._pace = PaceLog("training", "steps", total, begun=begun, every_s=self.every_s)
-        if self._open() is not None:
-            self._steps = self._bar.add_task("training", total=total, completed=begun, scores="")  # type: ignore[union-attr]
+        self._steps = self._begin("training", total, begun)
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:  # noqa: ANN401
         """Show the step and its loss."""
         scores = scores_text(self.get_metrics(trainer, pl_module))
         if self._bar is not None and self._steps is not None:
@@ -136,7 +112,7 @@ class TrainingProgress(ProgressBar):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A second bar while the validation lasts."""
-        self._begin_batches("validating", trainer.num_val_batches)
+        self._batches = self._begin("validating", sum(trainer.num_val_batches))
 
     def on_validation_batch_end(self, *_: Any) -> None:  # noqa: ANN401
         """A batch further."""
@@ -153,7 +129,7 @@ class TrainingProgress(ProgressBar):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """As in validation."""
-        self._begin_batches("testing", trainer.num_test_batches)
+        self._batches = self._begin("testing", sum(trainer.num_test_batches))
 
     def on_test_batch_end(self, *_: Any) -> None:  # noqa: ANN401
         """As in validation."""
@@ -169,31 +145,23 @@ class TrainingProgress(ProgressBar):
         """Close the bar: Lightning does not come to the end then."""
         self._close()
 
-    def _open(self) -> Progress | None:
+    def _begin(self, what: str, total: float | None, begun: int = 0) -> TaskID | None:
+        """A line of the bar, which is opened for it in a terminal; None elsewhere."""
         console = Console(stderr=True)
-        if self._bar is None and self._enabled and console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                TextColumn("{task.fields[scores]}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                RateColumn("steps"),
-                TimeRemainingColumn(),
-                console=console,
-                speed_estimate_period=_SPEED_OVER_S,
-            )
+        if not self._enabled or not console.is_terminal:
+            return None
+        if self._bar is None:
+            words = ("{task.description}", "{task.fields[scores]}")
+            columns = (*words, BarColumn(20), MofNCompleteColumn(), RateColumn("steps"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console, speed_estimate_period=_SPEED_OVER_S)
             self._bar.start()
-        return self._bar
+        total = None if total == math.inf else total
+        return self._bar.add_task(what, total=total, completed=begun, scores="")
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._steps = self._batches = None
-
-    def _begin_batches(self, what: str, batches: list[int | float]) -> None:
-        if self._open() is not None:
-            total = sum(batches)
-            self._batches = self._bar.add_task(what, total=total if math.isfinite(total) else None, scores="")  # type: ignore[union-attr]
 
 
 def total_steps(trainer: pl.Trainer) -> int | None:

@@ -42,16 +42,11 @@ _SMALLEST = 128  # pixels; fewer give fewer cells than a two-stage detector choo
 
 @dataclass(frozen=True)
 class Length:
-    """How many optimiser steps a training takes.
+    """How many optimiser steps a training takes."""
 
-    Args:
-        passes: Times that every image is seen.
-        least: Steps of a training on few images; ``most`` of one on many.
-    """
-
-    passes: int
-    least: int
-    most: int
+    passes: int  # times that every image is seen
+    least: int  # steps of a training on few images
+    most: int  # steps of one on many
 
     def steps(self, num_images: int, batch_size: int) -> int:
         """Steps for a number of images."""
@@ -65,15 +60,10 @@ FINETUNING = {LAPTOP: Length(20, 400, 1500), ONE_GPU: Length(40, 1000, 10_000)}
 
 @dataclass(frozen=True)
 class ChosenRecipe:
-    """Config files and options that stand for ``--config``.
+    """Config files and options that stand for ``--config``."""
 
-    Attributes:
-        configs: YAML files, later ones over earlier ones.
-        options: ``--section.name=value`` strings, over the files and under the user's.
-    """
-
-    configs: tuple[str, ...]
-    options: tuple[str, ...] = ()
+    configs: tuple[str, ...]  # YAML files, later ones over earlier ones
+    options: tuple[str, ...] = ()  # ``--section.name=value`` strings, over the files and under the user's
 
 
 def for_pretraining(

@@ -220,11 +220,7 @@ def detect_array(
     *,
     reading: Reading = postprocess,
 ) -> Labels:
-    """Detections on one image in memory, uint8 [3, H, W] RGB; its id is ``image``.
-
-    Raises:
-        ValueError: The array is of another type or shape.
-    """
+    """Detections on one image in memory, uint8 [3, H, W] RGB, else a ValueError; its id is ``image``."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(
             f"images: expected a uint8 array [3, H, W] in RGB, got {image.dtype} {tuple(image.shape)}; "

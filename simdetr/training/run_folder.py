@@ -127,12 +127,8 @@ class RunFolder:
     def claim(self, config_yaml: str, settled: Sequence[str] | None = None) -> None:
         """Keep the configuration, or check that it is the one this run was started with, but for what is ``FREE``.
 
-        Args:
-            config_yaml: The resolved configuration.
-            settled: Sections that finished work depends on; only they must not differ. All, when left out.
-
-        Raises:
-            RunMismatchError: They differ; the message lists the settings.
+        ``settled`` are sections that finished work depends on; only they must not differ. All, when left out. A
+        RunMismatchError lists the settings that do.
         """
         if self.config.is_file():
             before = self.config.read_text(encoding="utf-8")
@@ -143,7 +139,7 @@ class RunFolder:
             temporary.write_text(config_yaml, encoding="utf-8")
 
     def _check_settled(self, before: object, config_yaml: str, settled: Sequence[str] | None) -> None:
-        there, asked = dict(_leaves(before)), dict(_leaves(yaml.safe_load(config_yaml)))
+        there, asked = dict(leaves(before)), dict(leaves(yaml.safe_load(config_yaml)))
         per_step = _images_per_step(asked)
         free = (*FREE, *PER_STEP) if per_step is not None and per_step == _images_per_step(there) else FREE
         differing = [
@@ -163,10 +159,8 @@ class RunFolder:
     def led(self) -> Iterator[None]:
         """Hold the leader's lock while the block runs, if this is the leader, so that the others notice its death.
 
-        The lock is the operating system's: it ends with its process, however that dies.
-
-        Raises:
-            RunInUseError: Another command holds it.
+        The lock is the operating system's: it ends with its process, however that dies. RunInUseError if another
+        command holds it.
         """
         if not leads():
             yield
@@ -201,14 +195,8 @@ class RunFolder:
     ) -> None:
         """Let the leader, within :meth:`led`, make a file that does not exist yet; the other processes wait for it.
 
-        Args:
-            output: The file, which appears whole.
-            make: Makes it.
-            poll_s: Seconds between two looks.
-            patience_s: Seconds without any leader after which it is taken for dead; it may begin later than the others.
-
-        Raises:
-            LeaderLostError: There is no leader, and no file.
+        They look every ``poll_s`` seconds, and take the leader, which may begin later than they, for dead after
+        ``patience_s`` without any: a LeaderLostError.
         """
         if output.is_file():
             return
@@ -252,11 +240,7 @@ class RunFolder:
         return None if self.stage(1).is_dir() else ("encoder", "mining", "clustering", "data.images")
 
     def check_classes(self, asked: int) -> None:
-        """Whether the labels T0 have the number of pseudo-classes that is asked for.
-
-        Raises:
-            RunMismatchError: They have another one.
-        """
+        """RunMismatchError unless the labels T0 have the number of pseudo-classes that is asked for."""
         there = read_labels(self.labels(0)).num_classes
         if there != asked:
             raise RunMismatchError(
@@ -270,11 +254,7 @@ class RunFolder:
 
 
 def detector_folder(path: str | Path) -> Path:
-    """The detector a path means: itself, or the last one of a run folder.
-
-    Raises:
-        FileNotFoundError: The path does not exist or holds no detector.
-    """
+    """The detector a path means: itself, or the last one of a run folder; FileNotFoundError if there is none."""
     path = Path(path)
     if path.is_file() or is_saved(path):
         return path
@@ -307,13 +287,13 @@ def _images_per_step(settings: dict[str, Any]) -> int | None:
     return math.prod(numbers) if len(numbers) == len(counts) else None
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
     """Dotted names and values of nested settings; a list is one value, and null is as good as not set.
 
     So an option that came later, null as long as it is not used, does not keep an older run from going on.
     """
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+            yield from leaves(inner, f"{name}.{key}" if name else str(key))
     elif value is not None:
         yield name, value

@@ -28,18 +28,12 @@ _FORWARD = 1 / 3  # of a training step
 
 @dataclass(frozen=True)
 class RunTime:
-    """Seconds that the rest of a run takes, about.
+    """Seconds that the rest of a run takes, about."""
 
-    Attributes:
-        mining: of all images; 0 once they are mined.
-        training: of each stage, and so ``relabelling`` and ``steps``.
-        stages: that are not trained yet.
-    """
-
-    mining: float
-    training: float
+    mining: float  # of all images; 0 once they are mined
+    training: float  # of each stage, and so relabelling and steps
     relabelling: float
-    stages: int
+    stages: int  # that are not trained yet
     steps: int
 
     @property
@@ -71,17 +65,8 @@ def measure(
 ) -> RunTime | None:
     """How long a run takes; None where none of the sampled images can be read.
 
-    Args:
-        source: The images.
-        encoder: Of the mining.
-        mining: Its settings.
-        detector: To train.
-        config: Of the training: its sections ``data``, ``model`` and ``trainer`` are read.
-        device: Of mining and training.
-        objects: In each image, where that is known already.
-        stages: To train.
-        mined: Whether mining is done.
-        num_ranks: Processes that mine.
+    Of the training's ``config`` the sections ``data``, ``model`` and ``trainer`` are read; ``objects`` are in each
+    image, ``stages`` are to be trained, ``mined`` says whether the mining, by ``num_ranks`` processes, is done.
     """
     sides = typical_sides(source)
     positions = sorted({round(index * (len(source) - 1) / (_MINED - 1)) for index in range(_MINED)})

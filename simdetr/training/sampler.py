@@ -47,10 +47,8 @@ class EpochBatchSampler(Sampler[list[int]]):
     def begin(self, epoch: int, served: int = 0, seen: int | None = None) -> None:
         """Serve an epoch from its start, or from where an interrupted run stood in it.
 
-        Args:
-            epoch: Epoch the permutation belongs to.
-            served: Batches per rank that are done.
-            seen: Images of the permutation that they held, of all ranks; as many as these ranks take, if left out.
+        Then ``served`` batches per rank are done, which held ``seen`` images of all ranks; as many as these ranks take,
+        if left out.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.num_images, generator=generator)

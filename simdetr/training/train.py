@@ -98,14 +98,7 @@ class ResumePoint(Checkpoint):
         """Count from where the training starts or resumes."""
         self._last_step = trainer.global_step
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # noqa: ANN401
         """Save when it is time, except after the last batch of an epoch."""
         if not trainer.is_last_batch:
             self._save_if_time(trainer)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from simdetr.data.images import open_images, read_image
@@ -17,6 +18,7 @@ from simdetr.encoder_training.fit_encoder import EncoderFitConfig, fit_encoder, 
 from simdetr.encoder_training.objectives import LearningEncoder, timm_weights
 from simdetr.encoder_training.probe import read_rows
 from simdetr.mining import FittedEncoder, MiningConfig, TimmEncoder, mine_batch
+from simdetr.training import progress
 from simdetr.training.detection_task import NonFiniteLossError
 from simdetr.training.run_folder import RunMismatchError
 
@@ -151,20 +153,16 @@ def test_divergence_stops_with_the_way_out(scenes, tmp_path):
 
 
 @pytest.mark.parametrize("lr", [1e-3, 1e30], ids=["ends", "diverges"])
-def test_bar_counts_what_is_left_and_is_closed(lr, scenes, tmp_path, monkeypatch):
-    happened: list[object] = []
-
-    @contextmanager
-    def bar(what, total):
-        happened.append(total)
-        yield happened.append
-        happened.append("closed")
-
-    monkeypatch.setattr("simdetr.encoder_training.fit_encoder.image_progress", bar)
+def test_bar_counts_steps_and_is_closed(lr, scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(stderr=True, force_terminal=True, width=100))
+    closed = []
+    stop = progress.Progress.stop
+    monkeypatch.setattr(progress.Progress, "stop", lambda bar: (closed.append(bar), stop(bar)))
     with pytest.raises(NonFiniteLossError) if lr > 1 else nullcontext():
         fit_encoder(scenes, tmp_path, replace(DINO, warmup=0.0, lr=lr), device="cpu")
-    assert happened[0] == 24 and happened[-1] == "closed" and happened.count("closed") == 1
-    assert set(happened[1:-1]) == {4} and (len(happened) == 8 or lr > 1)
+    last = [line for line in capsys.readouterr().err.splitlines() if "training" in line][-1]
+    assert len(closed) == 1 and "/6" in last
+    assert lr > 1 or ("6/6" in last and "loss " in last)
 
 
 def test_bad_input_is_named(scenes, own_scenes, tmp_path):

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from simdetr.data.images import open_images
 from simdetr.mining import batch
-from simdetr.mining.batch import UNLIMITED, ImageLoading, MiningConfig, cluster_maps, mine_batch, mine_maps, shrink
+from simdetr.mining.batch import UNLIMITED, MiningConfig, cluster_maps, images_ahead, mine_batch, mine_maps, shrink
 from simdetr.mining.encoders import TimmEncoder
 from simdetr.mining.level_sets import LevelSets
 
@@ -169,7 +169,7 @@ def test_shrinking_keeps_a_flat_colour():
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_images_come_in_order(image_folder, workers):
     source = open_images(image_folder)
-    with ImageLoading(source, [3, 1, 12, 1], 64, workers, ahead=2) as loading:
+    with images_ahead(source, [3, 1, 12, 1], 64, workers, ahead=2) as loading:
         found = list(loading)
     assert [image.image_id for image in found] == ["03.png", "01.png", "12.png", "01.png"]
     assert [image.size_hw for image in found] == [(128, 96), (128, 96), (96, 128), (128, 96)]
@@ -177,7 +177,7 @@ def test_images_come_in_order(image_folder, workers):
 
 def test_unreadable_file_gives_its_reason(image_folder):
     (image_folder / "03.png").write_bytes(b"")
-    with ImageLoading(open_images(image_folder), [3, 4], 64, 1, ahead=2) as loading:
+    with images_ahead(open_images(image_folder), [3, 4], 64, 1, ahead=2) as loading:
         bad, good = loading
     assert bad.pixels is None
     assert bad.reason == "empty file"
@@ -195,6 +195,6 @@ def test_few_images_are_held_ahead(image_folder, monkeypatch):
         return load(record, image_size)
 
     monkeypatch.setattr(batch, "load_image", counted)
-    with ImageLoading(open_images(image_folder), range(14), 64, 2, ahead=3) as loading:
+    with images_ahead(open_images(image_folder), range(14), 64, 2, ahead=3) as loading:
         next(loading)
     assert len(started) <= 4

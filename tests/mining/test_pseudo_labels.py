@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from safetensors import safe_open
 
 from simdetr.mining import pseudo_labels
+from simdetr.mining import store as stores
 from simdetr.mining.pseudo_labels import (
     ABSOLUTE_POWER,
     SIZE_SHARE,
@@ -125,7 +126,7 @@ def columns_read(monkeypatch):
         asked.append((path.stem, tuple(columns)))
         return read_table(path, columns)
 
-    monkeypatch.setattr("simdetr.mining.pseudo_labels.read_table", read)
+    monkeypatch.setattr("simdetr.mining.store.read_table", read)
     return asked
 
 
@@ -203,8 +204,8 @@ def _label(rank, address, folder, out):
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
     store = ProposalStore(folder)
     shards = []
-    original = pseudo_labels.read_table
-    pseudo_labels.read_table = lambda path, columns: (shards.append((path.stem, *columns)), original(path, columns))[1]
+    original = stores.read_table
+    stores.read_table = lambda path, columns: (shards.append((path.stem, *columns)), original(path, columns))[1]
     labels = make_pseudo_labels(store, ClusteringConfig(KINDS, seed=1), folder=out)
     own = {"shard-00001"} if rank else {"shard-00000", "shard-00002"}
     assert {shard for shard, *columns in shards if "features" in columns} == own

@@ -30,7 +30,6 @@ from simdetr.mining.rivals import (
     random_boxes,
     search_boxes,
     second_eigenvector,
-    selective_search,
     token_cut,
 )
 from simdetr.mining.store import ProposalStore, StoreError
@@ -202,7 +201,7 @@ def square():
 
 def found_by(method, image, encoder, size_hw=None, max_boxes=100, seed=0) -> Regions:
     maps = encode(image[None], encoder)
-    return baseline(method)([image], maps, [size_hw or tuple(image.shape[1:])], max_boxes, seed)[0]
+    return baseline(method)(image, maps, size_hw or tuple(image.shape[1:]), max_boxes, seed)
 
 
 @pytest.mark.parametrize("method", OF_MASKS)
@@ -270,15 +269,15 @@ def test_result_depends_on_seed_and_image_only(method, drawn_scenes, encoder):
         pytest.importorskip("cv2.ximgproc")
     images = [shrink(image, 128) for image in drawn_scenes[:1] + drawn_scenes[3:4]]  # of one shape
     maps = encode(torch.stack(images), encoder)
-    sizes = [(96, 128)] * 2
-    together = baseline(method)(images, maps, sizes, 20, 7)
-    for image, expected in zip(images, together, strict=True):
+    for index, image in enumerate(images):
+        own = {stride: level[index : index + 1] for stride, level in maps.items()}
+        expected = baseline(method)(image, own, (96, 128), 20, 7)
         alone = found_by(method, image, encoder, (96, 128), 20, 7)
         np.testing.assert_array_equal(alone.boxes_xyxy, expected.boxes_xyxy)
         np.testing.assert_allclose(alone.features, expected.features, atol=1e-5)
-    if method in ("random", "selective_search"):
-        other = found_by(method, images[0], encoder, (96, 128), 20, 8)
-        assert not np.array_equal(other.boxes_xyxy, together[0].boxes_xyxy)
+        if method in ("random", "selective_search"):
+            other = found_by(method, image, encoder, (96, 128), 20, 8)
+            assert not np.array_equal(other.boxes_xyxy, expected.boxes_xyxy)
 
 
 @pytest.mark.parametrize("method", BASELINES)
@@ -298,7 +297,7 @@ def test_features_of_a_mask_are_averaged_as_ours(square, encoder):
     image, _ = square
     noise = torch.randint(0, 25, image.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     maps = encode((image + noise)[None], encoder)
-    regions = baseline("token_cut")([image], maps, [(128, 192)], 5, 0)[0]
+    regions = baseline("token_cut")(image, maps, (128, 192), 5, 0)
     labels = torch.zeros(1, 1, 8, 12, dtype=torch.long)
     labels[..., 2:6, 4:7] = 1
     ours = find_candidates(labels, [16], [2], maps).features[0, 1]
@@ -307,7 +306,7 @@ def test_features_of_a_mask_are_averaged_as_ours(square, encoder):
 
 def test_features_of_a_box_are_the_average_over_it():
     last = torch.arange(12.0).reshape(1, 1, 3, 4)
-    regions = random_boxes([torch.zeros(3, 96, 128, dtype=torch.uint8)], {32: last}, [(96, 128)], 50, 3)[0]
+    regions = random_boxes(torch.zeros(3, 96, 128, dtype=torch.uint8), {32: last}, (96, 128), 50, 3)
     pixels = last[0, 0].repeat_interleave(320, 0).repeat_interleave(320, 1).double().numpy()  # a tenth of a pixel each
     for box, feature in zip(regions.boxes_xyxy, regions.features[:, 0], strict=True):
         x0, y0, x1, y1 = np.round(box * 10).astype(int)
@@ -334,11 +333,7 @@ def test_unknown_names_and_strides_are_named(encoder):
         baseline("boxes")
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"stride: expected one of the encoder's, \[32\], got 16"):
-        baseline("lost")([image], {32: torch.zeros(1, 2, 2, 2)}, [(64, 64)], 5, 0)
-
-
-def test_no_images_give_nothing():
-    assert selective_search([], {32: torch.zeros(0, 2, 2, 2)}, [], 5, 0) == []
+        baseline("lost")(image, {32: torch.zeros(1, 2, 2, 2)}, (64, 64), 5, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -361,7 +356,7 @@ def test_rows_are_those_of_the_method(method, image_folder, encoder, tmp_path):
     for row, record in zip(rows, source, strict=True):
         image = load_image(record, 128)
         maps = encode(image.pixels[None], encoder)
-        expected = baseline(method)([image.pixels], maps, [image.size_hw], 7, 5)[0]
+        expected = baseline(method)(image.pixels, maps, image.size_hw, 7, 5)
         np.testing.assert_array_equal(row.regions.boxes_xyxy, expected.boxes_xyxy)
         np.testing.assert_array_equal(row.regions.score, expected.score)
         np.testing.assert_allclose(row.regions.features, expected.features, atol=1e-3)  # fp16
