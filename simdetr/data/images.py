@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import logging
 import re
 import tarfile
@@ -30,7 +29,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from io import BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +38,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from simdetr.data.storage import Location, below, files_below, is_url, locate
+from simdetr.data.annotations import LabelError
+from simdetr.data.storage import Location, below, files_below, is_url, locate, read_lists
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -264,7 +263,7 @@ def _listed_source(path: Path, root: Location | None) -> ImageSource:
         else:
             names = {".txt": _txt_names, ".csv": _csv_names, ".parquet": _parquet_names}[path.suffix.lower()](path)
             folder = root if root is not None else path.parent
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError, pa.ArrowException) as error:
+    except (UnicodeDecodeError, LabelError, csv.Error, OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read as an image list: {error}") from error
     ids = list(dict.fromkeys(_relative(name, folder) for name in names))
     tars = sum(map(_is_tar, ids))
@@ -276,14 +275,8 @@ def _listed_source(path: Path, root: Location | None) -> ImageSource:
 
 
 def _coco_names(path: Path) -> list[str]:
-    content: Any = json.loads(path.read_text(encoding="utf-8"))
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list):
-        raise ValueError(
-            f"{path} is no COCO file: expected an object with a list 'images', got {type(content).__name__}"
-        )
     try:
-        return [str(image["file_name"]) for image in images]
+        return [str(image["file_name"]) for image in read_lists(path, "COCO file", "images")["images"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: every entry of 'images' needs a 'file_name'") from error
 

@@ -195,9 +195,8 @@ class ReferencePoints:
                     f"label one keypoint per object, or take a rule by the box: {', '.join(sorted(BOX_RULES))}"
                 )
             return
-        self._check_boxes(
-            labels.boxes_xyxy, labels.classes, labels.points, lambda row: f"image {_image_of(labels, row)!r}"
-        )
+        ids, owners = labels.image_ids, labels.owners
+        self._check_boxes(labels.boxes_xyxy, labels.classes, labels.points, lambda row: f"image {ids[owners[row]]!r}")
 
     def _check_boxes(
         self, boxes_xyxy: NDArray[np.float32], classes: NDArray[np.int64], given: Points, place: Callable[[int], str]
@@ -223,7 +222,7 @@ def with_reference_points(labels: Labels, rules: ReferencePoints) -> Labels:
         LabelError: as `ReferencePoints.check`.
     """
     rules.check(labels)
-    sizes_hw = np.repeat(labels.sizes_hw, np.diff(labels.offsets), axis=0)
+    sizes_hw = labels.sizes_hw[labels.owners]
     seen = np.clip(labels.boxes_xyxy, 0, np.tile(sizes_hw[:, ::-1], 2)).astype(np.float32)
     # a box that is wholly outside stays as it is: its point is outside too
     has_area = np.all(seen[:, 2:] > seen[:, :2], axis=1, keepdims=True)
@@ -232,17 +231,13 @@ def with_reference_points(labels: Labels, rules: ReferencePoints) -> Labels:
     known = point_columns.known(points)
     outside: NDArray[np.bool_] = known & ~rules.inside(points, sizes_hw)
     if outside.any():
-        facts = (outside.sum(), known.sum(), rules.margin, _image_of(labels, int(outside.argmax())))
+        facts = (outside.sum(), known.sum(), rules.margin, labels.image_ids[labels.owners[outside.argmax()]])
         LOG.warning(
             "%d of %d reference points lie outside their image by more than %g of its side and are left out, the first "
             "in %s",
             *facts,
         )
     return replace(labels, points=np.where(outside[:, None], np.float32(np.nan), points))
-
-
-def _image_of(labels: Labels, row: int) -> str:
-    return labels.image_ids[int(np.searchsorted(labels.offsets, row, side="right")) - 1]
 
 
 def untransformed_points(

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simdetr.detectors.backbone import batch_mask, resize_mask
-from simdetr.detectors.deformable_detr import BoxHead, check_sizes, one_per_layer
+from simdetr.detectors.deformable_detr import Perceptron, box_head, check_sizes, one_per_layer
 from simdetr.detectors.deformable_detr import map_projection as map_projection  # heads take it from here
 from simdetr.detectors.deformable_transformer import (
     DeformableDecoder,
@@ -142,7 +142,8 @@ class ViDT(QueryDetector):
         # IoU is as layers see it; a mask is the same for all layers, and so is its head
         distinct = [Perceptron(hidden_dim, 1) for _ in range(count if with_box_refine else 1)]
         self.iou_embed = one_per_layer(distinct, count) if iou_aware else None
-        shared = [vector_head(hidden_dim, NUM_COEFFICIENTS, vector_bias)]
+        start = F.pad(torch.zeros(2), (0, NUM_COEFFICIENTS - 2), value=vector_bias)
+        shared = [Perceptron(hidden_dim, NUM_COEFFICIENTS, start=start)]
         self.vector_embed = one_per_layer(shared, count) if mask_vectors else None
 
     def _add_projections(self, dim: int, fusion: bool) -> None:
@@ -161,7 +162,7 @@ class ViDT(QueryDetector):
         for head in class_heads:
             nn.init.constant_(head.bias, class_bias)
         self.class_embed = one_per_layer(class_heads, count)
-        self.bbox_embed = one_per_layer([BoxHead(dim, -2.0 if layer == 0 else 0.0) for layer in distinct], count)
+        self.bbox_embed = one_per_layer([box_head(dim, -2.0 if layer == 0 else 0.0) for layer in distinct], count)
         if refine:
             # the original registers the heads again where the decoder uses them, and its checkpoints have both names
             self.transformer.decoder.bbox_embed = self.bbox_embed
@@ -414,37 +415,6 @@ class PyramidFusion(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Small networks between detection tokens and predictions. N tokens.
-
-
-class Perceptron(nn.Module):
-    """Three linear layers with ReLU between them; names are the original's.
-
-    Args:
-        dim: C, of the input and of both hidden layers.
-        out_dim: width of the output.
-    """
-
-    def __init__(self, dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, out_dim)])
-
-    def forward(self, states: Tensor) -> Tensor:
-        """[..., C] to [..., out_dim]."""
-        for layer in self.layers[:-1]:
-            states = F.relu(layer(states))
-        out: Tensor = self.layers[-1](states)
-        return out
-
-
-def vector_head(dim: int, num_coefficients: int, bias: float) -> Perceptron:
-    """Head of the masks' coefficients, which starts at 0 for the first two and at ``bias`` for the others."""
-    head = Perceptron(dim, num_coefficients)
-    last = head.layers[-1]
-    assert isinstance(last, nn.Linear)
-    nn.init.zeros_(last.weight)
-    with torch.no_grad():
-        last.bias.copy_(F.pad(torch.zeros(2), (0, num_coefficients - 2), value=bias))
-    return head
 
 
 def project_tokens(projection: nn.Sequential, tokens: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ from simdetr.detectors.matcher import (
 )
 
 _VECTOR_SCALE = 3.0  # of the original, within its loss
+_PROBABILITY_COST = 2.0  # of the class in the matching of the ViDT without a neck
+_NO_OBJECT_WEIGHT = 0.1  # of queries without an object in its cross-entropy
 
 _logger = logging.getLogger(__name__)
 
@@ -58,14 +60,7 @@ class VidtLoss(nn.Module):
         detach_iou: keep the overlap that an estimate is to learn out of the gradient. The original lets it flow, so
             that a confident estimate pulls its box towards the object and a doubtful one pushes it away.
         token_foreground: channel 0 of the token labels is foreground, as in the original; for data without a class 0.
-        class_weight: as the weights that follow, see `DetectionLoss`.
-        box_weight: L1 loss of boxes.
-        giou_weight: generalised IoU loss.
-        class_cost: class term in matching.
-        box_cost: L1 term in matching.
-        giou_cost: generalised IoU term in matching.
-        focal_alpha: weight of positives against negatives in the focal losses.
-        focal_gamma: how much the focal losses play down easy examples.
+        detection: matching and losses of classes and boxes, whose focal settings the token labels share.
     """
 
     def __init__(
@@ -76,19 +71,10 @@ class VidtLoss(nn.Module):
         token_dice_weight: float = 2.0,
         detach_iou: bool = True,
         token_foreground: bool = False,
-        class_weight: float = 2.0,
-        box_weight: float = 5.0,
-        giou_weight: float = 2.0,
-        class_cost: float = 2.0,
-        box_cost: float = 5.0,
-        giou_cost: float = 2.0,
-        focal_alpha: float = FOCAL_ALPHA,
-        focal_gamma: float = FOCAL_GAMMA,
+        detection: DetectionLoss | None = None,
     ) -> None:
         super().__init__()
-        self.detection = DetectionLoss(
-            class_weight, box_weight, giou_weight, class_cost, box_cost, giou_cost, focal_alpha, focal_gamma
-        )
+        self.detection = DetectionLoss() if detection is None else detection
         self.weights = {
             "loss_iouaware": iou_weight,
             "loss_vector": vector_weight,
@@ -239,11 +225,7 @@ def _vector_loss(vectors: Tensor, pairs: _Pairs, targets: Sequence[Target]) -> T
 
 
 class ProbabilityMatcher(HungarianMatcher):
-    """A Hungarian matcher whose class term is the probability of the target's class, negative; arguments as there."""
-
-    def __init__(self, class_cost: float = 2.0, box_cost: float = 5.0, giou_cost: float = 2.0) -> None:
-        super().__init__(0.0, box_cost, giou_cost)
-        self.probability_cost = class_cost
+    """DETR's matcher: the class term is the probability of the target's class, negative."""
 
     @torch.no_grad()
     def costs(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Sequence[Target]) -> Tensor:
@@ -251,30 +233,16 @@ class ProbabilityMatcher(HungarianMatcher):
         labels = pad_targets(targets)[0].to(logits.device)
         chosen = labels[None, :, None, :].expand(logits.shape[0], -1, logits.shape[2], -1)
         probability = at_least_float32(logits).sigmoid().gather(3, chosen)
-        return super().costs(logits, boxes_cxcywh, targets) - self.probability_cost * probability.nan_to_num(0.0)
+        return super().costs(logits, boxes_cxcywh, targets) - _PROBABILITY_COST * probability.nan_to_num(0.0)
 
 
 class NeckFreeLoss(nn.Module):
-    """Cross-entropy with a class for "no object", L1 and generalised IoU losses of one layer of predictions.
+    """DETR's: cross-entropy with a class for "no object", L1 and generalised IoU losses of one layer of predictions."""
 
-    Args:
-        class_weight: of the cross-entropy in the total.
-        box_weight: of the L1 loss of boxes in the total.
-        giou_weight: of the generalised IoU loss in the total.
-        no_object_weight: weight of queries without an object in the cross-entropy.
-    """
-
-    def __init__(
-        self,
-        class_weight: float = 1.0,
-        box_weight: float = 5.0,
-        giou_weight: float = 2.0,
-        no_object_weight: float = 0.1,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.box_loss = DetectionLoss(0.0, box_weight, giou_weight)
-        self.box_loss.matcher = ProbabilityMatcher()
-        self.class_weight, self.no_object_weight = class_weight, no_object_weight
+        self.box_loss = DetectionLoss(class_weight=0.0)
+        self.box_loss.matcher = ProbabilityMatcher(class_cost=0.0)
 
     def forward(self, class_logits: Tensor, outputs: DetectorOutput, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Match and sum.
@@ -297,9 +265,9 @@ class NeckFreeLoss(nn.Module):
         wanted = torch.full(class_logits.shape[:2], no_object, device=class_logits.device)
         wanted[image, query] = pad_targets(targets)[0].to(class_logits.device)[image, target]
         weights = torch.ones(no_object + 1, device=class_logits.device)
-        weights[no_object] = self.no_object_weight
+        weights[no_object] = _NO_OBJECT_WEIGHT
         loss_ce = F.cross_entropy(class_logits.flatten(0, 1).float(), wanted.flatten(), weights)
-        return {**terms, "loss_ce": loss_ce, "loss": terms["loss"] + self.class_weight * loss_ce}
+        return {**terms, "loss_ce": loss_ce, "loss": terms["loss"] + loss_ce}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

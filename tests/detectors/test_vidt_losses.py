@@ -65,7 +65,8 @@ def matched_pairs(criterion, prediction, targets):
 
 def test_every_term_is_its_formula_and_the_total_their_weighted_sum():
     outputs, targets = make_outputs(), make_targets()
-    criterion = VidtLoss(iou_weight=1.5, vector_weight=0.5, token_weight=3.0, token_dice_weight=4.0, box_weight=7.0)
+    detection = DetectionLoss(box_weight=7.0)
+    criterion = VidtLoss(1.5, vector_weight=0.5, token_weight=3.0, token_dice_weight=4.0, detection=detection)
     losses = criterion(outputs, targets, CANVAS)
     expected = DetectionLoss(box_weight=7.0)(outputs, targets)
     for suffix, prediction in layers_of(outputs).items():
