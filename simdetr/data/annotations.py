@@ -137,12 +137,7 @@ class Lineage:
 
     @classmethod
     def first_seen(cls, stage: int, offsets: NDArray[np.int64]) -> Lineage:
-        """Of boxes that nothing earlier is known of.
-
-        Args:
-            stage: whose boxes they are.
-            offsets: int64 [N + 1]; image i owns the boxes offsets[i] to offsets[i + 1].
-        """
+        """Of boxes of a stage that nothing earlier is known of; offsets as of `Labels`, int64 [N + 1]."""
         rows = int(offsets[-1])
         return cls(
             born=np.full(rows, stage, np.int8),

@@ -115,10 +115,6 @@ class TarMembers:
     tars: Sequence[str]
     spans: NDArray[np.int64]
 
-    def take(self, positions: Sequence[int]) -> TarMembers:
-        """Those of some images."""
-        return TarMembers(self.tars, self.spans[np.asarray(positions, np.int64)])
-
 
 @dataclass(frozen=True)
 class ImageSource:
@@ -172,17 +168,15 @@ class ImageSource:
         return self.record(image_id).path
 
     def subset(self, ids: Iterable[str]) -> ImageSource:
-        """The source of some of its images, in the given order.
-
-        Raises:
-            ValueError: an id is not in this source.
-        """
+        """The source of some of its images, in the given order; a ValueError if it lacks an id."""
         wanted = tuple(ids)
         unknown = set(wanted) - self._positions.keys()
         if unknown:
             raise ValueError(f"ids: {len(unknown)} of {len(wanted)} are not in this source, such as {min(unknown)!r}")
-        members = None if self.members is None else self.members.take([self._positions[name] for name in wanted])
-        return ImageSource(self.root, wanted, members)
+        if self.members is None:
+            return ImageSource(self.root, wanted)
+        spans = self.members.spans[[self._positions[name] for name in wanted]]
+        return ImageSource(self.root, wanted, TarMembers(self.members.tars, spans))
 
     def fingerprint(self) -> str:
         """Hash of the ids in their order; the same wherever the root lies."""

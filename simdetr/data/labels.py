@@ -136,11 +136,7 @@ class Labels:
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     def row_of(self, image_id: str) -> int:
-        """Row of an image in ``image_ids``.
-
-        Raises:
-            LabelError: the image is not in these labels.
-        """
+        """Row of an image in ``image_ids``; a LabelError if it is not there."""
         row = self._row_of_image.get(image_id)
         if row is None:
             raise LabelError(f"image {image_id!r} is not among the {len(self)} labelled images")

@@ -72,11 +72,7 @@ class Camera:
     def from_field_of_view(
         cls, horizontal_deg: float, width: int, height: int, distortion: ArrayLike = (0, 0, 0, 0, 0)
     ) -> Camera:
-        """A camera with square pixels that looks through the middle of its image.
-
-        Raises:
-            ValueError: an angle that is not between 0 and 180 degrees.
-        """
+        """A camera with square pixels that looks through the middle of its image, at more than 0 and less than 180°."""
         if not 0 < horizontal_deg < 180:
             raise ValueError(
                 f"horizontal_deg: expected a field of view between 0 and 180 degrees, got {horizontal_deg}"

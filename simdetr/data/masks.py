@@ -59,10 +59,7 @@ def of_boxes(boxes_xyxy: NDArray[np.floating[Any]], size_hw: tuple[int, int]) ->
 
 
 def of_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> bytes | None:  # noqa: ANN401
-    """The mask of an annotation's ``segmentation``: polygons, run lengths as numbers or compressed ones.
-
-    Returns:
-        Its run lengths; None where there is none: the field is missing, null or empty.
+    """The mask of an annotation's ``segmentation``: polygons, run lengths as numbers or compressed ones; None if empty.
 
     Raises:
         LabelError: a segmentation that cannot be read, or one of an image of another size.

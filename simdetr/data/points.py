@@ -21,10 +21,7 @@ Points = NDArray[np.float32]
 
 
 def of_keypoints(keypoints: Any) -> tuple[float, float] | None:  # noqa: ANN401
-    """The point of a COCO annotation's ``keypoints``, [x, y, visibility].
-
-    Returns:
-        Its position; None where there is none: the field is missing or empty, or the visibility is 0.
+    """The point of a COCO annotation's ``keypoints``, [x, y, visibility]; None if empty or of visibility 0.
 
     Raises:
         LabelError: anything else than three finite numbers.

