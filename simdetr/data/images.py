@@ -4,13 +4,11 @@ A list is a .txt (one path per line, ``#`` starts a comment line), a .csv or .pa
 column) or a COCO .json (the ``file_name`` of its images). An id is the posix path relative to the root; a path that
 lies outside the root keeps its absolute form, a URL stays as it is.
 
-In tar files, laid out as webdataset does, the id is ``<tar>/<member>``. The headers are read once; an image is then
-read by its offset, so any number of threads and processes may read the same tar. Members that are no images (labels,
-captions) are passed over.
+In tar files, laid out as webdataset does, the id is ``<tar>/<member>``. The headers are read once, an image by its
+offset, so any number of threads and processes may read the same tar. Members that are no images are passed over.
 
-Whatever the file holds (EXIF rotation, grayscale, palette, transparency, 16 bits, CMYK), the pixels come out the same
-way: uint8 [3, H, W], RGB, upright. A file that cannot be decoded raises `UnreadableImageError` with the reason, so
-that a run can put it aside and go on.
+Whatever the file holds (EXIF rotation, grayscale, palette, transparency, 16 bits, CMYK), the pixels come out uint8
+[3, H, W], RGB, upright. A file that cannot be decoded raises `UnreadableImageError` with the reason.
 """
 
 from __future__ import annotations

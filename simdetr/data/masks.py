@@ -74,11 +74,7 @@ def of_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> bytes | None
 
 
 def column(masks: Iterable[bytes]) -> Masks:
-    """Run lengths as an array.
-
-    Raises:
-        LabelError: a mask that is no bytes, or empty ones.
-    """
+    """Run lengths as an array; a LabelError for a mask that is no bytes, or empty ones."""
     codes = list(masks)
     for row, code in enumerate(codes):
         if not isinstance(code, bytes) or not code:

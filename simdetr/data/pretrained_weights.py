@@ -1,10 +1,8 @@
 """Checkpoint path, URL or word -> its tensors; and those -> a module, by the prefix that fits it best, with a report.
 
-Self-supervised training leaves a lot around an encoder: SwAV (``module.``, prototypes), DINO (student, teacher,
-``backbone.``), MoCo (``encoder_q``, ``base_encoder``, queues), MoBY (``encoder`` beside ``encoder_k``, the original
-Swin's place of ``downsample``), Lightning, detectors of this package and of others. Which part is the encoder is not
-looked up: it is the part whose names and shapes are the module's. Nothing is unpickled: safetensors, or
-``torch.load(weights_only=True)``.
+Self-supervised training leaves a lot around an encoder: SwAV, DINO, MoCo, MoBY and Lightning have prefixes, twins and
+heads of their own. Which part is the encoder is not looked up: it is the part whose names and shapes are the module's.
+Nothing is unpickled: safetensors, or ``torch.load(weights_only=True)``.
 
 A word such as ``efficientnet-lite0`` stands for an architecture of timm and for weights that a Python package carries,
 for machines without a model hub. Its file is found by the metadata that pip wrote; no code of the package is run.
@@ -17,7 +15,7 @@ import hashlib
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -65,12 +63,14 @@ class WeightReport:
 
     def summary(self) -> str:
         """One line with the counts and the first names of each kind."""
-        parts = [f"{len(self.loaded)} loaded"]
-        for kind in ("missing", "unexpected", "mismatched"):
-            names: tuple[str, ...] = getattr(self, kind)
-            shown = f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
-            parts.append(f"{len(names)} {kind}{shown}")
-        return ", ".join(parts)
+        others = (counted(kind, getattr(self, kind)) for kind in ("missing", "unexpected", "mismatched"))
+        return ", ".join([f"{len(self.loaded)} loaded", *others])
+
+
+def counted(kind: str, names: Sequence[str]) -> str:
+    """How many names of a kind there are, and the first three."""
+    shown = f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
+    return f"{len(names)} {kind}{shown}"
 
 
 def load_backbone_weights(path_or_url: str | Path) -> dict[str, Tensor]:

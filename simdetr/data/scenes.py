@@ -1,10 +1,9 @@
 """A seed and a number of images -> rendered scenes with exact boxes: ``images/*.jpg`` and a COCO ``instances.json``.
 
-For the quickstart, the tests and anyone offline. An object's kind is a pair of shape and texture; both are
-shared between kinds and colours are drawn at random, so none of them alone tells the kind. Backgrounds are textured,
-clutter is no object (soft blobs, plain polygons, lines), objects of many sizes hide one another, the light is uneven
-and there is noise. A box is the visible extent of its object; objects of which little shows carry no label. Plain
-scenes, for a first run of minutes, have a few large objects that stand apart, and colours tell their kinds.
+For the quickstart, the tests and anyone offline. An object's kind is a pair of shape and texture; both are shared
+between kinds and colours are drawn at random, so none of them alone tells the kind. Backgrounds are textured, objects
+of many sizes hide one another, and there is clutter, uneven light and noise. A box is the visible extent of its object;
+objects of which little shows carry no label. Plain scenes have a few large objects apart, and colours tell their kinds.
 
 A canvas is float32 [H, W, 3] RGB in 0..1, changed in place. Objects are drawn from a signed field for the shape and a
 signed field for the texture, both evaluated on the object's own rotated axes in a window around it.

@@ -131,11 +131,9 @@ class RamSwin(nn.Module):
         self.token_channels = widths[-1]
 
     def forward(self, images: Tensor, mask: Tensor) -> RamFeatures:
-        """Maps and tokens of a batch.
+        """Maps and tokens of images [B, 3, H, W], zero at padding, since windows look at padded pixels.
 
-        Args:
-            images: normalised images [B, 3, H, W], zero at padding: windows look at padded pixels.
-            mask: bool [B, H, W], True = padding, or [1, H, W] for all images alike.
+        The mask is bool [B, H, W], True = padding, or [1, H, W] for all images alike.
         """
         high, wide = self.body.patch_embed.patch_size
         height, width = images.shape[-2:]

@@ -105,20 +105,17 @@ class TransformersDetector(Detector):
         Raises:
             ValueError: ``loss="simdetr"`` for a family whose classes compete in a softmax.
         """
-        terms = self._own_losses(images, mask, targets)
-        return {**terms, "loss": in_graph(terms["loss"], self.parameters())}
-
-    def _own_losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         if self.criterion is not None:
             terms: dict[str, Tensor] = self.criterion(self(images, mask), targets)
-            return terms
-        images, mask = self._pad(images, mask)
-        labels = [
-            {"class_labels": target["labels"].to(images.device), "boxes": target["boxes"].to(scale) * scale}
-            for target, scale in zip(map(likely_objects, targets), self._box_scale(mask), strict=True)
-        ]
-        found = self._run(images, mask, labels, self._own_loss_or_nan)
-        return {"loss": found["loss"], **{name: value.detach() for name, value in found["loss_dict"].items()}}
+        else:
+            images, mask = self._pad(images, mask)
+            labels = [
+                {"class_labels": target["labels"].to(images.device), "boxes": target["boxes"].to(scale) * scale}
+                for target, scale in zip(map(likely_objects, targets), self._box_scale(mask), strict=True)
+            ]
+            found = self._run(images, mask, labels, self._own_loss_or_nan)
+            terms = {"loss": found["loss"], **{name: value.detach() for name, value in found["loss_dict"].items()}}
+        return {**terms, "loss": in_graph(terms["loss"], self.parameters())}
 
     def _run(
         self,

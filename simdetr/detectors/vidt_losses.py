@@ -245,25 +245,19 @@ def token_targets(
     maps_hw: Sequence[tuple[int, int]],
     foreground_channel: bool = False,
 ) -> list[Tensor]:
-    """Share of each cell's area that objects of each class cover; all shares of a cell sum to that of foreground.
+    """Share of each cell's area that objects of each class cover, 0 to 1; float32 [B, h, w, K] of each map.
 
-    Source: ViDT+, after token labelling (arXiv 2104.10858). The original has one class too many, 0, which no object
-    has, and uses its channel for the foreground; ``foreground_channel`` does the same, for data whose classes start
-    at 1.
+    All shares of a cell sum to that of foreground. Where masks overlap, the earlier one counts. Source: ViDT+, after
+    token labelling (arXiv 2104.10858). The original has one class too many, 0, which no object has, and uses its
+    channel for the foreground; ``foreground_channel`` does the same, for data whose classes start at 1.
 
     Args:
         targets: ``masks`` bool or uint8 [T, h, w] of each valid image, which lies at the top left of the canvas, and
-            ``labels`` [T]. Where masks overlap, the earlier one counts.
+            ``labels`` [T].
         num_classes: K.
-        canvas_hw: height and width of the padded batch in pixels.
+        canvas_hw: height and width of the padded batch in pixels, which no mask exceeds.
         maps_hw: height and width of each feature map; it covers the canvas.
         foreground_channel: channel 0 is the share of all objects in place of class 0's.
-
-    Returns:
-        float32 [B, h, w, K] of each map, from 0 to 1.
-
-    Raises:
-        ValueError: a mask is larger than the canvas.
     """
     images = [_image_targets(target, num_classes, canvas_hw, maps_hw) for target in targets]
     levels = [torch.stack(level).permute(0, 2, 3, 1) for level in zip(*images, strict=True)]

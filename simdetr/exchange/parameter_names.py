@@ -2,10 +2,9 @@
 
 Deformable DETR has three vocabularies: ours, the original's checkpoints (their ``model`` entry) and transformers. The
 original's names differ from ours in the backbone and in learned positions alone, and list shared heads several times.
-transformers leaves such copies out on disk, so ``restore_copies`` accepts either; it splits the packed projections of
-self-attention, which the others keep as one matrix, into three. Two things are ours alone, and are translated: one
-class-free logit in the encoder's head, where the others have one per class and read the first, and objectness, which
-they have as a part of the class heads.
+transformers leaves such copies out on disk and splits the packed projections of self-attention into three. Two things
+are ours alone, and are translated: one class-free logit in the encoder's head, where the others have one per class and
+read the first, and objectness, which they have as a part of the class heads.
 
 DETR, and so UP-DETR, shares with Deformable DETR the backbone, the projection of its last map, self-attention of the
 decoder, perceptrons and layer norms. Deformable attention reads its values and writes its result by the same two

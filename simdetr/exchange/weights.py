@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from simdetr.data.annotations import Category
 from simdetr.data.class_paths import class_of
+from simdetr.data.pretrained_weights import counted
 from simdetr.data.storage import atomic_path, write_json
 from simdetr.detectors.detector import Detector
 from simdetr.exchange.formats import (
@@ -42,7 +43,6 @@ _TOLD = {"nheads": "num_heads", "num_queries": "num_queries", "dilation": "dilat
 _DOWNLOADS = {"pretrained_backbone": False, "pretrained": None}
 """Arguments of detectors that say where weights come from, and what says nowhere."""
 _LEAST_FITTING = 0.5
-_NAMES_SHOWN = 3
 _MADE_UP = re.compile(r"class \d+|LABEL_\d+")
 """Names that simdetr's and transformers' imports give to classes of which they know only the number."""
 
@@ -230,12 +230,9 @@ class LoadReport:
 
     def summary(self) -> str:
         """One line: the counts, and the first names of what was not kept."""
-        parts = [f"{len(self.kept)} tensors kept"]
-        for what in ("replaced", "missing", "unexpected"):
-            names: list[str] = getattr(self, what)
-            shown = f" ({', '.join(names[:_NAMES_SHOWN])}{', …' if len(names) > _NAMES_SHOWN else ''})" if names else ""
-            parts.append(f"{len(names)} {what}{shown}")
-        return f"{self.path} ({self.source}): {', '.join(parts)}{f'; {self.reason}' if self.reason else ''}"
+        others = (counted(kind, getattr(self, kind)) for kind in ("replaced", "missing", "unexpected"))
+        parts = ", ".join([f"{len(self.kept)} tensors kept", *others])
+        return f"{self.path} ({self.source}): {parts}{f'; {self.reason}' if self.reason else ''}"
 
     def log(self) -> None:
         """Log the summary."""
@@ -311,7 +308,7 @@ def _other_classes(checkpoint: Checkpoint, class_names: Sequence[str] | None) ->
     stored = [str(category["name"]) for category in (checkpoint.stored or {}).get("categories") or []]
     if class_names is None or all(map(_MADE_UP.fullmatch, stored)) or stored == list(class_names):
         return ""
-    met, wanted = (f"{len(names)} ({', '.join(names[:_NAMES_SHOWN])}, …)" for names in (stored, list(class_names)))
+    met, wanted = (f"{len(names)} ({', '.join(names[:3])}, …)" for names in (stored, list(class_names)))
     return f"what speaks of single classes is new, for the file's are {met} and the data's {wanted}"
 
 
