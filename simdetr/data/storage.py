@@ -111,7 +111,7 @@ def read_lists(path: Path, kind: str, *lists: str) -> dict[str, Any]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
-        raise LabelError(f"labels: {path} does not exist") from error
+        raise LabelError(f"{path} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:
         raise LabelError(f"{path} cannot be read as JSON: {error}") from error
     found: dict[str, Any] = content if isinstance(content, dict) else {}
