@@ -75,44 +75,25 @@ __all__ = [
     "write_labels",
 ]
 
-_HOMES = {
-    "Batch": "dataset",
-    "Category": "annotations",
-    "DetectionDataset": "dataset",
-    "DoctorReport": "doctor",
-    "ImageLabels": "annotations",
-    "ImageRecord": "images",
-    "ImageSource": "images",
-    "LabelError": "annotations",
-    "LabelProblems": "coco",
-    "Labels": "labels",
-    "Lineage": "annotations",
-    "Mosaic": "augmentation",
-    "Quarantine": "quarantine",
-    "ReferencePoints": "reference_points",
-    "TooManyUnreadableError": "quarantine",
-    "UnreadableImageError": "images",
-    "collate": "dataset",
-    "eval_transforms": "augmentation",
-    "examine": "doctor",
-    "map_targets": "map3d",
-    "open_images": "images",
-    "read_coco": "coco",
-    "read_image": "images",
-    "read_labels": "label_files",
-    "read_map": "map3d",
-    "summary": "doctor",
-    "train_transforms": "augmentation",
-    "with_reference_points": "reference_points",
-    "write_coco": "coco",
-    "write_detections": "coco",
-    "write_labels": "label_files",
+_NAMES = {
+    "annotations": ("Category", "ImageLabels", "LabelError", "Lineage"),
+    "augmentation": ("Mosaic", "eval_transforms", "train_transforms"),
+    "coco": ("LabelProblems", "read_coco", "write_coco", "write_detections"),
+    "dataset": ("Batch", "DetectionDataset", "collate"),
+    "doctor": ("DoctorReport", "examine", "summary"),
+    "images": ("ImageRecord", "ImageSource", "UnreadableImageError", "open_images", "read_image"),
+    "label_files": ("read_labels", "write_labels"),
+    "labels": ("Labels",),
+    "map3d": ("map_targets", "read_map"),
+    "quarantine": ("Quarantine", "TooManyUnreadableError"),
+    "reference_points": ("ReferencePoints", "with_reference_points"),
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    home = next((module for module, names in _NAMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module 'simdetr.data' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(f"simdetr.data.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"simdetr.data.{home}"), name)
     globals()[name] = value
     return value

@@ -90,16 +90,6 @@ class ImageLabels:
         return len(self.boxes_xyxy)
 
 
-def stack_lineages(images: Sequence[ImageLabels], stage: int) -> Lineage | None:
-    """Lineages of several images, one after the other; None if none has any, else the others' are of this stage."""
-    if all(image.lineage is None for image in images):
-        return None
-    own = [Lineage.first_seen(stage, np.array([0, len(image)])) for image in images]
-    return Lineage.stack(
-        [first if image.lineage is None else image.lineage for first, image in zip(own, images, strict=True)]
-    )
-
-
 LINEAGE_COLUMNS: dict[str, type[np.signedinteger[Any]]] = {
     "born": np.int8,
     "born_row": np.int32,
@@ -147,12 +137,7 @@ class Lineage:
 
     @classmethod
     def first_seen(cls, stage: int, offsets: NDArray[np.int64]) -> Lineage:
-        """Of boxes that nothing earlier is known of.
-
-        Args:
-            stage: whose boxes they are.
-            offsets: int64 [N + 1]; image i owns the boxes offsets[i] to offsets[i + 1].
-        """
+        """Of boxes of a stage that nothing earlier is known of; offsets as of `Labels`, int64 [N + 1]."""
         rows = int(offsets[-1])
         return cls(
             born=np.full(rows, stage, np.int8),

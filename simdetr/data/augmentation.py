@@ -99,10 +99,7 @@ class RandomMirror(nn.Module):
     """Mirror left and right, but no sample with a landmark whose point would then be on the wrong side of its object.
 
     Such a landmark (``target["one_sided"]``) has a class whose reference point is a left or right one, and no box to
-    find the other side's by. A refusal is told as ``target["flip_refused"]``.
-
-    Args:
-        probability: share of samples that are mirrored.
+    find the other side's by. A refusal is told as ``target["flip_refused"]``. ``probability`` is of being mirrored.
     """
 
     def __init__(self, probability: float = 0.5) -> None:

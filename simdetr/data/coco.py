@@ -7,7 +7,6 @@ dropped, and counted; ``strict`` makes the first one an error.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ from simdetr.data import masks as mask_codes
 from simdetr.data import points as point_columns
 from simdetr.data.annotations import LINEAGE_COLUMNS, Category, ImageLabels, LabelError, Lineage
 from simdetr.data.labels import Labels
-from simdetr.data.storage import write_json
+from simdetr.data.storage import read_lists, write_json
 
 _ROUNDING_PX = 0.1  # a box may leave the image by this much without being called wrong: COCO writes two decimals
 _EXAMPLES_PER_KIND = 5
@@ -126,17 +125,7 @@ def read_coco(
 
 def load_coco(path: Path) -> dict[str, Any]:
     """The content of a COCO annotation file as it stands, with its three lists, or a `LabelError`."""
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise LabelError(f"labels: {path} does not exist") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise LabelError(f"{path} cannot be read as JSON: {error}") from error
-    found: dict[str, Any] = content if isinstance(content, dict) else {}
-    missing = [key for key in ("annotations", "categories", "images") if not isinstance(found.get(key), list)]
-    if missing:
-        raise LabelError(f"{path} is no COCO annotation file: expected the lists {', '.join(missing)}")
-    return found
+    return read_lists(path, "COCO annotation file", "annotations", "categories", "images")
 
 
 @dataclass(frozen=True)
@@ -355,15 +344,14 @@ def write_detections(labels: Labels, path: str | Path, coco_truth: str | Path | 
 
 def _truth_ids(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        return {str(image["file_name"]): image["id"] for image in content["images"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {str(image["file_name"]): image["id"] for image in read_lists(path, "COCO file", "images")["images"]}
+    except (LabelError, KeyError, TypeError) as error:
         raise LabelError(f"coco_truth: {path} cannot be read as a COCO annotation file: {error!r}") from error
 
 
 def _entries(labels: Labels) -> Iterator[dict[str, Any]]:
     """All that is known of each box, as annotations have it; images count from 1."""
-    owners = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
+    owners = labels.owners
     corners = labels.boxes_xyxy.astype(np.float64)
     columns: dict[str, list[Any]] = {
         "image_id": (owners + 1).tolist(),

@@ -141,8 +141,7 @@ class DetectionDataset(Dataset[Sample | None]):
     def load(self, index: int) -> Sample | None:
         """The untransformed sample: uint8 tv_tensors.Image and target with boxes in pixels; None where unreadable.
 
-        Raises:
-            UnreadableImageError: a replacement is wanted and no image at all can be read.
+        If a replacement is wanted and no image at all can be read, this is an UnreadableImageError.
         """
         for step in range(len(self) if self.replace_unreadable else 1):
             row = (index + step) % len(self)
@@ -185,7 +184,10 @@ class DetectionDataset(Dataset[Sample | None]):
         boxes, classes = truth.boxes_xyxy[kept], np.where(truth.crowd, IGNORED, truth.classes)[kept]
         extra: dict[str, Tensor] = {}
         if self.masks and truth.masks is not None:
-            extra["masks"] = pixel_masks(truth.masks[kept], truth.size_hw, size_hw)
+            # bytes: torchvision resizes them several times faster than bools
+            masks = tv_tensors.Mask(torch.from_numpy(mask_codes.decode(truth.masks[kept], truth.size_hw)))
+            # of another image size they are cut or filled up with zeros, as boxes are
+            extra["masks"] = masks if truth.size_hw == size_hw else F.crop(masks, 0, 0, *size_hw)
         if self.reference_points is not None:
             given = None if truth.points is None else truth.points[kept]
             extra |= untransformed_points(self.reference_points, boxes, classes, given, size_hw)
@@ -221,18 +223,6 @@ def _keep_most_certain(target: Target, limit: int) -> None:
 def pixel_boxes(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> tv_tensors.BoundingBoxes:
     """Boxes [T, 4] in pixels on an image of (height, width), as torchvision's transforms want them."""
     return tv_tensors.BoundingBoxes(boxes_xyxy, format="XYXY", canvas_size=size_hw)
-
-
-def pixel_masks(masks: mask_codes.Masks, coded_hw: tuple[int, int], size_hw: tuple[int, int]) -> tv_tensors.Mask:
-    """Masks uint8 [T, H, W] on an image of (height, width); torchvision resizes bytes several times faster than bools.
-
-    Args:
-        masks: run lengths of T masks.
-        coded_hw: size that they were made for, cut or filled up with zeros where the image's is another, as boxes are.
-        size_hw: size of the image.
-    """
-    pixels = tv_tensors.Mask(torch.from_numpy(mask_codes.decode(masks, coded_hw)))
-    return pixels if coded_hw == size_hw else F.crop(pixels, 0, 0, *size_hw)
 
 
 def item_seed(seed: int, epoch: int, index: int) -> int:

@@ -30,8 +30,7 @@ def image_level(labels: Labels) -> Labels:
 
     Its score is the best of the class in the image. Images without objects stay.
     """
-    owners = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
-    keys, group = np.unique(owners * max(1, labels.num_classes) + labels.classes, return_inverse=True)
+    keys, group = np.unique(labels.owners * max(1, labels.num_classes) + labels.classes, return_inverse=True)
     images, classes = np.divmod(keys, max(1, labels.num_classes))
     scores = np.zeros(len(keys), np.float32)
     np.maximum.at(scores, group.reshape(-1), labels.scores)

@@ -4,20 +4,17 @@ A list is a .txt (one path per line, ``#`` starts a comment line), a .csv or .pa
 column) or a COCO .json (the ``file_name`` of its images). An id is the posix path relative to the root; a path that
 lies outside the root keeps its absolute form, a URL stays as it is.
 
-In tar files, laid out as webdataset does, the id is ``<tar>/<member>``. The headers are read once; an image is then
-read by its offset, so any number of threads and processes may read the same tar. Members that are no images (labels,
-captions) are passed over.
+In tar files, laid out as webdataset does, the id is ``<tar>/<member>``. The headers are read once, an image by its
+offset, so any number of threads and processes may read the same tar. Members that are no images are passed over.
 
-Whatever the file holds (EXIF rotation, grayscale, palette, transparency, 16 bits, CMYK), the pixels come out the same
-way: uint8 [3, H, W], RGB, upright. A file that cannot be decoded raises `UnreadableImageError` with the reason, so
-that a run can put it aside and go on.
+Whatever the file holds (EXIF rotation, grayscale, palette, transparency, 16 bits, CMYK), the pixels come out uint8
+[3, H, W], RGB, upright. A file that cannot be decoded raises `UnreadableImageError` with the reason.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import logging
 import re
 import tarfile
@@ -30,7 +27,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from io import BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +36,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from simdetr.data.storage import Location, below, files_below, is_url, locate
+from simdetr.data.annotations import LabelError
+from simdetr.data.storage import Location, below, files_below, is_url, locate, read_lists
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -116,10 +113,6 @@ class TarMembers:
     tars: Sequence[str]
     spans: NDArray[np.int64]
 
-    def take(self, positions: Sequence[int]) -> TarMembers:
-        """Those of some images."""
-        return TarMembers(self.tars, self.spans[np.asarray(positions, np.int64)])
-
 
 @dataclass(frozen=True)
 class ImageSource:
@@ -173,17 +166,15 @@ class ImageSource:
         return self.record(image_id).path
 
     def subset(self, ids: Iterable[str]) -> ImageSource:
-        """The source of some of its images, in the given order.
-
-        Raises:
-            ValueError: an id is not in this source.
-        """
+        """The source of some of its images, in the given order; a ValueError if it lacks an id."""
         wanted = tuple(ids)
         unknown = set(wanted) - self._positions.keys()
         if unknown:
             raise ValueError(f"ids: {len(unknown)} of {len(wanted)} are not in this source, such as {min(unknown)!r}")
-        members = None if self.members is None else self.members.take([self._positions[name] for name in wanted])
-        return ImageSource(self.root, wanted, members)
+        if self.members is None:
+            return ImageSource(self.root, wanted)
+        spans = self.members.spans[[self._positions[name] for name in wanted]]
+        return ImageSource(self.root, wanted, TarMembers(self.members.tars, spans))
 
     def fingerprint(self) -> str:
         """Hash of the ids in their order; the same wherever the root lies."""
@@ -264,7 +255,7 @@ def _listed_source(path: Path, root: Location | None) -> ImageSource:
         else:
             names = {".txt": _txt_names, ".csv": _csv_names, ".parquet": _parquet_names}[path.suffix.lower()](path)
             folder = root if root is not None else path.parent
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError, pa.ArrowException) as error:
+    except (UnicodeDecodeError, LabelError, csv.Error, OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read as an image list: {error}") from error
     ids = list(dict.fromkeys(_relative(name, folder) for name in names))
     tars = sum(map(_is_tar, ids))
@@ -276,14 +267,8 @@ def _listed_source(path: Path, root: Location | None) -> ImageSource:
 
 
 def _coco_names(path: Path) -> list[str]:
-    content: Any = json.loads(path.read_text(encoding="utf-8"))
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list):
-        raise ValueError(
-            f"{path} is no COCO file: expected an object with a list 'images', got {type(content).__name__}"
-        )
     try:
-        return [str(image["file_name"]) for image in images]
+        return [str(image["file_name"]) for image in read_lists(path, "COCO file", "images")["images"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: every entry of 'images' needs a 'file_name'") from error
 

@@ -21,8 +21,6 @@ from simdetr.data.labels import _LIST_COLUMNS, Labels
 from simdetr.data.storage import atomic_path
 
 _METADATA_KEY = b"simdetr-labels"
-
-
 _ROWS_PER_GROUP = 20_000
 
 
@@ -109,10 +107,6 @@ def read_labels(path: str | Path, *, strict: bool = False, masks: bool = False) 
 
 
 def write_result(labels: Labels, out: Path) -> str:
-    """Write labels as COCO JSON, or as Parquet if ``out`` ends so.
-
-    Returns:
-        What was written, in one line.
-    """
+    """Write labels as COCO JSON, or as Parquet if ``out`` ends so; says what was written, in one line."""
     (write_labels if out.suffix == ".parquet" else write_coco)(labels, out)
     return f"{len(labels.boxes_xyxy):,} boxes on {len(labels):,} images in {out}"

@@ -5,7 +5,7 @@ Letters: N images, M boxes of all images together, C categories. Boxes are xyxy 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from simdetr.data import masks as mask_codes
 from simdetr.data import points as point_columns
-from simdetr.data.annotations import Category, ImageLabels, LabelError, Lineage, stack_lineages
+from simdetr.data.annotations import Category, ImageLabels, LabelError, Lineage
 
 _LIST_COLUMNS = ("boxes_xyxy", "classes", "scores", "areas")
 _OPTIONAL_COLUMNS = ("lineage", "masks", "points")
@@ -98,7 +98,6 @@ class Labels:
             raise LabelError(
                 f"offsets: expected to rise from 0 to {len(boxes)}, got {self.offsets[0]} to {self.offsets[-1]}"
             )
-        owners = np.repeat(np.arange(len(steps)), steps)
         bad_rows = {
             "boxes_xyxy: expected finite x0 <= x1 and y0 <= y1": ~np.isfinite(boxes).all(1)
             | (boxes[:, 2:] < boxes[:, :2]).any(1),
@@ -110,7 +109,8 @@ class Labels:
             if bad.any():
                 row = int(bad.argmax())
                 got = getattr(self, rule.split(":")[0])[row].tolist()
-                raise LabelError(f"{rule}, got {got} in image {self.image_ids[owners[row]]!r} ({int(bad.sum())} rows)")
+                where = self.image_ids[self.owners[row]]
+                raise LabelError(f"{rule}, got {got} in image {where!r} ({int(bad.sum())} rows)")
         if (self.sizes_hw <= 0).any():
             row = int((self.sizes_hw <= 0).any(1).argmax())
             raise LabelError(f"sizes_hw: expected > 0, got {self.sizes_hw[row].tolist()} for {self.image_ids[row]!r}")
@@ -130,12 +130,13 @@ class Labels:
     def _row_of_image(self) -> dict[str, int]:
         return {image_id: row for row, image_id in enumerate(self.image_ids)}
 
-    def row_of(self, image_id: str) -> int:
-        """Row of an image in ``image_ids``.
+    @cached_property
+    def owners(self) -> NDArray[np.int64]:
+        """Which image has each box: its row in ``image_ids``, int64 [M]."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
-        Raises:
-            LabelError: the image is not in these labels.
-        """
+    def row_of(self, image_id: str) -> int:
+        """Row of an image in ``image_ids``; a LabelError if it is not there."""
         row = self._row_of_image.get(image_id)
         if row is None:
             raise LabelError(f"image {image_id!r} is not among the {len(self)} labelled images")
@@ -172,8 +173,7 @@ class Labels:
     def sharpened(self, min_score: float, power: float) -> Labels:
         """The boxes whose score is at least ``min_score``, and their scores to this power; all images stay."""
         kept = np.flatnonzero(self.scores >= min_score)
-        owner = np.repeat(np.arange(len(self)), np.diff(self.offsets))[kept]
-        offsets = np.concatenate([[0], np.bincount(owner, minlength=len(self)).cumsum()]).astype(np.int64)
+        offsets = np.concatenate([[0], np.bincount(self.owners[kept], minlength=len(self)).cumsum()]).astype(np.int64)
         columns = self._columns(kept)
         return replace(self, offsets=offsets, **columns | {"scores": columns["scores"] ** power})
 
@@ -205,6 +205,9 @@ class Labels:
         others' boxes stand in for theirs; if some have points, the others' are unknown.
         """
         images = list(rows)
+        lineages = _of_all(images, "lineage", lambda image: Lineage.first_seen(stage, np.array([0, len(image)])))
+        masks = _of_all(images, "masks", lambda image: mask_codes.of_boxes(image.boxes_xyxy, image.size_hw))
+        points = _of_all(images, "points", lambda image: point_columns.unknown(len(image)))
         columns: dict[str, NDArray[Any]] = {
             name: np.concatenate([getattr(image, name) for image in images]) if images else np.zeros(0)
             for name in (*_LIST_COLUMNS, "crowd")
@@ -215,8 +218,16 @@ class Labels:
             offsets=np.cumsum([0, *(len(image) for image in images)], dtype=np.int64),
             categories=tuple(categories),
             stage=stage,
-            lineage=stack_lineages(images, stage),
-            masks=mask_codes.stack(images),
-            points=point_columns.stack(images),
+            lineage=None if lineages is None else Lineage.stack(lineages),
+            masks=None if masks is None else np.concatenate(masks),
+            points=None if points is None else np.concatenate(points),
             **columns,
         )
+
+
+def _of_all(images: Sequence[ImageLabels], name: str, stand_in: Callable[[ImageLabels], Any]) -> list[Any] | None:
+    """A column that images may lack, of each of them; None if all lack it."""
+    given = [getattr(image, name) for image in images]
+    if all(values is None for values in given):
+        return None
+    return [stand_in(image) if values is None else values for values, image in zip(given, images, strict=True)]

@@ -1,8 +1,8 @@
 """This machine in; how many cores, threads and loader processes to use on it, out. Imports nothing heavy.
 
-OpenMP's threads wait for each other at the end of every operation, and by default they spin while they do. On a busy
-machine a spinning thread holds the core that the one it waits for would need: a training beside other work comes nearly
-to a halt. So the ``simdetr`` command asks for passive waiting before torch, and OpenMP with it, is loaded.
+OpenMP's threads spin while they wait for each other, at the end of every operation. On a busy machine a spinning thread
+holds the core that the one it waits for would need: a training beside other work comes nearly to a halt. So the
+``simdetr`` command asks for passive waiting before torch, and OpenMP with it, is loaded.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def default_workers(device: str = "cuda", environment: Mapping[str, str] = os.en
 def prepare_openmp(environment: MutableMapping[str, str] = os.environ, busy: bool | None = None) -> None:
     """Set how OpenMP's threads wait and how many there are; what the user has set stays. Call it before torch is there.
 
-    Args:
-        environment: Gets ``OMP_WAIT_POLICY=PASSIVE`` and, on a busy machine, an ``OMP_NUM_THREADS`` that spares a core.
-        busy: Whether the machine is; looked at if left out.
+    It is ``OMP_WAIT_POLICY=PASSIVE`` and, on a machine that is ``busy``, an ``OMP_NUM_THREADS`` that spares a core.
     """
     environment.setdefault(WAITING, "PASSIVE")
     available = cores()

@@ -11,7 +11,6 @@ map landmarks, V views.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from scipy.optimize import linear_sum_assignment
 from simdetr.data import points as point_columns
 from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.labels import Labels
+from simdetr.data.storage import read_lists
 
 Floats = NDArray[np.float64]
 COLUMNS = ["image", "class", "score", "x_px", "y_px", "map_x", "map_y", "map_z", "landmark", "error_px"]
@@ -72,11 +72,7 @@ class Camera:
     def from_field_of_view(
         cls, horizontal_deg: float, width: int, height: int, distortion: ArrayLike = (0, 0, 0, 0, 0)
     ) -> Camera:
-        """A camera with square pixels that looks through the middle of its image.
-
-        Raises:
-            ValueError: an angle that is not between 0 and 180 degrees.
-        """
+        """A camera with square pixels that looks through the middle of its image, at more than 0 and less than 180°."""
         if not 0 < horizontal_deg < 180:
             raise ValueError(
                 f"horizontal_deg: expected a field of view between 0 and 180 degrees, got {horizontal_deg}"
@@ -248,12 +244,7 @@ def read_map(path: str | Path) -> tuple[MapLandmarks, list[View], NDArray[np.boo
         LabelError: the file cannot be read, or an entry is missing or wrong; it is named.
     """
     path = Path(path)
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LabelError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("landmarks", "images")):
-        raise LabelError(f"{path} is no map: expected an object with the lists landmarks and images")
+    content = read_lists(path, "map", "landmarks", "images")
     place = "landmarks"
     try:
         names = [str(entry["class"]) for entry in content["landmarks"]]

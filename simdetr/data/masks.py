@@ -8,14 +8,14 @@ Letters: n masks of one image of H × W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_masks
 
-from simdetr.data.annotations import ImageLabels, LabelError
+from simdetr.data.annotations import LabelError
 
 Masks = NDArray[np.object_]
 """Run lengths of n masks, an array of bytes [n]."""
@@ -59,10 +59,7 @@ def of_boxes(boxes_xyxy: NDArray[np.floating[Any]], size_hw: tuple[int, int]) ->
 
 
 def of_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> bytes | None:  # noqa: ANN401
-    """The mask of an annotation's ``segmentation``: polygons, run lengths as numbers or compressed ones.
-
-    Returns:
-        Its run lengths; None where there is none: the field is missing, null or empty.
+    """The mask of an annotation's ``segmentation``: polygons, run lengths as numbers or compressed ones; None if empty.
 
     Raises:
         LabelError: a segmentation that cannot be read, or one of an image of another size.
@@ -77,11 +74,7 @@ def of_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> bytes | None
 
 
 def column(masks: Iterable[bytes]) -> Masks:
-    """Run lengths as an array.
-
-    Raises:
-        LabelError: a mask that is no bytes, or empty ones.
-    """
+    """Run lengths as an array; a LabelError for a mask that is no bytes, or empty ones."""
     codes = list(masks)
     for row, code in enumerate(codes):
         if not isinstance(code, bytes) or not code:
@@ -89,15 +82,6 @@ def column(masks: Iterable[bytes]) -> Masks:
     array = np.empty(len(codes), dtype=np.object_)
     array[:] = codes
     return array
-
-
-def stack(images: Sequence[ImageLabels]) -> Masks | None:
-    """Masks of several images, one after the other; None if none has any, else the others' boxes stand in."""
-    if all(image.masks is None for image in images):
-        return None
-    return np.concatenate(
-        [of_boxes(image.boxes_xyxy, image.size_hw) if image.masks is None else image.masks for image in images]
-    )
 
 
 def _of_polygons(polygons: list[Any], size_hw: tuple[int, int]) -> bytes:

@@ -8,23 +8,20 @@ Letters: n boxes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simdetr.data.annotations import ImageLabels, LabelError
+from simdetr.data.annotations import LabelError
 
 Points = NDArray[np.float32]
 """Positions [n, 2] in pixels, both NaN where a box has none."""
 
 
 def of_keypoints(keypoints: Any) -> tuple[float, float] | None:  # noqa: ANN401
-    """The point of a COCO annotation's ``keypoints``, [x, y, visibility].
-
-    Returns:
-        Its position; None where there is none: the field is missing or empty, or the visibility is 0.
+    """The point of a COCO annotation's ``keypoints``, [x, y, visibility]; None if empty or of visibility 0.
 
     Raises:
         LabelError: anything else than three finite numbers.
@@ -77,10 +74,3 @@ def unknown(rows: int) -> Points:
 def only_points(boxes_xyxy: NDArray[np.float32], points: Points) -> NDArray[np.bool_]:
     """Which landmarks have a point but no box, bool [n]: a box without area counts as none."""
     return known(points) & ~(boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(1)
-
-
-def stack(images: Sequence[ImageLabels]) -> Points | None:
-    """Points of several images, one after the other; None if none has any, else the others' are unknown."""
-    if all(image.points is None for image in images):
-        return None
-    return np.concatenate([unknown(len(image)) if image.points is None else image.points for image in images])

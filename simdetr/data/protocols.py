@@ -6,16 +6,15 @@
   protocol (Robicheaux et al., Roboflow100-VL, arXiv 2505.20612; drawn as in Madan et al., arXiv 2312.14494).
 - ``classes``: base classes for pretraining with labels, novel ones to learn from few.
 
-What is drawn depends on the seed and on file names alone: images come in the order of SHA-256 of both, and no random
-number generator is involved. So smaller draws lie inside larger ones of the same seed (shots: along 1, 5, 10 and 30),
-and neither the machine nor the order of the source file matters. Every file says in ``info.simdetr_split`` by which
-rule and seed it was drawn, and the hash of what it was drawn from.
+What is drawn depends on the seed and on file names alone: images come in the order of SHA-256 of both. So smaller draws
+lie inside larger ones of the same seed (shots: along 1, 5, 10 and 30), and neither the machine nor the order of the
+source file matters. Every file says in ``info.simdetr_split`` by which rule and seed it was drawn, and the hash of what
+it was drawn from.
 
 Shots are counted as in TFA (Wang et al., Frustratingly Simple Few-Shot Object Detection, 2020, section 4.1 and its
 code): for each class whole images are added, until it has k boxes. An image with more boxes of the class than are
 missing is passed over; crowds never count. Boxes of other classes on these images are dropped, unless the image was
-drawn for their class too; all classes go through the images in one order, so most are. Where whole images do not add
-up to k, the next image gives some of its boxes: TFA draws for ever there.
+drawn for their class too. Where whole images do not add up to k, the next image gives some of its boxes.
 """
 
 from __future__ import annotations
@@ -112,11 +111,7 @@ def hash_order(names: Iterable[str], seed: int) -> list[str]:
 
 
 def first_images(names: Iterable[str], fraction: float, seed: int) -> list[str]:
-    """The first part of the images in the seed's order, at least one.
-
-    Raises:
-        ValueError: ``fraction`` is not in (0, 1], or there are no images.
-    """
+    """The first part of the images in the seed's order, at least one of them; ``fraction`` is in (0, 1]."""
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: expected a number in (0, 1], got {fraction}; 0.01 is 1 %.")
     order = hash_order(names, seed)

@@ -94,16 +94,10 @@ class Quarantine:
 
 
 def check_fraction(reasons: Mapping[str, str], total: int, max_fraction: float, path: Location) -> None:
-    """Stop a run with too many unreadable images.
-
-    Args:
-        reasons: of the unreadable images by their ids, the last found last.
-        total: number of images of the run.
-        max_fraction: share of them that may be unreadable.
-        path: file that lists them.
+    """Stop a run of ``total`` images with too many unreadable ones: their reasons by id, the last found last.
 
     Raises:
-        TooManyUnreadableError: there are more.
+        TooManyUnreadableError: more than the share ``max_fraction`` is; the message names ``path``, their list.
     """
     if len(reasons) > max_fraction * total:
         image_id, reason = list(reasons.items())[-1]

@@ -113,11 +113,7 @@ class ReferencePoints:
         return tuple(self.table[name if name in self.table else "default"] for name in self.names)
 
     def of(self, categories: Sequence[Category]) -> ReferencePoints:
-        """The same rules for other labels of the same data, whose classes are these or some of them, by name.
-
-        Raises:
-            ValueError: a class that the table has no rule for.
-        """
+        """The same rules for other labels of the same data, whose classes are these or some of them, by name."""
         names = {"default", *(category.name for category in categories)}
         table = {name: rule for name, rule in self.table.items() if name in names}
         return replace(self, table=table, categories=categories)
@@ -166,11 +162,9 @@ class ReferencePoints:
         return np.where(by_box[:, None], points, given).astype(np.float32)
 
     def inside(self, points: Points, sizes_hw: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which points [n, 2] lie in the image or at most the margin outside; bool [n], False for unknown ones.
+        """Which points [n, 2] in pixels lie in the image or at most the margin outside, bool [n]; unknown ones do not.
 
-        Args:
-            points: positions in pixels.
-            sizes_hw: (height, width) of their image, [2], or of each one's, [n, 2].
+        ``sizes_hw`` is (height, width) of their image, [2], or of each one's, [n, 2].
         """
         parts = points / sizes_hw[..., ::-1]
         limit = self.margin + _ROUNDING
@@ -195,9 +189,8 @@ class ReferencePoints:
                     f"label one keypoint per object, or take a rule by the box: {', '.join(sorted(BOX_RULES))}"
                 )
             return
-        self._check_boxes(
-            labels.boxes_xyxy, labels.classes, labels.points, lambda row: f"image {_image_of(labels, row)!r}"
-        )
+        ids, owners = labels.image_ids, labels.owners
+        self._check_boxes(labels.boxes_xyxy, labels.classes, labels.points, lambda row: f"image {ids[owners[row]]!r}")
 
     def _check_boxes(
         self, boxes_xyxy: NDArray[np.float32], classes: NDArray[np.int64], given: Points, place: Callable[[int], str]
@@ -223,7 +216,7 @@ def with_reference_points(labels: Labels, rules: ReferencePoints) -> Labels:
         LabelError: as `ReferencePoints.check`.
     """
     rules.check(labels)
-    sizes_hw = np.repeat(labels.sizes_hw, np.diff(labels.offsets), axis=0)
+    sizes_hw = labels.sizes_hw[labels.owners]
     seen = np.clip(labels.boxes_xyxy, 0, np.tile(sizes_hw[:, ::-1], 2)).astype(np.float32)
     # a box that is wholly outside stays as it is: its point is outside too
     has_area = np.all(seen[:, 2:] > seen[:, :2], axis=1, keepdims=True)
@@ -232,17 +225,13 @@ def with_reference_points(labels: Labels, rules: ReferencePoints) -> Labels:
     known = point_columns.known(points)
     outside: NDArray[np.bool_] = known & ~rules.inside(points, sizes_hw)
     if outside.any():
-        facts = (outside.sum(), known.sum(), rules.margin, _image_of(labels, int(outside.argmax())))
+        facts = (outside.sum(), known.sum(), rules.margin, labels.image_ids[labels.owners[outside.argmax()]])
         LOG.warning(
             "%d of %d reference points lie outside their image by more than %g of its side and are left out, the first "
             "in %s",
             *facts,
         )
     return replace(labels, points=np.where(outside[:, None], np.float32(np.nan), points))
-
-
-def _image_of(labels: Labels, row: int) -> str:
-    return labels.image_ids[int(np.searchsorted(labels.offsets, row, side="right")) - 1]
 
 
 def untransformed_points(
@@ -268,14 +257,9 @@ def untransformed_points(
 def transformed_points(rules: ReferencePoints, target: dict[str, Any], size_hw: tuple[int, int]) -> dict[str, Any]:
     """A transformed training target with its reference points, by the boxes as they are now.
 
-    Args:
-        rules: which point of which class.
-        target: ``boxes`` xyxy in pixels, ``labels`` and what `untransformed_points` made, transformed.
-        size_hw: (height, width) of the transformed image.
-
-    Returns:
-        The target with ``points`` float32 [T, 2] in pixels, NaN where there is none or it left the image; landmarks
-        without box are gone where their point is, and have the box (x, y, x, y) else.
+    It comes with ``boxes`` xyxy in pixels, ``labels`` and what `untransformed_points` made, and goes with ``points``
+    float32 [T, 2] in pixels, NaN where there is none or it left the image of (height, width). Landmarks without box are
+    gone where their point is, and have the box (x, y, x, y) else.
 
     Raises:
         ValueError: the transform took boxes away and left their points.

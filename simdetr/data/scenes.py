@@ -1,10 +1,9 @@
 """A seed and a number of images -> rendered scenes with exact boxes: ``images/*.jpg`` and a COCO ``instances.json``.
 
-For the quickstart, the tests and anyone offline. An object's kind is a pair of shape and texture; both are
-shared between kinds and colours are drawn at random, so none of them alone tells the kind. Backgrounds are textured,
-clutter is no object (soft blobs, plain polygons, lines), objects of many sizes hide one another, the light is uneven
-and there is noise. A box is the visible extent of its object; objects of which little shows carry no label. Plain
-scenes, for a first run of minutes, have a few large objects that stand apart, and colours tell their kinds.
+For the quickstart, the tests and anyone offline. An object's kind is a pair of shape and texture; both are shared
+between kinds and colours are drawn at random, so none of them alone tells the kind. Backgrounds are textured, objects
+of many sizes hide one another, and there is clutter, uneven light and noise. A box is the visible extent of its object;
+objects of which little shows carry no label. Plain scenes have a few large objects apart, and colours tell their kinds.
 
 A canvas is float32 [H, W, 3] RGB in 0..1, changed in place. Objects are drawn from a signed field for the shape and a
 signed field for the texture, both evaluated on the object's own rotated axes in a window around it.
@@ -25,7 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from simdetr.data.storage import write_json
+from simdetr.data.annotations import Category, ImageLabels
+from simdetr.data.coco import write_coco
+from simdetr.data.labels import Labels
 
 Field = NDArray[np.float32]
 _MIN_VISIBLE_FRACTION = 0.35  # of the whole object, parts outside the frame included
@@ -124,20 +125,14 @@ def render_scenes(
     if num_images < 1:
         raise ValueError(f"num_images: expected at least 1, got {num_images}")
     (out / "images").mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, object]] = []
-    annotations: list[dict[str, object]] = []
+    images = []
     for index in range(num_images):
         scene = draw_scene(np.random.default_rng((seed, index)), size, classes, style)
         name = f"images/{index:06d}.jpg"
         Image.fromarray(scene.image).save(out / name, quality=93, subsampling=0)
-        images.append({"id": index + 1, "file_name": name, "height": size[0], "width": size[1]})
-        columns = (scene.boxes_xyxy.tolist(), scene.classes.tolist(), scene.visible_areas.tolist())
-        for (x0, y0, x1, y1), kind, area in zip(*columns, strict=True):
-            ids = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": kind + 1}
-            annotations.append(ids | {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": 0})
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(classes)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    write_json(out / "instances.json", content)
+        images.append(ImageLabels.build(name, size, scene.boxes_xyxy, scene.classes, areas=scene.visible_areas))
+    categories = [Category(number, kind) for number, kind in enumerate(classes, start=1)]
+    write_coco(Labels.from_images(images, categories), out / "instances.json")
     return out / "instances.json"
 
 

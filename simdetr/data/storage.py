@@ -17,6 +17,8 @@ from typing import Any
 
 from upath import UPath
 
+from simdetr.data.annotations import LabelError
+
 Location = Path | UPath
 
 
@@ -61,33 +63,22 @@ def files_below(folder: Location) -> Iterator[str]:
 
 
 def write_whole(location: Location, content: Any) -> None:  # noqa: ANN401 (bytes or a pyarrow buffer)
-    """Write a file that appears whole or not at all: locally by flushing and renaming, elsewhere as one object.
-
-    Raises:
-        OSError: it cannot be written; the temporary file is removed.
-    """
+    """Write a file that appears whole or not at all: locally through `atomic_path`, elsewhere as one object."""
     if not isinstance(location, Path):
         location.fs.pipe_file(location.path, bytes(content))
         return
-    temporary = location.with_name(f".{location.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(location)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_path(location) as temporary, temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` to write to, and rename it to ``path`` when the block ends well.
 
-    Missing parent folders are made. The temporary name holds the process id, so that two processes never write the
-    same file, and keeps the suffix, because some writers choose the format by it. When the block raises, the temporary
-    file is removed and ``path`` stays as it was.
+    Missing parent folders are made. The temporary name is this process's own and keeps the suffix, by which writers
+    choose the format. When the block raises, the temporary file is removed and ``path`` stays as it was.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,11 +91,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(out: Path) -> None:
-    """Fail before the work if its result could not be written.
-
-    Raises:
-        OSError: The folder cannot be made or written to, or ``out`` is a folder.
-    """
+    """Fail with an OSError before the work if its result could not be written."""
     if out.is_dir():
         raise IsADirectoryError(f"out: expected a file name such as {out / 'labels.json'}, got the folder {out}.")
     try:
@@ -113,6 +100,24 @@ def check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"out: {out.parent} cannot be written to ({error}); choose another place.") from error
+
+
+def read_lists(path: Path, kind: str, *lists: str) -> dict[str, Any]:
+    """The content of a JSON file that is an object with these lists, such as a COCO file.
+
+    Raises:
+        LabelError: the file is missing, is no JSON, or is not of this kind.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise LabelError(f"{path} does not exist") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise LabelError(f"{path} cannot be read as JSON: {error}") from error
+    found: dict[str, Any] = content if isinstance(content, dict) else {}
+    if missing := [name for name in lists if not isinstance(found.get(name), list)]:
+        raise LabelError(f"{path} is no {kind}: expected the lists {', '.join(missing)}")
+    return found
 
 
 def write_json(path: str | Path, content: object, *, indent: int | None = None, sort_keys: bool = False) -> None:

@@ -137,11 +137,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def _seen_by(self, between: Between) -> Iterator[None]:
-        """Hooks on the stages that end in a map, as ``forward`` describes them.
-
-        Raises:
-            ValueError: the maps come from a pyramid, after the network's last block: no stage follows another.
-        """
+        """Hooks on the stages that end in a map; a ValueError where maps come from a pyramid, after the last block."""
         if self.pyramid is not None:
             raise ValueError("backbone: a plain vision transformer has no stages between its maps; choose one with")
 
@@ -214,11 +210,7 @@ def _freeze_before(body: nn.Module, first_trainable: str) -> None:
 class SimpleFeaturePyramid(nn.Module):
     """Maps of twice, once and half the resolution of a transformer's map: strides 8, 16 and 32 for a patch of 16 px.
 
-    Source: the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3).
-
-    Args:
-        in_channels: D, width of the transformer.
-        out_channels: C, channels of every map made.
+    From D channels to C. Source: the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3).
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -251,11 +243,7 @@ class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]
     """Batch norm with fixed statistics and affine parameters, all of them buffers, as one pass over the activations.
 
     torchvision's takes two passes and, under autocast, turns half precision into float32, which doubles the memory of
-    everything up to the next convolution. Names in a state dict are torchvision's and torch's.
-
-    Args:
-        num_features: channels.
-        eps: added to the variance.
+    everything up to the next convolution. Arguments and names in a state dict are torchvision's.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -292,12 +280,7 @@ def _nearest(pixels: int, cells: int, device: torch.device) -> Tensor:
 def batch_mask(images: Tensor, mask: Tensor | None) -> Tensor:
     """The mask of images [B, 3, H, W]: bool [B, H, W], or, to save work, [1, H, W] and all False without padding.
 
-    Args:
-        images: padded images.
-        mask: True = padding; None if no image is padded.
-
-    Raises:
-        ValueError: a mask of another shape.
+    ``mask`` is True at padding, None if no image is padded; another shape is a ValueError.
     """
     wanted = [images.shape[0], *images.shape[-2:]]
     if mask is None:

@@ -79,13 +79,9 @@ def multi_scale_deformable_attention(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose_implementation(device_type: str, device_index: int | None, dtype: torch.dtype, wanted: str = "auto") -> str:
-    """Name of the implementation that computes values of this type on this device.
+    """Name of the implementation that computes values of this type on this device, such as ``"cuda"`` and its number.
 
-    Args:
-        device_type: such as ``"cuda"``.
-        device_index: number of the device of that type; None for the current one.
-        dtype: of the values.
-        wanted: an `Implementation`. With ``"auto"`` the environment variable decides, else what can be used here.
+    With ``"auto"`` the environment variable decides, else what can be used here.
 
     Raises:
         ValueError: what is wanted is unknown or cannot be used here; the message says why.

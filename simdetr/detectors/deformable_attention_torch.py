@@ -80,9 +80,7 @@ def constant_table(rows: tuple[tuple[int, ...], ...], dtype: torch.dtype, device
 def attach_gradient(forward: CustomOpDef, backward: CustomOpDef) -> None:
     """Make one custom operator the gradient of another, and tell torch.compile the shapes of what they return.
 
-    Args:
-        forward: of value, sizes, locations and weights; sizes are the shapes in one flat list.
-        backward: of the output's gradient and the same; returns the gradients of value, locations and weights.
+    They take value, sizes (the shapes in one flat list), locations and weights; the gradient takes the output's first.
     """
 
     def output(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Deformable attention on CUDA devices, written in Triton: values, locations and weights in, sums of samples out.
 
-Same sums as in ``deformable_attention_torch.py``, without samples in memory: one kernel
-forward, one backward, which computes the corners again. Nothing is compiled before the first call.
+Same sums as in ``deformable_attention_torch.py``, without samples in memory: one kernel forward, one backward, which
+computes the corners again. Nothing is compiled before the first call.
 
-Design. One program is a block of neighbouring queries of one image and head. Its tiles are [queries, channels] with the
+One program is a block of neighbouring queries of one image and head. Its tiles are [queries, channels] with the
 channels of a head side by side in memory, so that a warp reads whole rows of cells, and neighbouring queries, whose
 points lie close, share them in the cache. The sum over levels and points stays in registers in float32, whatever the
 inputs' type. Backward, gradients of locations and weights are sums over channels within the program; gradients of cells

@@ -33,28 +33,36 @@ from simdetr.detectors.matcher import Target
 from simdetr.detectors.position_encoding import LearnedEncoding, SineEncoding
 
 
-class BoxHead(nn.Module):
-    """Perceptron of three layers from a query state (C) to four offsets of box logits.
+class Perceptron(nn.Module):
+    """Linear layers with ReLU between them, C wide all but the last; names are the original's.
 
     Args:
-        dim: C.
-        size_bias: offset of width and height at the start; all other offsets start at 0.
+        dim: C, of the input.
+        out_dim: width of the output.
+        depth: number of layers.
+        start: what every output [out_dim] is at the start, whatever the input; None leaves that to chance.
     """
 
-    def __init__(self, dim: int, size_bias: float = 0.0) -> None:
+    def __init__(self, dim: int, out_dim: int, depth: int = 3, start: Tensor | None = None) -> None:
         super().__init__()
-        last = nn.Linear(dim, 4)
-        nn.init.zeros_(last.weight)
-        with torch.no_grad():
-            last.bias.copy_(torch.tensor([0.0, 0.0, size_bias, size_bias]))
-        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), last])
+        last = nn.Linear(dim, out_dim)
+        if start is not None:
+            nn.init.zeros_(last.weight)
+            with torch.no_grad():
+                last.bias.copy_(start)
+        self.layers = nn.ModuleList([*(nn.Linear(dim, dim) for _ in range(depth - 1)), last])
 
     def forward(self, states: Tensor) -> Tensor:
-        """[..., C] to [..., 4]."""
+        """[..., C] to [..., out_dim]."""
         for layer in self.layers[:-1]:
             states = layer(states).relu_()
-        offsets: Tensor = self.layers[-1](states)
-        return offsets
+        out: Tensor = self.layers[-1](states)
+        return out
+
+
+def box_head(dim: int, size_bias: float = 0.0) -> Perceptron:
+    """From a query state (C) to offsets of box logits, which start at 0, those of width and height at ``size_bias``."""
+    return Perceptron(dim, 4, start=torch.tensor([0.0, 0.0, size_bias, size_bias]))
 
 
 class DeformableDETR(QueryDetector):
@@ -168,7 +176,7 @@ class DeformableDETR(QueryDetector):
         widths = [1 if two_stage and layer == num_layers else self.num_classes for layer in distinct]
         class_heads = [nn.Linear(dim, width) for width in widths]
         # boxes start at sigmoid(-2) = 0.12 of the image; proposals of the encoder bring their own size
-        box_heads = [BoxHead(dim, -2.0 if layer == 0 and not two_stage else 0.0) for layer in distinct]
+        box_heads = [box_head(dim, -2.0 if layer == 0 and not two_stage else 0.0) for layer in distinct]
         absent = -math.log((1 - class_prior) / class_prior)
         for layer, head in enumerate(class_heads):
             # with objectness, which brings the prior, each class is one of many

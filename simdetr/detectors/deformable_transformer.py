@@ -76,11 +76,9 @@ class TransformerOutput(NamedTuple):
 
 
 def flatten_maps(maps: Sequence[Tensor], masks: Sequence[Tensor]) -> Memory:
-    """The cells of all maps.
+    """The cells of all maps [B, C, h_l, w_l].
 
-    Args:
-        maps: [B, C, h_l, w_l] per level, in any order.
-        masks: bool per level, True = padding: [B, h_l, w_l], or [1, h_l, w_l] and all False if no image is padded.
+    Masks are bool per level, True = padding: [B, h_l, w_l], or [1, h_l, w_l] and all False if no image is padded.
     """
     tokens = _cells(maps)
     ratios = [torch.stack(((~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)), dim=-1) for m in masks]
@@ -101,14 +99,9 @@ def inverse_sigmoid(values: Tensor) -> Tensor:
 
 
 def cell_references(shapes: Sequence[tuple[int, int]], valid_ratios: Tensor) -> Tensor:
-    """Where every cell lies on every level, in fractions of the padded maps.
+    """Where every cell lies on every level, in fractions of the padded maps, [B, S, L, 2].
 
-    Args:
-        shapes: (height, width) of each level.
-        valid_ratios: [B, L, 2], width then height.
-
-    Returns:
-        [B, S, L, 2].
+    Shapes are (height, width) of each level, valid ratios width then height, [B, L, 2].
     """
     centres = []
     for level, (height, width) in enumerate(shapes):
@@ -130,11 +123,7 @@ def initialise(transformer: nn.Module) -> None:
 
 
 class _Layers(nn.Module):
-    """Layers in order.
-
-    Attributes:
-        activation_checkpointing: compute the layers' activations again in the backward pass instead of keeping them.
-    """
+    """Layers in order; ``activation_checkpointing`` computes their activations again instead of keeping them."""
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -160,12 +149,7 @@ class DeformableEncoder(_Layers):
 
 
 class DeformableDecoder(_Layers):
-    """Layers that turn queries into states and boxes.
-
-    Args:
-        layers: the layers, in order.
-        refine: let each layer start from the boxes of the one before (iterative box refinement).
-    """
+    """Layers that turn queries into states and boxes; if they refine, each starts from the boxes of the one before."""
 
     def __init__(self, layers: Iterable[DeformableDecoderLayer], refine: bool) -> None:
         super().__init__(layers)
@@ -353,10 +337,7 @@ class DeformableDecoderLayer(nn.Module):
 def attend(attention: nn.MultiheadAttention, placed: Tensor, values: Tensor) -> Tensor:
     """Self-attention of queries, of which no table of weights is kept: two projections, the fused operator, one more.
 
-    Args:
-        attention: parameters, heads and dropout.
-        placed: contents and positions of the queries [B, Q, C], what they are compared by.
-        values: their contents [B, Q, C].
+    They are compared by ``placed``, contents and positions [B, Q, C]; ``values`` are their contents.
     """
     dim, heads = values.shape[-1], attention.num_heads
     both, value = attention.in_proj_weight.split_with_sizes((2 * dim, dim))

@@ -229,13 +229,9 @@ class QueryDetector(Detector):
 def levels_of(
     maps: Sequence[Tensor], masks: Sequence[Tensor], strides: Sequence[int], neck: Neck | None
 ) -> tuple[list[Level], list[Any]]:
-    """Feature maps as levels, changed by the neck, and what it noted.
+    """Feature maps [B, C, h, w] as levels, changed by the neck, which sees them one after the other; and what it noted.
 
-    Args:
-        maps: [B, C, h, w] each.
-        masks: bool per map, True = padding: [B, h, w], or [1, h, w] and all False if no image is padded.
-        strides: one per map.
-        neck: sees them one after the other.
+    Masks are bool, True = padding: [B, h, w] each, or [1, h, w] and all False if no image is padded.
     """
     levels, taps = [], []
     for index, (features, mask, stride) in enumerate(zip(maps, masks, strides, strict=True)):
@@ -253,25 +249,17 @@ def queries_of(
 ) -> Queries:
     """Queries of a decoder, from what it gives after each prediction; shapes as in ``Queries``.
 
-    Args:
-        states: of the queries.
-        boxes: predicted.
-        logits: predicted.
-        start: where the first prediction starts, points or boxes [B, Q, 2 or 4].
-        refine: whether each prediction starts from the box of the one before, else all from ``start``.
+    The first prediction starts from ``start``, points or boxes [B, Q, 2 or 4]; later ones from the box of the one
+    before if the decoder refines, else all from ``start``.
     """
     later = [found.detach() for found in boxes[:-1]] if refine else [start] * (len(boxes) - 1)
     return Queries(list(states), [place[..., :2] for place in (start, *later)], list(logits), list(boxes))
 
 
 def softmax_log_odds(logits: Tensor) -> Tensor:
-    """Logits of classes on their own, whose sigmoid is the softmax probability of each class.
+    """Logits [..., K] of classes on their own, whose sigmoid is the softmax probability of each class.
 
-    Args:
-        logits: [..., K + 1], the last for "no object".
-
-    Returns:
-        float32 [..., K]; finite also where a probability rounds to 1.
+    Made of softmax logits [..., K + 1], the last for "no object"; float32, finite also where a probability rounds to 1.
     """
     log_probability = logits.float().log_softmax(dim=-1)[..., :-1]
     rest = -torch.expm1(log_probability)

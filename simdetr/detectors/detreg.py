@@ -17,35 +17,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from simdetr.boxes import cxcywh_to_xyxy
 from simdetr.detectors.backbone import Backbone
-from simdetr.detectors.deformable_detr import DeformableDETR
+from simdetr.detectors.deformable_detr import DeformableDETR, Perceptron
 from simdetr.detectors.detector import Detector
 from simdetr.detectors.losses import valid_sizes
 from simdetr.detectors.matcher import Matches, Target
-
-
-class EmbeddingHead(nn.Module):
-    """Perceptron of two layers from a query state (C) to the embedding of its box (D).
-
-    Args:
-        dim: C.
-        out_dim: D.
-    """
-
-    def __init__(self, dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, out_dim)])
-
-    def forward(self, states: Tensor) -> Tensor:
-        """[..., C] to [..., D]."""
-        embeddings: Tensor = self.layers[1](F.relu(self.layers[0](states)))
-        return embeddings
 
 
 class DETReg(DeformableDETR):
@@ -77,7 +58,7 @@ class DETReg(DeformableDETR):
             )
         self.embedding_weight, self.crop_size = embedding_weight, crop_size
         dim = self.transformer.level_embed.shape[1]
-        self.feature_embed = EmbeddingHead(dim, self.backbone.channels[0])
+        self.feature_embed = Perceptron(dim, self.backbone.channels[0], depth=2)
 
     @classmethod
     def finetuned_as(cls, init_args: Mapping[str, Any]) -> tuple[type[Detector], dict[str, Any]]:
@@ -112,10 +93,7 @@ class DETReg(DeformableDETR):
 def embedding_loss(predicted: Tensor, wanted: Sequence[Tensor], matches: Matches) -> Tensor:
     """Mean absolute difference over the matched pairs and the D numbers of each; 0 without any pair.
 
-    Args:
-        predicted: embeddings of all queries [B, Q, D].
-        wanted: embeddings of the boxes, one [T, D] per image.
-        matches: of one layer, [1, M], on the device of the embeddings.
+    Of embeddings of all queries [B, Q, D] and of the boxes, [T, D] per image, and matches of one layer, [1, M].
     """
     image, query, target = (indices[0] for indices in matches)
     pairs = predicted[image, query].float() - nn.utils.rnn.pad_sequence(list(wanted), batch_first=True)[image, target]

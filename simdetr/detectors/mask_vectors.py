@@ -66,16 +66,7 @@ def crop_masks(masks: Tensor, boxes_xyxy: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_masks(vectors: Tensor, boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Masks of vectors, drawn into their boxes.
-
-    Args:
-        vectors: [N, D].
-        boxes_xyxy: [N, 4] in pixels.
-        size_hw: height and width of the image.
-
-    Returns:
-        bool [N, H, W], on the vectors' device; that is N · H · W bytes.
-    """
+    """Masks bool [N, H, W] of vectors [N, D], drawn into their boxes [N, 4] on an image of (height, width)."""
     crops = decode_crops(vectors)
     masks = torch.zeros(len(vectors), *size_hw, dtype=torch.bool, device=vectors.device)
     for part in portions(*masks.shape):

@@ -68,12 +68,7 @@ class HungarianMatcher(nn.Module):
     def forward(
         self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Target]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Match one layer.
-
-        Args:
-            pred_logits: [B, Q, K].
-            pred_boxes: [B, Q, 4] cxcywh.
-            targets: one per image.
+        """Match one layer of logits [B, Q, K] and boxes cxcywh [B, Q, 4].
 
         Returns:
             Per image the indices of queries and of their targets, both int64 [min(Q, T)] on the CPU, queries ascending.
@@ -85,15 +80,9 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def costs(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Sequence[Target]) -> Tensor:
-        """Costs of all pairs within each image.
+        """Costs [N, B, Q, T] of all pairs within each image, of logits [N, B, Q, K] and boxes [N, B, Q, 4].
 
-        Args:
-            logits: [N, B, Q, K].
-            boxes_cxcywh: [N, B, Q, 4].
-            targets: one per image.
-
-        Returns:
-            float [N, B, Q, T]; columns past an image's own number of targets mean nothing.
+        Columns past an image's own number of targets mean nothing.
         """
         logits, boxes = at_least_float32(logits), at_least_float32(boxes_cxcywh)
         labels, target_boxes = (to_device(padded, boxes.device) for padded in pad_targets(targets))
@@ -114,14 +103,9 @@ class HungarianMatcher(nn.Module):
 
     @staticmethod
     def assign(costs: Sequence[Tensor], counts: Sequence[int]) -> list[Matches]:
-        """Solve the assignment of several cost tensors with one transfer from the device.
+        """Matches on the CPU of several cost tensors [N, B, Q, T], by one transfer; N and Q may differ among them.
 
-        Args:
-            costs: [N, B, Q, T] each; N and Q may differ.
-            counts: number of targets of each image.
-
-        Returns:
-            Matches on the CPU, one per cost tensor.
+        ``counts`` are the numbers of targets of each image.
         """
         turned = [cost.transpose(2, 3) for cost in costs]
         flat = [cost.flatten() for cost in turned]

@@ -23,15 +23,12 @@ def sine_features(values: Tensor, num_features: int) -> Tensor:
 
 
 def sine_cell_positions(mask: Tensor, num_channels: int, centred: bool = True) -> Tensor:
-    """Sine encoding of every cell of a map, as a fraction of the valid part of its row and column.
+    """Sine encoding float32 [B, C, H, W] of every cell of a map, as a fraction of the valid part of its row and column.
 
     Args:
         mask: bool [B, H, W], True where the image is padding.
         num_channels: C, half of it for y (first) and half for x.
         centred: measure to the centre of a cell (Deformable DETR) instead of to its far edge (DETR, ViDT).
-
-    Returns:
-        float32 [B, C, H, W].
     """
     valid = (~mask).float()
     shift = 0.5 if centred else 0.0
@@ -50,11 +47,7 @@ def sine_box_positions(boxes_cxcywh: Tensor, num_features: int) -> Tensor:
 
 
 class SineEncoding(nn.Module):
-    """Sine positions of the cells of a map; see ``sine_cell_positions``.
-
-    Args:
-        num_channels: C, a multiple of 4.
-    """
+    """Sine positions of the cells of a map, of C channels, a multiple of 4; see ``sine_cell_positions``."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()

@@ -195,7 +195,7 @@ itself: every subregion that a landmark reaches into predicts the landmark's poi
 def distinct_points(
     points: Tensor, classes: Tensor, size_hw: tuple[int, int], radius: float | None = None, cells: Tensor | None = None
 ) -> Tensor:
-    """Which landmarks stay: those without a more confident one of their class around them that stays.
+    """Which landmarks stay, int64 [M] ascending: those without a more confident one of their class around that stays.
 
     Whether one stays depends on more confident ones alone, so leaving out the unsure changes nothing for the others.
     The best one's place is kept as it is: a mean over the group would move with every unsure neighbour.
@@ -207,12 +207,6 @@ def distinct_points(
         radius: how far "around" is, as a part of the image's diagonal; 0 keeps all. None for half a subregion, and to
             keep all landmarks that come of no grid: queries are taught not to repeat each other.
         cells: width and height of a subregion in pixels [2], of landmarks that come of a grid.
-
-    Returns:
-        Indices int64 [M], ascending.
-
-    Raises:
-        ValueError: a radius below 0.
     """
     if radius is not None and not radius >= 0:
         raise ValueError(f"point_radius: expected None, 0 or a part of the image's diagonal such as 0.02, got {radius}")

@@ -131,11 +131,9 @@ class RamSwin(nn.Module):
         self.token_channels = widths[-1]
 
     def forward(self, images: Tensor, mask: Tensor) -> RamFeatures:
-        """Maps and tokens of a batch.
+        """Maps and tokens of images [B, 3, H, W], zero at padding, since windows look at padded pixels.
 
-        Args:
-            images: normalised images [B, 3, H, W], zero at padding: windows look at padded pixels.
-            mask: bool [B, H, W], True = padding, or [1, H, W] for all images alike.
+        The mask is bool [B, H, W], True = padding, or [1, H, W] for all images alike.
         """
         high, wide = self.body.patch_embed.patch_size
         height, width = images.shape[-2:]
@@ -193,19 +191,10 @@ def ram_block(
     shift_mask: Tensor | None,
     access: PatchAccess | None,
 ) -> tuple[Tensor, Tensor]:
-    """Refine patches and tokens.
+    """Refine patches [B, H, W, C] and tokens [B, N, C].
 
-    Args:
-        block: timm's ``SwinTransformerBlock``.
-        place: maps the tokens' positions to C channels.
-        patches: [B, H, W, C].
-        tokens: [B, N, C].
-        token_positions: [1, N, P].
-        shift_mask: see ``shift_mask``; unused by blocks that do not shift.
-        access: lets the tokens read the patches; None for attention among tokens alone.
-
-    Returns:
-        Patches and tokens, shapes as they came.
+    ``place`` maps the tokens' positions [1, N, P] to C channels; blocks that shift use ``shift_mask``; ``access`` lets
+    the tokens read the patches, None is for attention among tokens alone.
     """
     normed = block.norm1(patches)
     # positions reach queries, keys and values, but not the residual
@@ -250,14 +239,8 @@ def attend_windows(block: Any, normed: Tensor, mask: Tensor | None) -> Tensor:  
 def attend_tokens(attention: Any, tokens: Tensor, patches: Tensor | None, access: PatchAccess | None) -> Tensor:  # noqa: ANN401
     """Attention of tokens to each other and to readable patches, with the windows' weights and without their biases.
 
-    Args:
-        attention: timm's ``WindowAttention``.
-        tokens: [B, N, C], normed, positions added.
-        patches: [B, H, W, C], normed, positions added; None if they cannot be read.
-        access: how patches are read, with ``patches`` alone.
-
-    Returns:
-        [B, N, C], before the residual.
+    Tokens [B, N, C] and patches [B, H, W, C] (None if they cannot be read) come normed, positions added; the result
+    [B, N, C] is before the residual. ``attention`` is timm's ``WindowAttention``.
     """
     heads = attention.num_heads
     query, key, value = rearrange(attention.qkv(tokens), "b n (role m d) -> role b m n d", role=3, m=heads)

@@ -119,11 +119,7 @@ class TorchvisionDetector(Detector):
         return {**super().thawed(init_args), "trainable_layers": 5}
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
-        """Detect, in evaluation mode.
-
-        Raises:
-            RuntimeError: in training mode these detectors have losses, but no detections.
-        """
+        """Detect, in evaluation mode; in training mode these detectors have losses, but no detections."""
         if self.training:
             raise RuntimeError(
                 "detectors of torchvision detect in evaluation mode only and learn by their own losses; call eval(), "
@@ -133,12 +129,7 @@ class TorchvisionDetector(Detector):
         return self.as_output(self.model(crops), [(crop.shape[1], crop.shape[2]) for crop in crops])
 
     def as_output(self, found: Sequence[dict[str, Tensor]], sizes_hw: Sequence[tuple[int, int]]) -> DetectorOutput:
-        """Detections of torchvision as the contract wants them.
-
-        Args:
-            found: ``boxes`` [N, 4] in corner pixels, ``labels`` and ``scores`` [N] of each image, N at most Q.
-            sizes_hw: height and width of each image.
-        """
+        """Detections of torchvision as the contract wants them: corner ``boxes`` [N, 4] in pixels, N at most Q."""
         shape = (len(found), self.most_detections)
         logits = found[0]["boxes"].new_full((*shape, self.num_classes), -torch.inf, dtype=torch.float32)
         boxes = logits.new_zeros(*shape, 4)
@@ -151,11 +142,7 @@ class TorchvisionDetector(Detector):
         return {"pred_logits": logits, "pred_boxes": boxes}
 
     def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Losses of a batch: torchvision's terms and their sum.
-
-        Raises:
-            RuntimeError: in evaluation mode, where these detectors have none.
-        """
+        """Losses of a batch, torchvision's terms and their sum; in evaluation mode these detectors have none."""
         if not self.training:
             raise RuntimeError("detectors of torchvision have losses in training mode only; call train()")
         crops = _crops(images, mask)

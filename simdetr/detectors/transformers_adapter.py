@@ -15,10 +15,9 @@ from inspect import signature
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simdetr.detectors.backbone import batch_mask
+from simdetr.detectors.backbone import pad_to_multiple
 from simdetr.detectors.detector import Detector, DetectorOutput, Prediction, softmax_log_odds
 from simdetr.detectors.losses import DetectionLoss, in_graph, likely_objects, valid_sizes
 from simdetr.detectors.matcher import Target
@@ -106,20 +105,17 @@ class TransformersDetector(Detector):
         Raises:
             ValueError: ``loss="simdetr"`` for a family whose classes compete in a softmax.
         """
-        terms = self._own_losses(images, mask, targets)
-        return {**terms, "loss": in_graph(terms["loss"], self.parameters())}
-
-    def _own_losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         if self.criterion is not None:
             terms: dict[str, Tensor] = self.criterion(self(images, mask), targets)
-            return terms
-        images, mask = self._pad(images, mask)
-        labels = [
-            {"class_labels": target["labels"].to(images.device), "boxes": target["boxes"].to(scale) * scale}
-            for target, scale in zip(map(likely_objects, targets), self._box_scale(mask), strict=True)
-        ]
-        found = self._run(images, mask, labels, self._own_loss_or_nan)
-        return {"loss": found["loss"], **{name: value.detach() for name, value in found["loss_dict"].items()}}
+        else:
+            images, mask = self._pad(images, mask)
+            labels = [
+                {"class_labels": target["labels"].to(images.device), "boxes": target["boxes"].to(scale) * scale}
+                for target, scale in zip(map(likely_objects, targets), self._box_scale(mask), strict=True)
+            ]
+            found = self._run(images, mask, labels, self._own_loss_or_nan)
+            terms = {"loss": found["loss"], **{name: value.detach() for name, value in found["loss_dict"].items()}}
+        return {**terms, "loss": in_graph(terms["loss"], self.parameters())}
 
     def _run(
         self,
@@ -147,13 +143,7 @@ class TransformersDetector(Detector):
         return found
 
     def _own_loss_or_nan(
-        self,
-        logits: Tensor,
-        labels: object,
-        device: object,
-        pred_boxes: Tensor,
-        *rest: object,
-        **more: object,
+        self, logits: Tensor, labels: object, device: object, pred_boxes: Tensor, *rest: object, **more: object
     ) -> object:
         """The family's loss; NaN where it would raise, so that the caller can stop and keep the batch."""
         if torch.isfinite(logits).all() and torch.isfinite(pred_boxes).all():
@@ -183,10 +173,8 @@ class TransformersDetector(Detector):
 
     def _pad(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Zero-pad to the sides that the model needs."""
-        mask = batch_mask(images, mask).expand(len(images), -1, -1)
-        height, width = images.shape[-2:]
-        extra = (0, -width % self.pad_multiple, 0, -height % self.pad_multiple)
-        return (F.pad(images, extra), F.pad(mask, extra, value=True)) if any(extra) else (images, mask)
+        images, mask = pad_to_multiple(images, mask, self.pad_multiple)
+        return images, mask.expand(len(images), -1, -1)
 
     def _box_scale(self, mask: Tensor) -> Tensor:
         """What turns fractions of the valid image into the model's, float [B, 4], from a mask [B, H, W]."""
@@ -236,10 +224,7 @@ _FIXED_SIZES = ("anchor_image_size", "eval_size")
 
 
 def resolve_config(config: dict[str, Any] | str) -> dict[str, Any]:
-    """All settings of an architecture as plain JSON types, from some of them or from where they are stored.
-
-    Args:
-        config: settings with ``model_type``, or a folder or hub id.
+    """All settings of an architecture as plain JSON types, from some of them or from a folder or hub id.
 
     Raises:
         ImportError: transformers is missing.
@@ -267,12 +252,9 @@ def resolve_config(config: dict[str, Any] | str) -> dict[str, Any]:
 
 
 def build_model(settings: dict[str, Any], num_classes: int, pretrained: str | None) -> Any:  # noqa: ANN401
-    """The object detector of these settings, float32, in training mode.
+    """The object detector of settings of ``resolve_config``, float32, in training mode.
 
-    Args:
-        settings: as ``resolve_config`` returns them.
-        num_classes: K.
-        pretrained: folder or hub id of weights; tensors of another shape, such as class heads, stay new.
+    Of ``pretrained``, a folder or hub id of weights, tensors of another shape, such as class heads, stay new.
 
     Raises:
         ValueError: the parts do not fit together, or there are no such weights.
@@ -315,11 +297,7 @@ def sides_multiple(settings: dict[str, Any]) -> int:
 
 
 def boxes_are_of(model: nn.Module, boxes_of: BoxesOf) -> Literal["valid", "canvas"]:
-    """What a model's boxes are fractions of, where the user leaves it open.
-
-    Raises:
-        ValueError: boxes of the valid image are asked of a model that takes no mask.
-    """
+    """What a model's boxes are fractions of; a ValueError for those of the valid image if it takes no mask."""
     config: Any = model.config
     takes_mask = "pixel_mask" in signature(model.forward).parameters
     if boxes_of == "valid" and not takes_mask:
@@ -332,11 +310,7 @@ def boxes_are_of(model: nn.Module, boxes_of: BoxesOf) -> Literal["valid", "canva
 
 
 def import_transformers() -> Any:  # noqa: ANN401
-    """The library, which is optional.
-
-    Raises:
-        ImportError: it is missing, with what to do.
-    """
+    """The library, which is optional; the ImportError says what to do where it is missing."""
     try:
         import transformers
     except ImportError as error:

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simdetr.detectors.backbone import batch_mask, resize_mask
-from simdetr.detectors.deformable_detr import BoxHead, check_sizes, one_per_layer
+from simdetr.detectors.deformable_detr import Perceptron, box_head, check_sizes, one_per_layer
 from simdetr.detectors.deformable_detr import map_projection as map_projection  # heads take it from here
 from simdetr.detectors.deformable_transformer import (
     DeformableDecoder,
@@ -142,7 +142,8 @@ class ViDT(QueryDetector):
         # IoU is as layers see it; a mask is the same for all layers, and so is its head
         distinct = [Perceptron(hidden_dim, 1) for _ in range(count if with_box_refine else 1)]
         self.iou_embed = one_per_layer(distinct, count) if iou_aware else None
-        shared = [vector_head(hidden_dim, NUM_COEFFICIENTS, vector_bias)]
+        start = F.pad(torch.zeros(2), (0, NUM_COEFFICIENTS - 2), value=vector_bias)
+        shared = [Perceptron(hidden_dim, NUM_COEFFICIENTS, start=start)]
         self.vector_embed = one_per_layer(shared, count) if mask_vectors else None
 
     def _add_projections(self, dim: int, fusion: bool) -> None:
@@ -161,7 +162,7 @@ class ViDT(QueryDetector):
         for head in class_heads:
             nn.init.constant_(head.bias, class_bias)
         self.class_embed = one_per_layer(class_heads, count)
-        self.bbox_embed = one_per_layer([BoxHead(dim, -2.0 if layer == 0 else 0.0) for layer in distinct], count)
+        self.bbox_embed = one_per_layer([box_head(dim, -2.0 if layer == 0 else 0.0) for layer in distinct], count)
         if refine:
             # the original registers the heads again where the decoder uses them, and its checkpoints have both names
             self.transformer.decoder.bbox_embed = self.bbox_embed
@@ -194,11 +195,7 @@ class ViDT(QueryDetector):
     def decoded(
         self, images: Tensor, mask: Tensor | None = None, neck: Neck | None = None
     ) -> tuple[DetectorOutput, Features]:
-        """As ``forward``, with the projected maps and the queries; arguments as in ``QueryDetector``.
-
-        Raises:
-            ValueError: there is no decoder (``neck=False``).
-        """
+        """As ``forward``, with the projected maps and the queries; a ValueError without a decoder (``neck=False``)."""
         if self.neck_free_head is not None:
             raise ValueError("neck: heads read the decoder's queries; build ViDT with neck=True")
         images, mask = _clear_padding(images, mask)
@@ -281,12 +278,8 @@ def _clear_padding(images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]
 class VidtNeck(nn.Module):
     """Decoder layers behind the body's own prediction, which is the first, and classes of the maps' cells.
 
-    Args:
-        sizes: of all layers.
-        num_layers: layers of the decoder.
-        refine: each layer starts from the boxes of the one before.
-        token_classes: K, to learn the classes of cells as well (token labelling); None to leave that out.
-        class_bias: bias of the cells' class logits at the start.
+    If it refines, each layer starts from the boxes of the one before. ``token_classes`` is K, to learn the classes of
+    cells as well (token labelling), whose logits start at ``class_bias``; None leaves that out.
     """
 
     def __init__(
@@ -317,7 +310,7 @@ class VidtNeck(nn.Module):
             query: their positions [B, Q, C].
             memory: the maps.
             box_heads: the body's box head, then one per layer.
-            num_layers: how many of the layers to run.
+            num_layers: of the decoder to run.
         """
         reference = self.reference_points(query).float().sigmoid()
         offsets = box_heads[0](target).float()
@@ -344,11 +337,7 @@ class VidtNeck(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """Three convolutions through a quarter of the channels, added to their input.
-
-    Args:
-        dim: C, a multiple of 4.
-    """
+    """Three convolutions through a quarter of the channels C, a multiple of 4, added to their input."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -365,12 +354,7 @@ class ResidualUnit(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Joins a map with the fused coarser one; names are the original's.
-
-    Args:
-        dim: C.
-        coarsest: there is nothing to join, the map is only refined.
-    """
+    """Joins a map with the fused coarser one; at the coarsest it is only refined. Names are the original's."""
 
     def __init__(self, dim: int, coarsest: bool) -> None:
         super().__init__()
@@ -388,12 +372,7 @@ class FusionBlock(nn.Module):
 
 
 class PyramidFusion(nn.Module):
-    """Projects every map to C channels and hands what coarse maps know to the finer ones.
-
-    Args:
-        channels: channels of the maps, fine to coarse.
-        dim: C, a multiple of 4.
-    """
+    """Projects every map, fine to coarse, to C channels and hands what coarse maps know to the finer ones."""
 
     def __init__(self, channels: Sequence[int], dim: int) -> None:
         super().__init__()
@@ -416,37 +395,6 @@ class PyramidFusion(nn.Module):
 # Small networks between detection tokens and predictions. N tokens.
 
 
-class Perceptron(nn.Module):
-    """Three linear layers with ReLU between them; names are the original's.
-
-    Args:
-        dim: C, of the input and of both hidden layers.
-        out_dim: width of the output.
-    """
-
-    def __init__(self, dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, out_dim)])
-
-    def forward(self, states: Tensor) -> Tensor:
-        """[..., C] to [..., out_dim]."""
-        for layer in self.layers[:-1]:
-            states = F.relu(layer(states))
-        out: Tensor = self.layers[-1](states)
-        return out
-
-
-def vector_head(dim: int, num_coefficients: int, bias: float) -> Perceptron:
-    """Head of the masks' coefficients, which starts at 0 for the first two and at ``bias`` for the others."""
-    head = Perceptron(dim, num_coefficients)
-    last = head.layers[-1]
-    assert isinstance(last, nn.Linear)
-    nn.init.zeros_(last.weight)
-    with torch.no_grad():
-        last.bias.copy_(F.pad(torch.zeros(2), (0, num_coefficients - 2), value=bias))
-    return head
-
-
 def project_tokens(projection: nn.Sequential, tokens: Tensor) -> Tensor:
     """A map projection for tokens, [B, N, in_channels] to [B, N, C]; its group norm mixes the tokens of an image."""
     projected: Tensor = projection(rearrange(tokens, "b n c -> b c n 1"))
@@ -454,13 +402,7 @@ def project_tokens(projection: nn.Sequential, tokens: Tensor) -> Tensor:
 
 
 class NeckFreeHead(nn.Module):
-    """Softmax classes, "no object" among them, and boxes from the body's tokens alone.
-
-    Args:
-        token_channels: width of the tokens.
-        dim: C.
-        num_classes: K.
-    """
+    """Softmax classes, "no object" among them, and boxes from the body's tokens alone."""
 
     def __init__(self, token_channels: int, dim: int, num_classes: int) -> None:
         super().__init__()

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import sigmoid_focal_loss
 
 from simdetr.boxes import cxcywh_to_xyxy, denormalise, paired_iou
@@ -27,74 +28,40 @@ from simdetr.detectors.matcher import (
     FOCAL_ALPHA,
     FOCAL_GAMMA,
     HungarianMatcher,
-    Matches,
     Target,
     at_least_float32,
     pad_targets,
 )
 
 _VECTOR_SCALE = 3.0  # of the original, within its loss
+_PROBABILITY_COST = 2.0  # of the class in the matching of the ViDT without a neck
+_NO_OBJECT_WEIGHT = 0.1  # of queries without an object in its cross-entropy
 
 _logger = logging.getLogger(__name__)
 
-
-class _Pairs(NamedTuple):
-    """Where the matched pairs are, int64 [N, M] each, on the predictions' device."""
-
-    layer: Tensor
-    image: Tensor
-    query: Tensor
-    target_row: Tensor  # among the targets of all images, one image after the other
+_Places = tuple[Tensor, Tensor, Tensor]
+"""Layer, image and query of the matched pairs, int64 [N, M] each, on the predictions' device."""
 
 
 class VidtLoss(nn.Module):
-    """Matching and losses of ViDT; its further terms apply to outputs that have them.
+    """Matching and losses of ViDT; its further terms, weighted by ``weights``, apply to outputs that have them.
 
     Args:
-        iou_weight: weight of the overlap estimates in the total.
-        vector_weight: of the mask vectors.
-        token_weight: of the token labels' focal loss.
-        token_dice_weight: of the token labels' dice loss.
         detach_iou: keep the overlap that an estimate is to learn out of the gradient. The original lets it flow, so
             that a confident estimate pulls its box towards the object and a doubtful one pushes it away.
         token_foreground: channel 0 of the token labels is foreground, as in the original; for data without a class 0.
-        class_weight: as the weights that follow, see `DetectionLoss`.
-        box_weight: L1 loss of boxes.
-        giou_weight: generalised IoU loss.
-        class_cost: class term in matching.
-        box_cost: L1 term in matching.
-        giou_cost: generalised IoU term in matching.
-        focal_alpha: weight of positives against negatives in the focal losses.
-        focal_gamma: how much the focal losses play down easy examples.
+        detection: matching and losses of classes and boxes, whose focal settings the token labels share.
     """
 
     def __init__(
         self,
-        iou_weight: float = 2.0,
-        vector_weight: float = 1.0,
-        token_weight: float = 2.0,
-        token_dice_weight: float = 2.0,
         detach_iou: bool = True,
         token_foreground: bool = False,
-        class_weight: float = 2.0,
-        box_weight: float = 5.0,
-        giou_weight: float = 2.0,
-        class_cost: float = 2.0,
-        box_cost: float = 5.0,
-        giou_cost: float = 2.0,
-        focal_alpha: float = FOCAL_ALPHA,
-        focal_gamma: float = FOCAL_GAMMA,
+        detection: DetectionLoss | None = None,
     ) -> None:
         super().__init__()
-        self.detection = DetectionLoss(
-            class_weight, box_weight, giou_weight, class_cost, box_cost, giou_cost, focal_alpha, focal_gamma
-        )
-        self.weights = {
-            "loss_iouaware": iou_weight,
-            "loss_vector": vector_weight,
-            "loss_token_focal": token_weight,
-            "loss_token_dice": token_dice_weight,
-        }
+        self.detection = DetectionLoss() if detection is None else detection
+        self.weights = {"loss_iouaware": 2.0, "loss_vector": 1.0, "loss_token_focal": 2.0, "loss_token_dice": 2.0}
         self.detach_iou, self.token_foreground = detach_iou, token_foreground
         self._said_off = False
 
@@ -123,16 +90,17 @@ class VidtLoss(nn.Module):
         matched = self.detection.match(outputs, targets)
         losses = self.detection.of_matched(outputs, targets, matched)
         layers = decoder_layers(outputs)
-        pairs = _pairs(matched.decoder, targets, outputs["pred_boxes"].device)
+        image, query, aim = matched.decoder.on(outputs["pred_boxes"].device)
+        chosen = torch.arange(len(image), device=image.device)[:, None].expand_as(image), image, query
         with_masks = _all_have_masks(targets)
         terms: dict[str, Tensor] = {}
         silent: list[Tensor] = []
         if "pred_ious" in outputs:
-            terms["loss_iouaware"] = self._iou_aware(layers, pairs, targets) / matched.num_boxes
+            terms["loss_iouaware"] = self._iou_aware(layers, chosen, pad_targets(targets)[1], aim) / matched.num_boxes
         if "pred_vectors" in outputs:
             vectors = _stacked(layers, "pred_vectors")
             if with_masks:
-                terms["loss_vector"] = _vector_loss(vectors, pairs, targets)
+                terms["loss_vector"] = _vector_loss(vectors, chosen, targets, aim)
             else:
                 silent.append(vectors)
         if "enc_tokens" in outputs:
@@ -161,18 +129,17 @@ class VidtLoss(nn.Module):
                 losses[name] = values
         return {**losses, "loss": total}
 
-    def _iou_aware(self, layers: Sequence[Mapping[str, Tensor]], pairs: _Pairs, targets: Sequence[Target]) -> Tensor:
+    def _iou_aware(
+        self, layers: Sequence[Mapping[str, Tensor]], chosen: _Places, target_boxes: Tensor, aim: Tensor
+    ) -> Tensor:
         """Cross-entropy of the matched boxes' overlap estimates against their IoU, summed; [N]."""
         logits, boxes = _stacked(layers, "pred_ious").squeeze(-1), _stacked(layers, "pred_boxes")
-        predicted = boxes[pairs.layer, pairs.image, pairs.query]
-        wanted = torch.cat([target["boxes"] for target in targets]).to(predicted)[pairs.target_row]
-        corners = (cxcywh_to_xyxy(side).flatten(0, 1) for side in (predicted, wanted))
-        iou = paired_iou(*corners).view(pairs.query.shape)
+        sides = boxes[chosen], target_boxes.to(boxes)[chosen[1], aim]
+        iou = paired_iou(*(cxcywh_to_xyxy(side).flatten(0, 1) for side in sides)).view(aim.shape)
         iou = iou.detach() if self.detach_iou else iou
-        chosen = logits[pairs.layer, pairs.image, pairs.query]
         # 0 · Σ keeps the graph where nothing is matched, and spreads NaN and infinity of unmatched queries to the loss
         watch = 0.0 * logits.flatten(1).sum(dim=1)
-        return F.binary_cross_entropy_with_logits(chosen, iou, reduction="none").sum(dim=1) + watch
+        return F.binary_cross_entropy_with_logits(logits[chosen], iou, reduction="none").sum(dim=1) + watch
 
     def _token_labels(
         self, tokens: Sequence[Tensor], targets: Sequence[Target], canvas_hw: tuple[int, int]
@@ -200,11 +167,7 @@ def _stacked(layers: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
 
 
 def _all_have_masks(targets: Sequence[Target]) -> bool:
-    """Whether all targets have masks.
-
-    Raises:
-        ValueError: masks that are not one per box.
-    """
+    """Whether all targets have masks; a ValueError for masks that are not one per box."""
     for index, target in enumerate(targets):
         if "masks" in target and (target["masks"].ndim != 3 or len(target["masks"]) != len(target["boxes"])):
             raise ValueError(
@@ -214,22 +177,14 @@ def _all_have_masks(targets: Sequence[Target]) -> bool:
     return all("masks" in target for target in targets)
 
 
-def _pairs(matches: Matches, targets: Sequence[Target], device: torch.device) -> _Pairs:
-    counts = torch.tensor([len(target["labels"]) for target in targets])
-    rows = (counts.cumsum(0) - counts)[matches.image] + matches.target
-    layer = torch.arange(len(rows))[:, None].expand_as(rows)
-    places = (indices.to(device, non_blocking=True) for indices in (layer, matches.image, matches.query, rows))
-    return _Pairs(*places)
-
-
-def _vector_loss(vectors: Tensor, pairs: _Pairs, targets: Sequence[Target]) -> Tensor:
+def _vector_loss(vectors: Tensor, chosen: _Places, targets: Sequence[Target], aim: Tensor) -> Tensor:
     """Mean distance of the matched vectors' coefficients, times 3 as in the original; vectors [N, B, Q, D], to [N]."""
     crops = []
     for target in targets:
         masks, boxes = (target[name].to(vectors.device, non_blocking=True) for name in ("masks", "boxes"))
         crops.append(crop_masks(masks, denormalise(boxes, (masks.shape[1], masks.shape[2]))))
-    wanted = encode_crops(torch.cat(crops), vectors.shape[-1]).to(vectors)
-    distance = (vectors[pairs.layer, pairs.image, pairs.query] - wanted[pairs.target_row]).abs()
+    wanted = encode_crops(torch.cat(crops), vectors.shape[-1]).to(vectors).split_with_sizes([len(own) for own in crops])
+    distance = (vectors[chosen] - pad_sequence(list(wanted), batch_first=True)[chosen[1], aim]).abs()
     watch = 0.0 * vectors.flatten(1).sum(dim=1)  # as of the overlap estimates
     return _VECTOR_SCALE * distance.sum(dim=(1, 2)) / max(1, distance[0].numel()) + watch
 
@@ -239,11 +194,7 @@ def _vector_loss(vectors: Tensor, pairs: _Pairs, targets: Sequence[Target]) -> T
 
 
 class ProbabilityMatcher(HungarianMatcher):
-    """A Hungarian matcher whose class term is the probability of the target's class, negative; arguments as there."""
-
-    def __init__(self, class_cost: float = 2.0, box_cost: float = 5.0, giou_cost: float = 2.0) -> None:
-        super().__init__(0.0, box_cost, giou_cost)
-        self.probability_cost = class_cost
+    """DETR's matcher: the class term is the probability of the target's class, negative."""
 
     @torch.no_grad()
     def costs(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Sequence[Target]) -> Tensor:
@@ -251,44 +202,24 @@ class ProbabilityMatcher(HungarianMatcher):
         labels = pad_targets(targets)[0].to(logits.device)
         chosen = labels[None, :, None, :].expand(logits.shape[0], -1, logits.shape[2], -1)
         probability = at_least_float32(logits).sigmoid().gather(3, chosen)
-        return super().costs(logits, boxes_cxcywh, targets) - self.probability_cost * probability.nan_to_num(0.0)
+        return super().costs(logits, boxes_cxcywh, targets) - _PROBABILITY_COST * probability.nan_to_num(0.0)
 
 
 class NeckFreeLoss(nn.Module):
-    """Cross-entropy with a class for "no object", L1 and generalised IoU losses of one layer of predictions.
+    """DETR's: cross-entropy with a class for "no object", L1 and generalised IoU losses of one layer of predictions."""
 
-    Args:
-        class_weight: of the cross-entropy in the total.
-        box_weight: of the L1 loss of boxes in the total.
-        giou_weight: of the generalised IoU loss in the total.
-        no_object_weight: weight of queries without an object in the cross-entropy.
-    """
-
-    def __init__(
-        self,
-        class_weight: float = 1.0,
-        box_weight: float = 5.0,
-        giou_weight: float = 2.0,
-        no_object_weight: float = 0.1,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.box_loss = DetectionLoss(0.0, box_weight, giou_weight)
-        self.box_loss.matcher = ProbabilityMatcher()
-        self.class_weight, self.no_object_weight = class_weight, no_object_weight
+        self.box_loss = DetectionLoss(class_weight=0.0)
+        self.box_loss.matcher = ProbabilityMatcher(class_cost=0.0)
 
     def forward(self, class_logits: Tensor, outputs: DetectorOutput, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Match and sum.
+        """Match and sum; targets, result and errors as of `DetectionLoss`.
 
         Args:
             class_logits: softmax logits [B, Q, K + 1], the last for "no object".
             outputs: ``pred_logits`` with the probabilities of ``class_logits``, and ``pred_boxes``.
-            targets: ``labels`` and ``boxes`` of each image; images may be empty.
-
-        Returns:
-            ``loss``, the weighted total, and its terms unweighted: ``loss_ce``, ``loss_bbox``, ``loss_giou``.
-
-        Raises:
-            ValueError: targets that do not fit the batch or the number of classes.
+            targets: of each image; images may be empty.
         """
         matched = self.box_loss.match(outputs, targets)
         terms = self.box_loss.of_matched(outputs, targets, matched)
@@ -297,9 +228,9 @@ class NeckFreeLoss(nn.Module):
         wanted = torch.full(class_logits.shape[:2], no_object, device=class_logits.device)
         wanted[image, query] = pad_targets(targets)[0].to(class_logits.device)[image, target]
         weights = torch.ones(no_object + 1, device=class_logits.device)
-        weights[no_object] = self.no_object_weight
+        weights[no_object] = _NO_OBJECT_WEIGHT
         loss_ce = F.cross_entropy(class_logits.flatten(0, 1).float(), wanted.flatten(), weights)
-        return {**terms, "loss_ce": loss_ce, "loss": terms["loss"] + self.class_weight * loss_ce}
+        return {**terms, "loss_ce": loss_ce, "loss": terms["loss"] + loss_ce}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -314,25 +245,19 @@ def token_targets(
     maps_hw: Sequence[tuple[int, int]],
     foreground_channel: bool = False,
 ) -> list[Tensor]:
-    """Share of each cell's area that objects of each class cover; all shares of a cell sum to that of foreground.
+    """Share of each cell's area that objects of each class cover, 0 to 1; float32 [B, h, w, K] of each map.
 
-    Source: ViDT+, after token labelling (arXiv 2104.10858). The original has one class too many, 0, which no object
-    has, and uses its channel for the foreground; ``foreground_channel`` does the same, for data whose classes start
-    at 1.
+    All shares of a cell sum to that of foreground. Where masks overlap, the earlier one counts. Source: ViDT+, after
+    token labelling (arXiv 2104.10858). The original has one class too many, 0, which no object has, and uses its
+    channel for the foreground; ``foreground_channel`` does the same, for data whose classes start at 1.
 
     Args:
         targets: ``masks`` bool or uint8 [T, h, w] of each valid image, which lies at the top left of the canvas, and
-            ``labels`` [T]. Where masks overlap, the earlier one counts.
+            ``labels`` [T].
         num_classes: K.
-        canvas_hw: height and width of the padded batch in pixels.
+        canvas_hw: height and width of the padded batch in pixels, which no mask exceeds.
         maps_hw: height and width of each feature map; it covers the canvas.
         foreground_channel: channel 0 is the share of all objects in place of class 0's.
-
-    Returns:
-        float32 [B, h, w, K] of each map, from 0 to 1.
-
-    Raises:
-        ValueError: a mask is larger than the canvas.
     """
     images = [_image_targets(target, num_classes, canvas_hw, maps_hw) for target in targets]
     levels = [torch.stack(level).permute(0, 2, 3, 1) for level in zip(*images, strict=True)]
@@ -362,16 +287,10 @@ def _image_targets(
 def token_losses(
     tokens: Sequence[Tensor], targets: Sequence[Tensor], alpha: float = FOCAL_ALPHA, gamma: float = FOCAL_GAMMA
 ) -> tuple[Tensor, Tensor]:
-    """Focal and dice loss of feature maps, summed over maps and images, not yet divided by the number of boxes.
+    """Focal and dice loss of logits [B, h, w, K] of feature maps against shares, summed over maps and images.
 
-    Args:
-        tokens: logits [B, h, w, K] of each map.
-        targets: shares of the same shapes.
-        alpha: weight of positives against negatives in the focal loss.
-        gamma: how much the focal loss plays down easy examples.
-
-    Returns:
-        The focal loss, a mean over cells and a sum over classes, and 1 - dice over all cells and classes.
+    The focal loss is a mean over cells and a sum over classes, with ``alpha`` and ``gamma`` as of `DetectionLoss`; the
+    other is 1 - dice over all cells and classes. Neither is divided by the number of boxes yet.
     """
     focal, dice = [], []
     for cells, shares in zip(tokens, targets, strict=True):

@@ -100,7 +100,7 @@ def match_boxes(
         truth_categories, predicted_categories = np.ones_like(truth.classes), np.ones_like(predictions.classes)
     else:
         truth_categories, predicted_categories = truth.classes + 1, categories_in_truth(truth, predictions)
-    human = _columns(truth, images_of_rows(truth), truth_categories)
+    human = _columns(truth, truth.owners, truth_categories)
     found = _columns(predictions, images, predicted_categories, as_detections=True)
     evaluation = COCOeval(indexed(human, len(truth), category_ids), indexed(found, len(truth), category_ids), "bbox")
     evaluation.params.maxDets = sorted(set(max_boxes))
@@ -130,11 +130,6 @@ def indexed(columns: dict[str, NDArray[Any]], images: int, category_ids: Sequenc
     return coco
 
 
-def images_of_rows(labels: Labels) -> NDArray[np.int64]:
-    """Index of the image of every box."""
-    return np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
-
-
 def rows_of_images(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
     """The truth's image index of every predicted box."""
     unknown = [image_id for image_id in predictions.image_ids if image_id not in truth]
@@ -145,7 +140,7 @@ def rows_of_images(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
             "truth's images, or keep the shared ones with predictions.select(...)"
         )
     indices = np.asarray([truth.row_of(image_id) for image_id in predictions.image_ids], np.int64)
-    return np.repeat(indices, np.diff(predictions.offsets))
+    return indices[predictions.owners]
 
 
 def categories_in_truth(truth: Labels, predictions: Labels) -> NDArray[np.int64]:

@@ -29,7 +29,6 @@ from simdetr.data import points as point_columns
 from simdetr.data.labels import Labels
 from simdetr.evaluation.coco_metric import (
     categories_in_truth,
-    images_of_rows,
     indexed,
     mean_of_present,
     rows_of_images,
@@ -124,7 +123,7 @@ def pair_points(truth: Labels, predictions: Labels, min_score: float = 0.5) -> P
         classes=classes,
         same_class=(categories_in_truth(truth, predictions) - 1)[found_rows] == classes,
         errors_px=distances(sought[sought_rows], found[found_rows]),
-        diagonals_px=diagonals_px(truth)[images_of_rows(truth)[sought_rows]],
+        diagonals_px=diagonals_px(truth)[truth.owners[sought_rows]],
     )
 
 
@@ -187,7 +186,7 @@ def point_precisions(truth: Labels, predictions: Labels, tolerances: Sequence[fl
     columns = _columns(predictions, rows_of_images(truth, predictions), categories_in_truth(truth, predictions))
     category_ids = range(1, len(truth.categories) + 1)
     evaluation = _PointMatching(
-        indexed(_columns(truth, images_of_rows(truth), truth.classes + 1), len(truth), category_ids),
+        indexed(_columns(truth, truth.owners, truth.classes + 1), len(truth), category_ids),
         indexed({name: values[shown] for name, values in columns.items()}, len(truth), category_ids),
         "keypoints",
     )

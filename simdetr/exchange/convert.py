@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from simdetr.data.annotations import Category
-from simdetr.data.storage import atomic_path
+from simdetr.data.storage import atomic_path, write_json
 from simdetr.detectors import DeformableDETR, TransformersDetector, ViDT
 from simdetr.exchange.formats import (
     MODEL_TYPE,
@@ -42,7 +42,6 @@ from simdetr.exchange.weights import (
     read_json,
     rebuild,
     save_detector,
-    write_json,
 )
 
 _GROUPS, _EPSILON, _STAGES = 32, 1e-5, 5
@@ -161,8 +160,7 @@ def _check_apart(source: Path, out: Path) -> None:
 def write_transformers_folder(loaded: LoadedDetector, folder: Path) -> str:
     """Write ``model.safetensors`` and ``config.json``, and ``preprocessor_config.json`` where it can say what we do.
 
-    Raises:
-        ValueError: transformers has no detector that computes the same.
+    If transformers has no detector that computes the same, this is a ValueError.
     """
     detector = loaded.detector
     if isinstance(detector, TransformersDetector):
@@ -187,7 +185,7 @@ def write_transformers_folder(loaded: LoadedDetector, folder: Path) -> str:
             f"{loaded.image_settings.get('short_side')}, long side at most {loaded.image_settings.get('max_side')} px."
         )
     images = {"image_processor_type": _PROCESSORS[model_type], **images_to_transformers(loaded.image_settings)}
-    write_json(images, folder / PREPROCESSOR_NAME)
+    write_json(folder / PREPROCESSOR_NAME, images, indent=2)
     return f"{model_type} with {detector.num_classes} classes in {folder}"
 
 
@@ -200,7 +198,7 @@ def _write_deformable_detr(detector: DeformableDETR, categories: tuple[Category,
     }
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, {"format": "pt"})
-    write_json(config_to_transformers(all_arguments(detector), categories), folder / CONFIG_NAME)
+    write_json(folder / CONFIG_NAME, config_to_transformers(all_arguments(detector), categories), indent=2)
 
 
 def all_arguments(detector: DeformableDETR) -> dict[str, Any]:
@@ -237,11 +235,7 @@ def model_type_of(folder: Path) -> str | None:
 
 
 def read_transformers_folder(folder: Path) -> LoadedDetector:
-    """A detector of any family of transformers, which ``save_pretrained`` wrote, behind ``TransformersDetector``.
-
-    Raises:
-        FileNotFoundError: there is no ``model.safetensors``; pickled weights are not read.
-    """
+    """A detector of any family of transformers, which ``save_pretrained`` wrote, behind ``TransformersDetector``."""
     if not (folder / WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"checkpoint: expected {WEIGHTS_NAME} in {folder}; pickled weights are not read.")
     names: dict[str, str] = (read_json(folder / CONFIG_NAME) or {}).get("id2label") or {"0": "class 0", "1": "class 1"}

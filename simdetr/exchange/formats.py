@@ -51,11 +51,7 @@ class UnknownArchitectureError(ValueError):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A detector to build.
-
-    Attributes:
-        assumed: arguments that neither tensors nor options told, as ``name=value``.
-    """
+    """A detector to build; ``assumed`` are arguments that neither tensors nor options told, as ``name=value``."""
 
     class_path: str
     init_args: dict[str, Any]
@@ -63,11 +59,7 @@ class Architecture:
 
 
 def deformable_detr_of(state: State, known: Mapping[str, Any]) -> Architecture:
-    """The Deformable DETR that a state dict is of.
-
-    Args:
-        state: state dict in our names.
-        known: arguments that somebody told; they go over what the tensors say.
+    """The Deformable DETR of a state dict in our names; ``known`` arguments go over what the tensors say.
 
     Raises:
         UnknownArchitectureError: the backbone is no ResNet, or heads and points cannot be told apart.
@@ -136,11 +128,7 @@ def _architecture(name: str, told: dict[str, Any], assumed: dict[str, Any], know
 
 
 def points_of(state: State, levels: int, heads: int, *, heads_are_known: bool) -> int:
-    """Points that a head of deformable attention reads per level.
-
-    Raises:
-        UnknownArchitectureError: layers differ, or the heads are not known and the product is not the published one.
-    """
+    """Points that a head of deformable attention reads per level, if all layers and the number of heads tell them."""
     products = {len(bias) // levels for name, bias in state.items() if name.endswith(".attention_weights.bias")}
     if len(products) != 1:
         raise UnknownArchitectureError(f"num_points: expected the same in all layers, got heads x points {products}.")
@@ -154,37 +142,29 @@ def points_of(state: State, levels: int, heads: int, *, heads_are_known: bool) -
 
 
 def resnet_of(state: State) -> str:
-    """Name in timm of the ResNet below ``backbone.body.``.
-
-    Raises:
-        UnknownArchitectureError: it is none of the usual ones.
-    """
+    """Name in timm of the ResNet below ``backbone.body.``, if it is one of the usual ones."""
     stages = tuple(count(state, rf"backbone\.body\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
     width = len(state.get("backbone.body.layer1.0.conv2.weight", ()))
     known = (stages, "backbone.body.layer1.0.conv3.weight" in state, width)
     if known not in _RESNETS:
-        raise UnknownArchitectureError(
-            f"backbone: cannot be told from the tensors (blocks per stage of a ResNet: {stages}); give "
-            "--detector.backbone to `simdetr import`."
-        )
+        raise _unknown_backbone(f"blocks per stage of a ResNet: {stages}")
     return _RESNETS[known]
 
 
 def swin_of(state: State) -> str:
-    """Name of the Swin below ``backbone.body.``.
-
-    Raises:
-        UnknownArchitectureError: it is none of those that ViDT is made of.
-    """
+    """Name of the Swin below ``backbone.body.``, if it is one of those that ViDT is made of."""
     stages = tuple(count(state, rf"backbone\.body\.layers\.{stage}\.blocks\.(\d+)\.") for stage in range(4))
     known = (state["backbone.det_token"].shape[2], stages)
     biases = state.get("backbone.body.layers.0.blocks.0.attn.relative_position_bias_table")
     if known not in _SWINS or biases is None or len(biases) != (2 * 7 - 1) ** 2:
-        raise UnknownArchitectureError(
-            f"backbone: cannot be told from the tensors (width and blocks per stage of a Swin: {known}); give "
-            "--detector.backbone to `simdetr import`."
-        )
+        raise _unknown_backbone(f"width and blocks per stage of a Swin: {known}")
     return _SWINS[known]
+
+
+def _unknown_backbone(found: str) -> UnknownArchitectureError:
+    return UnknownArchitectureError(
+        f"backbone: cannot be told from the tensors ({found}); give --detector.backbone to `simdetr import`."
+    )
 
 
 def count(names: Collection[str], pattern: str) -> int:
@@ -216,12 +196,7 @@ _SAME: tuple[tuple[str, tuple[str, ...], Any], ...] = (
 
 
 def config_to_transformers(arguments: Mapping[str, Any], categories: Sequence[Category]) -> dict[str, Any]:
-    """The ``config.json`` of transformers for a Deformable DETR.
-
-    Args:
-        arguments: ``init_args`` of our ``DeformableDETR``.
-        categories: its classes in order; numbers stand for names where there are none.
-    """
+    """The ``config.json`` of transformers for our ``DeformableDETR`` of these ``init_args`` and classes in order."""
     labels = label_names(categories, arguments["num_classes"])
     return {
         "architectures": ["DeformableDetrForObjectDetection"],
@@ -260,11 +235,7 @@ def config_from_transformers(
 ) -> dict[str, Any]:
     """What rebuilds a detector of a folder of transformers: class, arguments, categories and image settings.
 
-    Args:
-        config: its ``config.json``.
-        preprocessor: its ``preprocessor_config.json``, or nothing.
-        tensors: its tensors; they say how many classes there are.
-        path: the file, for messages.
+    Its ``config.json`` and, if there is one, ``preprocessor_config.json`` tell, its tensors how many classes it has.
 
     Raises:
         ValueError: another kind of detector, or settings that our ``DeformableDETR`` does not have.

@@ -162,11 +162,7 @@ def _trace_any_size(
 
 
 def _trace_checked(detector: Detector, example: tuple[int, int], opset: int) -> Any:  # noqa: ANN401
-    """A program for any size that was tried at another one: numbers that pass through Python's lists become constants.
-
-    Raises:
-        OnnxExportError: There is none, or it serves the example's size alone.
-    """
+    """A program for any size, tried at another one: numbers that pass through Python's lists become constants."""
     if any(getattr(module, "window_size", None) for module in detector.modules()):
         # Swin's windows are padded, shifted and masked by the map's size: the exporter would work on that for hours
         raise OnnxExportError(_cannot(detector, "any size", "its backbone attends within windows"))
@@ -276,10 +272,7 @@ def compare_with_file(
 ) -> list[Comparison]:
     """Run an ONNX file, or what is in it, by onnxruntime beside the detector, in evaluation mode and on the CPU both.
 
-    ``shapes`` are B, H and W of batches, see ``example_batch``.
-
-    Raises:
-        RuntimeError: onnxruntime cannot run it.
+    ``shapes`` are B, H and W of batches, see ``example_batch``. What onnxruntime cannot run is a RuntimeError.
     """
     import onnxruntime
 

@@ -2,10 +2,9 @@
 
 Deformable DETR has three vocabularies: ours, the original's checkpoints (their ``model`` entry) and transformers. The
 original's names differ from ours in the backbone and in learned positions alone, and list shared heads several times.
-transformers leaves such copies out on disk, so ``restore_copies`` accepts either; it splits the packed projections of
-self-attention, which the others keep as one matrix, into three. Two things are ours alone, and are translated: one
-class-free logit in the encoder's head, where the others have one per class and read the first, and objectness, which
-they have as a part of the class heads.
+transformers leaves such copies out on disk and splits the packed projections of self-attention into three. Two things
+are ours alone, and are translated: one class-free logit in the encoder's head, where the others have one per class and
+read the first, and objectness, which they have as a part of the class heads.
 
 DETR, and so UP-DETR, shares with Deformable DETR the backbone, the projection of its last map, self-attention of the
 decoder, perceptrons and layer norms. Deformable attention reads its values and writes its result by the same two
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 HFLayout = Literal["disk", "memory"]
-"""``disk``: names in files, on the Hub and in transformers 4; ``memory``: names in modules of transformers 5."""
+"""``disk``: names in files, which transformers 4 and 5 read; ``memory``: names in modules of transformers 5."""
 
 # pairs of name starts, the first that fits is used; {} stands for a word without dots
 _OFFICIAL = (("backbone.body.", "backbone.0.body."), ("position_encoding.", "backbone.1."))
@@ -120,12 +119,7 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_transformers(state: Mapping[str, Tensor], layout: HFLayout = "disk") -> dict[str, Tensor]:
-    """Names of transformers' ``DeformableDetrForObjectDetection`` from ours.
-
-    Args:
-        state: our state dict.
-        layout: ``disk`` for files (read by transformers 4 and 5), ``memory`` for modules of transformers 5.
-    """
+    """Names of transformers' ``DeformableDetrForObjectDetection`` from ours, by default for files; see `HFLayout`."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if packed := _PACKED.fullmatch(name):
@@ -138,11 +132,7 @@ def to_transformers(state: Mapping[str, Tensor], layout: HFLayout = "disk") -> d
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names from transformers' names, of files or in memory.
-
-    Raises:
-        KeyError: one of the three projections of a self-attention is missing.
-    """
+    """Our names from transformers' names, of files or in memory; a KeyError if a self-attention lacks a part."""
     renamed: dict[str, Tensor] = {}
     for given, tensor in state.items():
         name = _renamed(given, _back(_HF_MEMORY))
@@ -158,10 +148,8 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_detr(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a DETR that have a role in Deformable DETR, under our names; shapes are not compared.
 
-    Args:
-        state: DETR's state dict, with the original's names.
-        own: state dict of the detector that they are for. Its last input projection that is a 1x1 convolution is of the
-            backbone's last map, where DETR's only one belongs.
+    ``own`` is the state dict of the detector that they are for. Its last input projection that is a 1x1 convolution is
+    of the backbone's last map, where DETR's only one belongs.
     """
     projections = (re.fullmatch(r"input_proj\.(\d+)\.0\.weight", name) for name in own)
     level = max((int(found[1]) for found in projections if found and own[found[0]].shape[2:] == (1, 1)), default=0)
@@ -228,9 +216,7 @@ def fold_objectness(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def add_objectness(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Heads for a detector with objectness, of a state dict without: o starts equal everywhere, o + c_k as they were.
 
-    Args:
-        state: with its copies, see ``restore_copies``.
-        own: state dict of the detector, whose bias of objectness, the prior, o keeps.
+    ``state`` has its copies, see ``restore_copies``; o keeps the bias that it has in ``own``, the detector's.
     """
     split = dict(state)
     for name, tensor in state.items():
@@ -248,12 +234,8 @@ def fit_to(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, 
     """What fits a detector of a state dict with the same names but other numbers of classes or queries.
 
     Of a published head of the encoder, with one row per class, this is the first row, the one that its choice of
-    queries looks at. Of learned queries it is as many as there are on both sides; further ones stay as the detector has
-    them.
-
-    Args:
-        state: with its copies, see ``restore_copies``.
-        own: state dict of the detector.
+    queries looks at. Of learned queries it is as many as there are on both sides; further ones stay as in ``own``, the
+    detector's. ``state`` has its copies, see ``restore_copies``.
     """
     fitted = dict(state)
     for name, prefix, _, _ in _encoder_heads(own):
@@ -291,11 +273,7 @@ def _encoder_heads(names: Collection[str]) -> list[tuple[str, str, str, str]]:
 
 
 def drop_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with every tensor under one name, the first that it has; what safetensors wants.
-
-    Args:
-        state: a state dict whose copies share memory, as ``state_dict()`` gives it.
-    """
+    """A state dict, whose copies share memory, with every tensor under its first name alone; what safetensors wants."""
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     kept: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -307,13 +285,9 @@ def drop_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def restore_copies(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """A state dict with the copies of heads that a model lists under several names.
+    """A state dict in our names with the copies of heads that a model lists under several of its ``names``.
 
     A head without its own entry is taken from its other name or, where all layers share one head, from the only one.
-
-    Args:
-        state: state dict in our names, with or without copies.
-        names: names that the model has, ``model.state_dict()``.
     """
     heads: dict[tuple[str, str], dict[int, Tensor]] = {}
     for key, tensor in state.items():

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from simdetr.data.annotations import Category
 from simdetr.data.class_paths import class_of
-from simdetr.data.storage import atomic_path
+from simdetr.data.pretrained_weights import counted
+from simdetr.data.storage import atomic_path, write_json
 from simdetr.detectors.detector import Detector
 from simdetr.exchange.formats import (
     OWN,
@@ -42,7 +43,6 @@ _TOLD = {"nheads": "num_heads", "num_queries": "num_queries", "dilation": "dilat
 _DOWNLOADS = {"pretrained_backbone": False, "pretrained": None}
 """Arguments of detectors that say where weights come from, and what says nowhere."""
 _LEAST_FITTING = 0.5
-_NAMES_SHOWN = 3
 _MADE_UP = re.compile(r"class \d+|LABEL_\d+")
 """Names that simdetr's and transformers' imports give to classes of which they know only the number."""
 
@@ -54,7 +54,7 @@ class LoadedDetector:
     Attributes:
         detector: In evaluation mode.
         image_settings: How images are prepared for it.
-        reference_points: Which point of a box its landmarks are, as `simdetr.data.reference_points` reads it.
+        reference_points: Rule of every class, see `simdetr.data.reference_points`.
     """
 
     detector: Detector
@@ -85,13 +85,7 @@ def save_detector(detector: nn.Module, config: dict[str, Any], folder: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
         save_model(detector, str(temporary))
-    write_json(config, folder / CONFIG_NAME)
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write a JSON file, which appears whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_json(folder / CONFIG_NAME, config, indent=2)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -134,10 +128,8 @@ class Checkpoint:
     def config(self, known: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """What rebuilds the detector: stored beside the tensors, or read off them; None if nothing tells.
 
-        ``known`` are arguments of the detector to put over what the file tells.
-
-        Raises:
-            UnknownArchitectureError: It is a detector of ours, but tensors do not tell enough to build it.
+        ``known`` arguments go over what the file tells. If it is one of ours, but its tensors do not tell enough, this
+        is an UnknownArchitectureError.
         """
         if self.stored is not None:
             return {**self.stored, "init_args": {**self.stored["init_args"], **(known or {})}}
@@ -238,15 +230,12 @@ class LoadReport:
 
     def summary(self) -> str:
         """One line: the counts, and the first names of what was not kept."""
-        parts = [f"{len(self.kept)} tensors kept"]
-        for what in ("replaced", "missing", "unexpected"):
-            names: list[str] = getattr(self, what)
-            shown = f" ({', '.join(names[:_NAMES_SHOWN])}{', …' if len(names) > _NAMES_SHOWN else ''})" if names else ""
-            parts.append(f"{len(names)} {what}{shown}")
-        return f"{self.path} ({self.source}): {', '.join(parts)}{f'; {self.reason}' if self.reason else ''}"
+        others = (counted(kind, getattr(self, kind)) for kind in ("replaced", "missing", "unexpected"))
+        parts = ", ".join([f"{len(self.kept)} tensors kept", *others])
+        return f"{self.path} ({self.source}): {parts}{f'; {self.reason}' if self.reason else ''}"
 
     def log(self) -> None:
-        """Say so."""
+        """Log the summary."""
         LOG.info("%s", self.summary())
 
 
@@ -256,9 +245,8 @@ def load_weights(detector: Detector, path: Path, class_names: Sequence[str] | No
     Args:
         detector: Any detector of ``simdetr.detectors``.
         path: What ``read_checkpoint`` reads.
-        class_names: What the detector's classes are to be; if the file's are others, however many, what speaks of
-            single classes stays as initialised. None, or a file that does not name its classes, leaves that to the
-            shapes.
+        class_names: The detector's classes; if the file's are others, however many, what speaks of single classes stays
+            as initialised. None, or a file that does not name its classes, leaves that to the shapes.
 
     Raises:
         ValueError: Most tensors do not agree: the file is of another detector.
@@ -320,7 +308,7 @@ def _other_classes(checkpoint: Checkpoint, class_names: Sequence[str] | None) ->
     stored = [str(category["name"]) for category in (checkpoint.stored or {}).get("categories") or []]
     if class_names is None or all(map(_MADE_UP.fullmatch, stored)) or stored == list(class_names):
         return ""
-    met, wanted = (f"{len(names)} ({', '.join(names[:_NAMES_SHOWN])}, …)" for names in (stored, list(class_names)))
+    met, wanted = (f"{len(names)} ({', '.join(names[:3])}, …)" for names in (stored, list(class_names)))
     return f"what speaks of single classes is new, for the file's are {met} and the data's {wanted}"
 
 
@@ -378,11 +366,7 @@ def rebuild(checkpoint: Checkpoint, known: Mapping[str, Any] | None = None) -> L
 
 
 def build_detector(config: Mapping[str, Any]) -> Detector:
-    """Construct the class a config names, with new weights.
-
-    Raises:
-        ValueError: The class is none of simdetr's detectors, or does not take the arguments.
-    """
+    """Construct the class a config names, with new weights; a ValueError if it does not take the arguments."""
     found = detector_class(config["class_path"])
     try:
         return found.from_init_args(without_downloads(config["init_args"]))
@@ -391,11 +375,7 @@ def build_detector(config: Mapping[str, Any]) -> Detector:
 
 
 def detector_class(class_path: str) -> type[Detector]:
-    """The detector that a config names.
-
-    Raises:
-        ValueError: The class is not one of simdetr's detectors: a config must not name arbitrary code.
-    """
+    """The detector that a config names; a ValueError for a class of anything else, see ``class_of``."""
     found: type[Detector] = class_of(class_path, Detector, ("detectors.", "heads."))
     return found
 

@@ -25,7 +25,7 @@ IGNORE_IOU = 0.5
 
 
 def without_duplicates(candidates: Candidates, boxes_xyxy: NDArray[np.float32], iou: float = 0.5) -> Candidates:
-    """Reject the less sure of two kept candidates of a class that lie on each other once corrected.
+    """Reject the less sure of two kept candidates that lie on each other once corrected, whatever their classes.
 
     Args:
         candidates: M of them.
@@ -33,10 +33,8 @@ def without_duplicates(candidates: Candidates, boxes_xyxy: NDArray[np.float32], 
         iou: Overlap above which two are one object.
     """
     labels, rows = candidates.labels, candidates.kept
-    # images and classes apart: neither suppresses the other's
-    groups = labels.owners[rows] * labels.num_classes + labels.classes[rows]
-    boxes, scores = (torch.from_numpy(values[rows]) for values in (boxes_xyxy, labels.scores))
-    stay = rows[suppress_overlaps(boxes, scores, iou, torch.from_numpy(groups)).numpy()]
+    boxes, scores, owners = (torch.from_numpy(values[rows]) for values in (boxes_xyxy, labels.scores, labels.owners))
+    stay = rows[suppress_overlaps(boxes, scores, iou, owners).numpy()]
     gone = np.zeros(len(labels.boxes_xyxy), bool)
     gone[np.setdiff1d(rows, stay)] = True
     return candidates.reject(gone, "duplicate")

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path
 
 LOG = logging.getLogger(__name__)
-ScoreRule = Literal["absolute", "precision", "per_class_top"]
+ScoreRule = Literal["agreement", "absolute", "precision", "per_class_top"]
 KEPT = ""
 """The reason of a candidate that nothing speaks against so far."""
 REASONS = {
@@ -45,7 +45,7 @@ REASONS = {
     "negative": "it looks like what a person said is none",
     "tie": "as many of the nearest shots speak for another class",
     "unsure": "the nearest shots of its class are hardly nearer than others",
-    "duplicate": "a surer candidate of its class lies on the same object",
+    "duplicate": "a surer candidate lies on the same object",
 }
 """What the codes of the column ``reason`` mean."""
 
@@ -135,15 +135,12 @@ def _why(path: Path) -> Path:
     return path.with_name(f"{path.stem}_why.parquet")
 
 
-def default_rule(shots_per_class: int) -> ScoreRule:
-    """The score rule for so many shots: their precision on left-out shots says little of fewer than 5."""
-    return "precision" if shots_per_class >= 5 else "per_class_top"
-
-
 def thresholds(
-    candidates: Candidates,
+    detections: Labels,
     rule: ScoreRule,
     *,
+    agreeing: NDArray[np.bool_] | None = None,
+    agreement: float = 0.5,
     min_score: float = 0.8,
     most_per_class: int = 200,
     left_out: tuple[NDArray[np.float32], NDArray[np.bool_]] | None = None,
@@ -155,35 +152,42 @@ def thresholds(
     in the paper, does not do.
 
     Args:
-        candidates: Only those that are kept count.
-        rule: ``absolute``: ``min_score``; ``per_class_top``: the best ``most_per_class`` of every class;
-            ``precision``: the smallest score above which ``precision`` of the detections of ``left_out`` are right.
+        detections: M of them.
+        rule: ``agreement``: the smallest score above which the shots' votes agree with the detector often enough;
+            ``absolute``: ``min_score``; ``per_class_top``: the best ``most_per_class`` of every class; ``precision``:
+            the smallest score above which ``precision`` of the detections of ``left_out`` are right.
+        agreeing: Of ``agreement``: whether the vote of each detection is its class [M].
+        agreement: The share of them that is often enough.
         min_score: Of ``absolute``; not part of it itself: .8 is out, 1 is in.
         most_per_class: Of ``per_class_top``.
-        left_out: Scores [n] of detections on shots that the detector has not seen, and whether each is right [n].
-        precision: Of ``precision``.
+        left_out: Of ``precision``: scores [n] of detections on shots that the detector has not seen, and whether each
+            is right [n].
+        precision: The share of them that is right.
 
     Returns:
         float64 [C]; scores above it are candidates.
 
     Raises:
-        ValueError: ``precision`` without ``left_out``; an unknown rule.
+        ValueError: What the rule looks at is missing; an unknown rule.
     """
-    count = candidates.labels.num_classes
+    count, scores = detections.num_classes, detections.scores
     if rule == "absolute":
         return np.full(count, min_score)
+    if rule == "agreement":
+        if agreeing is None:
+            raise ValueError("agreeing: expected the votes of the detections for the rule 'agreement', got None")
+        return np.full(count, precise_score(scores, agreeing, agreement))
     if rule == "precision":
         if left_out is None:
             raise ValueError("left_out: expected scores on left-out shots for the rule 'precision', got None")
         return np.full(count, precise_score(*left_out, precision))
     if rule != "per_class_top":
-        raise ValueError(f"score_rule: expected 'absolute', 'precision' or 'per_class_top', got {rule!r}")
+        raise ValueError(f"score_rule: expected one of {', '.join(map(repr, get_args(ScoreRule)))}, got {rule!r}")
     found = np.full(count, -1.0)
-    rows = candidates.kept
     for category in range(count):
-        scores = np.sort(candidates.labels.scores[rows][candidates.labels.classes[rows] == category])[::-1]
-        if len(scores) > most_per_class:
-            found[category] = scores[most_per_class]
+        own = np.sort(scores[detections.classes == category])[::-1]
+        if len(own) > most_per_class:
+            found[category] = own[most_per_class]
     return found
 
 
@@ -198,28 +202,45 @@ def precise_score(scores: NDArray[np.float32], right: NDArray[np.bool_], precisi
     return float(np.nextafter(scores[order][good[-1]], np.float32(-1.0)))
 
 
-def source(detections: Labels, shots: Labels, above: NDArray[np.float64], people: Labels | None = None) -> Candidates:
-    """The candidates among the detections of the unlabelled images.
+def source(detections: Labels, shots: Labels, people: Labels | None = None) -> Candidates:
+    """The candidates among the detections of the unlabelled images, before their scores are looked at.
 
     Args:
         detections: Of the detector that was trained on the shots, with its scores.
         shots: The few labelled boxes; images that hold shots of a class give no candidates of that class, for what else
             they hold of it is not labelled.
-        above: float64 [C], the score that a candidate of each class exceeds, see ``thresholds``.
-        people: Labels that people made on some of the images; detections there are no candidates.
+        people: Labels that people made of whole images; detections there are no candidates.
 
     Returns:
-        All detections, rejected as ``person``, ``holds_shots`` or ``low_score`` where they are.
+        All detections, rejected as ``person`` or ``holds_shots`` where they are.
     """
     candidates = Candidates.of(detections)
-    owners = detections.owners
     if people is not None:
         inspected = np.array([image_id in people for image_id in detections.image_ids], bool)
-        candidates = candidates.reject(inspected[owners], "person")
+        candidates = candidates.reject(inspected[detections.owners], "person")
     candidates = candidates.reject(on_shots(detections, shots), "person")
-    holds = holders(shots, detections.image_ids)
-    candidates = candidates.reject(holds[owners, detections.classes], "holds_shots")
-    return candidates.reject(detections.scores <= above[detections.classes], "low_score")
+    return candidates.reject(holders(shots, detections.image_ids)[detections.owners, detections.classes], "holds_shots")
+
+
+def worth_a_look(candidates: Candidates, per_image: float, most_per_class: int) -> NDArray[np.bool_]:
+    """Which candidates are encoded, whatever the score rule says later, so that another rule needs no encoder.
+
+    Args:
+        candidates: M of them; only those that are kept so far.
+        per_image: The best so many times the number of images, of all classes together.
+        most_per_class: And the best so many of every class.
+
+    Returns:
+        bool [M].
+    """
+    chosen = np.zeros(len(candidates.reason), bool)
+    rows = candidates.kept
+    order = rows[np.argsort(-candidates.labels.scores[rows], kind="stable")]
+    chosen[order[: round(per_image * len(candidates.labels))]] = True
+    classes = candidates.labels.classes[order]
+    for category in range(candidates.labels.num_classes):
+        chosen[order[classes == category][:most_per_class]] = True
+    return chosen
 
 
 def holders(labels: Labels, image_ids: tuple[str, ...]) -> NDArray[np.bool_]:

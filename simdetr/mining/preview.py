@@ -167,8 +167,7 @@ def choose_images(source: ImageSource, count: int, truth: Labels | None = None) 
         raise ValueError("source: expected at least one image, got none; check the folder or list")
     if truth is None:
         return evenly(range(len(source)), count)
-    owners = np.repeat(np.arange(len(truth)), np.diff(truth.offsets))[~truth.crowd]
-    labelled = [truth.image_ids[row] for row in np.unique(owners)]
+    labelled = [truth.image_ids[row] for row in np.unique(truth.owners[~truth.crowd])]
     known = sorted(source.position(image_id) for image_id in labelled if image_id in source)
     if not known:
         raise ValueError(

@@ -300,9 +300,8 @@ def class_montage(
     if not 0 <= class_index < labels.num_classes:
         raise ValueError(f"class_index: expected 0 .. {labels.num_classes - 1}, got {class_index}")
     members = np.flatnonzero(labels.classes == class_index)
-    images_of_rows = np.searchsorted(labels.offsets, members, side="right") - 1
     picks = np.random.default_rng(seed).permutation(len(members))
-    images = readable(source, (labels.image_ids[images_of_rows[pick]] for pick in picks))
+    images = readable(source, (labels.image_ids[labels.owners[members[pick]]] for pick in picks))
     boxes = labels.boxes_xyxy[members[picks]]
     tiles = [_tile(image, boxes[place], tile_px) for place, image in islice(images, count)]
     if not tiles:

@@ -269,14 +269,14 @@ def origin_rows(stages: Mapping[int, Labels]) -> list[dict[str, Any]]:
         lineage = labels.lineage
         if lineage is None:
             continue
-        image = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
-        ancestors = _distinct(image, lineage.born_row)[lineage.born == 0]
+        ancestors = _distinct(labels.owners, lineage.born_row)[lineage.born == 0]
         _, firsts, counts = np.unique(
             _distinct(lineage.born, -lineage.stride, lineage.k), return_index=True, return_counts=True
         )
-        shares = {_title(lineage, box): count / len(image) for box, count in zip(firsts, counts.tolist(), strict=True)}
+        parts = (counts / len(lineage)).tolist()
+        shares = {_title(lineage, box): part for box, part in zip(firsts, parts, strict=True)}
         left = len(np.unique(ancestors))
-        row = {"stage": stage_title(stage), "boxes": len(image), "mined_left": left, "mined": mined}
+        row = {"stage": stage_title(stage), "boxes": len(lineage), "mined_left": left, "mined": mined}
         rows.append(row | {"shares": shares})
     return rows
 

