@@ -170,12 +170,15 @@ class Labels:
         names = [*_LIST_COLUMNS, "crowd", *(name for name in _OPTIONAL_COLUMNS if getattr(self, name) is not None)]
         return {name: getattr(self, name)[rows] for name in names}
 
+    def rows(self, kept: NDArray[np.int64]) -> Labels:
+        """Some of the boxes, by their rows in ascending order; all images stay."""
+        offsets = np.concatenate([[0], np.bincount(self.owners[kept], minlength=len(self)).cumsum()])
+        return replace(self, offsets=offsets.astype(np.int64), **self._columns(kept))
+
     def sharpened(self, min_score: float, power: float) -> Labels:
         """The boxes whose score is at least ``min_score``, and their scores to this power; all images stay."""
-        kept = np.flatnonzero(self.scores >= min_score)
-        offsets = np.concatenate([[0], np.bincount(self.owners[kept], minlength=len(self)).cumsum()]).astype(np.int64)
-        columns = self._columns(kept)
-        return replace(self, offsets=offsets, **columns | {"scores": columns["scores"] ** power})
+        kept = self.rows(np.flatnonzero(self.scores >= min_score))
+        return replace(kept, scores=kept.scores**power)
 
     def class_agnostic(self) -> Labels:
         """The same boxes, all of the one category ``object``."""

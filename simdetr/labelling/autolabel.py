@@ -76,7 +76,7 @@ class AutolabelSettings:
         looks_per_image: Detections per image that are encoded, the best first; other score rules need no more.
         neighbours: Shots that vote; by the number of shots when left out.
         min_margin: Votes that are less sure are rejected.
-        corrector: What corrects the boxes: cascade, query or none.
+        corrector: What corrects the boxes: cascade, queries or none.
         corrector_steps: Steps of its training.
         ignore_above: Rejected detections of a higher score are neither object nor background in training.
         max_ratio: Labels of a class above so many times the median class's are told as a sign of a collapse.
@@ -93,7 +93,7 @@ class AutolabelSettings:
     looks_per_image: float = 5.0
     neighbours: int | None = None
     min_margin: float | None = None
-    corrector: Literal["cascade", "query", "none"] = "cascade"
+    corrector: Literal["cascade", "queries", "none"] = "cascade"
     corrector_steps: int = 400
     ignore_above: float = 0.1
     max_ratio: float = 10.0
@@ -330,8 +330,7 @@ def verified(
     device: str,
 ) -> Candidates:
     """The candidates with the votes of the nearest shots, and rejected where these or the scores speak against them."""
-    shots, counts = inputs.shots, np.bincount(inputs.shots.classes, minlength=inputs.shots.num_classes)
-    most = settings.per_shot * int(counts.max())
+    most = settings.per_shot * int(np.bincount(inputs.shots.classes).max())
     rows = np.flatnonzero(worth_a_look(candidates, settings.looks_per_image, most))
     cache = run.path / "features"
     gallery = gallery_of(inputs, encoder, cache, device)
@@ -390,7 +389,7 @@ def corrected(
         fit = CorrectorFit(kind=settings.corrector, steps=settings.corrector_steps, seed=settings.seed)
         corrector = fit_corrector(loaded, inputs.images, inputs.shots, run.path / "corrector", fit, device=device)
         found = correct_boxes(corrector, inputs.images, labels.rows(rows), device=device)
-        boxes[rows], shift[rows] = found.boxes_xyxy, found.shift
+        boxes[rows], shift[rows] = found.boxes_xyxy, found.shift_iou
     return without_duplicates(candidates, boxes).with_evidence(corrected_xyxy=boxes, shift=shift)
 
 
@@ -502,7 +501,8 @@ def _encoder(settings: AutolabelSettings, init: str | Path) -> str | Encoder:
     config = Path(init) / "config.yaml"
     if not config.is_file() or "encoder" not in (kept := yaml.safe_load(config.read_text(encoding="utf-8"))):
         raise ValueError(
-            f"encoder: {init} does not say what it was mined with; name one, such as --encoder=vit_small_patch8_224.dino"
+            f"encoder: {init} does not say what it was mined with; name one, such as "
+            "--encoder=vit_small_patch8_224.dino"
         )
     part = kept["encoder"]
     if part["class_path"].endswith(".TimmEncoder") and part["init_args"].get("pretrained"):

@@ -21,13 +21,15 @@ import torch
 from numpy.typing import NDArray
 
 from simdetr.boxes import pairwise_iou
-from simdetr.data.annotations import Category, LabelError
+from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path
 
 LOG = logging.getLogger(__name__)
 ScoreRule = Literal["agreement", "absolute", "precision", "per_class_top"]
+RIGHT_IOU = 0.5
+"""Overlap with an object of its class from which a box is right."""
 KEPT = ""
 """The reason of a candidate that nothing speaks against so far."""
 REASONS = {
@@ -298,4 +300,47 @@ def contradictions(shots: Labels, negatives: Labels | None = None, iou: float = 
             denied = torch.from_numpy(negatives.of(image.image_id).boxes_xyxy)
             rows = (pairwise_iou(boxes, denied) > iou).any(dim=1).nonzero().flatten().tolist()
             found += [f"{image.image_id} has a box of {names[row]} that is among the negative ones too" for row in rows]
+    return found
+
+
+def quality(candidates: Candidates, boxes_xyxy: NDArray[np.float32], truth: Labels) -> dict[str, float]:
+    """How good the kept candidates are, on the images that have truth.
+
+    Args:
+        candidates: M of them, of the categories of the truth.
+        boxes_xyxy: Their boxes [M, 4].
+        truth: Labels of some of the images; crowds are not looked for.
+
+    Returns:
+        ``precision`` and ``recall`` at IoU 0.5 and of the right class, an object counting once, for the surest
+        candidate; ``mean_iou`` of the right ones; ``candidates`` and ``objects``, their numbers. NaN of none.
+    """
+    labels, right, judged = candidates.labels, [], 0
+    for row, image_id in enumerate(labels.image_ids):
+        if image_id not in truth:
+            continue
+        own = np.arange(*labels.offsets[row : row + 2])
+        own = own[candidates.reason[own] == KEPT]
+        judged += len(own)
+        right += matched_ious(boxes_xyxy[own], labels.classes[own], labels.scores[own], truth.of(image_id))
+    looked_at = truth.select(image_id for image_id in truth.image_ids if image_id in labels)
+    objects = int((~looked_at.crowd).sum())
+    mean = float(np.mean(right)) if right else float("nan")
+    shares = {"precision": len(right) / judged if judged else float("nan")}
+    shares |= {"recall": len(right) / objects if objects else float("nan")}
+    return {**shares, "mean_iou": mean, "candidates": judged, "objects": objects}
+
+
+def matched_ious(
+    boxes_xyxy: NDArray[np.float32], classes: NDArray[np.int64], scores: NDArray[np.float32], truth: ImageLabels
+) -> list[float]:
+    """IoU of every box [n, 4] of an image that finds an object of its class by at least .5, the surest first."""
+    overlaps = pairwise_iou(torch.from_numpy(boxes_xyxy), torch.from_numpy(truth.boxes_xyxy)).numpy()
+    overlaps = np.where((classes[:, None] == truth.classes) & ~truth.crowd, overlaps, 0.0)
+    found: list[float] = []
+    for box in np.argsort(-scores, kind="stable"):
+        best = int(overlaps[box].argmax()) if overlaps.shape[1] else 0
+        if overlaps.shape[1] and overlaps[box, best] >= RIGHT_IOU:
+            found.append(float(overlaps[box, best]))
+            overlaps[:, best] = 0.0
     return found
