@@ -180,7 +180,8 @@ def verify(
     """Ask the k nearest shots of each candidate for its class, and keep it if that is the class it came with.
 
     The similarity of features q and g is the cosine of q - μ and g - μ, μ the gallery's mean. Neither the scale of all
-    features nor a vector added to all changes it. Of equally similar shots the earlier one is nearer.
+    features nor a vector added to all changes it. Of equally similar shots those of the lower class are nearer, then
+    the earlier ones.
 
     Args:
         features: Of the candidates, float [M, D]; a row that is not finite is rejected as "unreadable".
@@ -283,11 +284,11 @@ class _Search:
     def __init__(self, gallery: Gallery, k: int, ties: Ties, distance: Distance, centred: bool) -> None:
         self.k, self.ties, self.cosine = k, ties, distance == "cosine"
         self.mean = gallery.mean if centred else np.zeros_like(gallery.mean)
-        features = gallery.features.astype(np.float64)
+        self.order = np.argsort(gallery.classes, kind="stable")  # by class, so that one's similarities lie together
+        features = gallery.features[self.order].astype(np.float64)
         self.shots = _directions(features, self.mean)[0] if self.cosine else features
-        self.kinds, self.kind_of = np.unique(gallery.classes, return_inverse=True)
-        self.by_kind = np.argsort(self.kind_of, kind="stable")
-        self.starts = np.searchsorted(self.kind_of[self.by_kind], np.arange(len(self.kinds)))
+        self.kinds, self.starts = np.unique(gallery.classes[self.order], return_index=True)
+        self.kind_of = np.searchsorted(self.kinds, gallery.classes[self.order])
 
     def __call__(self, rows: NDArray[np.float64]) -> Votes:
         """Votes of float64 [m, D]; of the reasons only "no_direction" and "tie"."""
@@ -295,7 +296,8 @@ class _Search:
             return _empty(0, self.k)
         if self.cosine:
             directions, pointless = _directions(rows, self.mean)
-            similarity = np.round(directions @ self.shots.T, _DIGITS)
+            similarity = directions @ self.shots.T
+            np.round(similarity, _DIGITS, out=similarity)
         else:
             pointless = np.zeros(len(rows), np.bool_)
             similarity = -cdist(rows, self.shots)  # squares expanded would lose the small ones
@@ -306,7 +308,7 @@ class _Search:
         vote = np.where(voted, self.kinds[winner], ABSTAINED)
         reason = np.where(pointless, "no_direction", np.where(voted, KEPT, "tie")).astype("<U13")
         margin = np.where(voted, self._margin(similarity, winner), np.nan)
-        return Votes(vote, reason, nearest, of_nearest.astype(np.float32), margin.astype(np.float32))
+        return Votes(vote, reason, self.order[nearest], of_nearest.astype(np.float32), margin.astype(np.float32))
 
     def _winner(self, kinds: NDArray[np.int64], similarity: NDArray[np.float64]) -> NDArray[np.int64]:
         """Index into ``self.kinds`` for each candidate, -1 where nobody wins; both arguments [m, k]."""
@@ -326,7 +328,7 @@ class _Search:
 
     def _margin(self, similarity: NDArray[np.float64], winner: NDArray[np.int64]) -> NDArray[np.float64]:
         """How much nearer the nearest shot of the winning class is than that of any other; -1 counts as the last."""
-        best = np.maximum.reduceat(similarity[:, self.by_kind], self.starts, axis=1)
+        best = np.maximum.reduceat(similarity, self.starts, axis=1)
         own = np.take_along_axis(best, winner[:, None], axis=1)[:, 0]
         np.put_along_axis(best, winner[:, None], -np.inf, axis=1)
         margin: NDArray[np.float64] = own - best.max(axis=1)
@@ -346,9 +348,14 @@ def _nearest(similarity: NDArray[np.float64], k: int) -> NDArray[np.int64]:
     """Columns of the k largest of each row [m, n], largest first and equals in the order of their columns."""
     count = similarity.shape[1]
     last = np.partition(similarity, count - k, axis=1)[:, count - k, None]
-    above, equal = similarity > last, similarity == last
-    equal &= np.cumsum(equal, axis=1) <= k - above.sum(axis=1, keepdims=True)
-    columns = np.nonzero(above | equal)[1].reshape(-1, k)
+    chosen = similarity >= last
+    crowded = chosen.sum(axis=1) > k
+    if crowded.any():  # several are equal to the last: the first of these
+        rows, least = similarity[crowded], last[crowded]
+        equal = rows == least
+        equal &= np.cumsum(equal, axis=1) <= k - (rows > least).sum(axis=1, keepdims=True)
+        chosen[crowded] = (rows > least) | equal
+    columns = np.nonzero(chosen)[1].reshape(-1, k)
     order = np.argsort(-np.take_along_axis(similarity, columns, axis=1), axis=1, kind="stable")
     return np.take_along_axis(columns, order, axis=1)
 
