@@ -1,0 +1,1 @@
+"""From a few labelled objects to labels of many images: source, verify, correct."""
