@@ -170,7 +170,7 @@ class LabellingInputs:
     @classmethod
     def read(
         cls,
-        images: str | Path,
+        images: str | Path | ImageSource,
         shots: str | Path,
         shot_images: str | Path | None = None,
         negatives: str | Path | None = None,
@@ -178,7 +178,7 @@ class LabellingInputs:
         truth: str | Path | None = None,
     ) -> LabellingInputs:
         """Read them; see ``autolabel`` for the arguments and errors."""
-        pool = open_images(images)
+        pool = images if isinstance(images, ImageSource) else open_images(images)
         labels = read_labels(Path(shots))
         inside = shot_images is None and all(image_id in pool for image_id in labels.image_ids)
         exemplars = pool if inside else open_images(shots if shot_images is None else shot_images)
@@ -218,7 +218,7 @@ def renamed(labels: Labels, names: Mapping[str, str]) -> Labels:
 
 
 def autolabel(
-    images: str | Path,
+    images: str | Path | ImageSource,
     shots: str | Path,
     out: str | Path,
     config: Sequence[str | Path] = (),
@@ -235,7 +235,7 @@ def autolabel(
     """Label a set of images from a few boxes per class, and train a detector on the result.
 
     Args:
-        images: Folder, list file or COCO JSON of the images to label.
+        images: The images to label: a folder, list file or COCO JSON, or an ``ImageSource``.
         shots: COCO JSON with a few boxes of every class; what else their images hold need not be labelled.
         out: Folder of this run; an unfinished one is gone on with.
         config: YAML files of the trainings, later ones over earlier ones; a recipe for few labels without any.
