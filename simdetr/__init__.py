@@ -22,6 +22,7 @@ __all__ = [
     "ImageSource",
     "Labels",
     "ProposalStore",
+    "autolabel",
     "compare",
     "evaluate",
     "finetune",
@@ -45,6 +46,7 @@ _HOMES = {
     "evaluate": "simdetr.training.inference",
     "predict": "simdetr.training.inference",
     "ProposalStore": "simdetr.mining.store",
+    "autolabel": "simdetr.labelling.autolabel",
 }
 
 

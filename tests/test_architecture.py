@@ -30,6 +30,7 @@ ORDER = (
     "recipe",
     "reports",
     "pipeline",
+    "labelling",
     "commands",
 )
 """Folders and files of the root; each may import those before it."""

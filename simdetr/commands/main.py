@@ -43,6 +43,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "evaluate": "predict.evaluate",
     "compare": "pretrain.compare",
     "predict": "predict.predict",
+    "autolabel": "label.autolabel",
     "encoder": {"fit": "mine.fit"},
     "import": "export.import_detector",
     "export": {

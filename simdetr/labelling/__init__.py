@@ -1,1 +1,16 @@
-"""From a few labelled objects to labels of many images: source, verify, correct."""
+"""From a few labels to many: label, verify, correct; which image next; when to stop.
+
+In reading order:
+
+    autolabel           the whole way from shots to a labelled set and a detector, stage by stage
+    candidates          detections -> candidates for labels, each with a reason
+    crop_features       the crop of every box -> a feature
+    verification        features -> the votes of the nearest shots
+    corrector_networks  networks that correct boxes
+    correction          a corrector's training and its work
+    assembly            candidates -> labels and regions to ignore
+"""
+
+from simdetr.labelling.autolabel import AutolabelRun, AutolabelSettings, autolabel
+
+__all__ = ["AutolabelRun", "AutolabelSettings", "autolabel"]

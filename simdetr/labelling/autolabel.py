@@ -21,9 +21,6 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from simdetr.labelling.correction import CorrectorFit, correct_boxes, fit_corrector
-from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
-from simdetr.labelling.verification import NEGATIVE, Gallery, verify
 
 from simdetr import pipeline
 from simdetr.data.annotations import LabelError
@@ -32,27 +29,34 @@ from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
+from simdetr.data.protocols import hash_order
 from simdetr.data.storage import write_json
 from simdetr.exchange.weights import is_saved, load_detector
 from simdetr.labelling.assembly import assemble, collapsed_classes, without_duplicates
 from simdetr.labelling.candidates import (
+    RIGHT_IOU,
     Candidates,
     ScoreRule,
     check_shots,
-    quality,
+    on_labels,
     read_candidates,
     source,
+    stage_rows,
     thresholds,
     worth_a_look,
     write_candidates,
 )
+from simdetr.labelling.correction import CorrectorFit, correct_boxes, fit_corrector
+from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
+from simdetr.labelling.verification import NEGATIVE, Gallery, verify
 from simdetr.mining.encoders import Encoder
 from simdetr.recipe import Recipe
 from simdetr.training.inference import predict
 from simdetr.training.run_folder import RunFolder, detector_folder
 
 LOG = logging.getLogger(__name__)
-STAGES = ("source", "verify", "correct")
+LeftOut = Callable[[], tuple[NDArray[np.float32], NDArray[np.bool_]]]
+"""Gives scores on left-out shots, and which are right; called by the score rule that needs them alone."""
 
 
 class NothingToLearnError(ValueError):
@@ -141,10 +145,10 @@ class AutolabelRun:
         """The page to look at."""
         return self.path / "report" / "index.html"
 
-    def record(self, stage: str) -> dict[str, Any]:
-        """Counts, thresholds and, with truth, quality of a stage."""
-        found: dict[str, Any] = json.loads((self.path / f"{stage}.json").read_text(encoding="utf-8"))
-        return found
+    @property
+    def stages(self) -> Path:
+        """Counts and, with truth, quality of every stage, as ``stage_rows`` gives them."""
+        return self.path / "stages.json"
 
 
 @dataclass(frozen=True)
@@ -269,7 +273,12 @@ def autolabel(
     RunFolder(run.path).claim(yaml.safe_dump({"autolabel": {**own, "options": list(options)}}))
 
     few_shot = few_shot_detector(run, inputs, start, config, options)
-    candidates, boxes = label(run, inputs, few_shot, crop_encoder(_encoder(settings, init), device), settings, device)
+    encoder = crop_encoder(_encoder(settings, init), device)
+
+    def left_out() -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        return left_out_scores(run, inputs, start, config, options, device)
+
+    candidates, boxes = label(run, inputs, few_shot, encoder, settings, device, left_out)
     made = assemble(candidates, boxes, inputs.shots, inputs.people, ignore_above=settings.ignore_above)
     write_labels(made, run.training_labels)
     write_coco(without_ignored(made), run.labels)
@@ -289,6 +298,37 @@ def few_shot_detector(
     return _finetuned(run.few_shot, inputs, inputs.shots, init, config, options)
 
 
+def left_out_scores(
+    run: AutolabelRun,
+    inputs: LabellingInputs,
+    init: Path,
+    config: Sequence[str | Path],
+    options: Sequence[str],
+    device: str,
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Scores of detections on a fifth of the shots' images, by a detector trained on the others; which are right.
+
+    Detections that touch no shot are left out, for what else the images hold is not labelled.
+
+    Returns:
+        Scores [n], and bool [n]: of the shot's class, with an overlap of at least one half.
+
+    Raises:
+        LabelError: Fewer than five images have shots.
+    """
+    shots = inputs.shots
+    order = hash_order(shots.image_ids, 0)
+    held, rest = order[::5], [image_id for place, image_id in enumerate(order) if place % 5]
+    if len(order) < 5:
+        raise LabelError(f"score_rule: precision is measured on every fifth image, but {len(order)} have shots")
+    detector = _finetuned(run.path / "left_out", inputs, shots.select(rest), init, config, options)
+    found = predict(inputs.images.subset(held), detector, min_score=0.02, iou_threshold=0.5, device=device)
+    found = found.with_categories(shots.categories)
+    touching = found.rows(np.flatnonzero(on_labels(found, shots, iou=0.1)))
+    right = on_labels(touching, shots, iou=RIGHT_IOU, by_class=True)
+    return touching.scores, right
+
+
 def label(
     run: AutolabelRun,
     inputs: LabellingInputs,
@@ -296,6 +336,7 @@ def label(
     encoder: CropEncoder,
     settings: AutolabelSettings,
     device: str,
+    left_out: LeftOut,
 ) -> tuple[Candidates, NDArray[np.float32]]:
     """Detections of the pool, sourced, verified and corrected: the candidates, and their boxes [M, 4]."""
     pool = inputs.images.subset(inputs.pool)
@@ -307,14 +348,15 @@ def label(
 
     if inputs.people is not None:
         after["people"] = fingerprint(inputs.people)
-    found = _stage(run, inputs, "source", after, detected)
+    found = _stage(run, "source", after, detected)
 
     after |= {"encoder": encoder.fingerprint, "settings": _of(settings, "source", "verify")}
     after |= {"negatives": None if inputs.negatives is None else fingerprint(inputs.negatives)}
-    found = _stage(run, inputs, "verify", after, lambda: verified(run, inputs, found, encoder, settings, device))
+    found = _stage(run, "verify", after, lambda: verified(run, inputs, found, encoder, settings, device, left_out))
 
     after |= {"correct": _of(settings, "correct")}
-    found = _stage(run, inputs, "correct", after, lambda: corrected(run, inputs, found, detector, settings, device))
+    found = _stage(run, "correct", after, lambda: corrected(run, inputs, found, detector, settings, device))
+    write_json(run.stages, stage_rows(found, inputs.truth))
     collapsed = collapsed_classes(found, settings.max_ratio)
     if collapsed:
         LOG.warning("far more labels than of the other classes, a sign of a collapse: %s", collapsed)
@@ -328,6 +370,7 @@ def verified(
     encoder: CropEncoder,
     settings: AutolabelSettings,
     device: str,
+    left_out: LeftOut,
 ) -> Candidates:
     """The candidates with the votes of the nearest shots, and rejected where these or the scores speak against them."""
     most = settings.per_shot * int(np.bincount(inputs.shots.classes).max())
@@ -346,7 +389,7 @@ def verified(
         agreement=settings.agreement,
         min_score=settings.min_score,
         most_per_class=most,
-        left_out=None,
+        left_out=left_out() if settings.score_rule == "precision" else None,
         precision=settings.precision,
     )
     low = candidates.labels.scores <= above[candidates.labels.classes]
@@ -354,7 +397,7 @@ def verified(
     unseen[rows] = False
     found = candidates.reject(low | unseen, "low_score").reasons(votes.reason.astype(object), rows)
     width = votes.nearest.shape[1]
-    columns = {"vote": (votes.vote, -2), "margin": (votes.margin, np.nan)}
+    columns: dict[str, tuple[NDArray[Any], float]] = {"vote": (votes.vote, -2), "margin": (votes.margin, np.nan)}
     columns |= {f"nearest_{i}": (votes.nearest[:, i], -1) for i in range(width)}
     columns |= {f"similarity_{i}": (votes.similarity[:, i], np.nan) for i in range(width)}
     return found.with_evidence(
@@ -452,21 +495,17 @@ def _finetuned(
     return pipeline.finetune(listed, folder / "labels.parquet", folder, config, init=init, options=options)
 
 
-def _stage(
-    run: AutolabelRun, inputs: LabellingInputs, name: str, after: Mapping[str, Any], make: Callable[[], Candidates]
-) -> Candidates:
-    """What a stage found, read where it was found from the same before, and its counts and quality for the report."""
-    path, record = run.candidates(name), run.path / f"{name}.json"
+def _stage(run: AutolabelRun, name: str, after: Mapping[str, Any], make: Callable[[], Candidates]) -> Candidates:
+    """What a stage found, read where it was found after the same before."""
+    path, mark = run.candidates(name), run.path / f"{name}.json"
     key = hashlib.blake2b(json.dumps(after, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-    if path.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8"))["of"] == key:
+    if path.is_file() and mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == {"after": key}:
         return read_candidates(path)
+    mark.unlink(missing_ok=True)  # a kill between the two files must not leave the mark of others
     found = make()
     write_candidates(found, path)
-    row: dict[str, Any] = {"of": key, "counts": found.counts()}
-    if inputs.truth is not None:
-        row["quality"] = quality(found, found.evidence.get("corrected_xyxy", found.labels.boxes_xyxy), inputs.truth)
-    write_json(record, row)
-    LOG.info("%s: %s", name, ", ".join(f"{count:,} {reason}" for reason, count in row["counts"].items()))
+    write_json(mark, {"after": key})
+    LOG.info("%s: %s", name, ", ".join(f"{count:,} {reason}" for reason, count in found.counts().items()))
     return found
 
 

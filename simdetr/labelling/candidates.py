@@ -9,7 +9,7 @@ Letters: M detections of all images together, C classes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -50,6 +50,12 @@ REASONS = {
     "duplicate": "a surer candidate lies on the same object",
 }
 """What the codes of the column ``reason`` mean."""
+
+
+SOURCED = ("low_score", "holds_shots", "person", "base_class")
+"""Reasons of the first stage; the others are those of the votes, but for the last."""
+CORRECTED = ("duplicate",)
+"""Reasons of the last stage."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,10 @@ class Candidates:
         reason[rows] = np.where(reason[rows] == KEPT, found, reason[rows])
         return replace(self, reason=reason)
 
+    def before(self, reasons: Collection[str]) -> Candidates:
+        """The candidates as they were before they were rejected for some reasons."""
+        return replace(self, reason=np.where(np.isin(self.reason.astype(str), list(reasons)), KEPT, self.reason))
+
     def with_evidence(self, **columns: NDArray[Any]) -> Candidates:
         """The same candidates with more columns."""
         return replace(self, evidence={**self.evidence, **columns})
@@ -126,10 +136,10 @@ def read_candidates(path: Path) -> Candidates:
     columns = {}
     for name in table.column_names:
         column = table[name].combine_chunks()
-        values = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
-        columns[name] = values.to_numpy(zero_copy_only=False).reshape(
-            len(table), *([-1] if values is not column else [])
-        )
+        rows: tuple[int, ...] = (len(table),)
+        if pa.types.is_fixed_size_list(column.type):
+            rows, column = (len(table), column.type.list_size), column.flatten()
+        columns[name] = column.to_numpy(zero_copy_only=False).reshape(rows)
     return Candidates(read_labels(path), columns.pop("reason").astype(object), columns)
 
 
@@ -220,7 +230,7 @@ def source(detections: Labels, shots: Labels, people: Labels | None = None) -> C
     if people is not None:
         inspected = np.array([image_id in people for image_id in detections.image_ids], bool)
         candidates = candidates.reject(inspected[detections.owners], "person")
-    candidates = candidates.reject(on_shots(detections, shots), "person")
+    candidates = candidates.reject(on_labels(detections, shots), "person")
     return candidates.reject(holders(shots, detections.image_ids)[detections.owners, detections.classes], "holds_shots")
 
 
@@ -254,16 +264,20 @@ def holders(labels: Labels, image_ids: tuple[str, ...]) -> NDArray[np.bool_]:
     return held
 
 
-def on_shots(detections: Labels, shots: Labels, iou: float = 0.5) -> NDArray[np.bool_]:
-    """Which detections overlap a labelled box of their image by more than ``iou``, whatever its class: bool [M]."""
+def on_labels(
+    detections: Labels, labels: Labels, *, iou: float = RIGHT_IOU, by_class: bool = False
+) -> NDArray[np.bool_]:
+    """Which detections overlap a labelled box of their image by more than ``iou``, of any class or of theirs: [M]."""
     covered = np.zeros(len(detections.boxes_xyxy), bool)
     for row, image_id in enumerate(detections.image_ids):
-        if image_id in shots and len(shots.of(image_id)):
-            rows = slice(int(detections.offsets[row]), int(detections.offsets[row + 1]))
-            own, labelled = (
-                torch.from_numpy(boxes) for boxes in (detections.boxes_xyxy[rows], shots.of(image_id).boxes_xyxy)
-            )
-            covered[rows] = (pairwise_iou(own, labelled) > iou).any(dim=1).numpy()
+        if image_id not in labels:
+            continue
+        known, rows = labels.of(image_id), slice(*detections.offsets[row : row + 2].tolist())
+        overlaps = pairwise_iou(torch.from_numpy(detections.boxes_xyxy[rows]), torch.from_numpy(known.boxes_xyxy))
+        over = overlaps.numpy() > iou
+        if by_class:
+            over &= detections.classes[rows][:, None] == known.classes
+        covered[rows] = over.any(axis=1)
     return covered
 
 
@@ -344,3 +358,28 @@ def matched_ious(
             found.append(float(overlaps[box, best]))
             overlaps[:, best] = 0.0
     return found
+
+
+def stage_rows(candidates: Candidates, truth: Labels | None = None) -> list[dict[str, Any]]:
+    """What each stage kept and rejected and, with truth, how good what it kept is: a row each, read off the last.
+
+    Args:
+        candidates: After correction, with the column ``corrected_xyxy``.
+        truth: Of some of the images.
+
+    Returns:
+        Rows with ``stage`` (source, verify, correct), ``counts`` by reason and, with truth, ``quality``.
+    """
+    found, corrected = candidates.labels.boxes_xyxy, candidates.evidence["corrected_xyxy"]
+    votes = set(REASONS) - {KEPT, *SOURCED, *CORRECTED}
+    stages = {
+        "source": (candidates.before({*votes, *CORRECTED}), found),
+        "verify": (candidates.before(CORRECTED), found),
+        "correct": (candidates, corrected),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, (own, boxes) in stages.items():
+        rows.append({"stage": name, "counts": own.counts()})
+        if truth is not None:
+            rows[-1]["quality"] = quality(own, boxes, truth)
+    return rows
