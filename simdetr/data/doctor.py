@@ -6,9 +6,8 @@ Only what would stop a run is fatal: no readable image, too many unreadable ones
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from simdetr.data.coco import LabelProblems, read_coco
 from simdetr.data.images import ImageRecord, ImageSource, UnreadableImageError, open_images, read_image
 from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
+from simdetr.data.machine import in_order
 
 TINY_SIDE_PX = 32
 EXTREME_ASPECT = 8.0
@@ -103,7 +103,7 @@ def examine(
     findings: list[Finding] = []
     sizes: dict[str, tuple[int, int]] = {}
     first_with: dict[str, str] = {}
-    for done, checked in enumerate(_checked_in_order(source, threads), start=1):
+    for done, checked in enumerate(in_order(_check, source, threads, _READ_AHEAD_PER_THREAD * threads), start=1):
         findings += checked.findings
         if checked.size_hw is not None:
             sizes[checked.image_id] = checked.size_hw
@@ -169,18 +169,6 @@ class _Checked:
     size_hw: tuple[int, int] | None  # None: unreadable
     digest: str
     findings: tuple[Finding, ...]
-
-
-def _checked_in_order(source: ImageSource, threads: int) -> Iterator[_Checked]:
-    """Check images in parallel, a bounded number ahead; results come in the order of the source."""
-    waiting: deque[Future[_Checked]] = deque()
-    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        for record in source:
-            waiting.append(pool.submit(_check, record))
-            if len(waiting) >= _READ_AHEAD_PER_THREAD * max(1, threads):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _check(record: ImageRecord) -> _Checked:

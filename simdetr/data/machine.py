@@ -10,11 +10,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import psutil
 
 LOG = logging.getLogger(__name__)
+In = TypeVar("In")
+Out = TypeVar("Out")
 WAITING, THREADS = "OMP_WAIT_POLICY", "OMP_NUM_THREADS"
 BUSY = 0.75
 """Part of all cores that a busy machine has at work."""
@@ -73,3 +78,37 @@ def default_device() -> str:
         return "cpu"
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
     return "cuda" if local_rank is None else f"cuda:{int(local_rank) % torch.cuda.device_count()}"
+
+
+def in_order(
+    work: Callable[[In], Out],
+    items: Iterable[In],
+    threads: int,
+    ahead: int = 0,
+    prepare: Callable[[], object] | None = None,
+) -> Generator[Out, None, None]:
+    """Results in the order of the items, worked out by threads; these end with the generator.
+
+    For work that leaves Python's lock alone most of the time: products of matrices, reading and decompressing files.
+
+    Args:
+        work: From an item to its result.
+        items: Asked for as they are needed.
+        threads: 0 works when a result is asked for.
+        ahead: Results that are in the making or wait beside the one that is asked for; at least ``threads``.
+        prepare: Called by each thread as it starts.
+    """
+    if not threads:
+        yield from map(work, items)
+        return
+    begun: deque[Future[Out]] = deque()
+    pool = ThreadPoolExecutor(threads, initializer=prepare)
+    try:
+        for item in items:
+            begun.append(pool.submit(work, item))
+            if len(begun) > max(ahead, threads):
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from simdetr.boxes import batched_giou, cxcywh_to_xyxy
+from simdetr.detectors.deformable_detr import Perceptron
 from simdetr.detectors.deformable_transformer import inverse_sigmoid
 from simdetr.detectors.detector import Features, FeatureSizes, Queries
 from simdetr.detectors.matcher import HungarianMatcher, at_least_float32, focal_class_cost
@@ -31,24 +32,6 @@ class QueryOutputs(NamedTuple):
 
     logits: Tensor  # Class scores: own ones, background last [N, B, Q, M + 1], or the detector's [N, B, Q, M]
     points: Tensor  # (x, y), fractions of the valid image [N, B, Q, 2]
-
-
-class PointHead(nn.Module):
-    """Perceptron from a state to how far the point lies from the reference, in logits; 0 at the start."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        last = nn.Linear(width, 2)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), last])
-
-    def forward(self, states: Tensor) -> Tensor:
-        """[..., D] to [..., 2]."""
-        for layer in self.layers[:-1]:
-            states = layer(states).relu_()
-        moves: Tensor = self.layers[-1](states)
-        return moves
 
 
 class QueryLandmarks(nn.Module):
@@ -73,7 +56,7 @@ class QueryLandmarks(nn.Module):
         self.rule, self.grid, self.width = rule, grid, sizes.query_channels
         self.match_boxes, self.background_weight = match_boxes, background_weight
         count = range(1 if shared else sizes.num_predictions)
-        self.point_embed = nn.ModuleList(PointHead(self.width) for _ in count)
+        self.point_embed = nn.ModuleList(Perceptron(self.width, 2, start=torch.zeros(2)) for _ in count)
         self.class_embed = nn.ModuleList(
             _class_head(self.width, sizes.num_classes) for _ in (count if rule.class_weight == "softmax" else ())
         )

@@ -7,13 +7,12 @@ Source: US 2025/0265826 [0032]-[0034], [0053], [0057]-[0063]. :func:`mine_batch`
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from simdetr.data.images import ImageRecord, ImageSource, UnreadableImageError, read_image
-from simdetr.data.machine import default_workers
+from simdetr.data.machine import default_workers, in_order
 from simdetr.mining.encoders import Encoder
 from simdetr.mining.filters import apply_filters
 from simdetr.mining.level_sets import LevelSets, find_shapes
@@ -280,33 +279,19 @@ class LoadedImage:
     seconds: float = 0.0
 
 
-@contextmanager
 def images_ahead(
     source: ImageSource, positions: Iterable[int], image_size: int, num_workers: int, ahead: int
-) -> Iterator[Iterator[LoadedImage]]:
-    """Give the images at some positions of a source, in that order and shrunk to ``image_size``.
+) -> closing[Generator[LoadedImage, None, None]]:
+    """Give the images at some positions of a source, in that order and shrunk to ``image_size``, to a ``with`` block.
 
     So many threads, which end with the block, decode at most ``ahead`` images before they are asked for; without any an
     image is decoded when it is asked for.
     """
-    if not num_workers:
-        yield (load_image(source[position], image_size) for position in positions)
-        return
-    left, waiting = iter(positions), deque[Future[LoadedImage]]()
 
-    def decoded() -> Iterator[LoadedImage]:
-        while True:
-            for position in islice(left, max(ahead, num_workers) + 1 - len(waiting)):
-                waiting.append(pool.submit(load_image, source[position], image_size))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
+    def load(position: int) -> LoadedImage:
+        return load_image(source[position], image_size)
 
-    pool = ThreadPoolExecutor(num_workers)
-    try:
-        yield decoded()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return closing(in_order(load, positions, num_workers, ahead))
 
 
 def load_image(record: ImageRecord, image_size: int) -> LoadedImage:

@@ -15,11 +15,10 @@ import json
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import log
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -34,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from simdetr.data.machine import in_order
 from simdetr.data.storage import atomic_path
 
 Backend = Literal["torch", "faiss"]
@@ -257,7 +257,9 @@ def assign_blocks(blocks: Iterable[Tensor], centroids: Tensor, spherical: bool, 
     sums, squares = torch.zeros_like(exact), exact.new_zeros(())
     labels = [torch.zeros(0, dtype=torch.int32, device=centroids.device)]
     threads = torch.get_num_threads() if backend == "torch" and centroids.device.type == "cpu" else 1
-    for own_sums, own_squares, own_labels in in_order(assign, pieces, threads) if threads > 1 else map(assign, pieces):
+    for own_sums, own_squares, own_labels in (
+        on_single_cores(assign, pieces, threads) if threads > 1 else map(assign, pieces)
+    ):
         sums += own_sums
         squares += own_squares
         labels.append(own_labels)
@@ -489,23 +491,15 @@ def clustering_record(clustering: KMeans, settings: dict[str, Any]) -> dict[str,
 # Threads and ranks.
 
 
-def in_order(work: Callable[[In], Out], items: Iterable[In], threads: int) -> Iterator[Out]:
-    """Results in the order of the items; at most ``threads`` of them are in the making or wait to be taken.
+def on_single_cores(work: Callable[[In], Out], items: Iterable[In], threads: int) -> Iterator[Out]:
+    """``in_order``, with each thread's torch operations on its own core.
 
-    For work that leaves Python's lock alone most of the time: products of matrices, reading and decompressing files.
-    Each thread's torch operations stay on its own core. Several threads that do one item each never wait for one
-    another, where several threads of one small operation do at its end, which costs most on a busy machine.
+    Several threads that do one item each never wait for one another, where several threads of one small operation do at
+    its end, which costs most on a busy machine.
     """
     intra_op = torch.get_num_threads()
-    begun: deque[Future[Out]] = deque()
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for item in items:
-                begun.append(pool.submit(work, item))
-                if len(begun) > threads:
-                    yield begun.popleft().result()
-            while begun:
-                yield begun.popleft().result()
+        yield from in_order(work, items, threads, prepare=partial(torch.set_num_threads, 1))
     finally:
         torch.set_num_threads(intra_op)  # threads that others start later are not meant
 

@@ -33,7 +33,7 @@ from simdetr.mining.kmeans import (
     clustering_record,
     fit_kmeans,
     gather,
-    in_order,
+    on_single_cores,
     rank,
     world_size,
 )
@@ -220,7 +220,7 @@ class RegionBlocks:
         shards = own_shards(self.store)
         if not shards:  # more ranks than shards; the device is told all the same
             yield torch.zeros(0, self.store.manifest.region_dim, dtype=torch.float16, device=self.device)
-        for block in in_order(self._read, shards, threads=1):
+        for block in on_single_cores(self._read, shards, threads=1):
             yield block.to(self.device)
 
     def _read(self, shard: int) -> Tensor:
