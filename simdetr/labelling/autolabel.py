@@ -273,7 +273,7 @@ def autolabel(
     RunFolder(run.path).claim(yaml.safe_dump({"autolabel": {**own, "options": list(options)}}))
 
     few_shot = few_shot_detector(run, inputs, start, config, options)
-    encoder = crop_encoder(_encoder(settings, init), device)
+    encoder = crop_encoder(encoder_for(settings.encoder, init), device)
 
     def left_out() -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         return left_out_scores(run, inputs, start, config, options, device)
@@ -295,7 +295,7 @@ def few_shot_detector(
     run: AutolabelRun, inputs: LabellingInputs, init: Path, config: Sequence[str | Path], options: Sequence[str]
 ) -> Path:
     """The detector that is trained on the shots alone."""
-    return _finetuned(run.few_shot, inputs, inputs.shots, init, config, options)
+    return train_on(run.few_shot, inputs.images, inputs.shots, init, config, options)
 
 
 def left_out_scores(
@@ -321,7 +321,7 @@ def left_out_scores(
     held, rest = order[::5], [image_id for place, image_id in enumerate(order) if place % 5]
     if len(order) < 5:
         raise LabelError(f"score_rule: precision is measured on every fifth image, but {len(order)} have shots")
-    detector = _finetuned(run.path / "left_out", inputs, shots.select(rest), init, config, options)
+    detector = train_on(run.path / "left_out", inputs.images, shots.select(rest), init, config, options)
     found = predict(inputs.images.subset(held), detector, min_score=0.02, iou_threshold=0.5, device=device)
     found = found.with_categories(shots.categories)
     touching = found.rows(np.flatnonzero(on_labels(found, shots, iou=0.1)))
@@ -451,7 +451,7 @@ def retrain(
         LOG.info("other labels than those of %s: it is trained anew", folder)
         shutil.rmtree(folder, ignore_errors=True)
     write_json(mark, own)
-    return _finetuned(folder, inputs, labels, init, config, options)
+    return train_on(folder, inputs.images, labels, init, config, options)
 
 
 def without_ignored(labels: Labels) -> Labels:
@@ -476,9 +476,9 @@ def fingerprint_of(detector: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _finetuned(
+def train_on(
     folder: Path,
-    inputs: LabellingInputs,
+    images: ImageSource,
     labels: Labels,
     init: Path,
     config: Sequence[str | Path],
@@ -489,7 +489,7 @@ def _finetuned(
         return folder / "detector"
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / "images.txt"
-    listed.write_text("".join(f"{Path(str(inputs.images.path_of(i))).absolute()}\n" for i in labels.image_ids), "utf-8")
+    listed.write_text("".join(f"{Path(str(images.path_of(i))).absolute()}\n" for i in labels.image_ids), "utf-8")
     names = dict(zip(labels.image_ids, open_images(listed).ids, strict=True))
     write_labels(renamed(labels, names), folder / "labels.parquet")
     return pipeline.finetune(listed, folder / "labels.parquet", folder, config, init=init, options=options)
@@ -529,14 +529,14 @@ def _spread(values: NDArray[Any], rows: NDArray[np.int64], count: int, gap: floa
     return column
 
 
-def _encoder(settings: AutolabelSettings, init: str | Path) -> str | Encoder:
-    """What the settings name, or what the pretraining mined with.
+def encoder_for(name: str | None, init: str | Path) -> str | Encoder:
+    """The encoder of a name, or what the pretraining mined with where there is none.
 
     Raises:
         ValueError: Neither is known.
     """
-    if settings.encoder is not None:
-        return settings.encoder
+    if name is not None:
+        return name
     config = Path(init) / "config.yaml"
     if not config.is_file() or "encoder" not in (kept := yaml.safe_load(config.read_text(encoding="utf-8"))):
         raise ValueError(

@@ -1,0 +1,290 @@
+"""Active labelling: a detector and unlabelled images in, which image a person should see next out, round after round.
+
+A round: propose boxes, order the images, let a person inspect the first ones, train on what people left, estimate the
+errors among the rest, decide whether to stop. In a study the person is simulated from truth, so that whole loops run
+unattended and give the same every time. Source: the labelling apparatus' loop of proposals, order, feedback and
+training; its steps may be left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from simdetr import pipeline
+from simdetr.data.annotations import ImageLabels
+from simdetr.data.images import ImageSource, open_images
+from simdetr.data.label_files import read_labels, write_labels
+from simdetr.data.labels import Labels
+from simdetr.data.machine import default_device
+from simdetr.data.storage import atomic_path, write_json, write_scores
+from simdetr.labelling.annotator import SimulatedAnnotator
+from simdetr.labelling.autolabel import encoder_for, fingerprint, train_on
+from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
+from simdetr.labelling.image_selection import Order, Pool, SelectionSettings, entropy, image_vectors, order_images
+from simdetr.labelling.stopping import Audit, Round, draw_audit, errors_left
+from simdetr.training.inference import predict
+from simdetr.training.run_folder import RunFolder, detector_folder
+
+LOG = logging.getLogger(__name__)
+LEAST_SCORE = 0.02
+"""Detections below it say nothing about an image."""
+
+
+def label_order(
+    images: str | Path | ImageSource,
+    out: str | Path,
+    *,
+    init: str | Path,
+    people: str | Path | None = None,
+    strategy: str | None = None,
+    encoder: str | None = None,
+    device: str | None = None,
+    settings: SelectionSettings | None = None,
+) -> Order:
+    """Order images for a person to label, with a reason for each.
+
+    Args:
+        images: The images: a folder, list file or COCO JSON, or an ``ImageSource``.
+        out: CSV file to write: place, image, priority, reason and flags. The features lie in a folder beside it.
+        init: Run folder, detector folder or checkpoint whose boxes are looked at.
+        people: COCO JSON of images that people labelled already; they are not ordered again.
+        strategy: cluster, interleave, box_size, cluster_size, entropy, k_center, mixed or random; interleave while
+            nothing is labelled, then mixed, when left out.
+        encoder: What tells whether images are alike, as for ``autolabel``.
+        device: Torch device; the GPU if there is one.
+        settings: How images are ordered.
+
+    Raises:
+        ValueError: An unknown strategy or encoder.
+    """
+    source = images if isinstance(images, ImageSource) else open_images(images)
+    device, out = device or default_device(), Path(out)
+    known = None if people is None else read_labels(Path(people))
+    labelled = frozenset(() if known is None else (image_id for image_id in known.image_ids if image_id in source))
+    found = predict(source, init, min_score=LEAST_SCORE, one_class=True, device=device)
+    network = crop_encoder(encoder_for(encoder, init), device)
+    pool = pool_of(source, found, network, labelled, cache=out.with_suffix(".features"), device=device)
+    order = order_images(pool, strategy, settings)
+    write_order(order, out)
+    return order
+
+
+def write_order(order: Order, path: Path) -> None:
+    """Write an order as CSV, an image per row, the first to be seen first."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("place", "image", "priority", "reason", "flags"))
+        rows = zip(order.image_ids, order.priorities, order.reasons, order.flags, strict=True)
+        for place, (image_id, priority, reason, flags) in enumerate(rows, start=1):
+            writer.writerow((place, image_id, f"{priority:.6g}", reason, " ".join(sorted(flags))))
+
+
+def pool_of(
+    source: ImageSource,
+    found: Labels,
+    encoder: CropEncoder,
+    labelled: frozenset[str],
+    *,
+    cache: Path,
+    device: str,
+    boxes_per_image: int = 5,
+) -> Pool:
+    """What orders are made of: detections, their uncertainty, and a vector per image.
+
+    Args:
+        source: The images.
+        found: Detections with scores, one class per box; images that are not in it cannot be read.
+        encoder: Of the crops of the best boxes; an image without boxes is one crop.
+        labelled: Ids of images that people labelled.
+        cache: Folder of the features.
+        device: Torch device.
+        boxes_per_image: So many of the best boxes make an image's vector.
+    """
+    best = found.rows(np.sort(np.concatenate([np.zeros(0, np.int64), *_best_rows(found, boxes_per_image)])))
+    whole = Labels.from_images(
+        [
+            ImageLabels.build(image.image_id, image.size_hw, [[0, 0, image.size_hw[1], image.size_hw[0]]], [0])
+            for image in map(found.image, range(len(found)))
+        ],
+        found.categories,
+    )
+    of_boxes, of_images = (crop_features(source, own, encoder, device=device, cache=cache) for own in (best, whole))
+    vectors = image_vectors(of_boxes.values, best.scores, best.offsets, of_images.values)
+    unreadable = frozenset(image_id for image_id in source.ids if image_id not in found)
+    uncertainty = entropy(found.scores[:, None].astype(np.float64))
+    return Pool(found, vectors, uncertainty, labelled & set(found.image_ids), unreadable=unreadable)
+
+
+def _best_rows(found: Labels, count: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    """Rows of the best-scored boxes of every image."""
+    rows = []
+    for start, stop in zip(found.offsets[:-1].tolist(), found.offsets[1:].tolist(), strict=True):
+        rows.append(start + np.argsort(-found.scores[start:stop], kind="stable")[:count])
+    return rows
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """A simulated loop.
+
+    Args:
+        strategy: Which images come first; as of ``label_order``.
+        rounds: Most rounds.
+        images_per_round: Images that the person sees in each, chosen by the strategy.
+        audited_per_round: Further images, drawn at random, that the errors left are estimated from; at least 2 or none.
+        show_above: Proposals of a higher score are shown; the first round shows none, for no class is known yet.
+        seed: Of the draws, the order and the trainings.
+    """
+
+    strategy: str | None = None
+    rounds: int = 5
+    images_per_round: int = 20
+    audited_per_round: int = 0
+    show_above: float = 0.3
+    seed: int = 0
+
+
+def simulate_labelling(
+    images: str | Path | ImageSource,
+    truth: str | Path,
+    val_images: str | Path,
+    val_labels: str | Path,
+    out: str | Path,
+    config: Sequence[str | Path] = (),
+    *,
+    init: str | Path,
+    encoder: str | None = None,
+    options: Sequence[str] = (),
+    device: str | None = None,
+    settings: LoopSettings | None = None,
+    annotator: SimulatedAnnotator | None = None,
+) -> list[dict[str, Any]]:
+    """Run the loop with a person who is simulated from truth; a stopped one goes on after its last round.
+
+    Args:
+        images: The images to label.
+        truth: COCO JSON with all of their boxes, which the person knows.
+        val_images: Images to evaluate on.
+        val_labels: Their boxes.
+        out: Folder of the loop; ``rounds.json`` grows with every round.
+        config: YAML files of the trainings; a recipe for few labels without any.
+        init: Run folder, detector folder or checkpoint of the pretraining.
+        encoder: As for ``autolabel``.
+        options: ``--section.name=value`` strings for the trainings, over the files.
+        device: Torch device; the GPU if there is one.
+        settings: Of the loop.
+        annotator: Of the person; without errors when left out.
+
+    Returns:
+        A row per round: images, boxes and seconds of the person so far, what became of the proposals, the metrics of
+        the detector, the errors left with their interval, and what is really left.
+
+    Raises:
+        RunMismatchError: ``out`` holds a loop with other settings.
+    """
+    settings, annotator = settings or LoopSettings(), annotator or SimulatedAnnotator()
+    source = images if isinstance(images, ImageSource) else open_images(images)
+    device, out = device or default_device(), Path(out)
+    known = read_labels(Path(truth)).select(source.ids)
+    facts = {"loop": asdict(settings), "person": asdict(annotator), "truth": fingerprint(known), "init": str(init)}
+    facts |= {"config": [*map(str, config)], "options": [*options]}
+    RunFolder(out).claim(yaml.safe_dump({"labelling": json.loads(json.dumps(facts))}))
+    network = crop_encoder(encoder_for(encoder, init), device)
+    trainings = (*options, *(f"--{name}={settings.seed}" for name in pipeline.SEEDS))
+    rows: list[dict[str, Any]] = []
+    labels, detector = None, detector_folder(init)
+    for number in range(settings.rounds):
+        folder = out / f"round{number}"
+        if not (folder / "labels.parquet").is_file():
+            found = predict(source, detector, min_score=LEAST_SCORE, one_class=True, device=device)
+            pool = pool_of(source, found, network, _seen(labels), cache=out / "features", device=device)
+            labels, row = inspect(pool, known, labels, number, settings, annotator)
+            row["seconds"] += rows[-1]["seconds"] if rows else 0.0
+            write_json(folder / "person.json", row)
+            write_labels(labels, folder / "labels.parquet")
+        labels, row = read_labels(folder / "labels.parquet"), _read_json(folder / "person.json")
+        detector = train_on(folder / "training", source, labels, detector_folder(init), config, trainings)
+        if not (folder / "scores.json").is_file():
+            write_scores(pipeline.evaluate(val_images, val_labels, detector, device=device), folder / "scores.json")
+        rows.append(row | _read_json(folder / "scores.json"))
+        write_json(out / "rounds.json", rows)
+        if len(labels) == len(known):
+            LOG.info("every image is labelled after %d rounds", number + 1)
+            break
+    return rows
+
+
+def inspect(
+    pool: Pool,
+    truth: Labels,
+    before: Labels | None,
+    number: int,
+    settings: LoopSettings,
+    annotator: SimulatedAnnotator,
+) -> tuple[Labels, dict[str, Any]]:
+    """The person's part of a round.
+
+    Args:
+        pool: What is known before it.
+        truth: What the person knows of every image of the pool.
+        before: What the person left in the rounds before; None in the first.
+        number: Of the round; the first, 0, shows no proposals, for the detector knows no class yet.
+        settings: Of the loop.
+        annotator: The person.
+
+    Returns:
+        All that the person has left so far, and the numbers of the round; ``seconds`` are this round's.
+    """
+    found, choice = pool.labels, SelectionSettings(budget=settings.images_per_round, seed=settings.seed + number)
+    shown = (
+        found.rows(np.flatnonzero(found.scores > settings.show_above)) if number else found.rows(np.zeros(0, np.int64))
+    )
+    shown = shown.with_categories(truth.categories) if number else replace(shown, categories=truth.categories)
+    order = order_images(pool, settings.strategy, choice)
+    chosen = order.image_ids[: settings.images_per_round]
+    others = order.image_ids[settings.images_per_round :]
+    audited = draw_audit(others, settings.audited_per_round, settings.seed + number)
+    inspections = [annotator.inspect(truth.of(image_id), shown.of(image_id)) for image_id in (*chosen, *audited)]
+    kept = [] if before is None else [before.image(row) for row in range(len(before))]
+    labels = Labels.from_images([*kept, *(inspection.labels for inspection in inspections)], truth.categories)
+    summary = Round.of(inspections)
+    row: dict[str, Any] = {
+        "round": number,
+        "strategy": order.strategy,
+        "images": len(labels),
+        "boxes": int((~labels.crowd).sum()),
+        "seconds": summary.seconds,
+        **{name: getattr(summary, name) for name in ("accepted", "corrected", "rejected", "drawn")},
+        "classes": len(np.unique(labels.classes)),
+    }
+    if number and len(audited) >= 2:
+        left = shown.select(image_id for image_id in others if image_id not in set(audited))
+        estimate = errors_left(Audit.of(shown, inspections[len(chosen) :]), left)
+        row["errors_left"] = asdict(estimate)
+        exact = Round.of([SimulatedAnnotator().inspect(truth.of(i), left.of(i)) for i in left.image_ids])
+        row["really_left"] = exact.corrected + exact.rejected + exact.drawn
+    return labels, row
+
+
+def by_hand(truth: Labels, annotator: SimulatedAnnotator | None = None) -> float:
+    """Seconds that a person takes to draw every box of every image without any proposal."""
+    person, nothing = annotator or SimulatedAnnotator(), truth.rows(np.zeros(0, np.int64))
+    return sum(person.inspect(truth.image(row), nothing.image(row)).seconds for row in range(len(truth)))
+
+
+def _seen(labels: Labels | None) -> frozenset[str]:
+    return frozenset() if labels is None else frozenset(labels.image_ids)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
