@@ -232,7 +232,7 @@ def test_every_order_is_a_permutation_with_falling_priorities(make_labels, strat
 
 
 def test_duplicates_stay_in_the_order_of_their_ids(pool_of):
-    pool = pool_of({image_id: (1.0, 2.0) for image_id in "cabd"})
+    pool = pool_of(dict.fromkeys("cabd", (1.0, 2.0)))
     for strategy in ("cluster", "interleave", "cluster_size", "k_center"):
         assert order_images(pool, strategy).image_ids == tuple("abcd")
 
@@ -376,5 +376,5 @@ def test_orders_that_lack_what_they_go_by(make_labels):
     for strategy in ("entropy", "mixed"):
         with pytest.raises(ValueError, match=r"entropies: this order goes by uncertainty; give entropy"):
             order_images(pool, strategy)
-    with pytest.raises(ValueError, match="strategy: expected one of 'interleave', 'cluster', .*, got 'best'"):
+    with pytest.raises(ValueError, match=r"strategy: expected one of 'interleave', 'cluster', .*, got 'best'"):
         order_images(pool, "best")
