@@ -431,3 +431,11 @@ def test_few_crops_wait_at_a_time(scene):
     next(loading)
     assert len(loaded) <= 5
     assert sum(1 for _ in loading) == 59
+
+
+def test_crops_do_not_depend_on_which_others_are_made():
+    """Many crops of an image are made from pixels in another layout."""
+    pixels, boxes = noise(40, 48), torch.tensor(BOXES)
+    one_by_one = torch.cat([crop_boxes(pixels, box[None], 24) for box in boxes])
+    assert torch.equal(crop_boxes(pixels, boxes, 24), one_by_one)
+    assert torch.equal(crop_boxes(pixels, boxes.repeat(9, 1), 24), one_by_one.repeat(9, 1, 1, 1))
