@@ -1,0 +1,1 @@
+"""From few labelled boxes to many: propose, verify, correct."""
