@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simdetr import boxes as box_ops
 from simdetr.data.augmentation import Colour, Mosaic, train_transforms
-from simdetr.data.dataset import Batch, DetectionDataset, Sample, collate, item_seed
+from simdetr.data.dataset import Batch, DetectionDataset, Sample, collate, item_randomness, item_seed
 from simdetr.data.images import ImageSource
 from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path, write_json
@@ -45,6 +45,8 @@ from simdetr.labelling.corrector_networks import (
     LevelReader,
     QueryCorrector,
     build_corrector,
+    decoder_to_start_from,
+    sizes_of_decoder,
 )
 from simdetr.training.detection_task import NonFiniteLossError
 from simdetr.training.optimisation import adamw, lr_factor
@@ -148,6 +150,8 @@ class CorrectorFit:
     Args:
         kind: ``cascade`` (`BoxCorrector`) or ``queries`` (`QueryCorrector`).
         options: Arguments of the network.
+        from_decoder: Let queries begin as the decoder of the detector, where that has two stages and three layers; they
+            then have its sizes.
         steps: Optimiser steps.
         batch_size: Images per step.
         boxes_per_image: Most jittered boxes of an image; twice as many are drawn, as published.
@@ -166,6 +170,7 @@ class CorrectorFit:
 
     kind: Kind = "cascade"
     options: dict[str, Any] = field(default_factory=dict)
+    from_decoder: bool = True
     steps: int = 500
     batch_size: int = 8
     boxes_per_image: int = 64
@@ -258,10 +263,7 @@ def fit_corrector(
     run.claim(yaml.safe_dump({"corrector": facts}, sort_keys=False), None if begun else ())
     if is_fitted(run.path):
         return load_corrector(run.path, features, device=device)
-    torch_state = torch.random.get_rng_state()
-    torch.random.default_generator.manual_seed(settings.seed)
-    network = build_corrector(settings.kind, reader, settings.options)
-    torch.random.set_rng_state(torch_state)
+    network = _new_network(reader, settings)
     data = _TrainingData(source, parts, images, settings)
     with run.step("corrector fit", "boxes") as step:
         losses, step.count = _train(network.to(device), reader.to(device), data, settings, run.path, num_workers)
@@ -273,6 +275,25 @@ def fit_corrector(
     write_json(run.path / RECORD_NAME, record, indent=2)
     (run.path / RESUME_NAME).unlink(missing_ok=True)
     return FittedCorrector(network, reader, images, record)
+
+
+def _new_network(reader: LevelReader, settings: CorrectorFit) -> Corrector:
+    """The network before training: queries begin as the detector's decoder where that can be."""
+    detector, options = decoder_to_start_from(reader), settings.options
+    if settings.kind != "queries" or detector is None or not settings.from_decoder:
+        detector = None
+    else:
+        options = sizes_of_decoder(detector) | options
+    with item_randomness(settings.seed, 0, 0):
+        network = build_corrector(settings.kind, reader, options)
+    if isinstance(network, QueryCorrector) and detector is not None:
+        if network.init_args != sizes_of_decoder(detector):
+            raise ValueError(
+                f"options: the detector's decoder is of other sizes, {sizes_of_decoder(detector)}; leave them out, or set "
+                "from_decoder=False"
+            )
+        network.start_from(detector)
+    return network
 
 
 def is_fitted(folder: Path) -> bool:
@@ -406,7 +427,10 @@ def _train(
         network.load_state_dict(state.pop("network"))
         optimiser.load_state_dict(state.pop("optimiser"))
     sampler = list(data.draws(state["step"]))
-    loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
+    # a generator of its own: the loader draws from torch's default one else
+    loader = DataLoader(
+        data, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, generator=torch.Generator()
+    )
     network.train()
     with image_progress("corrector fit", len(sampler) * settings.batch_size) as progress:
         for batch in loader:
@@ -520,7 +544,8 @@ def correct_boxes(
     names = ("short_side", "max_side", "mean", "std")
     settings = InferenceSettings(**{name: corrector.image_settings[name] for name in names})
     boxed = labels.select(labels.image_ids[i] for i in images)
-    loader = DataLoader(DetectionDataset(source, boxed, settings.transform()), batch_size, collate_fn=collate)
+    dataset = DetectionDataset(source, boxed, settings.transform())
+    loader = DataLoader(dataset, batch_size, collate_fn=collate, generator=torch.Generator())
     with image_progress("correcting boxes", len(images)) as progress:
         for number, batch in enumerate(loader):
             progress(min(batch_size, len(images) - number * batch_size))
