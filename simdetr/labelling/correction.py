@@ -45,6 +45,8 @@ from simdetr.labelling.corrector_networks import (
     LevelReader,
     QueryCorrector,
     build_corrector,
+    decoder_to_start_from,
+    sizes_of_decoder,
 )
 from simdetr.training.detection_task import NonFiniteLossError
 from simdetr.training.optimisation import adamw, lr_factor
@@ -148,6 +150,8 @@ class CorrectorFit:
     Args:
         kind: ``cascade`` (`BoxCorrector`) or ``queries`` (`QueryCorrector`).
         options: Arguments of the network.
+        from_decoder: Let queries begin as the decoder of the detector, where that has two stages and three layers; they
+            then have its sizes.
         steps: Optimiser steps.
         batch_size: Images per step.
         boxes_per_image: Most jittered boxes of an image; twice as many are drawn, as published.
@@ -166,6 +170,7 @@ class CorrectorFit:
 
     kind: Kind = "cascade"
     options: dict[str, Any] = field(default_factory=dict)
+    from_decoder: bool = True
     steps: int = 500
     batch_size: int = 8
     boxes_per_image: int = 64
@@ -258,8 +263,7 @@ def fit_corrector(
     run.claim(yaml.safe_dump({"corrector": facts}, sort_keys=False), None if begun else ())
     if is_fitted(run.path):
         return load_corrector(run.path, features, device=device)
-    with item_randomness(settings.seed, 0, 0):
-        network = build_corrector(settings.kind, reader, settings.options)
+    network = _new_network(reader, settings)
     data = _TrainingData(source, parts, images, settings)
     with run.step("corrector fit", "boxes") as step:
         losses, step.count = _train(network.to(device), reader.to(device), data, settings, run.path, num_workers)
@@ -273,12 +277,33 @@ def fit_corrector(
     return FittedCorrector(network, reader, images, record)
 
 
+def _new_network(reader: LevelReader, settings: CorrectorFit) -> Corrector:
+    """The network before training: queries begin as the detector's decoder where that can be."""
+    detector, options = decoder_to_start_from(reader), settings.options
+    if settings.kind != "queries" or detector is None or not settings.from_decoder:
+        detector = None
+    else:
+        options = sizes_of_decoder(detector) | options
+    with item_randomness(settings.seed, 0, 0):
+        network = build_corrector(settings.kind, reader, options)
+    if isinstance(network, QueryCorrector) and detector is not None:
+        if network.init_args != sizes_of_decoder(detector):
+            raise ValueError(
+                f"options: the detector's decoder is of other sizes, {sizes_of_decoder(detector)}; leave them out, or set "
+                "from_decoder=False"
+            )
+        network.start_from(detector)
+    return network
+
+
 def is_fitted(folder: Path) -> bool:
     """Whether ``fit_corrector`` ended well in this folder: it writes the record last."""
     return (folder / WEIGHTS_NAME).is_file() and (folder / RECORD_NAME).is_file()
 
 
-def load_corrector(folder: str | Path, features: LoadedDetector | Backbone, *, device: str = "cpu") -> FittedCorrector:
+def load_corrector(
+    folder: str | Path, features: LoadedDetector | Backbone, *, device: str = "cpu"
+) -> FittedCorrector:
     """The corrector that ``fit_corrector`` left in a folder.
 
     Args:
@@ -340,9 +365,7 @@ def _boxed(name: str, labels: Labels) -> Labels:
     owners = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
     images = np.unique(owners[good])
     if not len(images):
-        raise ValueError(
-            f"{name}: expected at least one box with an area that is no crowd, got none; label some images"
-        )
+        raise ValueError(f"{name}: expected at least one box with an area that is no crowd, got none; label some images")
     return labels.select(labels.image_ids[i] for i in images)
 
 
@@ -532,9 +555,7 @@ def correct_boxes(
             owners = images[[int(target["image_index"]) for target in batch.targets]]
             rows = np.concatenate([np.arange(labels.offsets[i], labels.offsets[i + 1]) for i in owners])
             row_of_batch = torch.arange(len(owners)).repeat_interleave(torch.from_numpy(counts[owners]))
-            sizes, originals = (
-                torch.stack([target[name] for target in batch.targets]) for name in ("size", "orig_size")
-            )
+            sizes, originals = (torch.stack([target[name] for target in batch.targets]) for name in ("size", "orig_size"))
             scales = (sizes / originals).flip(1).repeat(1, 2)
             for part in torch.arange(len(rows)).split(_BOXES_AT_ONCE):
                 own, image = torch.from_numpy(rows)[part], row_of_batch[part]

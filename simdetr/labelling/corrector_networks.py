@@ -1,8 +1,8 @@
 """Feature maps and boxes in, better boxes out: the networks that correct boxes, whatever is in them.
 
 ``BoxCorrector`` reads the maps inside each box and moves the box three times (a cascade of RoI heads without classes);
-``QueryCorrector`` makes each box a query of three deformable decoder layers. Both begin as the identity, see no
-class, give no score and drop no box. The maps come from a frozen backbone, ``LevelReader``.
+``QueryCorrector`` makes each box a query of three deformable decoder layers, and may begin as the decoder of a detector
+that moves boxes already. Both see no class, give no score and drop no box. The maps come from ``LevelReader``.
 
 Sources: the correction of Label, Verify, Correct (Kaul et al., arXiv 2112.05749, section 3.3) after Cascade R-CNN (Cai
 and Vasconcelos, arXiv 1712.00726); deformable decoder layers of Deformable DETR (arXiv 2010.04159).
@@ -19,15 +19,17 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, roi_align
 
 from simdetr.boxes import cxcywh_to_xyxy, pairwise_iou, xyxy_to_cxcywh
 from simdetr.detectors.backbone import Backbone, pad_to_multiple, resize_mask
-from simdetr.detectors.deformable_detr import box_head
+from simdetr.detectors.deformable_detr import box_head, DeformableDETR
 from simdetr.detectors.deformable_transformer import (
     DeformableDecoder,
+    DeformableDecoderLayer,
     LayerSizes,
     Memory,
     flatten_maps,
@@ -49,8 +51,8 @@ _L1_WEIGHT, _GIOU_WEIGHT = 5.0, 2.0  # of the published DETR
 class LevelReader(nn.Module):
     """Feature maps of a trained detector or backbone, without gradient.
 
-    Maps are those of the backbone where that is a `Backbone` (Deformable DETR, DETReg, a backbone with a head), fine to
-    coarse; else the projected maps that the decoder reads (ViDT), for which the whole detector runs.
+    Of a Deformable DETR they are what its encoder makes of the backbone's maps, for that has learned where objects end;
+    of a ViDT the maps that its decoder reads; of a backbone, also one with a head, its own.
 
     Args:
         network: The detector or backbone; set to evaluation mode.
@@ -66,18 +68,17 @@ class LevelReader(nn.Module):
     def __init__(self, network: Detector | Backbone) -> None:
         super().__init__()
         core = network.core if isinstance(network, Detector) else network
-        own = core if isinstance(core, Backbone) else getattr(core, "backbone", None)
-        if isinstance(own, Backbone):
-            core, self.channels, self.strides = own, tuple(own.channels), tuple(own.strides)
-        elif isinstance(core, QueryDetector):
-            sizes = core.feature_sizes
-            self.channels, self.strides = sizes.level_channels, sizes.level_strides
+        if isinstance(core, QueryDetector):
+            self.channels, self.strides = core.feature_sizes.level_channels, core.feature_sizes.level_strides
         else:
-            raise ValueError(
-                f"features: {type(network).__name__} gives no feature maps; take a Deformable DETR, a ViDT, or a "
-                "simdetr.detectors.Backbone on its own"
-            )
-        self.network: nn.Module = core
+            core = core if isinstance(core, Backbone) else getattr(core, "backbone", None)
+            if not isinstance(core, Backbone):
+                raise ValueError(
+                    f"features: {type(network).__name__} gives no feature maps; take a Deformable DETR, a ViDT, or a "
+                    "simdetr.detectors.Backbone on its own"
+                )
+            self.channels, self.strides = tuple(core.channels), tuple(core.strides)
+        self.network: QueryDetector | Backbone = core
         self.eval()
 
     def train(self, mode: bool = True) -> LevelReader:
@@ -87,15 +88,31 @@ class LevelReader(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, mask: Tensor) -> list[Level]:
         """The maps of normalised images [B, 3, H, W], padded where ``mask`` [B, H, W] is True."""
+        if isinstance(self.network, DeformableDETR):
+            return self._encoded(self.network, images, mask)
         if isinstance(self.network, QueryDetector):
             return self.network.decoded(images, mask)[1].levels
-        backbone: Any = self.network
-        images, mask = pad_to_multiple(images, mask, backbone.pad_multiple)
+        images, mask = pad_to_multiple(images, mask, self.network.pad_multiple)
         mask = mask.expand(images.shape[0], -1, -1)
-        maps = backbone(images)
+        maps = self.network(images)
         shapes = [(features.shape[2], features.shape[3]) for features in maps]
         levels = zip(maps, self.strides, shapes, strict=True)
         return [Level(features, stride, resize_mask(mask, shape)) for features, stride, shape in levels]
+
+    def _encoded(self, detector: DeformableDETR, images: Tensor, mask: Tensor) -> list[Level]:
+        kept: list[Memory] = []
+        hook = detector.transformer.encoder.register_forward_hook(lambda _, __, output: kept.append(output))
+        try:
+            levels = detector.decoded(images, mask)[1].levels
+        finally:
+            hook.remove()
+        (memory,) = kept
+        parts = memory.tokens.split([height * width for height, width in memory.shapes], dim=1)
+        maps = [
+            rearrange(part, "b (h w) c -> b c h w", h=height)
+            for part, (height, _) in zip(parts, memory.shapes, strict=True)
+        ]
+        return [level._replace(features=features) for level, features in zip(levels, maps, strict=True)]
 
 
 class Boxes(NamedTuple):
@@ -217,8 +234,13 @@ def widened(boxes_xyxy: Tensor, factor: float) -> Tensor:
     return boxes_xyxy + torch.cat([-margin, margin], dim=1)
 
 
+def unpadded(levels: Sequence[Level]) -> list[Tensor]:
+    """The maps [B, C, h, w] in float32, 0 in the padding: nothing depends on what was stored there."""
+    return [level.features.float().masked_fill(level.mask[:, None], 0.0) for level in levels]
+
+
 class LevelProjection(nn.Module):
-    """Maps of several widths to maps of one width D; padding reads 0, and nothing depends on what was stored there.
+    """Maps of several widths to maps of one width D; padding reads 0.
 
     Args:
         channels: of each map.
@@ -237,12 +259,12 @@ class LevelProjection(nn.Module):
     def forward(self, levels: Sequence[Level]) -> list[Tensor]:
         """Maps [B, D, h, w], fine to coarse."""
         maps: list[Tensor] = []
-        for project, level in zip(reversed(self.projections), reversed(levels), strict=True):
-            padding = level.mask[:, None]
-            features = project(level.features.float().masked_fill(padding, 0.0))
+        clean = unpadded(levels)
+        for project, values, level in zip(reversed(self.projections), reversed(clean), reversed(levels), strict=True):
+            features = project(values)
             if maps and self.top_down:
                 features = features + F.interpolate(maps[-1], size=features.shape[-2:], mode="nearest")
-            maps.append(features.masked_fill(padding, 0.0))
+            maps.append(features.masked_fill(level.mask[:, None], 0.0))
         return maps[::-1]
 
 
@@ -327,13 +349,14 @@ def _stage(inputs: int, width: int) -> nn.Sequential:
 class QueryCorrector(Corrector):
     """Each box is a query of three deformable decoder layers; queries do not see each other.
 
-    A query's content is what the maps have inside the box, its position the box; each layer's loss is that of DETR's
-    boxes, 5 · L1 + 2 · (1 - GIoU), of the boxes as fractions of the image.
+    A query's content and position are made of its box, as a two-stage detector makes them of its proposals; to the
+    content comes what the maps have inside the box. Each layer's loss is that of DETR's boxes, 5 · L1 + 2 · (1 - GIoU),
+    of the boxes as fractions of the image.
 
     Args:
         channels: C of each map.
         strides: pixels per cell of each map.
-        dim: D, a multiple of 8.
+        dim: D, a multiple of 8; maps of this width are read as they are.
         ffn_dim: width of the layers' perceptrons.
         num_heads: attention heads.
         num_points: points that a head reads per map.
@@ -349,25 +372,41 @@ class QueryCorrector(Corrector):
         num_points: int = 4,
     ) -> None:
         super().__init__()
-        if dim % 8 or dim % num_heads:
+        if dim < 1 or dim % 8 or dim % num_heads:
             raise ValueError(f"dim: expected a multiple of 8 and of num_heads={num_heads}, got {dim}")
-        own = {"dim": dim, "ffn_dim": ffn_dim, "num_heads": num_heads, "num_points": num_points}
-        self.init_args = own
+        self.init_args = {"dim": dim, "ffn_dim": ffn_dim, "num_heads": num_heads, "num_points": num_points}
         self.strides = tuple(strides)
-        self.projection = LevelProjection(channels, dim, top_down=False)
+        self.projection = None if set(channels) == {dim} else LevelProjection(channels, dim, top_down=False)
         sizes = LayerSizes(dim, ffn_dim, 0.0, len(channels), num_heads, num_points)
-        self.decoder = DeformableDecoder((_CandidateLayer(sizes) for _ in MATCH_IOUS), refine=True)  # type: ignore[misc]
-        self.content = nn.Sequential(nn.Flatten(), nn.Linear(dim * ROI_CELLS**2, dim), nn.LayerNorm(dim))
-        self.place = nn.Sequential(nn.Linear(2 * dim, dim), nn.LayerNorm(dim))
+        self.decoder = DeformableDecoder((_LoneDecoderLayer(sizes) for _ in MATCH_IOUS), refine=True)
+        self.pos_trans, self.pos_trans_norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
         initialise(self.decoder)
+        self.content = nn.Sequential(nn.Flatten(), nn.Linear(dim * ROI_CELLS**2, dim))
         self.heads = nn.ModuleList(box_head(dim) for _ in MATCH_IOUS)
+
+    def start_from(self, detector: DeformableDETR) -> None:
+        """Take over the first three layers of a two-stage detector's decoder, and how it makes queries of boxes.
+
+        What the maps have inside the box counts nothing at first: the corrector begins as that decoder.
+        """
+        theirs = detector.transformer
+        for own, layer in zip(self.decoder.layers, theirs.decoder.layers, strict=False):
+            own.load_state_dict(layer.state_dict())
+        for own, head in zip(self.heads, detector.bbox_embed, strict=False):
+            own.load_state_dict(head.state_dict())
+        self.pos_trans.load_state_dict(theirs.pos_trans.state_dict())
+        self.pos_trans_norm.load_state_dict(theirs.pos_trans_norm.state_dict())
+        for parameter in self.content.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, levels: Sequence[Level], boxes: Boxes) -> list[Tensor]:
         """Boxes [R, 4] after each layer."""
-        maps = self.projection(levels)
-        content = self.content(pooled(maps, self.strides, boxes.xyxy, boxes.image))
+        maps = unpadded(levels) if self.projection is None else self.projection(levels)
         sizes = boxes.sizes_hw.flip(1).to(boxes.xyxy).repeat(1, 2)[boxes.image]
         reference = xyxy_to_cxcywh(boxes.xyxy) / sizes
+        embedding = sine_box_positions(reference, maps[0].shape[1] // 2)
+        place, target = self.pos_trans_norm(self.pos_trans(embedding)).chunk(2, dim=-1)
+        target = target + self.content(pooled(maps, self.strides, boxes.xyxy, boxes.image))
         row, column, most = _places(boxes.image, len(boxes.sizes_hw))
 
         def spread(values: Tensor, fill: float) -> Tensor:
@@ -375,9 +414,8 @@ class QueryCorrector(Corrector):
             table = values.new_full((len(boxes.sizes_hw), most, values.shape[1]), fill)
             return table.index_put((row, column), values)
 
-        place = self.place(sine_box_positions(reference, content.shape[1] // 2))
         memory = flatten_maps(maps, [level.mask for level in levels])
-        found = self.decoder(spread(content, 0.0), spread(place, 0.0), spread(reference, 0.5), memory, self.heads)[1]
+        found = self.decoder(spread(target, 0.0), spread(place, 0.0), spread(reference, 0.5), memory, self.heads)[1]
         return [cxcywh_to_xyxy(layer[row, column]) * sizes for layer in found]
 
     def box_loss(self, found: Tensor, wanted: Tensor, sizes_wh: Tensor) -> Tensor:
@@ -398,28 +436,39 @@ def _places(image: Tensor, images: int) -> tuple[Tensor, Tensor, int]:
     return image, column, max(1, int(counts.max()))
 
 
-class _CandidateLayer(nn.Module):
-    """A decoder layer without self-attention: deformable attention to the maps, perceptron."""
-
-    def __init__(self, sizes: LayerSizes) -> None:
-        super().__init__()
-        self.cross_attn = sizes.attention()
-        self.norm1 = nn.LayerNorm(sizes.dim)
-        self.linear1 = nn.Linear(sizes.dim, sizes.ffn_dim)
-        self.linear2 = nn.Linear(sizes.ffn_dim, sizes.dim)
-        self.norm2 = nn.LayerNorm(sizes.dim)
+class _LoneDecoderLayer(DeformableDecoderLayer):
+    """A decoder layer whose queries attend to themselves alone, so that no candidate depends on the others."""
 
     def forward(self, target: Tensor, query: Tensor, references: Tensor, memory: Memory) -> Tensor:
         """New states [B, Q, D]; query positions [B, Q, D], references [B, Q, L, 4] on the padded maps."""
+        # the softmax over one key is 1: what is left of the attention are two linear maps
+        dim, attention = target.shape[-1], self.self_attn
+        own = F.linear(target, attention.in_proj_weight[2 * dim :], attention.in_proj_bias[2 * dim :])
+        target = self.norm2(target + attention.out_proj(own))
         attended = self.cross_attn(target + query, references, memory.tokens, memory.shapes, memory.padding)
         target = self.norm1(target + attended)
-        hidden = self.linear1(target).relu_()
-        normed: Tensor = self.norm2(target + self.linear2(hidden))
+        normed: Tensor = self.norm3(target + self.linear2(self.linear1(target).relu_()))
         return normed
 
 
 Kind = Literal["cascade", "queries"]
 _KINDS: dict[str, type[BoxCorrector | QueryCorrector]] = {"cascade": BoxCorrector, "queries": QueryCorrector}
+
+
+def decoder_to_start_from(reader: LevelReader) -> DeformableDETR | None:
+    """The detector whose decoder can be a corrector's start: one of two stages and at least three layers."""
+    network = reader.network
+    if not isinstance(network, DeformableDETR):
+        return None
+    given = network.init_args
+    fits = given["two_stage"] and given["num_decoder_layers"] >= len(MATCH_IOUS) and given["hidden_dim"] % 8 == 0
+    return network if fits else None
+
+
+def sizes_of_decoder(detector: DeformableDETR) -> dict[str, Any]:
+    """Options of a `QueryCorrector` that can start from this detector."""
+    names = {"dim": "hidden_dim", "ffn_dim": "ffn_dim", "num_heads": "num_heads", "num_points": "num_points"}
+    return {own: detector.init_args[theirs] for own, theirs in names.items()}
 
 
 def build_corrector(kind: Kind, reader: LevelReader, options: dict[str, Any]) -> Corrector:
