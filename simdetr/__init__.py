@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from simdetr.data.label_files import read_labels, write_labels
     from simdetr.data.labels import Labels
     from simdetr.data.protocols import split
+    from simdetr.labelling.autolabel import autolabel
     from simdetr.mining.store import ProposalStore
     from simdetr.pipeline import compare, finetune, mine_proposals, pretrain, report
     from simdetr.training.inference import evaluate, predict

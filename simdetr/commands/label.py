@@ -1,4 +1,4 @@
-"""What ``autolabel`` does: a few labelled boxes and images in, a labelled set and a detector out."""
+"""What ``autolabel``, ``label-order`` and ``label-simulate`` do: few labels in, many out, or which image comes next."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markdown import Markdown
 
-from simdetr.labelling import AutolabelSettings
+from simdetr.labelling import loop
+from simdetr.labelling.annotator import SimulatedAnnotator
+from simdetr.labelling.autolabel import AutolabelSettings
 from simdetr.labelling.autolabel import autolabel as run_autolabel
+from simdetr.labelling.image_selection import SelectionSettings
 
 OUT = Console()
 
@@ -69,3 +73,88 @@ def autolabel(
         OUT.print(f"{row['stage']:>8}: {line}", markup=False, highlight=False, soft_wrap=True)
     OUT.print(f"labels: {run.labels}", soft_wrap=True)
     OUT.print(f"detector: {run.detector}; look at {run.report}", soft_wrap=True)
+
+
+def label_order(
+    images: str,
+    init: Path,
+    out: Path = Path("order.csv"),
+    people: Path | None = None,
+    strategy: str | None = None,
+    encoder: str | None = None,
+    device: str | None = None,
+    show: int = 10,
+    **settings: Any,
+) -> None:
+    """Order images for a person to label, with a reason for each.
+
+    Args:
+        images: Folder, list file or COCO JSON of the images.
+        init: Run folder, detector folder or checkpoint whose boxes are looked at.
+        out: CSV file to write: place, image, priority, reason and flags. The features lie in a folder beside it.
+        people: COCO JSON of images that people labelled already; they are not ordered again.
+        strategy: cluster, interleave, box_size, cluster_size, entropy, k_center, mixed or random; interleave while
+            nothing is labelled, then mixed, when left out.
+        encoder: What tells whether images are alike; that of the pretraining's mining when left out.
+        device: Torch device; the GPU if there is one.
+        show: Images that are printed.
+        settings: How images are ordered.
+    """
+    choice = SelectionSettings(**settings)
+    order = loop.label_order(
+        images, out, init=init, people=people, strategy=strategy, encoder=encoder, device=device, settings=choice
+    )
+    for image_id, reason in zip(order.image_ids[:show], order.reasons, strict=False):
+        OUT.print(f"{image_id}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    OUT.print(f"{len(order):,} images, by {order.strategy}: {out}", soft_wrap=True)
+
+
+def label_simulate(
+    images: str,
+    truth: Path,
+    val_images: Path,
+    val_labels: Path,
+    out: Path,
+    init: Path,
+    config: tuple[str, ...] = (),
+    options: tuple[str, ...] = (),
+    encoder: str | None = None,
+    device: str | None = None,
+    misses: float = 0.0,
+    accepts_wrong: float = 0.0,
+    **settings: Any,
+) -> None:
+    """Run the loop of ordering, inspecting and training with a person who is simulated from truth.
+
+    The same command again goes on after the last round.
+
+    Args:
+        images: The images to label.
+        truth: COCO JSON with all of their boxes, which the person knows.
+        val_images: Images to evaluate on.
+        val_labels: Their boxes.
+        out: Folder of the loop.
+        init: Run folder, detector folder or checkpoint of the pretraining.
+        config: YAML files of the trainings; a recipe for few labels without any.
+        options: ``--section.name=value`` strings; dotted options on the command line end here.
+        encoder: What tells whether images are alike; that of the pretraining's mining when left out.
+        device: Torch device; the GPU if there is one.
+        misses: Part of the objects without a proposal that the person does not see.
+        accepts_wrong: Part of the wrong proposals that the person accepts.
+        settings: Of the loop.
+    """
+    rows = loop.simulate_labelling(
+        images,
+        truth,
+        val_images,
+        val_labels,
+        out,
+        config,
+        init=init,
+        encoder=encoder,
+        options=options,
+        device=device,
+        settings=loop.LoopSettings(**settings),
+        annotator=SimulatedAnnotator(misses=misses, accepts_wrong=accepts_wrong),
+    )
+    OUT.print(Markdown(loop.loop_table(rows)))

@@ -44,6 +44,8 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "compare": "pretrain.compare",
     "predict": "predict.predict",
     "autolabel": "label.autolabel",
+    "label-order": "label.label_order",
+    "label-simulate": "label.label_simulate",
     "encoder": {"fit": "mine.fit"},
     "import": "export.import_detector",
     "export": {

@@ -15,6 +15,23 @@ In reading order:
     loop                active labelling, round after round
 """
 
-from simdetr.labelling.autolabel import AutolabelRun, AutolabelSettings, autolabel
+from simdetr.labelling.annotator import SimulatedAnnotator
+from simdetr.labelling.autolabel import AutolabelRun, AutolabelSettings
+from simdetr.labelling.image_selection import SelectionSettings
+from simdetr.labelling.loop import LoopSettings, label_order, simulate_labelling
+from simdetr.labelling.stopping import AcceptRate, Budget, ErrorBound, Kappa, errors_left
 
-__all__ = ["AutolabelRun", "AutolabelSettings", "autolabel"]
+__all__ = [
+    "AcceptRate",
+    "AutolabelRun",
+    "AutolabelSettings",
+    "Budget",
+    "ErrorBound",
+    "Kappa",
+    "LoopSettings",
+    "SelectionSettings",
+    "SimulatedAnnotator",
+    "errors_left",
+    "label_order",
+    "simulate_labelling",
+]

@@ -26,7 +26,7 @@ from torchvision.ops import generalized_box_iou_loss, roi_align
 
 from simdetr.boxes import cxcywh_to_xyxy, pairwise_iou, xyxy_to_cxcywh
 from simdetr.detectors.backbone import Backbone, pad_to_multiple, resize_mask
-from simdetr.detectors.deformable_detr import box_head, DeformableDETR
+from simdetr.detectors.deformable_detr import DeformableDETR, box_head
 from simdetr.detectors.deformable_transformer import (
     DeformableDecoder,
     DeformableDecoderLayer,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -273,6 +273,23 @@ def inspect(
         exact = Round.of([SimulatedAnnotator().inspect(truth.of(i), left.of(i)) for i in left.image_ids])
         row["really_left"] = exact.corrected + exact.rejected + exact.drawn
     return labels, row
+
+
+def loop_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rounds as a Markdown table: what the person did so far, AP, and the errors left with their interval."""
+    lines = [
+        "| round | images | boxes | minutes | accepted / corrected / rejected / drawn | AP | errors left |",
+        "|--:|--:|--:|--:|:-:|--:|--:|",
+    ]
+    for row in rows:
+        did = " / ".join(str(row[name]) for name in ("accepted", "corrected", "rejected", "drawn"))
+        left = "–"
+        if "errors_left" in row:
+            estimate = row["errors_left"]
+            left = f"{estimate['total']:.0f} ({estimate['low']:.0f} to {estimate['high']:.0f})"
+        numbers = f"{row['images']} | {row['boxes']} | {row['seconds'] / 60:.1f}"
+        lines.append(f"| {row['round']} | {numbers} | {did} | {100 * row['AP']:.1f} | {left} |")
+    return "\n".join(lines)
 
 
 def by_hand(truth: Labels, annotator: SimulatedAnnotator | None = None) -> float:

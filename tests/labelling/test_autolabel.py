@@ -1,0 +1,191 @@
+"""Few labels become many on drawn scenes: every stage, its resume, what people made, and what cannot be done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simdetr.data.annotations import LabelError
+from simdetr.data.coco import write_coco
+from simdetr.data.images import open_images
+from simdetr.data.label_files import read_labels
+from simdetr.labelling import autolabel as module
+from simdetr.labelling.autolabel import (
+    AutolabelSettings,
+    LabellingInputs,
+    NothingToLearnError,
+    autolabel,
+    encoder_for,
+    fingerprint,
+    renamed,
+)
+from simdetr.labelling.candidates import read_candidates
+from simdetr.training.run_folder import RunMismatchError
+
+SETTINGS = AutolabelSettings(
+    score_rule="per_class_top", per_shot=1, encoder="colour-texture", corrector_steps=2, ignore_above=0.0
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, scenes, shots, pretrained, tiny_config):
+    truth = scenes / "instances.json"
+    out = tmp_path_factory.mktemp("auto") / "run"
+    return autolabel(scenes, shots, out, [tiny_config], init=pretrained, truth=truth, settings=SETTINGS)
+
+
+@pytest.fixture
+def again(finished, tmp_path, scenes, shots, pretrained, tiny_config):
+    """Runs a copy of the finished one once more."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.path, copy)
+
+    def run(settings=SETTINGS, **changes):
+        arguments = {"images": scenes, "shots": shots, "out": copy, "config": [tiny_config], "init": pretrained}
+        return autolabel(**arguments | {"truth": scenes / "instances.json"} | changes, settings=settings)
+
+    return run
+
+
+def written(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_results_and_counts_are_there(finished, scenes, shots):
+    rows = json.loads(finished.stages.read_text())
+    assert [row["stage"] for row in rows] == ["source", "verify", "correct"]
+    found = read_candidates(finished.candidates("correct"))
+    assert rows[-1]["counts"] == found.counts() and sum(rows[0]["counts"].values()) == len(found.reason)
+    kept = [row["counts"]["kept"] for row in rows]
+    assert kept[0] >= kept[1] >= kept[2] > 0
+    objects = len(read_labels(scenes / "instances.json").boxes_xyxy)
+    assert all(row["quality"]["objects"] == objects for row in rows)
+    assert (finished.detector / "model.safetensors").is_file()
+    labels, given = read_labels(finished.labels), read_labels(shots)
+    assert not labels.crowd.any() and len(labels.boxes_xyxy) == kept[2] + len(given.boxes_xyxy)
+    for image_id in given.image_ids:  # a person's boxes come first, and as they were
+        np.testing.assert_array_equal(
+            labels.of(image_id).boxes_xyxy[: len(given.of(image_id))], given.of(image_id).boxes_xyxy
+        )
+
+
+def test_what_is_rejected_on_labelled_images_is_ignored_in_training(finished):
+    training = read_labels(finished.training_labels)
+    found = read_candidates(finished.candidates("correct"))
+    assert training.crowd.any()
+    kept = found.evidence["corrected_xyxy"][found.kept]
+    objects = training.boxes_xyxy[~training.crowd]
+    assert all((np.abs(objects - box).max(axis=1) < 1e-4).any() for box in kept)
+
+
+def test_nothing_is_done_twice(again):
+    run = again()
+    before = written(run.path)
+    again()
+    assert {n: t for n, t in written(run.path).items() if t != before.get(n)}.keys() <= {
+        "stages.json", "labels.json", "training.parquet", "retrained.json", "report/index.html", ".leader.lock"
+    }  # fmt: skip
+
+
+def test_another_threshold_needs_no_encoder(again, monkeypatch):
+    def encode(self, crops):
+        raise AssertionError("the encoder was asked again")
+
+    monkeypatch.setattr(module.CropEncoder, "forward", encode)
+    run = again(replace(SETTINGS, score_rule="agreement", agreement=0.0, min_margin=0.0, corrector="none"))
+    rows = json.loads(run.stages.read_text())
+    assert rows[0]["counts"]["kept"] > 0
+
+
+def test_a_killed_stage_is_made_again_and_the_others_are_not(again, finished):
+    copy = again().path
+    (copy / "verify.json").unlink()  # as if killed before its mark was written
+    before = written(copy)
+    run = again()
+    after = written(copy)
+    assert after["source.parquet"] == before["source.parquet"] and after["verify.parquet"] != before["verify.parquet"]
+    assert read_candidates(run.candidates("verify")).counts() == read_candidates(finished.candidates("verify")).counts()
+
+
+def test_other_shots_need_another_folder(again, shots, tmp_path):
+    fewer = read_labels(shots)
+    write_coco(fewer.select(fewer.image_ids[:4]), tmp_path / "fewer.json")
+    with pytest.raises(RunMismatchError, match=r"autolabel\.shots"):
+        again(shots=tmp_path / "fewer.json")
+
+
+def test_people_have_the_last_word(again, scenes, tmp_path):
+    truth = read_labels(scenes / "instances.json")
+    own = truth.select(truth.image_ids[6:8])
+    own = own.rows(np.arange(1, len(own.boxes_xyxy)))  # a person may think less of an object than the truth does
+    write_coco(own, tmp_path / "people.json")
+    run = again(people=tmp_path / "people.json")
+    labels, found = read_labels(run.training_labels), read_candidates(run.candidates("correct"))
+    for image_id in own.image_ids:
+        np.testing.assert_array_equal(labels.of(image_id).boxes_xyxy, own.of(image_id).boxes_xyxy)
+        rows = slice(*found.labels.offsets[found.labels.row_of(image_id) :][:2].tolist())
+        assert set(found.reason[rows]) <= {"person"}
+
+
+def test_exemplars_may_lie_elsewhere(tmp_path, scenes, shots):
+    few = read_labels(shots)
+    folder = tmp_path / "exemplars"
+    folder.mkdir()
+    for image_id in few.image_ids:
+        shutil.copyfile(scenes / image_id, folder / f"own_{Path(image_id).name}")
+    elsewhere = renamed(few, {image_id: f"own_{Path(image_id).name}" for image_id in few.image_ids})
+    write_coco(elsewhere, folder / "shots.json")
+    for place in (None, folder):
+        inputs = LabellingInputs.read(scenes, folder / "shots.json", place)
+        assert inputs.pool == tuple(open_images(scenes).ids)
+        assert all(inputs.images.path_of(image_id).is_file() for image_id in inputs.shots.image_ids)
+        assert set(inputs.shots.image_ids).isdisjoint(inputs.pool)
+    with pytest.raises(LabelError, match=r"shots: 5 of 5 images are not in .* --shot_images"):
+        LabellingInputs.read(scenes, folder / "shots.json", scenes)
+    # the same files under another folder's name are the same images
+    inputs = LabellingInputs.read(scenes, shots, scenes)
+    assert set(inputs.shots.image_ids) <= set(inputs.pool) and len(inputs.images) == len(inputs.pool)
+
+
+def test_no_candidate_is_an_error_that_loses_nothing(again):
+    with pytest.raises(NothingToLearnError, match=r"none of .* detections was kept"):
+        again(replace(SETTINGS, score_rule="absolute", min_score=1.0))
+    assert again().detector.is_dir()
+
+
+def test_precision_is_measured_on_left_out_shots(again, monkeypatch):
+    seen = {}
+    original = module.left_out_scores
+
+    def spy(*arguments):
+        seen["scores"], seen["right"] = original(*arguments)
+        return seen["scores"], seen["right"]
+
+    monkeypatch.setattr(module, "left_out_scores", spy)
+    run = again(replace(SETTINGS, score_rule="precision", precision=0.0, corrector="none"))
+    assert len(seen["scores"]) == len(seen["right"]) > 0
+    labels = read_labels(run.path / "left_out" / "labels.parquet")
+    assert len(labels) == 4  # every fifth image of the shots is left out
+
+
+def test_the_encoder_of_the_pretraining_is_the_default(pretrained, tmp_path):
+    assert type(encoder_for(None, pretrained)).__name__ == "ColourTextureEncoder"
+    assert encoder_for("efficientnet-lite0", pretrained) == "efficientnet-lite0"
+    with pytest.raises(ValueError, match="does not say what it was mined with; name one"):
+        encoder_for(None, tmp_path)
+
+
+def test_a_fingerprint_is_of_what_is_labelled(shots):
+    few = read_labels(shots)
+    assert fingerprint(few) == fingerprint(read_labels(shots))
+    moved = few.boxes_xyxy.copy()
+    moved[0, 0] += 1
+    for other in (replace(few, boxes_xyxy=moved), few.select(few.image_ids[::-1]), few.rows(np.arange(2))):
+        assert fingerprint(other) != fingerprint(few)

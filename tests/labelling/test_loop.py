@@ -1,0 +1,105 @@
+"""Orders for a person, and two rounds with a simulated one."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from simdetr.data.coco import write_coco
+from simdetr.data.label_files import read_labels
+from simdetr.labelling.annotator import SimulatedAnnotator
+from simdetr.labelling.image_selection import Pool
+from simdetr.labelling.loop import LoopSettings, by_hand, inspect, label_order, simulate_labelling
+from simdetr.training.run_folder import RunMismatchError
+from tests.labelling.test_candidates import labels_of, row_of_boxes
+
+A, B, C = row_of_boxes(3)
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_an_order_has_a_reason_for_every_image(pretrained, scenes, tmp_path):
+    order = label_order(scenes, tmp_path / "order.csv", init=pretrained, encoder="colour-texture", device="cpu")
+    rows = rows_of(tmp_path / "order.csv")
+    assert [row["image"] for row in rows] == list(order.image_ids) and len(rows) == 12
+    assert [int(row["place"]) for row in rows] == list(range(1, 13)) and all(row["reason"] for row in rows)
+    assert order.strategy == "interleave"
+
+
+def test_what_people_labelled_is_not_ordered_again(pretrained, scenes, tmp_path):
+    truth = read_labels(scenes / "instances.json")
+    write_coco(truth.select(truth.image_ids[:4]), tmp_path / "people.json")
+    order = label_order(
+        scenes, tmp_path / "order.csv", init=pretrained, people=tmp_path / "people.json", encoder="colour-texture"
+    )
+    assert order.strategy == "mixed" and set(order.image_ids) == set(truth.image_ids[4:])
+
+
+def pool_of_scores(scores):
+    """An image per score, with one proposal on its object A of class 0; a second object B has none."""
+    return Pool(labels_of({name: [(A, 0, score)] for name, score in scores.items()}))
+
+
+TRUTH = labels_of({name: [(A, 0, 1.0), (B, 1, 1.0)] for name in "abcde"})
+
+
+def test_a_round_by_hand():
+    pool = pool_of_scores({"a": 0.9, "b": 0.2, "c": 0.8, "d": 0.7, "e": 0.1})
+    settings = LoopSettings(strategy="random", images_per_round=2, audited_per_round=0, show_above=0.5)
+    person = SimulatedAnnotator(draw_seconds=(4.0, 4.0))
+    first, row = inspect(pool, TRUTH, None, 0, settings, person)
+    # nothing is shown in the first round: two objects drawn on each of two images
+    assert (row["images"], row["boxes"], row["drawn"], row["accepted"], row["seconds"]) == (2, 4, 4, 0, 16.0)
+    later = Pool(pool.labels, labelled=frozenset(first.image_ids))
+    both, row = inspect(later, TRUTH, first, 1, settings, person)
+    shown = sum(score > 0.5 for name, score in zip("abcde", (0.9, 0.2, 0.8, 0.7, 0.1), strict=True)
+                if name in both.image_ids and name not in first.image_ids)  # fmt: skip
+    assert (row["images"], row["boxes"], row["accepted"], row["drawn"]) == (4, 8, shown, 4 - shown)
+    assert row["seconds"] == pytest.approx(1.6 * shown + 4.0 * (4 - shown))
+    assert both.image_ids[:2] == first.image_ids
+
+
+def test_errors_left_are_estimated_from_audited_images():
+    names = [f"{i:03d}" for i in range(60)]
+    truth = labels_of({name: [(A, 0, 1.0), (B, 1, 1.0)] for name in names})
+    pool = Pool(labels_of({name: [(A, 0, 0.9), (C, 0, 0.6)] for name in names}), labelled=frozenset(names[:1]))
+    before = truth.select(names[:1])
+    settings = LoopSettings(strategy="random", images_per_round=5, audited_per_round=14)
+    _, row = inspect(pool, truth, before, 1, settings, SimulatedAnnotator())
+    # on each of the 40 that are left one proposal is wrong and one object is missed: no doubt is left, and none needed
+    assert row["really_left"] == 80
+    assert row["errors_left"]["total"] == pytest.approx(80)
+    assert row["errors_left"]["low"] <= 80 <= row["errors_left"]["high"]
+
+
+def test_labelling_by_hand_takes_a_drawing_per_object():
+    assert by_hand(TRUTH, SimulatedAnnotator(draw_seconds=(4.0, 4.0))) == pytest.approx(40.0)
+
+
+def test_two_rounds_and_a_resume(pretrained, scenes, tiny_config, tmp_path):
+    truth = scenes / "instances.json"
+    settings = LoopSettings(rounds=2, images_per_round=3, audited_per_round=2, show_above=0.02)
+
+    def run(**changes):
+        return simulate_labelling(scenes, truth, scenes, truth, tmp_path / "loop", [tiny_config], init=pretrained,
+                                  encoder="colour-texture", device="cpu", settings=settings, **changes)  # fmt: skip
+
+    rows = run()
+    assert [row["images"] for row in rows] == [5, 10] and [row["strategy"] for row in rows] == ["interleave", "mixed"]
+    assert 0 < rows[0]["seconds"] < rows[1]["seconds"] and not np.isnan(rows[1]["AP"])
+    labels = [read_labels(tmp_path / "loop" / f"round{i}" / "labels.parquet") for i in range(2)]
+    known = read_labels(truth)
+    for image_id in labels[1].image_ids:  # a person without errors leaves the truth
+        np.testing.assert_allclose(labels[1].of(image_id).boxes_xyxy, known.of(image_id).boxes_xyxy, atol=1e-4)
+    (tmp_path / "loop" / "rounds.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "loop").rglob("*.safetensors")}
+    assert run() == rows and json.loads((tmp_path / "loop" / "rounds.json").read_text()) == rows
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "loop").rglob("*.safetensors")}
+    with pytest.raises(RunMismatchError, match=r"misses is 0\.0 there, 0\.5 asked"):
+        run(annotator=SimulatedAnnotator(misses=0.5))
