@@ -6,7 +6,7 @@ In reading order:
     prepare     before any training: doctor, split
     pretrain    pretrain, finetune, compare, report
     predict     predict, relabel, evaluate
-    label       autolabel, label-order, label-simulate
+    labelling   autolabel, label-order, label-simulate
     mine        mine, cluster, rivals, encoder fit
     fit         Lightning's fit, validate and test
     devices     the devices of this machine and what can be used on them

@@ -43,9 +43,9 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "evaluate": "predict.evaluate",
     "compare": "pretrain.compare",
     "predict": "predict.predict",
-    "autolabel": "label.autolabel",
-    "label-order": "label.label_order",
-    "label-simulate": "label.label_simulate",
+    "autolabel": "labelling.autolabel",
+    "label-order": "labelling.label_order",
+    "label-simulate": "labelling.label_simulate",
     "encoder": {"fit": "mine.fit"},
     "import": "export.import_detector",
     "export": {
