@@ -37,6 +37,7 @@ from simdetr.labelling.candidates import (
     RIGHT_IOU,
     Candidates,
     ScoreRule,
+    background_boxes,
     check_shots,
     on_labels,
     read_candidates,
@@ -79,6 +80,7 @@ class AutolabelSettings:
             that of the pretraining's mining when left out.
         looks_per_image: Detections per image that are encoded, the best first; other score rules need no more.
         neighbours: Shots that vote; by the number of shots when left out.
+        background_shots: Boxes of background per image of shots that vote against candidates, beside negative shots.
         min_margin: Votes that are less sure are rejected.
         corrector: What corrects the boxes: cascade, queries or none.
         corrector_steps: Steps of its training.
@@ -96,6 +98,7 @@ class AutolabelSettings:
     encoder: str | None = None
     looks_per_image: float = 5.0
     neighbours: int | None = None
+    background_shots: int = 6
     min_margin: float | None = None
     corrector: Literal["cascade", "queries", "none"] = "cascade"
     corrector_steps: int = 400
@@ -339,12 +342,13 @@ def label(
     left_out: LeftOut,
 ) -> tuple[Candidates, NDArray[np.float32]]:
     """Detections of the pool, sourced, verified and corrected: the candidates, and their boxes [M, 4]."""
-    pool = inputs.images.subset(inputs.pool)
-    after: dict[str, Any] = {"detector": fingerprint_of(detector), "pool": pool.fingerprint()}
+    after: dict[str, Any] = {"detector": fingerprint_of(detector), "images": inputs.images.fingerprint()}
+    after["pool"] = inputs.images.subset(inputs.pool).fingerprint()
 
     def detected() -> Candidates:
-        found = predict(pool, detector, min_score=0.02, iou_threshold=0.5, device=device)
-        return source(found.with_categories(inputs.shots.categories), inputs.shots, inputs.people)
+        found = predict(inputs.images, detector, min_score=0.02, iou_threshold=0.5, device=device)
+        found = source(found.with_categories(inputs.shots.categories), inputs.shots, inputs.people)
+        return found.reject(~np.isin(found.labels.image_ids, inputs.pool)[found.labels.owners], "elsewhere")
 
     if inputs.people is not None:
         after["people"] = fingerprint(inputs.people)
@@ -376,7 +380,8 @@ def verified(
     most = settings.per_shot * int(np.bincount(inputs.shots.classes).max())
     rows = np.flatnonzero(worth_a_look(candidates, settings.looks_per_image, most))
     cache = run.path / "features"
-    gallery = gallery_of(inputs, encoder, cache, device)
+    background = background_boxes(inputs.shots, candidates.labels, settings.background_shots)
+    gallery = gallery_of(inputs, background, encoder, cache, device)
     looked_at = candidates.labels.rows(rows)
     features = crop_features(inputs.images, looked_at, encoder, device=device, cache=cache)
     votes = verify(features, looked_at.classes, gallery, k=settings.neighbours, min_margin=settings.min_margin)
@@ -405,11 +410,11 @@ def verified(
     )
 
 
-def gallery_of(inputs: LabellingInputs, encoder: CropEncoder, cache: Path, device: str) -> Gallery:
-    """The shots, and the negative ones, as the encoder sees them."""
+def gallery_of(inputs: LabellingInputs, background: Labels, encoder: CropEncoder, cache: Path, device: str) -> Gallery:
+    """The shots, the negative ones and the background, as the encoder sees them, in this order."""
+    negatives = [background] if inputs.negatives is None else [inputs.negatives, background]
     parts = [(inputs.shots, inputs.shots.classes)]
-    if inputs.negatives is not None:
-        parts.append((inputs.negatives, np.full_like(inputs.negatives.classes, NEGATIVE)))
+    parts += [(own, np.full_like(own.classes, NEGATIVE)) for own in negatives]
     features = [crop_features(inputs.images, own, encoder, device=device, cache=cache).values for own, _ in parts]
     ids = [f"{own.image_ids[image]}#{row}" for own, _ in parts for row, image in enumerate(own.owners)]
     return Gallery.of(np.concatenate(features), np.concatenate([classes for _, classes in parts]), ids)
@@ -511,7 +516,7 @@ def _stage(run: AutolabelRun, name: str, after: Mapping[str, Any], make: Callabl
 
 _OF_STAGE = {
     "source": ("score_rule", "agreement", "min_score", "precision", "per_shot", "looks_per_image"),
-    "verify": ("neighbours", "min_margin"),
+    "verify": ("neighbours", "background_shots", "min_margin"),
     "correct": ("corrector", "corrector_steps", "seed"),
 }
 

@@ -8,6 +8,7 @@ Letters: M detections of all images together, C classes.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,12 +31,15 @@ LOG = logging.getLogger(__name__)
 ScoreRule = Literal["agreement", "absolute", "precision", "per_class_top"]
 RIGHT_IOU = 0.5
 """Overlap with an object of its class from which a box is right."""
+_TRIES = 100  # places that are looked at for background
+_APART = 0.1  # overlap with what may be an object, below which a place is background
 KEPT = ""
 """The reason of a candidate that nothing speaks against so far."""
 REASONS = {
     KEPT: "kept",
     "low_score": "the detector is not sure enough",
     "holds_shots": "its image holds shots of its class, where what is unlabelled is left open",
+    "elsewhere": "its image is one of shots that is not to be labelled",
     "person": "a person labelled this object or this image",
     "base_class": "it lies on an object of a class that was known before",
     "too_small": "a side of less than 2 pixels",
@@ -52,7 +56,7 @@ REASONS = {
 """What the codes of the column ``reason`` mean."""
 
 
-SOURCED = ("low_score", "holds_shots", "person", "base_class")
+SOURCED = ("elsewhere", "low_score", "holds_shots", "person", "base_class")
 """Reasons of the first stage; the others are those of the votes, but for the last."""
 CORRECTED = ("duplicate",)
 """Reasons of the last stage."""
@@ -315,6 +319,38 @@ def contradictions(shots: Labels, negatives: Labels | None = None, iou: float = 
             rows = (pairwise_iou(boxes, denied) > iou).any(dim=1).nonzero().flatten().tolist()
             found += [f"{image.image_id} has a box of {names[row]} that is among the negative ones too" for row in rows]
     return found
+
+
+def background_boxes(shots: Labels, detections: Labels, per_image: int, seed: int = 0, *, above: float = 0.1) -> Labels:
+    """Boxes of the shots' sizes where their images show neither a shot nor, as far as is known, another object.
+
+    As negative shots they let the votes say that a candidate is nothing at all; the published vote knows only classes.
+
+    Args:
+        shots: The few labelled boxes.
+        detections: On the images of the shots.
+        per_image: Most boxes per image; fewer where there is no room.
+        seed: Of the places.
+        above: Detections of a higher score may be objects.
+
+    Returns:
+        Labels of the images of the shots; what the classes say means nothing.
+    """
+    images = []
+    for image in map(shots.image, range(len(shots))):
+        rng = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(image.image_id.encode()).digest()[:8], "big")])
+        taken = image.boxes_xyxy
+        if image.image_id in detections:
+            found = detections.of(image.image_id)
+            taken = np.concatenate([taken, found.boxes_xyxy[found.scores > above]])
+        room = np.array(image.size_hw[::-1], np.float64)
+        sides = (image.boxes_xyxy[:, 2:] - image.boxes_xyxy[:, :2])[rng.integers(len(image), size=(_TRIES,))]
+        low = rng.random((_TRIES, 2)) * np.maximum(room - sides, 0)
+        tried = np.concatenate([low, np.minimum(low + sides, room)], axis=1).astype(np.float32)
+        free = (pairwise_iou(torch.from_numpy(tried), torch.from_numpy(taken)) < _APART).all(dim=1).numpy()
+        boxes = tried[free][:per_image]
+        images.append(ImageLabels.build(image.image_id, image.size_hw, boxes, np.zeros(len(boxes))))
+    return Labels.from_images(images, shots.categories)
 
 
 def quality(candidates: Candidates, boxes_xyxy: NDArray[np.float32], truth: Labels) -> dict[str, float]:

@@ -20,7 +20,7 @@ def test_autolabel_says_what_every_stage_kept(run, scenes, few, tiny_config, tmp
     main(
         f"autolabel --images {scenes} --shots {few} --out {tmp_path / 'auto'} --init {run} --config {tiny_config} "
         f"--truth {scenes / 'instances.json'} --encoder colour-texture --score_rule per_class_top --per_shot 1 "
-        "--corrector none".split()
+        "--corrector none --background_shots 0".split()
     )
     said = capsys.readouterr().out
     for stage in ("source: ", "verify: ", "correct: "):

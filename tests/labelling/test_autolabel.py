@@ -28,7 +28,12 @@ from simdetr.labelling.candidates import read_candidates
 from simdetr.training.run_folder import RunMismatchError
 
 SETTINGS = AutolabelSettings(
-    score_rule="per_class_top", per_shot=1, encoder="colour-texture", corrector_steps=2, ignore_above=0.0
+    score_rule="per_class_top",
+    per_shot=1,
+    encoder="colour-texture",
+    corrector_steps=2,
+    ignore_above=0.0,
+    background_shots=0,
 )
 
 
@@ -189,3 +194,11 @@ def test_a_fingerprint_is_of_what_is_labelled(shots):
     moved[0, 0] += 1
     for other in (replace(few, boxes_xyxy=moved), few.select(few.image_ids[::-1]), few.rows(np.arange(2))):
         assert fingerprint(other) != fingerprint(few)
+
+
+def test_background_votes_too(again):
+    run = again(
+        replace(SETTINGS, background_shots=4, corrector="none", neighbours=1, agreement=0.0, score_rule="agreement")
+    )
+    found = read_candidates(run.candidates("verify"))
+    assert (found.reason == "negative").any() and (found.evidence["vote"][found.reason == "negative"] == -1).all()

@@ -6,12 +6,15 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 
+from simdetr.boxes import pairwise_iou
 from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.labels import Labels
 from simdetr.labelling.candidates import (
     REASONS,
     Candidates,
+    background_boxes,
     check_shots,
     contradictions,
     precise_score,
@@ -161,6 +164,23 @@ def test_candidates_survive_the_disk(tmp_path):
     empty = Candidates.of(labels_of({"a": []})).with_evidence(corrected_xyxy=np.zeros((0, 4), np.float32))
     write_candidates(empty, tmp_path / "none.parquet")
     assert read_candidates(tmp_path / "none.parquet").evidence["corrected_xyxy"].shape == (0, 4)
+
+
+def test_background_touches_nothing_that_may_be_an_object():
+    a, b, c = row_of_boxes(3)
+    shots = labels_of({"x": [(a, 0, 1.0), ([0.0, 50.0, 30.0, 70.0], 1, 1.0)], "y": [(b, 0, 1.0)]})
+    detections = labels_of({"x": [([40.0, 40.0, 90.0, 90.0], 0, 0.5), (c, 0, 0.05)]})
+    found = background_boxes(shots, detections, per_image=5, seed=1)
+    assert found.image_ids == ("x", "y") and np.diff(found.offsets).tolist() == [5, 5]
+    sides = found.of("x").boxes_xyxy[:, 2:] - found.of("x").boxes_xyxy[:, :2]
+    assert {tuple(side) for side in np.round(sides).tolist()} <= {(8.0, 8.0), (30.0, 20.0)}
+    known = np.concatenate([shots.of("x").boxes_xyxy, detections.of("x").boxes_xyxy[:1]])
+    overlaps = pairwise_iou(torch.from_numpy(found.of("x").boxes_xyxy), torch.from_numpy(known))
+    assert overlaps.max() < 0.1
+    again = background_boxes(shots.select(["y", "x"]), detections, per_image=5, seed=1)
+    np.testing.assert_array_equal(again.of("x").boxes_xyxy, found.of("x").boxes_xyxy)  # whatever the order
+    full = labels_of({"x": [([0.0, 0.0, 100.0, 100.0], 0, 1.0)]})
+    assert len(background_boxes(full, detections, per_image=5).boxes_xyxy) == 0
 
 
 def test_quality_by_hand():
