@@ -1,4 +1,4 @@
-"""What label, verify, correct is worth on real sets at a few shots: labels of every stage, and detectors trained on them.
+"""What label, verify, correct is worth on real sets at a few shots: labels of every stage, and detectors from them.
 
     OMP_NUM_THREADS=1 python -m benchmarks.autolabel_study --runs runs/real_sets --out runs/autolabel
 
