@@ -38,6 +38,7 @@ def test_sample_has_the_form_of_the_contract(image_folder):
         "image_index": (torch.int64, ()),
         "scores": (torch.float32, (1,)),
         "dropped": (torch.int64, ()),
+        "window": (torch.float32, (4,)),
     }
     assert target["scores"].tolist() == [1.0] and int(target["dropped"]) == 0
     assert type(target["boxes"]) is torch.Tensor
