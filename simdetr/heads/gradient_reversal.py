@@ -279,7 +279,7 @@ class DomainAdversary(Head):
     ) -> None:
         self.init_args = {name: v for name, v in locals().items() if name not in ("self", "__class__", "sizes")}
         super().__init__()
-        self.levels = checked_taps(levels, len(sizes.level_channels))
+        self.levels = checked_taps(levels, len(sizes.level_channels), "levels")
         self.init_args["levels"] = None if levels is None else list(levels)
         check_choice("schedule", schedule, Schedule)
         check_choice("objects", objects, Objects)

@@ -91,7 +91,7 @@ class LocationPrior(Head):
     ) -> None:
         self.init_args = {name: v for name, v in locals().items() if name not in ("self", "__class__", "sizes")}
         super().__init__()
-        self.levels = checked_taps(levels, len(sizes.level_channels))
+        self.levels = checked_taps(levels, len(sizes.level_channels), "levels")
         self.init_args["levels"] = None if levels is None else list(levels)
         for name, kind in {"fit": Fit, "use": Use, "loss": ObjectnessLoss}.items():
             check_choice(name, self.init_args[name], kind)

@@ -276,7 +276,7 @@ class SpatialPyramidNeck(Head):
     ) -> None:
         super().__init__()
         coarsest = len(sizes.level_channels) - 1
-        self.levels = checked_taps((coarsest,) if levels is None else levels, coarsest + 1)
+        self.levels = checked_taps((coarsest,) if levels is None else levels, coarsest + 1, "levels")
         self.residual = residual
         self.init_args = {
             "levels": None if levels is None else list(levels),

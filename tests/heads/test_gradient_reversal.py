@@ -367,7 +367,7 @@ def test_padding_of_a_level_says_nothing():
         ({"objects": "all"}, "objects: expected one of 'matched', 'top', got 'all'"),
         ({"num_objects": 0}, "num_objects must be at least 1, got 0"),
         ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1"),
-        ({"levels": [1, 0]}, "taps: expected ascending levels among 0 to 1"),
+        ({"levels": [1, 0]}, "levels: expected ascending levels among 0 to 1"),
     ],
 )
 def test_wrong_options_are_named(options, said):

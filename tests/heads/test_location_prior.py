@@ -377,7 +377,7 @@ def test_the_map_learns_without_weight_decay(parts):
         ({"size": 0}, "size must be at least 1, got 0"),
         ({"kernel_size": 2}, "kernel_size must be odd, got 2"),
         ({"loss_weight": -1.0}, "loss_weight must be at least 0, got -1"),
-        ({"levels": [2]}, "taps: expected ascending levels among 0 to 1, got"),
+        ({"levels": [2]}, "levels: expected ascending levels among 0 to 1, got"),
         ({"num_boxes": 0}, "num_boxes must be at least 1, got 0"),
     ],
 )

@@ -268,5 +268,5 @@ def test_options_come_back_and_a_backbone_alone_is_refused():
         ValueError, match=r"SpatialPyramidNeck reads the queries of a decoder, but a backbone alone has none"
     ):
         HeadedBackbone(2, SpatialPyramidNeck, "test_resnet", frozen_batch_norm=False)
-    with pytest.raises(ValueError, match=r"taps: expected ascending levels among 0 to 1, got \[2\]"):
+    with pytest.raises(ValueError, match=r"levels: expected ascending levels among 0 to 1, got \[2\]"):
         SpatialPyramidNeck(sizes, levels=[2])
