@@ -54,6 +54,7 @@ def test_there_are_configs():
         "heads/landmarks_traffic_lights.yaml",
         "heads/landmarks_grid.yaml",
         "heads/localisation_fod.yaml",
+        "heads/fixed_camera.yaml",
     }
     assert [path.name for path in BUILT_IN] == [
         "quickstart_finetune.yaml",

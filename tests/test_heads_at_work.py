@@ -153,6 +153,77 @@ def test_localisation_starts_from_the_backbone_of_a_run(localisation, scenes, ma
         assert torch.equal(tuned.backbone.body.get_parameter(name), value)
 
 
+FOR_LABELLING = {
+    "location": {"class_path": "simdetr.heads.LocationPrior", "init_args": {"levels": [0], "use": "rank"}},
+    "pyramid": {
+        "class_path": "simdetr.heads.SpatialPyramidNeck",
+        "init_args": {"pools": [3, 5], "taps": ["in", "pool_5"]},
+    },
+    "domain": {"class_path": "simdetr.heads.DomainAdversary", "init_args": {"image_hidden": 16, "object_hidden": 16}},
+}
+FOR_LABELLING["stack"] = {"class_path": "simdetr.heads.HeadStack", "init_args": {"heads": list(FOR_LABELLING.values())}}
+"""The parts of the labelling document's trainer, and all of them at once."""
+
+
+@pytest.mark.parametrize("kind", FOR_LABELLING)
+def test_parts_of_the_labelling_document_are_finetuned(kind, write, scenes, make_detector, tmp_path):
+    """From a pretrained run to labels, with unlabelled images where a part learns from them."""
+    torch.manual_seed(3)
+    plain = make_detector(9)
+    save_detector(plain, checkpoint_config(plain, None), tmp_path / "pretrained" / "detector")
+    inner = {name: value for name, value in make_detector().init_args.items() if name != "num_classes"}
+    detector = {"class_path": "simdetr.detectors.DeformableDETR", "init_args": inner}
+    config = write("HeadedDetector", {"head": FOR_LABELLING[kind], "detector": detector})
+    inputs = [f"--images={scenes}", f"--labels={scenes / 'instances.json'}", f"--init={tmp_path / 'pretrained'}"]
+    pool = [f"--data.unlabelled={scenes}", "--data.label_fraction=0.5"] if kind in ("domain", "stack") else []
+    logs, run = ["--trainer.log_every_n_steps=1"], tmp_path / "run"
+    cli.main(["finetune", f"--config={config}", *inputs, *pool, *logs, f"--out={run}"])
+    with next(run.rglob("metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    terms = {
+        "location": {"location_objectness", "location_map_norm"},
+        "pyramid": set(),
+        "domain": {"domain_image", "domain_object", "domain_image_accuracy", "domain_object_accuracy", "domain_scale"},
+        "stack": {"heads_location_objectness", "heads_domain_image"},
+    }[kind]
+    assert {f"train/{name}" for name in (*terms, "loss_ce")} <= {name for name, value in rows[0].items() if value}
+    if kind == "domain":  # two steps: at none and at half of the training
+        scales = [float(row["train/domain_scale"]) for row in rows if row["train/domain_scale"]]
+        assert scales == pytest.approx([0.0, 0.0986614], abs=1e-6)
+    stored = json.loads((run / "detector" / "config.json").read_text())
+    assert stored["init_args"]["head"]["class_path"] == f"simdetr.heads.{_module_of(kind)}"
+    tuned = load_detector(run / "detector").detector
+    if kind == "domain":
+        assert type(tuned) is type(plain)
+    elif kind == "location":
+        assert float(tuned.head.prior_map.abs().max()) > 0
+    assert not [name for name in tuned.state_dict() if "discriminator" in name]
+    out = tmp_path / "found.json"
+    cli.main(["predict", f"--images={scenes}", f"--checkpoint={run}", f"--out={out}", "--min_score=0", "--max_boxes=5"])
+    assert json.loads(out.read_text())["annotations"]
+    again = tmp_path / "again"
+    config = write("HeadedDetector", {"head": FOR_LABELLING[kind], "detector": detector})
+    inputs[-1] = f"--init={run}"
+    cli.main(["finetune", f"--config={config}", *inputs, *pool, f"--out={again}"])
+    assert json.loads((again / "detector" / "config.json").read_text())["init_args"] == stored["init_args"]
+
+
+def _module_of(kind: str) -> str:
+    """Where the head of a kind is, as class paths have it."""
+    return {
+        "location": "location_prior.LocationPrior",
+        "pyramid": "spatial_pyramid.SpatialPyramidNeck",
+        "domain": "gradient_reversal.DomainAdversary",
+        "stack": "stack.HeadStack",
+    }[kind]
+
+
+def test_unlabelled_images_need_a_head_for_them(landmarks, scenes, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        fit(landmarks, scenes, tmp_path / "run", f"--data.unlabelled={scenes}", "--data.label_fraction=0.5")
+    assert "HeadedDetector would learn that there is nothing on images that nobody" in capsys.readouterr().err
+
+
 def test_heat_maps_need_a_localisation_head(scenes, make_detector, tmp_path, capsys):
     detector = make_detector(3)
     config = checkpoint_config(detector, None)

@@ -136,8 +136,7 @@ def _on_all(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Change the image and what lies on it; points [T, 2] move exactly, torchvision >= 0.19 may not know them."""
     changed: dict[str, Any] = {name: change(target[name]) for name in ("boxes", "masks") if name in target}
-    if "points" in target:
-        changed["points"] = move(target["points"])
+    changed |= {name: move(target[name]) for name in ("points", "corners") if name in target}
     return change(image), target | changed
 
 

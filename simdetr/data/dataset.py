@@ -51,7 +51,9 @@ class Batch(NamedTuple):
             are asked for, ``masks`` bool [T, h, w] at the transformed image's size; where reference points are,
             ``points`` float32 [T, 2], (x, y) as fractions of the image without its padding, NaN where a box has none;
             ``ignore`` float32 [I, 4], boxes like ``boxes`` of regions in which nothing is background, the labels'
-            crowds; ``dropped`` int64 scalar, objects past ``max_objects`` that were left out.
+            crowds; ``dropped`` int64 scalar, objects past ``max_objects`` that were left out; ``window`` float32 [4],
+            where in the file's image its left, upper, right and lower edge lie, as fractions (left and right change
+            places where it is mirrored), NaN for a mosaic; ``labelled`` False for an image that nobody has labelled.
     """
 
     images: Tensor
@@ -171,6 +173,7 @@ class DetectionDataset(Dataset[Sample | None]):
             finished["points"] = target["points"] / target["points"].new_tensor([width, height])
         if IGNORED in finished["labels"]:
             _set_ignored_aside(finished)
+        finished["window"] = _window(target.get("corners"), (height, width))
         finished["dropped"] = torch.tensor(0)
         if self.max_objects is not None and len(finished["labels"]) > self.max_objects:
             _keep_most_certain(finished, self.max_objects)
@@ -197,6 +200,7 @@ class DetectionDataset(Dataset[Sample | None]):
             "scores": torch.from_numpy(truth.scores[kept]),
             "orig_size": torch.tensor(size_hw),
             "image_index": torch.tensor(row),
+            "corners": torch.tensor([[0.0, 0.0], [size_hw[1], size_hw[0]]]),
             **extra,
         }
 
@@ -208,6 +212,16 @@ def _set_ignored_aside(target: Target) -> None:
     for name in OF_OBJECTS:
         if name in target:
             target[name] = target[name][objects]
+
+
+def _window(corners: Tensor | None, size_hw: tuple[int, int]) -> Tensor:
+    """``window`` of a `Batch`: from where the corners (x, y) of the file's image have come to lie, in pixels [2, 2]."""
+    if corners is None:
+        return torch.full((4,), torch.nan)
+    first, last = corners.float()
+    edges = torch.tensor([[0, 0], [size_hw[1], size_hw[0]]])
+    window: Tensor = ((edges - first) / (last - first)).flatten()
+    return window
 
 
 def _keep_most_certain(target: Target, limit: int) -> None:
@@ -238,6 +252,55 @@ def item_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
         # not torch.manual_seed: that would reseed the accelerators too
         torch.default_generator.manual_seed(item_seed(seed, epoch, index))
         yield
+
+
+class WithUnlabelled(Dataset[tuple[Sample | None, Sample | None]]):
+    """Every labelled sample with one of an image that nobody has labelled, so that `collate_pairs` has as many of both.
+
+    Unlabelled images come in an order of their own, drawn once, which goes on from epoch to epoch: each comes as often
+    as any other.
+
+    Args:
+        labelled: the labelled samples, maybe mosaics.
+        unlabelled: the others, without labels.
+        seed: seed of the order.
+
+    Raises:
+        ValueError: no unlabelled image.
+    """
+
+    def __init__(self, labelled: Any, unlabelled: DetectionDataset, seed: int = 0) -> None:  # noqa: ANN401
+        if not len(unlabelled):
+            raise ValueError("unlabelled: expected at least 1 image that is not among the labelled ones, got none")
+        self.labelled, self.unlabelled = labelled, unlabelled
+        self._order = torch.randperm(len(unlabelled), generator=torch.Generator().manual_seed(seed))
+
+    def set_epoch(self, epoch: int) -> None:
+        """As of the datasets."""
+        self.labelled.set_epoch(epoch)
+        self.unlabelled.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    def __getitem__(self, index: int) -> tuple[Sample | None, Sample | None]:
+        place = (self.unlabelled.epoch * len(self) + index) % len(self._order)
+        other = self.unlabelled[int(self._order[place])]
+        if other is not None:
+            other = (
+                other[0],
+                other[1]
+                | {
+                    "labelled": False,
+                    "image_index": other[1]["image_index"] + len(self.labelled),
+                },
+            )
+        return self.labelled[index], other
+
+
+def collate_pairs(pairs: Sequence[tuple[Sample | None, Sample | None]]) -> Batch | None:
+    """A padded batch of ``WithUnlabelled``'s items: labelled images first, then as many unlabelled ones."""
+    return collate([*(pair[0] for pair in pairs), *(pair[1] for pair in pairs)])
 
 
 def collate(samples: Sequence[Sample | None]) -> Batch | None:

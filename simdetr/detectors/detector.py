@@ -67,6 +67,8 @@ class Detector(nn.Module, ABC):
         slow_names: parameters whose name holds one of these learn ten times slower, as published for Deformable DETR.
         decays_backbone_vectors: whether weight decay also holds for the backbone's biases, norms and tokens.
         takes_backbones: whether a checkpoint that fits its backbone alone is enough to start from.
+        undecayed_names: parameters whose name holds one of these learn without weight decay.
+        takes_unlabelled: whether images that nobody has labelled may be in a training batch; their targets say so.
     """
 
     init_args: dict[str, Any]
@@ -76,6 +78,8 @@ class Detector(nn.Module, ABC):
     slow_names: tuple[str, ...] = ("reference_points", "sampling_offsets")
     decays_backbone_vectors: bool = True
     takes_backbones: bool = False
+    undecayed_names: tuple[str, ...] = ()
+    takes_unlabelled: bool = False
 
     @abstractmethod
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
@@ -118,6 +122,14 @@ class Detector(nn.Module, ABC):
     def core(self) -> Detector:
         """The detector that checkpoints of plain detectors fit: this one, unless it wraps another."""
         return self
+
+    @property
+    def deployed(self) -> Detector:
+        """The detector that predicts: this one, unless parts of it serve training alone."""
+        return self
+
+    def set_progress(self, progress: float) -> None:
+        """Told before every training step which share of the training is done, 0 to 1, for schedules of its parts."""
 
     @classmethod
     def thawed(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:

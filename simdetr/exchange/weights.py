@@ -340,7 +340,11 @@ def load_detector(path: Path) -> LoadedDetector:
 
 
 def rebuild(checkpoint: Checkpoint, known: Mapping[str, Any] | None = None) -> LoadedDetector:
-    """The detector of a file, in evaluation mode; ``known`` are arguments to put over what the file tells.
+    """The detector of a file, in evaluation mode, without parts that serve training alone.
+
+    Args:
+        checkpoint: The file.
+        known: Arguments to put over what it tells.
 
     Raises:
         ValueError: Nothing tells which detector it is, or tensors are missing.
@@ -362,7 +366,9 @@ def rebuild(checkpoint: Checkpoint, known: Mapping[str, Any] | None = None) -> L
             f"{report.replaced[:5]}. The file is damaged or was edited."
         )
     categories = tuple(Category(**category) for category in config["categories"])
-    return LoadedDetector(detector.eval(), categories, config["image_settings"], config.get("reference_points"))
+    return LoadedDetector(
+        detector.eval().deployed.eval(), categories, config["image_settings"], config.get("reference_points")
+    )
 
 
 def build_detector(config: Mapping[str, Any]) -> Detector:

@@ -1,4 +1,4 @@
-"""Heads on detectors and backbones: the contract, landmarks, weakly supervised localisation.
+"""Heads on detectors and backbones: the contract, landmarks, weakly supervised localisation, features for labelling.
 
 In reading order:
 
@@ -14,12 +14,33 @@ In reading order:
     localisation_losses  its losses
     score_maps           its score maps and their boxes
     query_mil            localisation by the queries of a detector
+    location_prior       where objects recur: a learned map over the image
+    spatial_pyramid      spatial pyramid pooling whose internal layers are read
+    gradient_reversal    features that do not tell labelled images from unlabelled ones
+    stack                several heads on one detector
 """
 
+from simdetr.heads.gradient_reversal import DomainAdversary
 from simdetr.heads.head import Head, HeadLosses
 from simdetr.heads.headed import HeadedBackbone, HeadedDetector
 from simdetr.heads.landmarks import LandmarkHead
 from simdetr.heads.localisation import LocalisationHead
+from simdetr.heads.location_prior import LocationPrior
 from simdetr.heads.query_mil import QueryMILHead
+from simdetr.heads.spatial_pyramid import SpatialPyramid, SpatialPyramidNeck
+from simdetr.heads.stack import HeadStack
 
-__all__ = ["Head", "HeadLosses", "HeadedBackbone", "HeadedDetector", "LandmarkHead", "LocalisationHead", "QueryMILHead"]
+__all__ = [
+    "DomainAdversary",
+    "Head",
+    "HeadLosses",
+    "HeadStack",
+    "HeadedBackbone",
+    "HeadedDetector",
+    "LandmarkHead",
+    "LocalisationHead",
+    "LocationPrior",
+    "QueryMILHead",
+    "SpatialPyramid",
+    "SpatialPyramidNeck",
+]

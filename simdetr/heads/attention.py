@@ -206,11 +206,11 @@ class AttentionTap(nn.Module):
         return F.normalize(at_least_float32(self.projector(means)), dim=2)
 
 
-def checked_taps(taps: Sequence[int] | None, num_levels: int) -> tuple[int, ...]:
+def checked_taps(taps: Sequence[int] | None, num_levels: int, name: str = "taps") -> tuple[int, ...]:
     """The taps; a ValueError for none, for some that do not ascend, or for levels that are not there."""
     chosen = tuple(range(num_levels) if taps is None else taps)
     if not chosen or any(a >= b for a, b in pairwise((-1, *chosen, num_levels))):
-        raise ValueError(f"taps: expected ascending levels among 0 to {num_levels - 1}, got {list(chosen)}")
+        raise ValueError(f"{name}: expected ascending levels among 0 to {num_levels - 1}, got {list(chosen)}")
     return chosen
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simdetr.data.class_paths import class_of
-from simdetr.detectors.detector import Features, FeatureSizes, Level
+from simdetr.detectors.detector import Features, FeatureSizes, Level, Neck
 from simdetr.detectors.matcher import Target
 
 Need = Literal["levels", "queries"]
@@ -39,19 +39,34 @@ class Head(nn.Module, ABC):
         name: prefix of its losses.
         needs: what it reads; building it for features without them is an error.
         init_args: its options, plain JSON types; with the sizes they rebuild it.
-        is_neck: whether it looks at, and in training may change, the features on their way (``pass_level``).
+        is_neck: whether it looks at, and may change, the features on their way (``pass_level``).
+        undecayed_names: parameters whose name holds one of these learn without weight decay.
+        takes_unlabelled: whether images that nobody has labelled (``labelled`` False in the target) may be in a batch.
     """
 
     name: str
     needs: frozenset[Need]
     init_args: dict[str, Any]
     is_neck: bool = False
+    undecayed_names: tuple[str, ...] = ()
+    takes_unlabelled: bool = False
+
+    def set_progress(self, progress: float) -> None:
+        """Told before every training step which share of the training is done, 0 to 1, for schedules."""
+
+    @property
+    def deployed(self) -> Head | None:
+        """What of it a trained detector needs to predict: all of it, or None where it serves training alone."""
+        return self
+
+    def neck(self, targets: Sequence[Target] | None) -> Neck:
+        """Necks only: ``pass_level`` for one batch, of which training also knows the targets."""
+        return self.pass_level
 
     def pass_level(self, index: int, level: Level) -> tuple[Tensor, Any]:
         """Necks only: see a level, the ``index``-th from fine to coarse, on its way.
 
-        Gives the features [B, C, h, w] to go on with (the same tensor in evaluation mode), and what to find again in
-        ``Features.taps``. Draws come from torch's default generator, which training seeds.
+        Gives the features [B, C, h, w] to go on with, and what to find again in ``Features.taps``.
         """
         return level.features, None
 
@@ -67,6 +82,7 @@ class Head(nn.Module, ABC):
             outputs: of ``forward``.
             features: what they were made of.
             targets: per image ``labels`` [T], ``boxes`` [T, 4] and, where asked for, ``points`` [T, 2]; may be empty.
+                Of an image that nobody has labelled, ``labelled`` is False.
         """
 
     @abstractmethod
@@ -81,6 +97,11 @@ def check_needs(head: Head, sizes: FeatureSizes) -> None:
             f"{type(head).__name__} reads the queries of a decoder, but a backbone alone has none; put it on a "
             "detector (simdetr.heads.HeadedDetector), or choose the variant that reads feature maps."
         )
+
+
+def is_labelled(target: Target) -> bool:
+    """Whether people have labelled the image of a target, which may show nothing; so they have if it does not say."""
+    return bool(target.get("labelled", True))
 
 
 def check_choice(name: str, value: str | None, kind: Any) -> None:  # noqa: ANN401

@@ -17,7 +17,7 @@ from simdetr.data.class_paths import class_of
 from simdetr.detectors.backbone import Backbone, pad_to_multiple, resize_mask
 from simdetr.detectors.detector import Detector, DetectorOutput, Features, FeatureSizes, Level, QueryDetector
 from simdetr.detectors.matcher import Target
-from simdetr.heads.head import Head, check_images, check_needs, described, factory, prefixed
+from simdetr.heads.head import Head, check_images, check_needs, described, factory, is_labelled, prefixed
 
 
 class HeadedDetector(Detector):
@@ -59,6 +59,8 @@ class HeadedDetector(Detector):
         self.body_name = f"detector.{self.detector.body_name}"
         self.slow_names = self.detector.slow_names
         self.decays_backbone_vectors = self.detector.decays_backbone_vectors
+        self.undecayed_names = (*self.detector.undecayed_names, *(f"head.{name}" for name in self.head.undecayed_names))
+        self.takes_unlabelled = self.head.takes_unlabelled
 
     @classmethod
     def from_init_args(cls, init_args: Mapping[str, Any]) -> HeadedDetector:
@@ -78,6 +80,19 @@ class HeadedDetector(Detector):
         """The detector without the head."""
         return self.detector
 
+    @property
+    def deployed(self) -> Detector:
+        """The detector with what of the head predicts, which may be nothing."""
+        head = self.head.deployed
+        if head is None or head is self.head:
+            return self.detector if head is None else self
+        kept = head  # known not to be None
+        return HeadedDetector(self.num_classes, lambda _: kept, lambda _: self.detector, self.detector_weight)
+
+    def set_progress(self, progress: float) -> None:
+        """Tell the head."""
+        self.head.set_progress(progress)
+
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
         """The detector's predictions, and the head's beside them; arguments as in ``Detector``."""
         outputs, features = self._decoded(images, mask)
@@ -89,20 +104,26 @@ class HeadedDetector(Detector):
         return self.head(features), features
 
     def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """The detector's losses and, under its name, the head's."""
-        outputs, features = self._decoded(images, mask)
+        """The detector's losses, of the labelled images, and, under its name, the head's."""
+        outputs, features = self._decoded(images, mask, targets)
         found = self.head.losses(self.head(features), features, targets)
-        if self.detector_weight == 0:
+        labelled = [index for index, target in enumerate(targets) if is_labelled(target)]
+        if self.detector_weight == 0 or not labelled:
             # without its loss what it predicts would have no gradient, which several processes do not forgive
             watched = 0.0 * torch.stack([values.sum() for values in _tensors_in(outputs)]).sum()
             return {"loss": found.total + watched, **prefixed(self.head.name, found)}
+        if len(labelled) < len(targets):
+            rows = torch.tensor(labelled, device=images.device)
+            outputs, images, targets = _rows_of(outputs, rows), images[rows], [targets[index] for index in labelled]
         losses = self.detector.losses_of(outputs, images, [boxed(target) for target in targets])
         losses["loss"] = self.detector_weight * losses["loss"] + found.total
         return losses | prefixed(self.head.name, found)
 
-    def _decoded(self, images: Tensor, mask: Tensor | None) -> tuple[DetectorOutput, Features]:
+    def _decoded(
+        self, images: Tensor, mask: Tensor | None, targets: Sequence[Target] | None = None
+    ) -> tuple[DetectorOutput, Features]:
         check_images(images, mask, self)
-        return self.detector.decoded(images, mask, self.head.pass_level if self.head.is_neck else None)
+        return self.detector.decoded(images, mask, self.head.neck(targets) if self.head.is_neck else None)
 
 
 def _tensors_in(part: Any) -> Iterator[Tensor]:  # noqa: ANN401
@@ -112,6 +133,15 @@ def _tensors_in(part: Any) -> Iterator[Tensor]:  # noqa: ANN401
     else:
         for inner in part.values() if isinstance(part, Mapping) else part:
             yield from _tensors_in(inner)
+
+
+def _rows_of(part: Any, rows: Tensor) -> Any:  # noqa: ANN401
+    """Of all tensors of a detector's output, which has dictionaries and lists in it, the rows of some images."""
+    if isinstance(part, Tensor):
+        return part[rows]
+    if isinstance(part, Mapping):
+        return {name: _rows_of(inner, rows) for name, inner in part.items()}
+    return [_rows_of(inner, rows) for inner in part]
 
 
 def boxed(target: Target) -> Target:
@@ -166,6 +196,7 @@ class HeadedBackbone(Detector):
         self.head = head(sizes)
         check_needs(self.head, sizes)
         self.init_args = {**own, "head": described(self.head)}
+        self.undecayed_names = tuple(f"head.{name}" for name in self.head.undecayed_names)
 
     @classmethod
     def from_init_args(cls, init_args: Mapping[str, Any]) -> HeadedBackbone:
@@ -184,15 +215,17 @@ class HeadedBackbone(Detector):
 
     def losses(self, images: Tensor, mask: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         """The head's losses under its name."""
-        outputs, features = self.read(images, mask)
+        features = self.features(images, mask, targets)
+        outputs = self.head(features)
         found = self.head.losses(outputs, features, targets)
         # stages that the head does not read must have a gradient too, if only for several processes
         unread = 0.0 * sum(level.features.sum() for level in features.levels)
         return {"loss": found.total + unread, **prefixed(self.head.name, found)}
 
-    def features(self, images: Tensor, mask: Tensor | None = None) -> Features:
-        """The backbone's maps, seen by the head on their way if it is a neck; arguments as in ``forward``."""
+    def features(self, images: Tensor, mask: Tensor | None = None, targets: Sequence[Target] | None = None) -> Features:
+        """The backbone's maps, seen by the head on their way if it is a neck; arguments as in ``losses``."""
         check_images(images, mask, self)
+        neck = self.head.neck(targets)
         images, mask = pad_to_multiple(images, mask, self.backbone.pad_multiple)
         mask = mask.expand(images.shape[0], -1, -1)
         taps: list[Any] = []
@@ -201,7 +234,7 @@ class HeadedBackbone(Detector):
             return Level(found, self.backbone.strides[index], resize_mask(mask, (found.shape[2], found.shape[3])))
 
         def between(index: int, found: Tensor) -> Tensor:
-            changed, tap = self.head.pass_level(index, level(index, found))
+            changed, tap = neck(index, level(index, found))
             taps.append(tap)
             return changed
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -138,7 +138,7 @@ class TrialStep:
         self.size_hw = largest_size_hw(data)
         most = int(np.diff(data.labels.offsets).max(initial=1)) * (_TILES if data.mosaic else 1)
         self._num_boxes = min(most, max(1, data.num_queries // 2))
-        self._masks = data.masks
+        self._masks, self._with_unlabelled = data.masks, data.unlabelled is not None
         self._precision = trainer.precision_plugin
         self._task = training.model
         self._precision.convert_module(self._task.to(self.device)).train()
@@ -179,11 +179,15 @@ class TrialStep:
         }
         if self._masks:
             target["masks"] = torch.zeros(self._num_boxes, height, width, dtype=torch.bool, device=self.device)
-        images = torch.zeros(batch_size, 3, height, width, device=self.device)
+        targets: list[dict[str, Any]] = [target] * batch_size
+        if self._with_unlabelled:
+            nothing = {name: target[name][:0] for name in target}
+            targets += [{**nothing, "labelled": False}] * batch_size
+        images = torch.zeros(len(targets), 3, height, width, device=self.device)
         # one image is padded, as in most batches
-        mask = torch.zeros(batch_size, height, width, dtype=torch.bool, device=self.device)
+        mask = torch.zeros(len(targets), height, width, dtype=torch.bool, device=self.device)
         mask[0, height // 2 :] = True
-        return Batch(images, mask, [target] * batch_size)
+        return Batch(images, mask, targets)
 
 
 def largest_size_hw(data: DetectionData) -> tuple[int, int]:

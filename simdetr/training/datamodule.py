@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from simdetr.data.annotations import Category, LabelError
 from simdetr.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Mosaic, eval_transforms, train_transforms
 from simdetr.data.coco import read_coco
-from simdetr.data.dataset import DetectionDataset, collate
+from simdetr.data.dataset import DetectionDataset, WithUnlabelled, collate, collate_pairs
 from simdetr.data.image_level import image_level as image_level_of
 from simdetr.data.image_level import read_image_level
 from simdetr.data.images import ImageSource, open_images
@@ -101,9 +101,13 @@ class DetectionData(pl.LightningDataModule):
         score_power: Exponent on their scores, which are how much a box counts; above 1, the certain ones count more.
         mean: Of the colours 0..1, for their normalisation; left out, that of the detector's weights.
         std: Their deviation, likewise.
+        unlabelled: Folder, list file or COCO JSON of images that nobody has labelled, for heads that learn from them;
+            as many of them as of labelled ones are added to every batch, so that it has 2 x ``batch_size`` images.
+            Labelled images that are there too are left out where it is the folder of ``images``.
 
     Raises:
-        ValueError: ``image_level`` with a mosaic or with reference points; a table that does not fit the classes.
+        ValueError: ``image_level`` with a mosaic or with reference points; a table that does not fit the classes;
+            ``unlabelled`` images for a detector that has no use for them, or none that is not labelled.
         LabelError: Labels that cannot be read, or that lack what a reference point is read from.
     """
 
@@ -133,13 +137,14 @@ class DetectionData(pl.LightningDataModule):
         score_power: float = 1.0,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
+        unlabelled: str | None = None,
     ) -> None:
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._images = (short_sides, max_side, mean, std)
         self.follow({})
         self.crop, self.flip, self.colour, self.mosaic = crop, flip, colour, mosaic
-        self._samples: DetectionDataset | Mosaic
+        self._samples: DetectionDataset | Mosaic | WithUnlabelled
         self._loader: ResumableLoader | None = None
         self._val_loader: DataLoader[Any] | None = None
         self._position: dict[str, int] | None = None
@@ -170,6 +175,9 @@ class DetectionData(pl.LightningDataModule):
             self.labels = self.labels.select(name for name in self.labels.image_ids if name in drawn)
         if min_score > 0 or score_power != 1:
             self.labels = self.labels.sharpened(min_score, score_power)
+        self.unlabelled: ImageSource | None = None
+        if unlabelled is not None:
+            self.unlabelled = _without(open_images(unlabelled), self.source, self.labels)
         self.num_queries = queries_for(self.labels, mosaic) if num_queries is None else num_queries
         self.reference_points: ReferencePoints | None = None
         if reference_points is not None:
@@ -194,6 +202,11 @@ class DetectionData(pl.LightningDataModule):
         """Follow the task that is about to run, and forget the loaders of another."""
         self._loader = self._val_loader = None
         task: Any = self.trainer.lightning_module if self.trainer is not None else None
+        if self.unlabelled is not None and task is not None and not task.detector.takes_unlabelled:
+            raise ValueError(
+                f"unlabelled: {type(task.detector).__name__} would learn that there is nothing on images that nobody "
+                "has labelled; put simdetr.heads.DomainAdversary on it, or leave unlabelled out"
+            )
         self.follow(getattr(task, "image_settings", {}))
 
     @property
@@ -218,8 +231,9 @@ class DetectionData(pl.LightningDataModule):
         return {**sides, "mean": list(self.mean), "std": list(self.std)}
 
     def image_id(self, index: int) -> str:
-        """Id of the training image in row ``index`` of the labels."""
-        return self.labels.image_ids[index]
+        """Id of the training image in row ``index`` of the labels, after which the unlabelled ones are counted."""
+        beyond = index - len(self.labels)
+        return self.labels.image_ids[index] if beyond < 0 or self.unlabelled is None else self.unlabelled.ids[beyond]
 
     def train_dataloader(self) -> ResumableLoader:
         """Loader of the trainer's current epoch; Lightning asks again at every epoch, and gets the same one."""
@@ -251,10 +265,15 @@ class DetectionData(pl.LightningDataModule):
             reference_points=self.reference_points,
         )
         self._samples = Mosaic(dataset, probability=self.mosaic, seed=self.seed) if self.mosaic > 0 else dataset
+        if self.unlabelled is not None:
+            others = DetectionDataset(
+                self.unlabelled, None, transform, quarantine=quarantine, replace_unreadable=True, seed=self.seed
+            )
+            self._samples = WithUnlabelled(self._samples, others, self.seed)
         return ResumableLoader(
             self._samples,
             batch_sampler=EpochBatchSampler(len(dataset), self.batch_size, self.seed, 0, *self._process),
-            collate_fn=collate,
+            collate_fn=collate if self.unlabelled is None else collate_pairs,
             pin_memory=self._device == "cuda",
             **self._workers(),
         )
@@ -353,3 +372,15 @@ class DetectionData(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The validation images."""
         return self.val_dataloader()
+
+
+def _without(images: ImageSource, labelled_source: ImageSource, labels: Labels) -> ImageSource:
+    """The images that the labels do not hold, if they are of the same place; a ValueError if none is left."""
+    rest = images
+    if images.root == labelled_source.root:
+        rest = images.subset(name for name in images.ids if name not in labels)
+    if not len(rest):
+        raise ValueError(
+            f"unlabelled: expected images without labels, got {len(images)} of {images.root}, of which all are labelled"
+        )
+    return rest

@@ -95,6 +95,7 @@ class DetectionTask(pl.LightningModule):
         self.compile_backend = "inductor" if compile is True else compile
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._pending: PendingLosses | None = None
+        self._schedule_steps: tuple[int, int] | None = None  # of the whole training, and ahead of the count
         if backbone_weights is not None and init_weights is None:
             load_into(detector.get_submodule(detector.body_name), load_backbone_weights(backbone_weights))
         self.load_report: LoadReport | None = None
@@ -126,7 +127,10 @@ class DetectionTask(pl.LightningModule):
             self.load_report.log()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout depends on (seed, epoch, batch, rank) alone."""
+        """Dropout depends on (seed, epoch, batch, rank) alone; parts with schedules hear of the progress."""
+        if self._schedule_steps is not None:
+            total, ahead = self._schedule_steps
+            self.detector.set_progress(min(1.0, (self.global_step + ahead) / max(1, total)))
         index = batch_idx * self.trainer.world_size + self.global_rank
         torch.manual_seed(item_seed(self.seed, self.current_epoch, index))
 
@@ -211,6 +215,7 @@ class DetectionTask(pl.LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if isinstance(data, DetectionData) and (ahead := data.steps_ahead()):
             total = data.steps_per_epoch * int(self.trainer.max_epochs or 1)
+        self._schedule_steps = total, ahead
         factor = lr_factor(self.schedule, total, warmup_steps=self.warmup_steps, drop_at=self.drop_at)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: factor(step + ahead))
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

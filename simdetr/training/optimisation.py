@@ -34,15 +34,18 @@ def parameter_groups(
     The ``new`` ones are chosen by name, such as class heads that the weights to start from did not bring; they learn
     with ``new_lr`` where there is one. Empty groups are left out. Weight decay is the same for all, as in the recipe of
     Deformable DETR (Zhu et al. 2021, appendix), but for detectors whose recipe spares the backbone's biases, norms and
-    tokens (ViDT).
+    tokens (ViDT), and for what a detector names (``undecayed_names``).
     """
     slow = lr * SLOW_FACTOR
     rates = {"new": new_lr, "backbone": backbone_lr, "backbone_vectors": backbone_lr, "slow": slow, "rest": lr}
+    rates |= {"new_undecayed": new_lr, "undecayed": lr}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in detector.named_parameters():
         if not parameter.requires_grad:
             continue
-        if new_lr is not None and name in new:
+        if any(part in name for part in detector.undecayed_names):
+            members["new_undecayed" if new_lr is not None and name in new else "undecayed"].append(parameter)
+        elif new_lr is not None and name in new:
             members["new"].append(parameter)
         elif name.startswith(f"{detector.backbone_name}."):
             is_vector = parameter.ndim <= 1 or name.endswith(("det_token", "det_pos_embed"))
@@ -52,7 +55,7 @@ def parameter_groups(
             members["slow"].append(parameter)
         else:
             members["rest"].append(parameter)
-    extra = {"backbone_vectors": {"weight_decay": 0.0}}
+    extra = {name: {"weight_decay": 0.0} for name in ("backbone_vectors", "new_undecayed", "undecayed")}
     return [
         {"params": members[name], "lr": rates[name], "name": name, **extra.get(name, {})}
         for name in members

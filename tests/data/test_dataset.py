@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 from simdetr.data import masks
 from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.augmentation import Mosaic, eval_transforms, train_transforms
-from simdetr.data.dataset import DetectionDataset, collate, item_seed
+from simdetr.data.dataset import DetectionDataset, WithUnlabelled, collate, collate_pairs, item_seed
 from simdetr.data.images import UnreadableImageError, open_images
 from simdetr.data.labels import Labels
 from simdetr.data.quarantine import Quarantine, TooManyUnreadableError
@@ -38,6 +38,7 @@ def test_sample_has_the_form_of_the_contract(image_folder):
         "image_index": (torch.int64, ()),
         "scores": (torch.float32, (1,)),
         "dropped": (torch.int64, ()),
+        "window": (torch.float32, (4,)),
     }
     assert target["scores"].tolist() == [1.0] and int(target["dropped"]) == 0
     assert type(target["boxes"]) is torch.Tensor
@@ -284,3 +285,69 @@ def test_persistent_workers_give_the_same_items_and_see_the_epoch(image_folder, 
         one.images.shape != two.images.shape or not torch.equal(one.images, two.images)
         for one, two in zip(*epochs, strict=True)
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where in its file's image a sample lies, and samples of images that nobody has labelled.
+
+
+@pytest.fixture
+def ramp_folder(tmp_path):
+    """One image, 100 x 160 px, whose red tells the column and whose green tells the row."""
+    rows, columns = np.meshgrid(np.arange(100), np.arange(160), indexing="ij")
+    pixels = np.stack([columns, rows, np.zeros_like(rows)], axis=2).astype(np.uint8)
+    (tmp_path / "ramp").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "ramp" / "ramp.png")
+    return tmp_path / "ramp"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_window_tells_where_every_pixel_came_from(ramp_folder, seed):
+    source = open_images(ramp_folder)
+    transform = train_transforms([60, 80, 100], 200, crop=True, colour="none", mean=(0, 0, 0), std=(1, 1, 1))
+    image, target = DetectionDataset(source, labels_for(source, size_hw=(100, 160)), transform, seed=seed)[0]
+    x0, y0, x1, y1 = target["window"].tolist()
+    height, width = image.shape[1:]
+    columns = (x0 + (x1 - x0) * (torch.arange(width) + 0.5) / width) * 160 - 0.5
+    rows = (y0 + (y1 - y0) * (torch.arange(height) + 0.5) / height) * 100 - 0.5
+    inner = slice(4, -4)  # interpolation stops at the border
+    assert float((255 * image[0, inner, inner] - columns[inner]).abs().max()) < 1.5
+    assert float((255 * image[1, inner, inner] - rows[inner, None]).abs().max()) < 1.5
+
+
+def test_windows_are_mirrored_cut_and_whole_and_a_mosaic_has_none(ramp_folder):
+    source = open_images(ramp_folder)
+    labels = labels_for(source, size_hw=(100, 160))
+    transform = train_transforms([60, 80, 100], 200, colour="none")
+    windows = torch.stack(
+        [DetectionDataset(source, labels, transform, seed=seed)[0][1]["window"] for seed in range(24)]
+    )
+    assert (windows[:, 0] > windows[:, 2]).any() and (windows[:, 0] < windows[:, 2]).any()
+    assert (
+        ((windows[:, 2] - windows[:, 0]).abs() < 0.9).any() and (windows >= -1e-6).all() and (windows <= 1 + 1e-6).all()
+    )
+    plain = DetectionDataset(source, labels, PLAIN(50, 200))
+    torch.testing.assert_close(plain[0][1]["window"], torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    assert Mosaic(plain, probability=1.0)[0][1]["window"].isnan().all()
+
+
+def test_every_labelled_sample_comes_with_an_unlabelled_one(image_folder):
+    labelled = augmented(image_folder(4))
+    others = DetectionDataset(open_images(image_folder(3, "pool")), None, train_transforms([24], 64))
+    paired = WithUnlabelled(labelled, others, seed=1)
+    assert len(paired) == 4
+    seen = []
+    for epoch in range(3):
+        paired.set_epoch(epoch)
+        assert labelled.epoch == others.epoch == epoch
+        for index in range(4):
+            own, other = paired[index]
+            assert same(own, labelled[index]) and "labelled" not in own[1]
+            assert other[1]["labelled"] is False and len(other[1]["labels"]) == 0
+            seen.append(int(other[1]["image_index"]) - 4)
+    assert sorted(seen) == sorted([0, 1, 2] * 4), "all alike often"
+    batch = collate_pairs([paired[0], paired[1]])
+    assert len(batch.images) == 4
+    assert [target.get("labelled", True) for target in batch.targets] == [True, True, False, False]
+    with pytest.raises(ValueError, match="unlabelled: expected at least 1 image that is not among the labelled ones"):
+        WithUnlabelled(labelled, DetectionDataset(others.source.subset([]), None, PLAIN(24, 64)))

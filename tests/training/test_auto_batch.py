@@ -140,3 +140,11 @@ def test_the_cpu_is_bounded_by_its_free_memory(recipe, tmp_path, monkeypatch):
     free(0.5)
     with pytest.raises(MemoryError, match=r"one image of 64 x 80 px does not fit.*use smaller short_sides"):
         largest_batch(training)
+
+
+def test_a_trial_has_the_unlabelled_images_too(recipe, scenes, tmp_path):
+    training = recipe(f"--data.unlabelled={scenes}", "--data.label_fraction=0.5").training(tmp_path)
+    batch = TrialStep(training)._batch(3)
+    assert batch.images.shape[0] == batch.mask.shape[0] == len(batch.targets) == 6
+    assert [target.get("labelled", True) for target in batch.targets] == [True] * 3 + [False] * 3
+    assert all(len(target["labels"]) == len(target["boxes"]) == 0 for target in batch.targets[3:])

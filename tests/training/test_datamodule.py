@@ -328,3 +328,31 @@ def test_the_normalisation_reaches_the_pixels(scenes):
     for name in ("train_dataloader", "val_dataloader"):
         found, raw = (next(iter(getattr(each, name)())).images for each in (made, plain))
         torch.testing.assert_close(found, (raw - mean[:, None, None]) / std[:, None, None], atol=1e-5, rtol=1e-5)
+
+
+def test_unlabelled_images_fill_as_much_of_a_batch(scenes):
+    made = data(scenes, unlabelled=str(scenes), label_fraction=0.5, mosaic=0.0)
+    assert len(made.labels) + len(made.unlabelled) == 12 and len(made.labels) == 6
+    assert not set(made.unlabelled.ids) & set(made.labels.image_ids)
+    batches = list(made.train_dataloader())
+    assert [len(batch.targets) for batch in batches] == [8, 8]
+    names = [made.image_id(int(target["image_index"])) for target in batches[0].targets]
+    assert set(names[:4]) <= set(made.labels.image_ids) and set(names[4:]) <= set(made.unlabelled.ids)
+    assert [target.get("labelled", True) for target in batches[0].targets] == [True] * 4 + [False] * 4
+    assert made.images_per_step == 4, "an epoch is one of the labelled images"
+
+
+def test_unlabelled_images_of_another_folder_are_all_taken(scenes, own_scenes):
+    assert len(data(scenes, unlabelled=str(own_scenes)).unlabelled) == 6
+    with pytest.raises(ValueError, match=r"unlabelled: expected images without labels, got 12 of .* all are labelled"):
+        data(scenes, unlabelled=str(scenes))
+
+
+def test_unlabelled_images_need_a_head_that_learns_from_them(scenes):
+    made = data(scenes, unlabelled=str(scenes), label_fraction=0.5)
+    task = SimpleNamespace(detector=SimpleNamespace(takes_unlabelled=False), image_settings={})
+    made.trainer = SimpleNamespace(lightning_module=task)
+    with pytest.raises(ValueError, match=r"unlabelled: SimpleNamespace would learn that there is nothing on images"):
+        made.setup("fit")
+    task.detector.takes_unlabelled = True
+    made.setup("fit")
