@@ -346,9 +346,10 @@ def label(
     after["pool"] = inputs.images.subset(inputs.pool).fingerprint()
 
     def detected() -> Candidates:
-        found = predict(inputs.images, detector, min_score=0.02, iou_threshold=0.5, device=device)
-        found = source(found.with_categories(inputs.shots.categories), inputs.shots, inputs.people)
-        return found.reject(~np.isin(found.labels.image_ids, inputs.pool)[found.labels.owners], "elsewhere")
+        boxes = predict(inputs.images, detector, min_score=0.02, iou_threshold=0.5, device=device)
+        found = source(boxes.with_categories(inputs.shots.categories), inputs.shots, inputs.people)
+        outside = ~np.isin(boxes.image_ids, inputs.pool)
+        return found.reject(outside[boxes.owners], "elsewhere")
 
     if inputs.people is not None:
         after["people"] = fingerprint(inputs.people)
