@@ -126,6 +126,9 @@ def test_what_is_accepted_by_mistake_stays_as_proposed():
     assert found.rows.tolist() == [0, 1, 2]
     np.testing.assert_array_equal(found.labels.points, [(3, 4), (np.nan, np.nan), (np.nan, np.nan)])
     Labels.from_images([found.labels], [Category(i, str(i)) for i in range(3)])
+    named = SimulatedAnnotator(accepts_wrong=1.0).inspect(truth, image([(0, 0, 10, 9)], [1]))
+    assert (named.verdicts, named.labels.classes.tolist(), named.seconds) == ((A,), [1], 1.6)
+    assert named.labels.boxes_xyxy.tolist() == [[0, 0, 10, 10]]
 
 
 def test_drawn_boxes_lie_beside_the_object():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from simdetr.labelling.image_selection import (
     entropy,
     image_uncertainty,
     image_vectors,
+    k_center,
     label_conflicts,
     order_images,
 )
@@ -166,6 +168,17 @@ def test_k_center_equals_a_plain_greedy_search(pool_of):
         covered.append(int(distances.argmax()))
         expected.append(f"{covered[-1]:02d}")
     assert order_images(pool, "k_center", SelectionSettings(budget=100)).image_ids == tuple(expected)
+
+
+def test_k_center_takes_no_square_of_memory(pool_of):
+    points = np.random.default_rng(0).normal(size=(20_000, 4)).astype(np.float32)
+    pool = pool_of({f"{i}": point for i, point in enumerate(points)}, labelled={"0", "1"})
+    candidates = pool.candidates()
+    tracemalloc.start()
+    k_center(pool, candidates, SelectionSettings())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000 * 1000  # a kilobyte per image; all pairs would be 3.2 GB
 
 
 def test_mixed_spreads_over_the_most_uncertain(make_labels):
