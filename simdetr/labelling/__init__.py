@@ -9,6 +9,7 @@ In reading order:
     corrector_networks  networks that correct boxes
     correction          a corrector's training and its work
     assembly            candidates -> labels and regions to ignore
+    gallery_page        the page of a run: gallery, votes, corrections, rejects
     image_selection     what is known of images -> which a person should see first
     annotator           a simulated person: truth and proposals -> what the person leaves
     stopping            what a person found -> errors left, and whether to stop

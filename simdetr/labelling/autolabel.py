@@ -49,6 +49,7 @@ from simdetr.labelling.candidates import (
 )
 from simdetr.labelling.correction import CorrectorFit, correct_boxes, fit_corrector
 from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
+from simdetr.labelling.gallery_page import write_gallery_page
 from simdetr.labelling.verification import NEGATIVE, Gallery, verify
 from simdetr.mining.encoders import Encoder
 from simdetr.recipe import Recipe
@@ -285,10 +286,11 @@ def autolabel(
     made = assemble(candidates, boxes, inputs.shots, inputs.people, ignore_above=settings.ignore_above)
     write_labels(made, run.training_labels)
     write_coco(without_ignored(made), run.labels)
+    write_gallery_page(run, inputs, candidates, boxes, settings)
     if not len(candidates.kept):
         raise NothingToLearnError(
             f"autolabel: none of {len(candidates.reason):,} detections was kept, so there is nothing new to learn; "
-            f"{run.path} says why. Give more shots, or a lower --agreement"
+            f"{run.report} says why. Give more shots, or a lower --agreement"
         )
     retrain(run, inputs, made, start if settings.again_from == "init" else few_shot, config, options)
     return run
@@ -402,9 +404,11 @@ def verified(
     unseen = np.ones(len(low), bool)
     unseen[rows] = False
     found = candidates.reject(low | unseen, "low_score").reasons(votes.reason.astype(object), rows)
-    width = votes.nearest.shape[1]
+    # in rows of all shots, also where the gallery lacks some that cannot be read; -1 stays
+    nearest = np.array([*(int(name.rpartition("#")[2]) for name in gallery.ids), -1])[votes.nearest]
+    width = nearest.shape[1]
     columns: dict[str, tuple[NDArray[Any], float]] = {"vote": (votes.vote, -2), "margin": (votes.margin, np.nan)}
-    columns |= {f"nearest_{i}": (votes.nearest[:, i], -1) for i in range(width)}
+    columns |= {f"nearest_{i}": (nearest[:, i], -1) for i in range(width)}
     columns |= {f"similarity_{i}": (votes.similarity[:, i], np.nan) for i in range(width)}
     return found.with_evidence(
         **{name: _spread(values, rows, len(low), gap) for name, (values, gap) in columns.items()}
@@ -412,12 +416,13 @@ def verified(
 
 
 def gallery_of(inputs: LabellingInputs, background: Labels, encoder: CropEncoder, cache: Path, device: str) -> Gallery:
-    """The shots, the negative ones and the background, as the encoder sees them, in this order."""
+    """The shots, the negative ones and the background, in this order; ids end with ``#`` and the row of all."""
     negatives = [background] if inputs.negatives is None else [inputs.negatives, background]
     parts = [(inputs.shots, inputs.shots.classes)]
     parts += [(own, np.full_like(own.classes, NEGATIVE)) for own in negatives]
     features = [crop_features(inputs.images, own, encoder, device=device, cache=cache).values for own, _ in parts]
-    ids = [f"{own.image_ids[image]}#{row}" for own, _ in parts for row, image in enumerate(own.owners)]
+    images = [own.image_ids[image] for own, _ in parts for image in own.owners]
+    ids = [f"{image_id}#{row}" for row, image_id in enumerate(images)]
     return Gallery.of(np.concatenate(features), np.concatenate([classes for _, classes in parts]), ids)
 
 
