@@ -113,7 +113,14 @@ def main() -> None:
                         continue  # another process has it
                     rows = [json.loads(file.read_text()) for file in sorted(rows_folder.glob("*.json"))]
                     facts = {"pool": arguments.pool, "steps": arguments.steps, "corrector": arguments.corrector}
-                    write_result("autolabel", {"environment": environment(), **facts, "rows": rows})
+                    write_result(
+                        "autolabel",
+                        {
+                            "environment": environment(("torch", "torchvision", "timm", "pytorch-lightning")),
+                            **facts,
+                            "rows": rows,
+                        },
+                    )
 
 
 if __name__ == "__main__":

@@ -275,8 +275,8 @@ def _varied(rows: NDArray[np.int64], classes: NDArray[np.int64], count: int) -> 
     for own in classes[rows].tolist():
         turns.append(seen.get(own, 0) // max(1, count // 3))
         seen[own] = seen.get(own, 0) + 1
-    chosen: NDArray[np.int64] = rows[np.sort(np.argsort(turns, kind="stable")[:count])]
-    return chosen.tolist()
+    chosen: list[int] = rows[np.sort(np.argsort(turns, kind="stable")[:count])].tolist()
+    return chosen
 
 
 def _column(candidates: Candidates, name: str, missing: float) -> NDArray[np.floating]:
@@ -287,7 +287,7 @@ def _column(candidates: Candidates, name: str, missing: float) -> NDArray[np.flo
 
 def _nearest(candidates: Candidates, row: int, shots: _Shots) -> list[tuple[int, float]]:
     """Rows of the shots nearest to a candidate and their similarities; of one that was outvoted the voters first."""
-    found = []
+    found: list[tuple[int, float]] = []
     while f"nearest_{len(found)}" in candidates.evidence:
         place = len(found)
         shot, similarity = (candidates.evidence[f"{name}_{place}"][row] for name in ("nearest", "similarity"))
@@ -334,7 +334,7 @@ def _true_name(box_xyxy: NDArray[np.float32], truth: ImageLabels, names: Sequenc
     overlaps = np.where(truth.crowd, 0.0, overlaps)
     if not len(overlaps) or overlaps.max() < RIGHT_IOU:
         return "no object"
-    return names[truth.classes[overlaps.argmax()]].name
+    return str(names[int(truth.classes[overlaps.argmax()])].name)
 
 
 def _name(own: int, names: Sequence[Category]) -> str:
