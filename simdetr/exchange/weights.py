@@ -245,8 +245,9 @@ def load_weights(detector: Detector, path: Path, class_names: Sequence[str] | No
     Args:
         detector: Any detector of ``simdetr.detectors``.
         path: What ``read_checkpoint`` reads.
-        class_names: The detector's classes; if the file's are others, however many, what speaks of single classes stays
-            as initialised. None, or a file that does not name its classes, leaves that to the shapes.
+        class_names: The detector's classes; if the file's are others, however many, what speaks of single classes comes
+            along for the classes of the same name and stays as initialised for the others. None, or a file that does
+            not name its classes, leaves that to the shapes.
 
     Raises:
         ValueError: Most tensors do not agree: the file is of another detector.
@@ -268,6 +269,9 @@ def copy_weights(detector: Detector, checkpoint: Checkpoint, class_names: Sequen
     other_classes = _other_classes(checkpoint, class_names)
     others = class_tensors(detector) & state.keys() if other_classes else set()
     present = add_objectness({name: value for name, value in state.items() if name not in others}, own)
+    shared = _shared_classes(checkpoint, class_names) if others else {}
+    widened = {name for name in others if shared and _is_by_class(state[name], own[name], checkpoint, class_names)}
+    present |= {name: _rows_of_classes(own[name], state[name], shared) for name in widened}
     fitting = {name for name, value in present.items() if name in own and own[name].shape == value.shape}
     # a module that stands under two names (shared heads) is stored once by safetensors: its other name is no loss
     stored_at = {own[name].data_ptr() for name in state if name in own and own[name].numel() > 0}
@@ -285,7 +289,7 @@ def copy_weights(detector: Detector, checkpoint: Checkpoint, class_names: Sequen
         missing=[name for name in own if name not in state and own[name].data_ptr() not in stored_at],
         unexpected=[*(name for name in given if name not in own), *unused],
         image_settings=dict((checkpoint.stored or {}).get("image_settings") or {}),
-        reason="; ".join([*([other_classes] if others else []), *resized]),
+        reason="; ".join([*([other_classes] if others else []), *([_kept(shared)] if widened else []), *resized]),
     )
     _check_fit(detector, report, is_partial=checkpoint.format.is_partial or detector.takes_backbones)
     detector.load_state_dict({name: present[name] for name in fitting}, strict=False)
@@ -301,6 +305,29 @@ def _within(report: LoadReport, core: Detector, whole: Detector) -> LoadReport:
     kept, replaced, missing = ([prefix + name for name in names] for names in lists)
     missing += [name for name in whole.state_dict() if not name.startswith(prefix)]
     return replace(report, kept=kept, replaced=replaced, missing=missing)
+
+
+def _shared_classes(checkpoint: Checkpoint, class_names: Sequence[str] | None) -> dict[int, int]:
+    """Row of a class here to its row in the file, for the classes that both name."""
+    stored = {str(category["name"]): row for row, category in enumerate((checkpoint.stored or {})["categories"])}
+    return {row: stored[name] for row, name in enumerate(class_names or ()) if name in stored}
+
+
+def _is_by_class(given: Tensor, own: Tensor, checkpoint: Checkpoint, class_names: Sequence[str] | None) -> bool:
+    """Whether both tensors have a row for each class of their own, and agree in all else."""
+    counts = len((checkpoint.stored or {})["categories"]), len(class_names or ())
+    return (given.shape[:1], own.shape[:1]) == ((counts[0],), (counts[1],)) and given.shape[1:] == own.shape[1:]
+
+
+def _rows_of_classes(own: Tensor, given: Tensor, shared: Mapping[int, int]) -> Tensor:
+    """A tensor of classes as initialised, with the file's rows for the classes that both know."""
+    rows = own.clone()
+    rows[list(shared.keys())] = given[list(shared.values())].to(rows)
+    return rows
+
+
+def _kept(shared: Mapping[int, int]) -> str:
+    return f"the rows of the {len(shared)} classes that both know are kept"
 
 
 def _other_classes(checkpoint: Checkpoint, class_names: Sequence[str] | None) -> str:

@@ -276,10 +276,23 @@ def test_made_up_names_tell_nothing(made_up, make_detector, tmp_path):
         assert load_weights(make_detector(3), tmp_path, ["cat", "dog", "cow"]).replaced == []
 
 
-def test_the_order_of_classes_counts(saved, make_detector):
-    _, folder = saved
-    assert load_weights(make_detector(3), folder, ["cat", "dog", "cow"]).replaced == []
-    assert load_weights(make_detector(3), folder, ["dog", "cat", "cow"]).replaced
+def test_classes_are_met_by_name(saved, make_detector):
+    """In another order, and beside new ones, the heads of cat, dog and cow stay those of cat, dog and cow."""
+    source, folder = saved
+    assert load_weights(make_detector(3), folder, ["cat", "dog", "cow"]).reason == ""
+    target = make_detector(4)
+    fresh = {name: value.clone() for name, value in target.state_dict().items()}
+    report = load_weights(target, folder, ["dog", "horse", "cat", "sheep"])
+    assert report.replaced == [] and "the rows of the 2 classes that both know are kept" in report.summary()
+    assert "the data's 4 (dog, horse, cat, …)" in report.summary()
+    for name, value in target.state_dict().items():
+        known = source.state_dict()[name]
+        expected = (
+            torch.stack([known[1], fresh[name][1], known[0], fresh[name][3]]) if "class_embed." in name else known
+        )
+        assert torch.equal(value, expected), name
+    none = load_weights(make_detector(2), folder, ["horse", "sheep"])
+    assert none.replaced and "rows of" not in none.summary()
 
 
 def test_queries_that_are_fewer_or_more_are_told(make_detector, tmp_path):
