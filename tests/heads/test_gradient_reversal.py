@@ -198,7 +198,7 @@ def accuracies(scale, seed, steps=600):
         return float(domain_loss(judge(vectors), unlabelled).accuracy), float(right.float().mean())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_features_stop_telling_the_domain_and_still_tell_the_class(seed):
     told, before = accuracies(None, seed)
     hidden, after = accuracies(1.0, seed)

@@ -237,7 +237,7 @@ def scenes(count, fixed, generator):
 
 
 def auroc_after_training(fixed, with_map):
-    """AUROC of the patterns of 2,000 new maps, and ‖R‖."""
+    """AUROC of the patterns of 1,000 new maps, and ‖R‖."""
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(1)
     head = LocationPrior(FeatureSizes(1, (4,), (8,)), with_map=with_map)
@@ -248,10 +248,10 @@ def auroc_after_training(fixed, with_map):
         optimiser.zero_grad()
         head.losses(head(read), read, targets).total.backward()
         optimiser.step()
-    features, _, places = scenes(2000, fixed, generator)
+    features, _, places = scenes(1000, fixed, generator)
     with torch.no_grad():
         scores = head(passed(head, [level(features)]))[0][tuple(places)]
-    is_object = torch.tensor([1, 1, 1, 0, 0, 0]).repeat(2000)
+    is_object = torch.tensor([1, 1, 1, 0, 0, 0]).repeat(1000)
     return roc_auc_score(is_object, scores), float(head.prior_map.norm())
 
 
