@@ -1,8 +1,8 @@
 """Boxes that are about right in, boxes that fit better out: the third stage of Label, Verify, Correct.
 
 ``fit_corrector`` shakes the boxes of a few labelled images and teaches a network on a frozen backbone to undo it;
-``correct_boxes`` applies it to any labels. Classes, scores and the number of boxes stay as they are. The networks are in
-`simdetr.labelling.corrector_networks`.
+``correct_boxes`` applies it to any labels. Classes, scores and the number of boxes stay as they are. The networks are
+in `simdetr.labelling.corrector_networks`.
 
 Sources: Label, Verify, Correct (Kaul et al., arXiv 2112.05749, section 3.3) and its published code: amounts of jitter,
 overlaps of the stages, recipe. Departures are named where they are made.
@@ -87,10 +87,10 @@ def jitter_boxes(
     min_iou: float = 0.3,
     gentle: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Boxes near given ones: shifted by up to ``alpha`` of their sides, sides 1 - ``beta`` to 1 + ``beta`` times as long.
+    """Boxes near given ones: shifted by up to ``alpha`` of their sides, these 1 ± ``beta`` times as long.
 
-    The logarithm of the factor is uniform. Of a box far from the image's borders 73.05 % of the draws overlap it by more
-    than 0.3 with the published anchor, 90.16 % with the centre.
+    The logarithm of the factor is uniform. Of a box far from the image's borders 73.05 % of the draws overlap it by
+    more than 0.3 with the published anchor, 90.16 % with the centre.
 
     Args:
         boxes_xyxy: [T, 4] in pixels.
@@ -289,8 +289,8 @@ def _new_network(reader: LevelReader, settings: CorrectorFit) -> Corrector:
     if isinstance(network, QueryCorrector) and detector is not None:
         if network.init_args != sizes_of_decoder(detector):
             raise ValueError(
-                f"options: the detector's decoder is of other sizes, {sizes_of_decoder(detector)}; leave them out, or set "
-                "from_decoder=False"
+                f"options: the detector's decoder is of other sizes, {sizes_of_decoder(detector)}; leave them out, or "
+                "set from_decoder=False"
             )
         network.start_from(detector)
     return network
@@ -369,7 +369,7 @@ def _boxed(name: str, labels: Labels) -> Labels:
     return labels.select(labels.image_ids[i] for i in images)
 
 
-class _TrainingData(Dataset[tuple[Sample | None, int]]):
+class _TrainingData(Dataset[Sample | None]):
     """Samples by (part, number of the draw): each pass over a part has an order and an augmentation of its own."""
 
     def __init__(
@@ -444,7 +444,7 @@ def _train(
                     "call in a new folder."
                 )
             optimiser.zero_grad(set_to_none=True)
-            terms["loss"].backward()
+            terms["loss"].backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             state["step"], state["boxes"] = step + 1, state["boxes"] + int(terms.pop("boxes"))
             sums = state["sums"]
@@ -559,7 +559,7 @@ def correct_boxes(
                 torch.stack([target[name] for target in batch.targets]) for name in ("size", "orig_size")
             )
             scales = (sizes / originals).flip(1).repeat(1, 2)
-            for part in torch.arange(len(rows)).split(_BOXES_AT_ONCE):
+            for part in torch.arange(len(rows)).split(_BOXES_AT_ONCE):  # type: ignore[no-untyped-call]
                 own, image = torch.from_numpy(rows)[part], row_of_batch[part]
                 starts = Boxes((before[own] * scales[image]).to(device), image.to(device), sizes.to(device))
                 found = starts.clipped(network(levels, starts)[-1]).cpu() / scales[image]

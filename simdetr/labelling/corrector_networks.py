@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -71,13 +72,13 @@ class LevelReader(nn.Module):
         if isinstance(core, QueryDetector):
             self.channels, self.strides = core.feature_sizes.level_channels, core.feature_sizes.level_strides
         else:
-            core = core if isinstance(core, Backbone) else getattr(core, "backbone", None)
-            if not isinstance(core, Backbone):
+            body = core if isinstance(core, Backbone) else getattr(core, "backbone", None)
+            if not isinstance(body, Backbone):
                 raise ValueError(
                     f"features: {type(network).__name__} gives no feature maps; take a Deformable DETR, a ViDT, or a "
                     "simdetr.detectors.Backbone on its own"
                 )
-            self.channels, self.strides = tuple(core.channels), tuple(core.strides)
+            self.channels, self.strides, core = tuple(body.channels), tuple(body.strides), body
         self.network: QueryDetector | Backbone = core
         self.eval()
 
@@ -107,7 +108,7 @@ class LevelReader(nn.Module):
         finally:
             hook.remove()
         (memory,) = kept
-        parts = memory.tokens.split([height * width for height, width in memory.shapes], dim=1)
+        parts = torch.split(memory.tokens, [height * width for height, width in memory.shapes], dim=1)
         maps = [
             rearrange(part, "b (h w) c -> b c h w", h=height)
             for part, (height, _) in zip(parts, memory.shapes, strict=True)
@@ -142,7 +143,7 @@ class Corrector(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, levels: Sequence[Level], boxes: Boxes) -> list[Tensor]:
-        """Boxes [R, 4] after each stage, not cut to the images; a stage starts from the one before, without gradient."""
+        """Boxes [R, 4] after each stage, not cut to the images; each starts from the one before, without gradient."""
 
     @abstractmethod
     def box_loss(self, found: Tensor, wanted: Tensor, sizes_wh: Tensor) -> Tensor:
@@ -321,7 +322,7 @@ class BoxCorrector(Corrector):
         current, outputs = boxes.xyxy, []
         for number, stage in enumerate(self.stages, 1):
             read = pooled(maps, self.strides, widened(current, self.context), boxes.image)
-            read = _ScaledGradient.apply(read, 1 / len(self.stages))  # type: ignore[no-untyped-call]
+            read = _ScaledGradient.apply(read, 1 / len(self.stages))
             outputs.append(moved(current, stage(read).float() / (self.weights * number)))
             current = boxes.clipped(outputs[-1].detach())
         return outputs
@@ -338,7 +339,7 @@ def _stage(inputs: int, width: int) -> nn.Sequential:
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     sizes = (inputs, width, width, width)
-    hidden = [part for pair in zip(sizes[:-1], sizes[1:], strict=True) for part in (nn.Linear(*pair), nn.ReLU())]
+    hidden = [part for pair in pairwise(sizes) for part in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *hidden, last)
 
 

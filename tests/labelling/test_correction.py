@@ -442,7 +442,7 @@ def test_unknown_kinds_and_options():
     reader = LevelReader(Backbone("test_resnet"))
     with pytest.raises(ValueError, match="kind: expected one of 'cascade', 'queries', got 'roi'"):
         build_corrector("roi", reader, {})
-    with pytest.raises(ValueError, match="options: .*widht"):
+    with pytest.raises(ValueError, match=r"options: .*widht"):
         build_corrector("cascade", reader, {"widht": 3})
     with pytest.raises(ValueError, match="width, dim and context: expected above 0, got 0"):
         build_corrector("cascade", reader, {"width": 0})
@@ -552,7 +552,7 @@ def test_other_settings_boxes_or_features_need_another_folder(features, scenes, 
     other = LoadedDetector(make_detector(num_feature_levels=3, hidden_dim=32), (), features.image_settings)
     with pytest.raises(RunMismatchError, match="features"):
         fit_corrector(other, source, truth, tmp_path / "c", settings)
-    with pytest.raises(ValueError, match="features: .* reads the maps of other weights"):
+    with pytest.raises(ValueError, match=r"features: .* reads the maps of other weights"):
         load_corrector(tmp_path / "c", other)
     with pytest.raises(
         FileNotFoundError, match=r"expected corrector.safetensors and corrector.json in .*fit one first"
@@ -574,7 +574,7 @@ def test_nothing_to_learn_from(features, scenes, truth, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(features, scenes, truth, tmp_path):
-    with pytest.raises(NonFiniteLossError, match="at step [01]. Lower lr"):
+    with pytest.raises(NonFiniteLossError, match=r"at step [01]\. Lower lr"):
         fit_corrector(features, open_images(scenes), truth, tmp_path / "c", CorrectorFit(**{**TINY, "lr": 1e30}))
 
 
@@ -621,7 +621,7 @@ def test_corrections_are_in_pixels_of_the_original(features, scenes, truth):
     labels = Labels.from_images(rows, truth.categories)
     object.__setattr__(corrector, "image_settings", {**corrector.image_settings, "short_side": 48})
     found = correct_boxes(corrector, open_images(scenes), labels)
-    np.testing.assert_allclose(found.boxes_xyxy, labels.boxes_xyxy + [5, 0, 5, 0], atol=1e-3)
+    np.testing.assert_allclose(found.boxes_xyxy, labels.boxes_xyxy + np.array([5, 0, 5, 0]), atol=1e-3)
     np.testing.assert_allclose(found.shift_iou, 15 / 25, atol=1e-3)
     applied = found.applied(labels)
     assert np.array_equal(applied.boxes_xyxy, found.boxes_xyxy) and applied.image_ids == labels.image_ids
