@@ -114,7 +114,7 @@ class Card:
     """A candidate: what the detector took it for, what else is known, its crop, and the nearest shots."""
 
     name: str
-    facts: str
+    facts: list[str]
     image_id: str
     picture: Image.Image | None
     nearest: list[Shot] = field(default_factory=list)
@@ -313,8 +313,8 @@ def _card(
     labels, names = candidates.labels, candidates.labels.categories
     vote = int(_column(candidates, "vote", ABSTAINED)[row])
     margin = float(_column(candidates, "margin", np.nan)[row])
-    facts = [f"score {labels.scores[row]:.2f}"]
-    facts += [f"margin {margin:.3f}"] if np.isfinite(margin) else []
+    score = f"score {labels.scores[row]:.2f}"
+    facts = [f"{score} · margin {margin:.3f}" if np.isfinite(margin) else score]
     if nearest and vote != labels.classes[row]:
         facts.append(f"votes: {'nobody wins' if vote == ABSTAINED else _name(vote, names)}")
     image_id = labels.image_ids[labels.owners[row]]
@@ -325,7 +325,7 @@ def _card(
         for shot, similarity in nearest
         if ("shot", shot) in pictures
     ]
-    return Card(names[labels.classes[row]].name, " · ".join(facts), image_id, pictures.get(("candidate", row)), beside)
+    return Card(names[labels.classes[row]].name, facts, image_id, pictures.get(("candidate", row)), beside)
 
 
 def _true_name(box_xyxy: NDArray[np.float32], truth: ImageLabels, names: Sequence[Category]) -> str:
@@ -338,7 +338,7 @@ def _true_name(box_xyxy: NDArray[np.float32], truth: ImageLabels, names: Sequenc
 
 
 def _name(own: int, names: Sequence[Category]) -> str:
-    return "negative" if own == NEGATIVE else names[own].name
+    return "none of the classes" if own == NEGATIVE else names[own].name
 
 
 def _moves(
@@ -351,7 +351,7 @@ def _moves(
         return [
             Card(
                 labels.categories[labels.classes[row]].name,
-                f"IoU {shift[row]:.2f} · score {labels.scores[row]:.2f}",
+                [f"IoU {shift[row]:.2f} · score {labels.scores[row]:.2f}"],
                 labels.image_ids[labels.owners[row]],
                 pictures["moved", row],
             )

@@ -19,8 +19,9 @@ from simdetr.data.coco import read_coco
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Labels
 from simdetr.labelling import gallery_page
-from simdetr.labelling.autolabel import AutolabelRun, AutolabelSettings, LabellingInputs
+from simdetr.labelling.autolabel import AutolabelRun, AutolabelSettings, LabellingInputs, verified
 from simdetr.labelling.candidates import REASONS, Candidates, quality
+from simdetr.labelling.crop_features import crop_encoder
 from simdetr.labelling.gallery_page import BEFORE, LABEL, STAGES, render_gallery_page, write_gallery_page
 
 SECTIONS = ("stages", "gallery", "labels", "corrections", "rejects", "numbers", "next", "config")
@@ -158,7 +159,7 @@ def test_rejects_come_with_reasons_in_words_and_the_shots_that_outvoted_them(cas
     assert part.index(REASONS["other_class"]) < part.index(REASONS["low_score"])
     own = case.candidates.labels.classes[1]
     assert f"votes: {names[case.candidates.evidence['vote'][1]].name}" in part and names[own].name in part
-    assert "votes: negative" in part
+    assert "votes: none of the classes" in part
 
 
 def test_a_box_outside_its_image_is_told_without_picture(case):
@@ -383,3 +384,26 @@ def test_many_classes_and_candidates_make_no_large_page(tmp_path):
     assert "20 more" in page.parts["numbers"]
     sizes = {Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size for source in page.sources}
     assert max(max(size) for size in sizes) == gallery_page.MOVED_PX
+
+
+def test_evidence_counts_the_shots_as_the_page_does(case, tmp_path):
+    """Also where the gallery lacks some, for their image cannot be read: a shot itself is nearest to its own box."""
+    folder, inputs = tmp_path / "some", case.inputs
+    for image_id in inputs.images.ids:
+        broken = image_id == inputs.shots.image_ids[0]
+        (folder / image_id).parent.mkdir(parents=True, exist_ok=True)
+        (folder / image_id).write_bytes(b"broken" if broken else inputs.images.path_of(image_id).read_bytes())
+    shots = inputs.shots.select(inputs.shots.image_ids[:3])
+    denied = case.inputs.truth.select(inputs.truth.image_ids[5:6])
+    inputs = replace(inputs, images=ImageSource(folder, inputs.images.ids), shots=shots, negatives=denied)
+    both = Labels.from_images([*map(shots.image, range(3)), denied.image(0)], shots.categories)
+    settings = replace(case.settings, score_rule="absolute", min_score=0.0, looks_per_image=1000, neighbours=2)
+    encoder, none = crop_encoder("colour-texture"), both.rows(np.zeros(0, np.int64))
+    found = verified(case.run, inputs, Candidates.of(both), encoder, settings, "cpu", left_out=dict)
+    unread = int(shots.offsets[1])
+    rows = np.arange(len(both.boxes_xyxy))
+    assert found.evidence["nearest_0"].tolist() == np.where(rows < unread, -1, rows).tolist()
+    assert set(found.reason[:unread]) == {"unreadable"}
+    counted = gallery_page._Shots.of(inputs, none)
+    assert counted.boxes_xyxy.tolist() == both.boxes_xyxy.tolist()
+    assert (counted.classes[len(shots.boxes_xyxy) :] == -1).all()
