@@ -31,13 +31,13 @@ from simdetr.labelling.assembly import assemble, without_duplicates
 from simdetr.labelling.autolabel import (
     AutolabelRun,
     AutolabelSettings,
-    LabellingInputs,
     few_shot_detector,
     label,
     retrain,
 )
 from simdetr.labelling.candidates import CORRECTED, KEPT, REASONS, SOURCED, stage_rows
 from simdetr.labelling.crop_features import crop_encoder
+from simdetr.labelling.shots import LabellingInputs
 from simdetr.pipeline import SEEDS
 
 ARMS = ("few-shot", "full", "longer", "verified", "sourced")

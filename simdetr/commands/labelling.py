@@ -27,6 +27,7 @@ def autolabel(
     shot_images: Path | None = None,
     negatives: Path | None = None,
     people: Path | None = None,
+    base: Path | None = None,
     truth: Path | None = None,
     options: tuple[str, ...] = (),
     device: str | None = None,
@@ -45,6 +46,7 @@ def autolabel(
         shot_images: Folder of the images of the shots, where they are not among ``--images``.
         negatives: COCO JSON of boxes that look like a class and are none.
         people: COCO JSON of images that people labelled as a whole; they stay as they are.
+        base: COCO JSON of images among ``--images`` with boxes of the classes that ``--init`` knows and is to keep.
         truth: COCO JSON with boxes for some of the images; only to measure by.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
         device: Torch device; the GPU if there is one.
@@ -59,6 +61,7 @@ def autolabel(
         shot_images=shot_images,
         negatives=negatives,
         people=people,
+        base=base,
         truth=truth,
         options=options,
         device=device,
@@ -71,6 +74,10 @@ def autolabel(
             f"; {name} {scores[name]:.3f}" for name in ("precision", "recall", "mean_iou") if name in scores
         )
         OUT.print(f"{row['stage']:>8}: {line}", markup=False, highlight=False, soft_wrap=True)
+    if base is not None:
+        scores = json.loads(run.base.read_text(encoding="utf-8"))
+        line = ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
+        OUT.print(f"AP of the classes known before: {line}", highlight=False, soft_wrap=True)
     OUT.print(f"labels: {run.labels}", soft_wrap=True)
     OUT.print(f"detector: {run.detector}; look at {run.report}", soft_wrap=True)
 

@@ -3,6 +3,7 @@
 In reading order:
 
     autolabel           the whole way from shots to a labelled set and a detector, stage by stage
+    shots               what people give in -> what a labelling works on
     candidates          detections -> candidates for labels, each with a reason
     crop_features       the crop of every box -> a feature
     verification        features -> the votes of the nearest shots

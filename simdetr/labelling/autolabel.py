@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,30 +26,31 @@ from simdetr import pipeline
 from simdetr.data.annotations import LabelError
 from simdetr.data.coco import write_coco
 from simdetr.data.images import ImageSource, open_images
-from simdetr.data.label_files import read_labels, write_labels
+from simdetr.data.label_files import write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
 from simdetr.data.protocols import hash_order
 from simdetr.data.storage import write_json
+from simdetr.evaluation.coco_metric import coco_metrics
 from simdetr.exchange.weights import is_saved, load_detector
 from simdetr.labelling.assembly import assemble, collapsed_classes, without_duplicates
 from simdetr.labelling.candidates import (
     RIGHT_IOU,
     Candidates,
     ScoreRule,
-    background_boxes,
-    check_shots,
     on_labels,
     read_candidates,
     source,
     stage_rows,
     thresholds,
+    without_base,
     worth_a_look,
     write_candidates,
 )
 from simdetr.labelling.correction import CorrectorFit, correct_boxes, fit_corrector
 from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
 from simdetr.labelling.gallery_page import write_gallery_page
+from simdetr.labelling.shots import LabellingInputs, background_boxes, by_name, check_shots, renamed
 from simdetr.labelling.verification import NEGATIVE, Gallery, verify
 from simdetr.mining.encoders import Encoder
 from simdetr.recipe import Recipe
@@ -57,6 +58,8 @@ from simdetr.training.inference import predict
 from simdetr.training.run_folder import RunFolder, detector_folder
 
 LOG = logging.getLogger(__name__)
+MOST_LOST = 0.02
+"""Drop of AP of the classes known before from which the guard warns."""
 LeftOut = Callable[[], tuple[NDArray[np.float32], NDArray[np.bool_]]]
 """Gives scores on left-out shots, and which are right; called by the score rule that needs them alone."""
 
@@ -150,79 +153,14 @@ class AutolabelRun:
         return self.path / "report" / "index.html"
 
     @property
+    def base(self) -> Path:
+        """AP of the classes known before, by detector, where base labels were given."""
+        return self.path / "base.json"
+
+    @property
     def stages(self) -> Path:
         """Counts and, with truth, quality of every stage, as ``stage_rows`` gives them."""
         return self.path / "stages.json"
-
-
-@dataclass(frozen=True)
-class LabellingInputs:
-    """What a run works on, under one set of ids.
-
-    Attributes:
-        images: The unlabelled images and those of the shots; an image of another folder has its path as id.
-        pool: Ids of the images to be labelled.
-        shots: The few labelled boxes.
-        negatives: Boxes that look like a class and are none; or None.
-        people: Labels that people made of whole images of the pool; or None.
-        truth: Of the images of the pool, to measure by; or None.
-    """
-
-    images: ImageSource
-    pool: tuple[str, ...]
-    shots: Labels
-    negatives: Labels | None = None
-    people: Labels | None = None
-    truth: Labels | None = None
-
-    @classmethod
-    def read(
-        cls,
-        images: str | Path | ImageSource,
-        shots: str | Path,
-        shot_images: str | Path | None = None,
-        negatives: str | Path | None = None,
-        people: str | Path | None = None,
-        truth: str | Path | None = None,
-    ) -> LabellingInputs:
-        """Read them; see ``autolabel`` for the arguments and errors."""
-        pool = images if isinstance(images, ImageSource) else open_images(images)
-        labels = read_labels(Path(shots))
-        inside = shot_images is None and all(image_id in pool for image_id in labels.image_ids)
-        exemplars = pool if inside else open_images(shots if shot_images is None else shot_images)
-        missing = [image_id for image_id in labels.image_ids if image_id not in exemplars]
-        if missing:
-            raise LabelError(
-                f"shots: {len(missing)} of {len(labels)} images are not in {exemplars.root}, such as {missing[0]!r}; "
-                "give the folder that the file speaks of as --shot_images"
-            )
-        places = {str(record.path): record.id for record in pool}
-        names = {}
-        for image_id in exemplars.ids if not inside else ():
-            path = str(exemplars.path_of(image_id))
-            names[image_id] = places.get(path, path)
-        outside = [name for image_id in labels.image_ids if (name := names.get(image_id, image_id)) not in pool]
-
-        def own(path: str | Path | None) -> Labels | None:
-            if path is None:
-                return None
-            found = read_labels(Path(path))
-            return found.with_categories(labels.categories) if found.categories != labels.categories else found
-
-        denied, known, measured = own(negatives), own(people), own(truth)
-        return cls(
-            ImageSource(pool.root, [*pool.ids, *dict.fromkeys(outside)]),
-            tuple(pool.ids),
-            renamed(labels, names),
-            None if denied is None else renamed(denied, names),
-            None if known is None else known.select(i for i in known.image_ids if i in pool),
-            None if measured is None else measured.select(i for i in measured.image_ids if i in pool),
-        )
-
-
-def renamed(labels: Labels, names: Mapping[str, str]) -> Labels:
-    """The same labels under other ids of their images; those that are not in ``names`` keep theirs."""
-    return replace(labels, image_ids=tuple(names.get(image_id, image_id) for image_id in labels.image_ids))
 
 
 def autolabel(
@@ -235,6 +173,7 @@ def autolabel(
     shot_images: str | Path | None = None,
     negatives: str | Path | None = None,
     people: str | Path | None = None,
+    base: str | Path | None = None,
     truth: str | Path | None = None,
     options: Sequence[str] = (),
     device: str | None = None,
@@ -251,6 +190,7 @@ def autolabel(
         shot_images: Folder of the images of the shots, where they are not among ``images``.
         negatives: COCO JSON of boxes on those images that look like a class and are none.
         people: COCO JSON of images among ``images`` that people labelled as a whole; they stay as they are.
+        base: COCO JSON of images among ``images`` with boxes of the classes that ``init`` knows and is to keep.
         truth: COCO JSON with boxes for some of ``images``; only to measure by.
         options: ``--section.name=value`` strings for both trainings, over the files.
         device: Torch device; the GPU if there is one.
@@ -265,15 +205,16 @@ def autolabel(
         RunMismatchError: ``out`` holds a run of other shots, images or trainings.
     """
     settings, run = settings or AutolabelSettings(), AutolabelRun(Path(out))
-    inputs = LabellingInputs.read(images, shots, shot_images, negatives, people, truth)
-    check_shots(inputs.shots, inputs.negatives)
+    inputs = LabellingInputs.read(images, shots, shot_images, negatives, people, base, truth)
+    check_shots(inputs.shots, inputs.negatives, inputs.is_base)
     start, device = detector_folder(init), device or default_device()
     own = {
-        "images": str(images),
+        "images": inputs.images.fingerprint(),
         "shots": fingerprint(inputs.shots),
         "init": str(start),
         "configs": [*map(str, config)],
     }
+    own |= {} if inputs.base is None else {"base": fingerprint(inputs.base)}
     RunFolder(run.path).claim(yaml.safe_dump({"autolabel": {**own, "options": list(options)}}))
 
     few_shot = few_shot_detector(run, inputs, start, config, options)
@@ -283,7 +224,7 @@ def autolabel(
         return left_out_scores(run, inputs, start, config, options, device)
 
     candidates, boxes = label(run, inputs, few_shot, encoder, settings, device, left_out)
-    made = assemble(candidates, boxes, inputs.shots, inputs.people, ignore_above=settings.ignore_above)
+    made = assemble(candidates, boxes, inputs.labelled(), inputs.people, ignore_above=settings.ignore_above)
     write_labels(made, run.training_labels)
     write_coco(without_ignored(made), run.labels)
     write_gallery_page(run, inputs, candidates, boxes, settings)
@@ -292,15 +233,44 @@ def autolabel(
             f"autolabel: none of {len(candidates.reason):,} detections was kept, so there is nothing new to learn; "
             f"{run.report} says why. Give more shots, or a lower --agreement"
         )
-    retrain(run, inputs, made, start if settings.again_from == "init" else few_shot, config, options)
+    detector = retrain(run, inputs, made, start if settings.again_from == "init" else few_shot, config, options)
+    if inputs.base is not None:
+        guard_base(run, inputs, {"init": start, "few_shot": few_shot, "retrained": detector}, device)
     return run
+
+
+def guard_base(
+    run: AutolabelRun, inputs: LabellingInputs, detectors: Mapping[str, Path], device: str
+) -> dict[str, float]:
+    """AP of the classes known before, of every detector; warns where the last has lost more than ``MOST_LOST``.
+
+    Measured on the images of the base labels that the trainings did not see, or on all where they saw all.
+    """
+    assert inputs.base is not None
+    seen = set(inputs.labelled().image_ids)
+    held = [image_id for image_id in inputs.base.image_ids if image_id not in seen] or list(inputs.base.image_ids)
+    truth, scores = inputs.base.select(held), {}
+    for name, detector in detectors.items():
+        found = predict(inputs.images.subset(held), detector, device=device)
+        known = {category.name for category in truth.categories}
+        rows = np.flatnonzero([found.categories[own].name in known for own in found.classes])
+        scores[name] = coco_metrics(truth, by_name(found.rows(rows), truth.categories))["AP"]
+    write_json(run.base, scores)
+    names = list(detectors)
+    if scores[names[-1]] < scores[names[0]] - MOST_LOST:
+        LOG.warning(
+            "the classes known before have lost: AP %.1f, before %.1f; give more labels of them as --base",
+            100 * scores[names[-1]],
+            100 * scores[names[0]],
+        )
+    return scores
 
 
 def few_shot_detector(
     run: AutolabelRun, inputs: LabellingInputs, init: Path, config: Sequence[str | Path], options: Sequence[str]
 ) -> Path:
     """The detector that is trained on the shots alone."""
-    return train_on(run.few_shot, inputs.images, inputs.shots, init, config, options)
+    return train_on(run.few_shot, inputs.images, inputs.labelled(), init, config, options)
 
 
 def left_out_scores(
@@ -351,10 +321,11 @@ def label(
         boxes = predict(inputs.images, detector, min_score=0.02, iou_threshold=0.5, device=device)
         found = source(boxes.with_categories(inputs.shots.categories), inputs.shots, inputs.people)
         outside = ~np.isin(boxes.image_ids, inputs.pool)
-        return found.reject(outside[boxes.owners], "elsewhere")
+        return without_base(found.reject(outside[boxes.owners], "elsewhere"), inputs.is_base, inputs.base)
 
-    if inputs.people is not None:
-        after["people"] = fingerprint(inputs.people)
+    for name in ("people", "base"):
+        if (given := getattr(inputs, name)) is not None:
+            after[name] = fingerprint(given)
     found = _stage(run, "source", after, detected)
 
     after |= {"encoder": encoder.fingerprint, "settings": _of(settings, "source", "verify")}

@@ -8,7 +8,6 @@ Letters: M detections of all images together, C classes.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from simdetr.boxes import pairwise_iou
-from simdetr.data.annotations import Category, ImageLabels, LabelError
+from simdetr.data.annotations import ImageLabels
 from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path
@@ -31,8 +30,6 @@ LOG = logging.getLogger(__name__)
 ScoreRule = Literal["agreement", "absolute", "precision", "per_class_top"]
 RIGHT_IOU = 0.5
 """Overlap with an object of its class from which a box is right."""
-_TRIES = 100  # places that are looked at for background
-_APART = 0.1  # overlap with what may be an object, below which a place is background
 KEPT = ""
 """The reason of a candidate that nothing speaks against so far."""
 REASONS = {
@@ -238,6 +235,28 @@ def source(detections: Labels, shots: Labels, people: Labels | None = None) -> C
     return candidates.reject(holders(shots, detections.image_ids)[detections.owners, detections.classes], "holds_shots")
 
 
+def without_base(candidates: Candidates, is_base: NDArray[np.bool_], base: Labels | None) -> Candidates:
+    """Reject what is of a class known before, or lies on such an object: labelled, or found with a higher score.
+
+    Args:
+        candidates: M of them, of C classes.
+        is_base: Which classes were known before, bool [C].
+        base: Labels of those classes on some of the images.
+    """
+    if not is_base.any():
+        return candidates
+    labels, of_base = candidates.labels, is_base[candidates.labels.classes]
+    covered = of_base if base is None else of_base | on_labels(labels, base)
+    for start, stop in zip(labels.offsets[:-1].tolist(), labels.offsets[1:].tolist(), strict=True):
+        rows = slice(start, stop)
+        if of_base[rows].any() and not of_base[rows].all():
+            boxes = torch.from_numpy(labels.boxes_xyxy[rows])
+            over = pairwise_iou(boxes, boxes).numpy() > RIGHT_IOU
+            surer = labels.scores[rows][None] > labels.scores[rows][:, None]
+            covered[rows] |= (over & surer & of_base[rows][None]).any(axis=1)
+    return candidates.reject(covered, "base_class")
+
+
 def worth_a_look(candidates: Candidates, per_image: float, most_per_class: int) -> NDArray[np.bool_]:
     """Which candidates are encoded, whatever the score rule says later, so that another rule needs no encoder.
 
@@ -283,74 +302,6 @@ def on_labels(
             over &= detections.classes[rows][:, None] == known.classes
         covered[rows] = over.any(axis=1)
     return covered
-
-
-def check_shots(shots: Labels, negatives: Labels | None = None) -> tuple[Category, ...]:
-    """The classes that have shots; warns of those without any, and of boxes that contradict each other.
-
-    Raises:
-        LabelError: No class has a shot.
-    """
-    counts = np.bincount(shots.classes[~shots.crowd], minlength=shots.num_classes)
-    without = [category.name for category, count in zip(shots.categories, counts, strict=True) if count == 0]
-    if len(without) == shots.num_classes:
-        raise LabelError("shots: expected at least one box of a class, got none; draw one and run again")
-    if without:
-        LOG.warning("shots: %d classes have none and are left out: %s", len(without), ", ".join(without))
-    for contradiction in contradictions(shots, negatives):
-        LOG.warning("shots: %s", contradiction)
-    return tuple(category for category, count in zip(shots.categories, counts, strict=True) if count)
-
-
-def contradictions(shots: Labels, negatives: Labels | None = None, iou: float = 0.9) -> list[str]:
-    """Pairs of boxes in the same place of an image that say different things, a line each."""
-    found = []
-    for image in map(shots.image, range(len(shots))):
-        boxes = torch.from_numpy(image.boxes_xyxy)
-        same = torch.triu(pairwise_iou(boxes, boxes) > iou, diagonal=1).nonzero().tolist()
-        names = [shots.categories[c].name for c in image.classes]
-        found += [
-            f"{image.image_id} has the same box as {names[a]} and as {names[b]}"
-            for a, b in same
-            if names[a] != names[b]
-        ]
-        if negatives is not None and image.image_id in negatives:
-            denied = torch.from_numpy(negatives.of(image.image_id).boxes_xyxy)
-            rows = (pairwise_iou(boxes, denied) > iou).any(dim=1).nonzero().flatten().tolist()
-            found += [f"{image.image_id} has a box of {names[row]} that is among the negative ones too" for row in rows]
-    return found
-
-
-def background_boxes(shots: Labels, detections: Labels, per_image: int, seed: int = 0, *, above: float = 0.1) -> Labels:
-    """Boxes of the shots' sizes where their images show neither a shot nor, as far as is known, another object.
-
-    As negative shots they let the votes say that a candidate is nothing at all; the published vote knows only classes.
-
-    Args:
-        shots: The few labelled boxes.
-        detections: On the images of the shots.
-        per_image: Most boxes per image; fewer where there is no room.
-        seed: Of the places.
-        above: Detections of a higher score may be objects.
-
-    Returns:
-        Labels of the images of the shots; what the classes say means nothing.
-    """
-    images = []
-    for image in map(shots.image, range(len(shots))):
-        rng = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(image.image_id.encode()).digest()[:8], "big")])
-        taken = image.boxes_xyxy
-        if image.image_id in detections:
-            found = detections.of(image.image_id)
-            taken = np.concatenate([taken, found.boxes_xyxy[found.scores > above]])
-        room = np.array(image.size_hw[::-1], np.float64)
-        sides = (image.boxes_xyxy[:, 2:] - image.boxes_xyxy[:, :2])[rng.integers(len(image), size=(_TRIES,))]
-        low = rng.random((_TRIES, 2)) * np.maximum(room - sides, 0)
-        tried = np.concatenate([low, np.minimum(low + sides, room)], axis=1).astype(np.float32)
-        free = (pairwise_iou(torch.from_numpy(tried), torch.from_numpy(taken)) < _APART).all(dim=1).numpy()
-        boxes = tried[free][:per_image]
-        images.append(ImageLabels.build(image.image_id, image.size_hw, boxes, np.zeros(len(boxes))))
-    return Labels.from_images(images, shots.categories)
 
 
 def quality(candidates: Candidates, boxes_xyxy: NDArray[np.float32], truth: Labels) -> dict[str, float]:

@@ -30,8 +30,9 @@ from simdetr.data.images import ImageSource
 from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path
 from simdetr.labelling.assembly import collapsed_classes
-from simdetr.labelling.candidates import KEPT, REASONS, RIGHT_IOU, Candidates, background_boxes, quality
+from simdetr.labelling.candidates import KEPT, REASONS, RIGHT_IOU, Candidates, quality
 from simdetr.labelling.crop_features import crop_boxes
+from simdetr.labelling.shots import background_boxes
 from simdetr.labelling.verification import ABSTAINED, NEGATIVE
 from simdetr.mining.preview import evenly
 from simdetr.reports.charts import INK, LINE_COLOURS, new_figure, style_panel, to_svg

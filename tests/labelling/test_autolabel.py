@@ -17,14 +17,13 @@ from simdetr.data.label_files import read_labels
 from simdetr.labelling import autolabel as module
 from simdetr.labelling.autolabel import (
     AutolabelSettings,
-    LabellingInputs,
     NothingToLearnError,
     autolabel,
     encoder_for,
     fingerprint,
-    renamed,
 )
 from simdetr.labelling.candidates import read_candidates
+from simdetr.labelling.shots import LabellingInputs, renamed
 from simdetr.training.run_folder import RunMismatchError
 
 SETTINGS = AutolabelSettings(
@@ -202,3 +201,35 @@ def test_background_votes_too(again):
     )
     found = read_candidates(run.candidates("verify"))
     assert (found.reason == "negative").any() and (found.evidence["vote"][found.reason == "negative"] == -1).all()
+
+
+def test_classes_known_before_are_guarded(scenes, pretrained, tiny_config, tmp_path):
+    """One class is known, and labelled on some images; the others are new."""
+    truth = read_labels(scenes / "instances.json")
+    old = int(truth.classes[0])
+    novel = truth.select(truth.image_ids[:5])
+    write_coco(novel.rows(np.flatnonzero(novel.classes != old)), tmp_path / "shots.json")
+    write_coco(truth.rows(np.flatnonzero(truth.classes == old)), tmp_path / "base.json")
+    arguments = {"init": pretrained, "base": tmp_path / "base.json", "settings": replace(SETTINGS, corrector="none")}
+    run = autolabel(scenes, tmp_path / "shots.json", tmp_path / "run", [tiny_config], **arguments)
+    assert json.loads(run.base.read_text()).keys() == {"init", "few_shot", "retrained"}
+    found = read_candidates(run.candidates("correct"))
+    assert len(found.kept) and old not in found.labels.classes[found.kept]
+    assert (found.reason[found.labels.classes == old] != "").all()
+    training = read_labels(run.training_labels)
+    assert (training.classes[~training.crowd] == old).any()  # its own labels are learnt again
+
+
+def test_the_guard_says_what_was_lost(finished, pretrained, scenes, tmp_path, monkeypatch, caplog):
+    truth = read_labels(scenes / "instances.json")
+    new = int(truth.classes[0])
+    write_coco(truth.rows(np.flatnonzero(truth.classes == new)), tmp_path / "shots.json")
+    write_coco(truth.rows(np.flatnonzero(truth.classes != new)), tmp_path / "base.json")
+    inputs = LabellingInputs.read(scenes, tmp_path / "shots.json", base=tmp_path / "base.json")
+    values = iter([0.5, 0.49, 0.47, 0.5, 0.49, 0.481])
+    monkeypatch.setattr(module, "coco_metrics", lambda truth, found: {"AP": next(values)})
+    detectors = dict.fromkeys(("init", "few_shot", "retrained"), finished.detector)
+    for warned in (True, False):
+        caplog.clear()
+        scores = module.guard_base(finished, inputs, detectors, "cpu")
+        assert ("have lost: AP" in caplog.text) == warned and scores["init"] == 0.5

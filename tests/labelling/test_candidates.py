@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
-import torch
 
-from simdetr.boxes import pairwise_iou
-from simdetr.data.annotations import Category, ImageLabels, LabelError
+from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.labels import Labels
 from simdetr.labelling.candidates import (
     REASONS,
     Candidates,
-    background_boxes,
-    check_shots,
-    contradictions,
     precise_score,
     quality,
     read_candidates,
     source,
     thresholds,
+    without_base,
     worth_a_look,
     write_candidates,
 )
@@ -166,23 +160,6 @@ def test_candidates_survive_the_disk(tmp_path):
     assert read_candidates(tmp_path / "none.parquet").evidence["corrected_xyxy"].shape == (0, 4)
 
 
-def test_background_touches_nothing_that_may_be_an_object():
-    a, b, c = row_of_boxes(3)
-    shots = labels_of({"x": [(a, 0, 1.0), ([0.0, 50.0, 30.0, 70.0], 1, 1.0)], "y": [(b, 0, 1.0)]})
-    detections = labels_of({"x": [([40.0, 40.0, 90.0, 90.0], 0, 0.5), (c, 0, 0.05)]})
-    found = background_boxes(shots, detections, per_image=5, seed=1)
-    assert found.image_ids == ("x", "y") and np.diff(found.offsets).tolist() == [5, 5]
-    sides = found.of("x").boxes_xyxy[:, 2:] - found.of("x").boxes_xyxy[:, :2]
-    assert {tuple(side) for side in np.round(sides).tolist()} <= {(8.0, 8.0), (30.0, 20.0)}
-    known = np.concatenate([shots.of("x").boxes_xyxy, detections.of("x").boxes_xyxy[:1]])
-    overlaps = pairwise_iou(torch.from_numpy(found.of("x").boxes_xyxy), torch.from_numpy(known))
-    assert overlaps.max() < 0.1
-    again = background_boxes(shots.select(["y", "x"]), detections, per_image=5, seed=1)
-    np.testing.assert_array_equal(again.of("x").boxes_xyxy, found.of("x").boxes_xyxy)  # whatever the order
-    full = labels_of({"x": [([0.0, 0.0, 100.0, 100.0], 0, 1.0)]})
-    assert len(background_boxes(full, detections, per_image=5).boxes_xyxy) == 0
-
-
 def test_quality_by_hand():
     """Ten candidates, six right; four of those stay and one of the wrong: precision .6 to .8, as in a table by hand."""
     boxes = row_of_boxes(10)
@@ -206,16 +183,15 @@ def test_an_object_counts_once_and_for_its_class():
                       "candidates": 3, "objects": 1}  # fmt: skip
 
 
-def test_shots_are_looked_at_before_the_work(caplog):
-    box, other = row_of_boxes(2)
-    with pytest.raises(LabelError, match="expected at least one box of a class"):
-        check_shots(labels_of({"a": []}))
-    shots = labels_of({"a": [(box, 0, 1.0), (box, 0, 1.0), (other, 0, 1.0)]})
-    with caplog.at_level(logging.WARNING):
-        assert check_shots(shots) == CLASSES[:1]
-    assert "1 classes have none and are left out: nut" in caplog.text
-    assert contradictions(shots) == []
-    double = labels_of({"a": [(box, 0, 1.0), (box, 1, 1.0)]})
-    assert contradictions(double) == ["a has the same box as bolt and as nut"]
-    denied = labels_of({"a": [(other, 0, 1.0)]})
-    assert contradictions(shots, denied) == ["a has a box of bolt that is among the negative ones too"]
+def test_objects_known_before_are_no_candidates():
+    """Classes 0 and 1: 0 was known. A labelled object of it, one that is found surer as it, and one that is not."""
+    a, b, d = row_of_boxes(3)
+    low = [b[0], b[1], b[2], b[3] * 0.9]
+    detections = labels_of(
+        {"x": [(a, 1, 0.9), (b, 0, 0.8), (low, 1, 0.7), (d, 1, 0.6)], "y": [(a, 0, 0.5), (a, 1, 0.6)]}
+    )
+    base = labels_of({"x": [(a, 0, 1.0)]})
+    found = without_base(Candidates.of(detections), np.array([True, False]), base)
+    # in y the new class is the surer one
+    assert found.reason.tolist() == ["base_class", "base_class", "base_class", "", "base_class", ""]
+    assert without_base(Candidates.of(detections), np.array([False, False]), None).kept.tolist() == list(range(6))

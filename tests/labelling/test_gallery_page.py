@@ -19,10 +19,11 @@ from simdetr.data.coco import read_coco
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.labels import Labels
 from simdetr.labelling import gallery_page
-from simdetr.labelling.autolabel import AutolabelRun, AutolabelSettings, LabellingInputs, verified
+from simdetr.labelling.autolabel import AutolabelRun, AutolabelSettings, verified
 from simdetr.labelling.candidates import REASONS, Candidates, quality
 from simdetr.labelling.crop_features import crop_encoder
 from simdetr.labelling.gallery_page import BEFORE, LABEL, STAGES, render_gallery_page, write_gallery_page
+from simdetr.labelling.shots import LabellingInputs
 
 SECTIONS = ("stages", "gallery", "labels", "corrections", "rejects", "numbers", "next", "config")
 VOID = {"img", "meta", "br", "path", "use", "rect"}
@@ -88,7 +89,7 @@ class Case:
         evidence["vote"][1:3] = (found.classes[1] + 1) % found.num_classes, -1
         self.boxes = found.boxes_xyxy + np.where(reason == "", moved, 0)[:, None].astype(np.float32)
         self.candidates = Candidates(found, reason, evidence)
-        self.inputs = LabellingInputs(source, found.image_ids, shots, truth.select(truth.image_ids[:1]), None, truth)
+        self.inputs = LabellingInputs(source, found.image_ids, shots, truth.select(truth.image_ids[:1]), truth=truth)
         self.run, self.settings = AutolabelRun(folder), AutolabelSettings(background_shots=0)
         self.write_records()
 
