@@ -30,7 +30,7 @@ from simdetr.labelling.annotator import SimulatedAnnotator
 from simdetr.labelling.autolabel import encoder_for, fingerprint, train_on
 from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
 from simdetr.labelling.image_selection import Order, Pool, SelectionSettings, entropy, image_vectors, order_images
-from simdetr.labelling.stopping import Audit, Round, draw_audit, errors_left
+from simdetr.labelling.stopping import Audit, Decision, ErrorBound, ErrorEstimate, Round, draw_audit, errors_left
 from simdetr.training.inference import predict
 from simdetr.training.run_folder import RunFolder, detector_folder
 
@@ -142,7 +142,12 @@ class LoopSettings:
         images_per_round: Images that the person sees in each, chosen by the strategy.
         audited_per_round: Further images, drawn at random, that the errors left are estimated from; at least 2 or none.
         show_above: Proposals of a higher score are shown; the first round shows none, for no class is known yet.
+        stop_share: Stop once at most this part of the proposals left is wrong or missed, by the upper end of the
+            estimate's interval, in two rounds in a row; needs audited images. All rounds when left out.
         seed: Of the draws, the order and the trainings.
+
+    Raises:
+        ValueError: A number out of range, or a share without audited images.
     """
 
     strategy: str | None = None
@@ -150,7 +155,18 @@ class LoopSettings:
     images_per_round: int = 20
     audited_per_round: int = 0
     show_above: float = 0.3
+    stop_share: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("images_per_round", 1), ("audited_per_round", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.audited_per_round == 1 or (self.stop_share is not None and not self.audited_per_round):
+            raise ValueError(
+                f"audited_per_round: expected 0, or at least 2 for an estimate of the errors left, got "
+                f"{self.audited_per_round}; 20 or more are of use"
+            )
 
 
 def simulate_labelling(
@@ -216,7 +232,12 @@ def simulate_labelling(
         if not (folder / "scores.json").is_file():
             write_scores(pipeline.evaluate(val_images, val_labels, detector, device=device), folder / "scores.json")
         rows.append(row | _read_json(folder / "scores.json"))
+        decision = _decision(rows, settings)
+        rows[-1]["stop"] = decision.reason
         write_json(out / "rounds.json", rows)
+        if decision.stop:
+            LOG.info("stopped after %d rounds: %s", number + 1, decision.reason)
+            break
         if len(labels) == len(known):
             LOG.info("every image is labelled after %d rounds", number + 1)
             break
@@ -273,6 +294,21 @@ def inspect(
         exact = Round.of([SimulatedAnnotator().inspect(truth.of(i), left.of(i)) for i in left.image_ids])
         row["really_left"] = exact.corrected + exact.rejected + exact.drawn
     return labels, row
+
+
+def _decision(rows: Sequence[Mapping[str, Any]], settings: LoopSettings) -> Decision:
+    """Whether the loop is to stop after its last round."""
+    if settings.stop_share is None:
+        return Decision(False, "no rule was given")
+    names = ("images", "seconds", "accepted", "corrected", "rejected", "drawn")
+    history = [
+        Round(
+            **{name: row[name] for name in names},
+            estimate=ErrorEstimate(**row["errors_left"]) if "errors_left" in row else None,
+        )
+        for row in rows
+    ]
+    return ErrorBound(share=settings.stop_share).stop(history)
 
 
 def loop_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from simdetr.data.coco import write_coco
 from simdetr.data.label_files import read_labels
 from simdetr.labelling.annotator import SimulatedAnnotator
 from simdetr.labelling.image_selection import Pool
-from simdetr.labelling.loop import LoopSettings, by_hand, inspect, label_order, simulate_labelling
+from simdetr.labelling.loop import LoopSettings, _decision, by_hand, inspect, label_order, simulate_labelling
 from simdetr.training.run_folder import RunMismatchError
 from tests.labelling.test_candidates import labels_of, row_of_boxes
 
@@ -76,6 +76,22 @@ def test_errors_left_are_estimated_from_audited_images():
     assert row["really_left"] == 80
     assert row["errors_left"]["total"] == pytest.approx(80)
     assert row["errors_left"]["low"] <= 80 <= row["errors_left"]["high"]
+
+
+def test_the_loop_stops_when_little_is_left():
+    """By the upper end of the interval, in two rounds in a row; a round without an estimate does not count."""
+    counts = {"images": 9, "seconds": 1.0, "accepted": 5, "corrected": 0, "rejected": 0, "drawn": 0}
+    left = {"wrong": 1.0, "missed": 1.0, "total": 2.0, "low": 0.0, "confidence": 0.95, "basis": "", "images": 50}
+    low, high = ({**counts, "errors_left": {**left, "high": high, "detections": 100}} for high in (4.0, 6.0))
+    settings = LoopSettings(stop_share=0.05, audited_per_round=20)
+    for rows, stops in (([low, low], True), ([low, high], False), ([high, low], False), ([counts, low], False)):
+        assert _decision(rows, settings).stop == stops
+    assert not _decision([low, low], LoopSettings()).stop
+    for wrong in ({"stop_share": 0.05}, {"audited_per_round": 1}):
+        with pytest.raises(ValueError, match="audited_per_round: expected 0, or at least 2"):
+            LoopSettings(**wrong)
+    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
+        LoopSettings(rounds=0)
 
 
 def test_labelling_by_hand_takes_a_drawing_per_object():
