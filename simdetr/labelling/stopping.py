@@ -552,8 +552,8 @@ class ErrorBound:
 
     A random sample of the rest that bounds what is missed there: Callaghan and Müller-Hansen, Statistical stopping
     criteria for automated screening in systematic reviews, 2020. Whoever looks after every round stops at the first
-    lucky audit: over all rounds the target is missed more often than the estimate's confidence says. More ``rounds`` in
-    a row, or a higher confidence of the estimates, make up for it.
+    lucky audit. In simulated loops of eight rounds whose detector stays just above the target, one audit is enough to
+    stop 14 in 100 of them too early, two in a row one in 100; where the detector goes on learning, 2 and none.
 
     Args:
         errors: Most errors left; or
@@ -566,7 +566,7 @@ class ErrorBound:
 
     errors: float | None = None
     share: float | None = None
-    rounds: int = 1
+    rounds: int = 2
 
     def __post_init__(self) -> None:
         if (self.errors is None) == (self.share is None):

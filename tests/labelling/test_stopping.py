@@ -356,15 +356,14 @@ def test_error_bound():
     def left(high, found=1000):
         return spent(estimate=ErrorEstimate(1, 1, 2, 0, high, 0.95, "", 100, found))
 
-    assert ErrorBound(errors=50).stop([left(90), left(50)]).stop
-    assert not ErrorBound(errors=50).stop([left(50), left(50.1)]).stop
-    assert not ErrorBound(errors=50, rounds=2).stop([left(90), left(50)]).stop
-    assert ErrorBound(errors=50, rounds=2).stop([left(40), left(50)]).stop
-    by_share = ErrorBound(share=0.05).stop([left(50)])
-    assert by_share == Decision(True, "at most 50 errors are left (95% interval), to stop at 50 in 1 rounds in a row")
-    assert not ErrorBound(share=0.05).stop([left(50, found=900)]).stop
-    assert not ErrorBound(errors=1).stop([]).stop
-    assert "0 of the last 1 rounds have an estimate" in ErrorBound(errors=1).stop([spent()]).reason
+    assert ErrorBound(errors=50, rounds=1).stop([left(90), left(50)]).stop
+    assert not ErrorBound(errors=50, rounds=1).stop([left(50), left(50.1)]).stop
+    assert not ErrorBound(errors=50).stop([left(90), left(50)]).stop
+    assert not ErrorBound(errors=50).stop([left(50)]).stop
+    by_share = ErrorBound(share=0.05).stop([left(90), left(40), left(50)])
+    assert by_share == Decision(True, "at most 50 errors are left (95% interval), to stop at 50 in 2 rounds in a row")
+    assert not ErrorBound(share=0.05).stop([left(40), left(50, found=900)]).stop
+    assert "0 of the last 2 rounds have an estimate" in ErrorBound(errors=1).stop([spent()]).reason
 
 
 @pytest.mark.parametrize(
