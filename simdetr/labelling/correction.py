@@ -301,9 +301,7 @@ def is_fitted(folder: Path) -> bool:
     return (folder / WEIGHTS_NAME).is_file() and (folder / RECORD_NAME).is_file()
 
 
-def load_corrector(
-    folder: str | Path, features: LoadedDetector | Backbone, *, device: str = "cpu"
-) -> FittedCorrector:
+def load_corrector(folder: str | Path, features: LoadedDetector | Backbone, *, device: str = "cpu") -> FittedCorrector:
     """The corrector that ``fit_corrector`` left in a folder.
 
     Args:
@@ -365,7 +363,9 @@ def _boxed(name: str, labels: Labels) -> Labels:
     owners = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
     images = np.unique(owners[good])
     if not len(images):
-        raise ValueError(f"{name}: expected at least one box with an area that is no crowd, got none; label some images")
+        raise ValueError(
+            f"{name}: expected at least one box with an area that is no crowd, got none; label some images"
+        )
     return labels.select(labels.image_ids[i] for i in images)
 
 
@@ -555,7 +555,9 @@ def correct_boxes(
             owners = images[[int(target["image_index"]) for target in batch.targets]]
             rows = np.concatenate([np.arange(labels.offsets[i], labels.offsets[i + 1]) for i in owners])
             row_of_batch = torch.arange(len(owners)).repeat_interleave(torch.from_numpy(counts[owners]))
-            sizes, originals = (torch.stack([target[name] for target in batch.targets]) for name in ("size", "orig_size"))
+            sizes, originals = (
+                torch.stack([target[name] for target in batch.targets]) for name in ("size", "orig_size")
+            )
             scales = (sizes / originals).flip(1).repeat(1, 2)
             for part in torch.arange(len(rows)).split(_BOXES_AT_ONCE):
                 own, image = torch.from_numpy(rows)[part], row_of_batch[part]

@@ -309,7 +309,9 @@ def test_losses_are_means_over_the_matched_boxes():
 def test_query_losses_by_hand():
     """Wanted (0, 0, 48, 64) of 96 x 64, found three quarters of its height: cxcywh differ by 1/8 and 1/4, IoU 3/4."""
     boxes = batch_of((0, 0, 48, 48))
-    losses = corrector("queries").losses(levels_of(), boxes, [torch.tensor([[0.0, 0.0, 48.0, 64.0]]), torch.zeros(0, 4)])
+    losses = corrector("queries").losses(
+        levels_of(), boxes, [torch.tensor([[0.0, 0.0, 48.0, 64.0]]), torch.zeros(0, 4)]
+    )
     expected = 5 * (1 / 8 + 1 / 4) + 2 * (1 - 3 / 4)
     assert [losses[f"stage{n}"].item() for n in (1, 2, 3)] == pytest.approx([expected] * 3, abs=1e-3)
 
@@ -367,12 +369,16 @@ def test_the_reader_takes_what_has_maps(make_other):
     backbone = Backbone("test_resnet")
     levels = LevelReader(backbone)(images, mask)
     assert [level.stride for level in levels] == [8, 16, 32]
-    assert [tuple(level.features.shape[1:]) for level in levels] == [(c, 64 // s, 96 // s) for c, s in zip(backbone.channels, (8, 16, 32), strict=True)]
+    assert [tuple(level.features.shape[1:]) for level in levels] == [
+        (c, 64 // s, 96 // s) for c, s in zip(backbone.channels, (8, 16, 32), strict=True)
+    ]
     assert levels[0].mask[1].sum() == levels[0].mask[1].numel() // 2 and not levels[0].mask[0].any()
     assert not any(level.features.requires_grad for level in levels)
     reader = LevelReader(backbone.train())
     assert not backbone.training and not reader.train().training
-    with pytest.raises(ValueError, match=r"features: TransformersDetector gives no feature maps; take a Deformable DETR"):
+    with pytest.raises(
+        ValueError, match=r"features: TransformersDetector gives no feature maps; take a Deformable DETR"
+    ):
         LevelReader(make_other("detr"))
 
 
@@ -408,11 +414,18 @@ def test_queries_begin_as_the_decoder_they_start_from(make_detector):
     images, mask = torch.rand(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool)
     mask[1, 48:], mask[1, :, 64:] = True, True
     levels = reader(images, mask)
-    found = network(levels, batch_of((10, 10, 50, 44), (40, 20, 90, 60), (5, 9, 30, 44), image=(0, 0, 1), sizes=((64, 96), (48, 64))))
+    found = network(
+        levels,
+        batch_of((10, 10, 50, 44), (40, 20, 90, 60), (5, 9, 30, 44), image=(0, 0, 1), sizes=((64, 96), (48, 64))),
+    )
     memory = flatten_maps([level.features for level in levels], [level.mask for level in levels])
     transformer = detector.transformer
-    for row, (box, image, size) in enumerate([((10, 10, 50, 44), 0, (64, 96)), ((40, 20, 90, 60), 0, (64, 96)), ((5, 9, 30, 44), 1, (48, 64))]):
-        own = memory._replace(**{name: getattr(memory, name)[image : image + 1] for name in ("tokens", "valid_ratios", "padding")})
+    for row, (box, image, size) in enumerate(
+        [((10, 10, 50, 44), 0, (64, 96)), ((40, 20, 90, 60), 0, (64, 96)), ((5, 9, 30, 44), 1, (48, 64))]
+    ):
+        own = memory._replace(
+            **{name: getattr(memory, name)[image : image + 1] for name in ("tokens", "valid_ratios", "padding")}
+        )
         reference = normalise(torch.tensor([box]).float(), size)[None]
         embedding = sine_box_positions(reference, 8)
         query, target = transformer.pos_trans_norm(transformer.pos_trans(embedding)).chunk(2, dim=-1)
@@ -543,7 +556,9 @@ def test_other_settings_boxes_or_features_need_another_folder(features, scenes, 
         fit_corrector(other, source, truth, tmp_path / "c", settings)
     with pytest.raises(ValueError, match="features: .* reads the maps of other weights"):
         load_corrector(tmp_path / "c", other)
-    with pytest.raises(FileNotFoundError, match=r"expected corrector.safetensors and corrector.json in .*fit one first"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected corrector.safetensors and corrector.json in .*fit one first"
+    ):
         load_corrector(tmp_path / "nothing", features)
 
 
