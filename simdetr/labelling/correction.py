@@ -1,8 +1,8 @@
 """Boxes that are about right in, boxes that fit better out: the third stage of Label, Verify, Correct.
 
-``fit_corrector`` shakes the boxes of a few labelled images and teaches a network on a frozen backbone to undo it;
-``correct_boxes`` applies it to any labels. Classes, scores and the number of boxes stay as they are. The networks are
-in `simdetr.labelling.corrector_networks`.
+``fit_corrector`` shakes the boxes of a few labelled images and teaches a network to undo it; ``correct_boxes`` applies
+it to any labels. Classes, scores and the number of boxes stay as they are. The networks are in
+`simdetr.labelling.corrector_networks`.
 
 Sources: Label, Verify, Correct (Kaul et al., arXiv 2112.05749, section 3.3) and its published code: amounts of jitter,
 overlaps of the stages, recipe. Departures are named where they are made.
@@ -70,9 +70,12 @@ LOG = logging.getLogger(__name__)
 WEIGHTS_NAME, RECORD_NAME, RESUME_NAME = "corrector.safetensors", "corrector.json", "resume.ckpt"
 Anchor = Literal["corner", "centre"]
 _SCALES = (0.8, 0.9, 1.0, 1.1, 1.2)  # sizes of the training images, in those that the backbone is used with
+_PUBLISHED_SIDES = {"short_side": 800, "max_side": 1333}
 _BACKBONE_SIDES = {"short_side": 512, "max_side": 852}  # of a backbone on its own, in pixels
 _LOGGED_EVERY = 20
 _BOXES_AT_ONCE = 2048
+MIN_GAIN = 0.05
+"""Least gain of overlap for which a box is moved."""
 
 
 def jitter_boxes(
@@ -87,10 +90,10 @@ def jitter_boxes(
     min_iou: float = 0.3,
     gentle: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Boxes near given ones: shifted by up to ``alpha`` of their sides, these 1 ± ``beta`` times as long.
+    """Boxes near given ones: shifted by up to ``alpha`` of a side, sides 1 - ``beta`` to 1 + ``beta`` times as long.
 
-    The logarithm of the factor is uniform. Of a box far from the image's borders 73.05 % of the draws overlap it by
-    more than 0.3 with the published anchor, 90.16 % with the centre.
+    The logarithm of the factor is uniform. Far from the image's borders 73.05 % of the draws overlap their box by more
+    than 0.3 with the published anchor, 90.16 % with the centre.
 
     Args:
         boxes_xyxy: [T, 4] in pixels.
@@ -152,6 +155,7 @@ class CorrectorFit:
         options: Arguments of the network.
         from_decoder: Let queries begin as the decoder of the detector, where that has two stages and three layers; they
             then have its sizes.
+        zoom: Side of the images, in those that the detector is used with; larger ones show small objects better.
         steps: Optimiser steps.
         batch_size: Images per step.
         boxes_per_image: Most jittered boxes of an image; twice as many are drawn, as published.
@@ -159,6 +163,7 @@ class CorrectorFit:
         extra_share: Part of each batch that comes from the extra labels, where there are any.
         extra_until: Part of the training in which they take part.
         lr: Highest learning rate of AdamW, reached after the warm-up, from where it falls as a cosine.
+        decoder_lr: The same of what queries took over from a detector's decoder.
         weight_decay: Of all weights.
         warmup: Part of the training in which the learning rate rises.
         crop: Cut windows out of half of the images.
@@ -171,6 +176,7 @@ class CorrectorFit:
     kind: Kind = "cascade"
     options: dict[str, Any] = field(default_factory=dict)
     from_decoder: bool = True
+    zoom: float = 1.0
     steps: int = 500
     batch_size: int = 8
     boxes_per_image: int = 64
@@ -181,6 +187,7 @@ class CorrectorFit:
     extra_share: float = 0.5
     extra_until: float = 1.0
     lr: float = 1e-3
+    decoder_lr: float = 2e-4
     weight_decay: float = 1e-4
     warmup: float = 0.05
     crop: bool = True
@@ -196,8 +203,11 @@ class CorrectorFit:
         for name in ("extra_share", "extra_until", "mosaic"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1 or self.lr <= 0:
-            raise ValueError(f"warmup, lr: expected 0 <= warmup < 1 and lr > 0, got {self.warmup} and {self.lr}")
+        for name in ("lr", "decoder_lr", "zoom"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected above 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup: expected 0 to below 1, got {self.warmup}")
 
     def settled(self) -> dict[str, Any]:
         """The settings that the weights depend on, as plain types."""
@@ -252,6 +262,7 @@ def fit_corrector(
     """
     settings = settings or CorrectorFit()
     run, reader, images = RunFolder(Path(out)), level_reader(features), image_settings_of(features)
+    images |= {name: max(1, round(images[name] * settings.zoom)) for name in ("short_side", "max_side")}
     parts = [_boxed("labels", labels)] + ([] if extra is None else [_boxed("extra", extra)])
     facts = {
         "settings": settings.settled(),
@@ -336,7 +347,7 @@ def level_reader(features: LoadedDetector | Backbone) -> LevelReader:
 def image_settings_of(features: LoadedDetector | Backbone) -> dict[str, Any]:
     """How images are prepared: as the detector's, or at a short side of 512 px for a backbone on its own."""
     if isinstance(features, LoadedDetector):
-        return {"short_side": 800, "max_side": 1333, **features.detector.normalisation, **features.image_settings}
+        return {**_PUBLISHED_SIDES, **features.detector.normalisation, **features.image_settings}
     return {**_BACKBONE_SIDES, "mean": features.colour_mean, "std": features.colour_std}
 
 
@@ -417,7 +428,13 @@ def _train(
 ) -> tuple[list[dict[str, float]], int]:
     """Train from where a killed training stopped; rows of mean losses, and the number of boxes seen."""
     resume = folder / RESUME_NAME
-    groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+    slow = {id(parameter) for parameter in network.learnt_parameters()}
+    own = list(network.parameters())
+    rates = (
+        (settings.lr, [parameter for parameter in own if id(parameter) not in slow]),
+        (settings.decoder_lr, [parameter for parameter in own if id(parameter) in slow]),
+    )
+    groups = [{"params": members, "lr": lr, "initial_lr": lr} for lr, members in rates if members]
     optimiser = adamw(groups, settings.lr, settings.weight_decay)
     factor = lr_factor("cosine", settings.steps, warmup_steps=int(settings.warmup * settings.steps))
     device = next(network.parameters()).device
@@ -436,7 +453,7 @@ def _train(
         for batch in loader:
             step = state["step"]
             for group in optimiser.param_groups:
-                group["lr"] = settings.lr * factor(step)
+                group["lr"] = group["initial_lr"] * factor(step)
             terms = _losses(network, reader, batch, settings, step, device)
             if not torch.isfinite(terms["loss"]):
                 raise NonFiniteLossError(
@@ -503,12 +520,16 @@ class Corrections:
         boxes_xyxy: float32 [M, 4] in pixels of the originals; the box as it was where ``uncorrected``.
         uncorrected: bool [M], boxes without a usable result: empty ones, results that are not finite or empty, images
             that cannot be read.
-        shift_iou: float32 [M], overlap of the box before with the box after; 1 where ``uncorrected``.
+        refused: bool [M], boxes that stay as they were because too little was to be gained.
+        shift_iou: float32 [M], overlap of the box before with the network's; 1 where ``uncorrected``.
+        gain: float32 [M], by how much the network's box is thought to overlap the object more; 0 where ``uncorrected``.
     """
 
     boxes_xyxy: NDArray[np.float32]
     uncorrected: NDArray[np.bool_]
+    refused: NDArray[np.bool_]
     shift_iou: NDArray[np.float32]
+    gain: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.boxes_xyxy)
@@ -516,15 +537,24 @@ class Corrections:
     def applied(self, labels: Labels) -> Labels:
         """The labels with the boxes after correction; masks, which would not fit them, are left out."""
         sides = self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]
-        areas = np.where(self.uncorrected, labels.areas, sides.prod(axis=1))
+        areas = np.where(self.uncorrected | self.refused, labels.areas, sides.prod(axis=1))
         return replace(labels, boxes_xyxy=self.boxes_xyxy, areas=areas, masks=None)
 
 
 @torch.inference_mode()
 def correct_boxes(
-    corrector: FittedCorrector, source: ImageSource, labels: Labels, *, device: str = "cpu", batch_size: int = 8
+    corrector: FittedCorrector,
+    source: ImageSource,
+    labels: Labels,
+    *,
+    device: str = "cpu",
+    batch_size: int = 8,
+    min_gain: float = MIN_GAIN,
 ) -> Corrections:
     """Correct every box of some labels, a batch of images at a time.
+
+    A corrector that has seen few boxes makes good ones worse. So it also judges how well a box fits, before and after,
+    and corrections that gain too little are refused. This is a departure: the published corrector moves every box.
 
     Args:
         corrector: As ``fit_corrector`` or ``load_corrector`` give it.
@@ -532,6 +562,7 @@ def correct_boxes(
         labels: Boxes in pixels of the upright originals.
         device: Torch device.
         batch_size: Images at a time.
+        min_gain: Corrections that are judged to gain less overlap than this are refused; -1 takes all.
 
     Raises:
         LabelError: A labelled image is not in the source.
@@ -539,6 +570,7 @@ def correct_boxes(
     network, reader = corrector.network.to(device).eval(), corrector.reader.to(device)
     before = torch.from_numpy(labels.boxes_xyxy)
     after, good = before.clone(), torch.zeros(len(before), dtype=torch.bool)
+    gain = torch.zeros(len(before))
     counts = np.diff(labels.offsets)
     images = np.flatnonzero(counts)
     names = ("short_side", "max_side", "mean", "std")
@@ -562,8 +594,13 @@ def correct_boxes(
             for part in torch.arange(len(rows)).split(_BOXES_AT_ONCE):  # type: ignore[no-untyped-call]
                 own, image = torch.from_numpy(rows)[part], row_of_batch[part]
                 starts = Boxes((before[own] * scales[image]).to(device), image.to(device), sizes.to(device))
-                found = starts.clipped(network(levels, starts)[-1]).cpu() / scales[image]
+                moved = starts.clipped(network(levels, starts)[-1])
+                judged = [network.overlap_logits(levels, b).sigmoid() for b in (starts, starts._replace(xyxy=moved))]
+                found = moved.cpu() / scales[image]
                 kept = box_ops.has_area(found) & box_ops.has_area(before[own])
                 after[own[kept]], good[own[kept]] = found[kept], True
+                gain[own[kept]] = (judged[1] - judged[0]).cpu()[kept]
     shift = torch.where(good, box_ops.paired_iou(before, after).nan_to_num(1.0), 1.0)
-    return Corrections(after.numpy(), ~good.numpy(), shift.numpy())
+    refused = good & ~(gain >= min_gain)
+    after = torch.where(refused[:, None], before, after)
+    return Corrections(after.numpy(), ~good.numpy(), refused.numpy(), shift.numpy(), gain.numpy())

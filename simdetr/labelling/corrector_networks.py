@@ -46,6 +46,7 @@ MATCH_IOUS = (0.3, 0.5, 0.7)
 _LARGEST_LOG_SCALE = math.log(1000 / 16)
 _CANONICAL_SIDE_PX, _CANONICAL_STRIDE = 224, 16  # of feature pyramid networks (arXiv 1612.03144, equation 1)
 _SAMPLES_PER_BIN = 2
+_EXACT_EVERY = 4
 _L1_WEIGHT, _GIOU_WEIGHT = 5.0, 2.0  # of the published DETR
 
 
@@ -140,10 +141,28 @@ class Corrector(nn.Module, ABC):
     """
 
     init_args: dict[str, Any]
+    strides: tuple[int, ...]
 
     @abstractmethod
     def forward(self, levels: Sequence[Level], boxes: Boxes) -> list[Tensor]:
-        """Boxes [R, 4] after each stage, not cut to the images; each starts from the one before, without gradient."""
+        """Boxes [R, 4] after each stage, not cut to the images; a stage starts from the one before, gradient-free."""
+
+    judge: nn.Module
+    """Reads pooled features [R, D, 7, 7] and gives the logit [R, 1] of the box's overlap with its object."""
+
+    def learnt_parameters(self) -> list[nn.Parameter]:
+        """Those that come from another training, and should change less than the new ones."""
+        return []
+
+    @abstractmethod
+    def maps(self, levels: Sequence[Level]) -> list[Tensor]:
+        """The maps [B, D, h, w] that boxes are read from."""
+
+    def overlap_logits(self, levels: Sequence[Level], boxes: Boxes) -> Tensor:
+        """Logits [R] of the overlap that each box is thought to have with its object."""
+        read = pooled(self.maps(levels), self.strides, boxes.xyxy, boxes.image)
+        logits: Tensor = self.judge(read)[:, 0].float()
+        return logits
 
     @abstractmethod
     def box_loss(self, found: Tensor, wanted: Tensor, sizes_wh: Tensor) -> Tensor:
@@ -171,7 +190,22 @@ class Corrector(nn.Module, ABC):
             if chosen.any():
                 loss = self.box_loss(found[chosen], wanted[chosen], sizes_wh)
             terms[f"stage{number}"] = loss
+        terms["judge"] = self._judge_loss(levels, boxes, boxes.clipped(outputs[-1].detach()), truth)
         return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+
+    def _judge_loss(self, levels: Sequence[Level], boxes: Boxes, after_xyxy: Tensor, truth: Sequence[Tensor]) -> Tensor:
+        """Cross-entropy of the judged overlaps of the boxes before, after, and of as many true ones."""
+        known = torch.tensor([len(own) > 0 for own in truth], device=boxes.image.device)[boxes.image]
+        both = torch.cat([boxes.xyxy[known], after_xyxy[known]])
+        image = boxes.image[known].repeat(2)
+        wanted, overlap = best_matches(both, image, truth)
+        exact = torch.arange(len(image), device=image.device)[::_EXACT_EVERY]
+        judged = Boxes(torch.cat([both, wanted[exact]]), torch.cat([image, image[exact]]), boxes.sizes_hw)
+        target = torch.cat([overlap, torch.ones_like(overlap[exact])])
+        logits = self.overlap_logits(levels, judged)
+        if not len(logits):
+            return logits.sum()
+        return F.binary_cross_entropy_with_logits(logits, target)
 
 
 def best_matches(boxes_xyxy: Tensor, image: Tensor, truth: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -312,13 +346,19 @@ class BoxCorrector(Corrector):
         self.init_args = {"width": width, "dim": dim, "context": context, "top_down": top_down}
         self.strides, self.context = tuple(strides), context
         self.projection = LevelProjection(channels, dim, top_down)
-        self.stages = nn.ModuleList(_stage(dim * ROI_CELLS**2, width) for _ in MATCH_IOUS)
+        self.stages = nn.ModuleList(_stage(dim * ROI_CELLS**2, width, 4) for _ in MATCH_IOUS)
+        self.judge = _stage(dim * ROI_CELLS**2, width, 1)
         self.weights: Tensor
         self.register_buffer("weights", torch.tensor(DELTA_WEIGHTS), persistent=False)
 
+    def maps(self, levels: Sequence[Level]) -> list[Tensor]:
+        """The maps, projected."""
+        projected: list[Tensor] = self.projection(levels)
+        return projected
+
     def forward(self, levels: Sequence[Level], boxes: Boxes) -> list[Tensor]:
         """Boxes [R, 4] after each stage."""
-        maps = self.projection(levels)
+        maps = self.maps(levels)
         current, outputs = boxes.xyxy, []
         for number, stage in enumerate(self.stages, 1):
             read = pooled(maps, self.strides, widened(current, self.context), boxes.image)
@@ -333,9 +373,9 @@ class BoxCorrector(Corrector):
         return loss
 
 
-def _stage(inputs: int, width: int) -> nn.Sequential:
+def _stage(inputs: int, width: int, outputs: int) -> nn.Sequential:
     """Three layers and an output that starts at 0."""
-    last = nn.Linear(width, 4)
+    last = nn.Linear(width, outputs)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     sizes = (inputs, width, width, width)
@@ -384,6 +424,8 @@ class QueryCorrector(Corrector):
         initialise(self.decoder)
         self.content = nn.Sequential(nn.Flatten(), nn.Linear(dim * ROI_CELLS**2, dim))
         self.heads = nn.ModuleList(box_head(dim) for _ in MATCH_IOUS)
+        self.judge = _stage(dim * ROI_CELLS**2, 2 * dim, 1)
+        self._begun = False
 
     def start_from(self, detector: DeformableDETR) -> None:
         """Take over the first three layers of a two-stage detector's decoder, and how it makes queries of boxes.
@@ -399,10 +441,20 @@ class QueryCorrector(Corrector):
         self.pos_trans_norm.load_state_dict(theirs.pos_trans_norm.state_dict())
         for parameter in self.content.parameters():
             nn.init.zeros_(parameter)
+        self._begun = True
+
+    def learnt_parameters(self) -> list[nn.Parameter]:
+        """The decoder, its heads and what makes queries of boxes, if they were taken over."""
+        taken = (self.decoder, self.heads, self.pos_trans, self.pos_trans_norm) if self._begun else ()
+        return [parameter for part in taken for parameter in part.parameters()]
+
+    def maps(self, levels: Sequence[Level]) -> list[Tensor]:
+        """The maps, projected unless they are of the queries' width."""
+        return unpadded(levels) if self.projection is None else self.projection(levels)
 
     def forward(self, levels: Sequence[Level], boxes: Boxes) -> list[Tensor]:
         """Boxes [R, 4] after each layer."""
-        maps = unpadded(levels) if self.projection is None else self.projection(levels)
+        maps = self.maps(levels)
         sizes = boxes.sizes_hw.flip(1).to(boxes.xyxy).repeat(1, 2)[boxes.image]
         reference = xyxy_to_cxcywh(boxes.xyxy) / sizes
         embedding = sine_box_positions(reference, maps[0].shape[1] // 2)

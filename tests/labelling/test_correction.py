@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -293,8 +294,9 @@ def test_a_stage_learns_from_boxes_that_overlap_enough(overlap, learning):
     boxes = batch_of((16, 16, 80, 16 + 32 * overlap))
     losses = corrector().losses(levels_of(), boxes, [torch.tensor([[16.0, 16.0, 80.0, 48.0]]), torch.zeros(0, 4)])
     expected = [1 - overlap if stage < learning else 0.0 for stage in range(3)]
+    total = sum(expected) + losses["judge"].item()
     assert [losses[f"stage{n}"].item() for n in (1, 2, 3)] == pytest.approx(expected, abs=1e-5)
-    assert losses["loss"].item() == pytest.approx(sum(expected), abs=1e-5)
+    assert losses["loss"].item() == pytest.approx(total, abs=1e-5)
 
 
 def test_losses_are_means_over_the_matched_boxes():
@@ -315,14 +317,42 @@ def test_query_losses_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["cascade", "queries"])
-@pytest.mark.parametrize("boxes", [EXAMPLE, batch_of()], ids=["none matches", "no box"])
-def test_without_a_match_the_loss_is_0_and_attached(kind, boxes):
+@pytest.mark.parametrize("boxes", [EXAMPLE, batch_of()], ids=["no object", "no box"])
+def test_with_nothing_to_learn_from_losses_are_0_and_attached(kind, boxes):
     network = corrector(kind, spread=0.5)
-    losses = network.losses(levels_of(), boxes, [torch.zeros(0, 4), torch.tensor([[1.0, 50.0, 3.0, 52.0]])])
+    losses = network.losses(levels_of(), boxes, [torch.zeros(0, 4), torch.zeros(0, 4)])
     assert {name: value.item() for name, value in losses.items()} == dict.fromkeys(losses, 0.0)
+    assert set(losses) == {"loss", "stage1", "stage2", "stage3", "judge"}
     losses["loss"].backward()
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     assert gradients and not any(gradient.any() for gradient in gradients)
+
+
+def test_boxes_that_match_nothing_teach_the_judge_alone():
+    network = corrector()
+    losses = network.losses(levels_of(), EXAMPLE, [torch.zeros(0, 4), torch.tensor([[1.0, 50.0, 3.0, 52.0]])])
+    assert [losses[f"stage{n}"].item() for n in (1, 2, 3)] == [0, 0, 0]
+    # a new judge gives logits of 0, whose cross-entropy is ln 2 whatever is true
+    assert losses["judge"].item() == pytest.approx(math.log(2))
+    losses["loss"].backward()
+    assert not network.stages[0][-1].weight.grad.any() and network.judge[-1].weight.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["cascade", "queries"])
+def test_the_judge_hears_the_overlap_of_boxes_before_after_and_true(kind, monkeypatch):
+    network, asked = corrector(kind), []
+    monkeypatch.setattr(network, "overlap_logits", lambda _, boxes: asked.append(boxes) or boxes.xyxy[:, 0] * 0.1)
+    truth = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
+    boxes = batch_of((8, 8, 40, 24), (0, 0, 5, 5), (50, 8, 90, 40), image=(0, 1, 0))
+    loss = network.losses(levels_of(), boxes, [truth, torch.zeros(0, 4)])["judge"]
+    (judged,) = asked
+    # two boxes of the image with an object, twice, for nothing has moved yet, and one true box in four
+    expected = torch.tensor([[8.0, 8, 40, 24], [50, 8, 90, 40]])
+    torch.testing.assert_close(judged.xyxy, torch.cat([expected, expected, truth]), atol=2e-3, rtol=0)
+    assert not judged.image.any()
+    logits, overlaps = torch.tensor([0.8, 5.0, 0.8, 5.0, 0.8]), torch.tensor([0.5, 0, 0.5, 0, 1])
+    entropy = torch.nn.functional.binary_cross_entropy(logits.sigmoid(), overlaps)
+    assert loss.item() == pytest.approx(entropy.item(), abs=1e-3)
 
 
 def test_features_learn_at_a_third():
@@ -350,15 +380,15 @@ def test_a_corrector_can_fit_what_the_maps_show(kind):
         features[0, 0, int(24 // stride) : int(56 // stride), int(16 // stride) : int(56 // stride)] += 2
         levels.append(Level(features, stride, torch.zeros(1, 64 // stride, 96 // stride, dtype=torch.bool)))
     network = corrector(kind, **({"width": 32} if kind == "cascade" else {}))
-    optimiser = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    starts, _ = jitter_boxes(truth, (64, 96), 40, seeded(1))
+    optimiser = torch.optim.AdamW(network.parameters(), lr=6e-3)
+    starts, _ = jitter_boxes(truth, (64, 96), 20, seeded(1))
     boxes = Boxes(starts, torch.zeros(len(starts), dtype=torch.int64), torch.tensor([[64, 96]]))
-    for _ in range(60):
+    for _ in range(35):
         optimiser.zero_grad()
         network.losses(levels, boxes, [truth])["loss"].backward()
         optimiser.step()
     before, after = pairwise_iou(starts, truth).mean(), pairwise_iou(network(levels, boxes)[-1], truth).mean()
-    assert before.item() < 0.5 and after.item() > 0.8
+    assert before.item() < 0.5 and after.item() > 0.7
 
 
 def test_the_reader_takes_what_has_maps(make_other):
@@ -430,6 +460,25 @@ def test_queries_begin_as_the_decoder_they_start_from(make_detector):
         boxes = transformer.decoder(target, query, reference, own, detector.bbox_embed)[1]
         for stage, expected in zip(found, boxes, strict=True):
             torch.testing.assert_close(stage[row], denormalise(expected[0], size)[0], rtol=1e-4, atol=1e-3)
+
+
+def test_what_was_learnt_before_learns_slower(features, scenes, truth, tmp_path, make_detector, monkeypatch):
+    torch.manual_seed(0)
+    loaded = LoadedDetector(two_stage(make_detector), (), features.image_settings)
+    seen = []
+    real = correction.adamw
+    monkeypatch.setattr(correction, "adamw", lambda groups, *rest: seen.extend(groups) or real(groups, *rest))
+    settings = CorrectorFit(**{**TINY, "kind": "queries", "options": {}, "steps": 2, "lr": 0.01, "decoder_lr": 0.001})
+    fitted = fit_corrector(loaded, open_images(scenes), truth, tmp_path / "c", settings)
+    assert fitted.network.init_args == {"dim": 16, "ffn_dim": 16, "num_heads": 2, "num_points": 2}
+    new = {"content", "judge"}
+    for group, rate in zip(seen, (0.01, 0.001), strict=True):
+        ids = {id(parameter) for parameter in group["params"]}
+        names = {name.split(".")[0] for name, value in fitted.network.named_parameters() if id(value) in ids}
+        assert group["initial_lr"] == rate
+        assert names == (new if rate == 0.01 else {"decoder", "heads", "pos_trans", "pos_trans_norm"})
+    with pytest.raises(ValueError, match=r"options: the detector's decoder is of other sizes, .*from_decoder=False"):
+        fit_corrector(loaded, open_images(scenes), truth, tmp_path / "d", replace(settings, options={"dim": 32}))
 
 
 @pytest.mark.parametrize("change", [{"two_stage": False}, {"num_decoder_layers": 2}, {"hidden_dim": 12}])
@@ -584,7 +633,8 @@ def test_a_loss_that_is_not_finite_stops_the_fit(features, scenes, truth, tmp_pa
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"extra_share": 1.5}, "extra_share: expected 0 to 1, got 1.5"),
-        ({"lr": 0.0}, "warmup, lr: expected"),
+        ({"lr": 0.0}, "lr: expected above 0, got 0.0"),
+        ({"warmup": 1.0}, "warmup: expected 0 to below 1"),
     ],
 )
 def test_settings_out_of_range(wrong, message):
@@ -620,12 +670,29 @@ def test_corrections_are_in_pixels_of_the_original(features, scenes, truth):
     rows = [ImageLabels.build(truth.image_ids[i], (64, 80), [[8 + i, 10, 28 + i, 30]], [0]) for i in range(3)]
     labels = Labels.from_images(rows, truth.categories)
     object.__setattr__(corrector, "image_settings", {**corrector.image_settings, "short_side": 48})
-    found = correct_boxes(corrector, open_images(scenes), labels)
+    found = correct_boxes(corrector, open_images(scenes), labels, min_gain=-1)
     np.testing.assert_allclose(found.boxes_xyxy, labels.boxes_xyxy + np.array([5, 0, 5, 0]), atol=1e-3)
     np.testing.assert_allclose(found.shift_iou, 15 / 25, atol=1e-3)
     applied = found.applied(labels)
     assert np.array_equal(applied.boxes_xyxy, found.boxes_xyxy) and applied.image_ids == labels.image_ids
     np.testing.assert_allclose(applied.areas, 400, rtol=1e-4)
+
+
+def test_corrections_that_gain_too_little_are_refused(features, scenes, truth, monkeypatch):
+    """A judge that likes boxes by where they begin: what moves to the right by a quarter gains."""
+    corrector = as_fitted(features)
+    corrector.network.stages[2][-1].bias.data = torch.tensor([0.25 * 10 * 3, 0.0, 0.0, 0.0])
+    likes = lambda levels, boxes: torch.logit(boxes.xyxy[:, 0] / 100)  # noqa: E731
+    monkeypatch.setattr(corrector.network, "overlap_logits", likes)
+    rows = [ImageLabels.build(truth.image_ids[0], (64, 80), [[8, 10, 12, 30], [8, 10, 48, 30]], [0, 0], areas=[7, 8])]
+    labels = Labels.from_images(rows, truth.categories)
+    found = correct_boxes(corrector, open_images(scenes), labels, min_gain=0.05)
+    np.testing.assert_allclose(found.gain, [0.01, 0.1], atol=1e-4)
+    assert found.refused.tolist() == [True, False] and not found.uncorrected.any()
+    np.testing.assert_allclose(found.boxes_xyxy, [[8, 10, 12, 30], [18, 10, 58, 30]], atol=1e-3)
+    np.testing.assert_allclose(found.shift_iou, 0.6, atol=1e-3)
+    np.testing.assert_allclose(found.applied(labels).areas, [7, 800], rtol=1e-4)
+    assert not correct_boxes(corrector, open_images(scenes), labels, min_gain=0.0).refused.any()
 
 
 def test_unusable_results_leave_the_box_as_it_was(features, own_scenes):
@@ -635,7 +702,7 @@ def test_unusable_results_leave_the_box_as_it_was(features, own_scenes):
     corrector.network.stages[2][-1].bias.data = torch.tensor([1e4, 0.0, 0.0, 0.0])
     found = correct_boxes(corrector, open_images(own_scenes), truth)
     assert found.uncorrected.all() and np.array_equal(found.boxes_xyxy, truth.boxes_xyxy)
-    assert (found.shift_iou == 1).all()
+    assert (found.shift_iou == 1).all() and not found.gain.any() and not found.refused.any()
     corrector.network.stages[2][-1].bias.data.fill_(torch.nan)
     found = correct_boxes(corrector, open_images(own_scenes), truth)
     assert found.uncorrected.all() and np.array_equal(found.applied(truth).areas, truth.areas)
