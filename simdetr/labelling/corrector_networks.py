@@ -73,13 +73,13 @@ class LevelReader(nn.Module):
         if isinstance(core, QueryDetector):
             self.channels, self.strides = core.feature_sizes.level_channels, core.feature_sizes.level_strides
         else:
-            core = core if isinstance(core, Backbone) else getattr(core, "backbone", None)
-            if not isinstance(core, Backbone):
+            own = core if isinstance(core, Backbone) else getattr(core, "backbone", None)
+            if not isinstance(own, Backbone):
                 raise ValueError(
                     f"features: {type(network).__name__} gives no feature maps; take a Deformable DETR, a ViDT, or a "
                     "simdetr.detectors.Backbone on its own"
                 )
-            self.channels, self.strides = tuple(core.channels), tuple(core.strides)
+            core, self.channels, self.strides = own, tuple(own.channels), tuple(own.strides)
         self.network: QueryDetector | Backbone = core
         self.eval()
 
@@ -109,7 +109,7 @@ class LevelReader(nn.Module):
         finally:
             hook.remove()
         (memory,) = kept
-        parts = memory.tokens.split([height * width for height, width in memory.shapes], dim=1)
+        parts = memory.tokens.split_with_sizes([height * width for height, width in memory.shapes], dim=1)
         maps = [
             rearrange(part, "b (h w) c -> b c h w", h=height)
             for part, (height, _) in zip(parts, memory.shapes, strict=True)
@@ -362,7 +362,7 @@ class BoxCorrector(Corrector):
         current, outputs = boxes.xyxy, []
         for number, stage in enumerate(self.stages, 1):
             read = pooled(maps, self.strides, widened(current, self.context), boxes.image)
-            read = _ScaledGradient.apply(read, 1 / len(self.stages))  # type: ignore[no-untyped-call]
+            read = _ScaledGradient.apply(read, 1 / len(self.stages))
             outputs.append(moved(current, stage(read).float() / (self.weights * number)))
             current = boxes.clipped(outputs[-1].detach())
         return outputs
