@@ -105,7 +105,7 @@ class AutolabelSettings:
     background_shots: int = 6
     min_margin: float | None = None
     corrector: Literal["cascade", "queries", "none"] = "cascade"
-    corrector_steps: int = 400
+    corrector_steps: int = 150
     ignore_above: float = 0.1
     max_ratio: float = 10.0
     again_from: Literal["shots", "init"] = "shots"

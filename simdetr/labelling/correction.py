@@ -36,6 +36,7 @@ from simdetr.data.images import ImageSource
 from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path, write_json
 from simdetr.detectors.backbone import Backbone
+from simdetr.detectors.detector import Level
 from simdetr.exchange.weights import LoadedDetector
 from simdetr.labelling.corrector_networks import (
     BoxCorrector,
@@ -74,7 +75,7 @@ _PUBLISHED_SIDES = {"short_side": 800, "max_side": 1333}
 _BACKBONE_SIDES = {"short_side": 512, "max_side": 852}  # of a backbone on its own, in pixels
 _LOGGED_EVERY = 20
 _BOXES_AT_ONCE = 2048
-MIN_GAIN = 0.05
+MIN_GAIN = 0.25
 """Least gain of overlap for which a box is moved."""
 
 
@@ -177,13 +178,13 @@ class CorrectorFit:
     options: dict[str, Any] = field(default_factory=dict)
     from_decoder: bool = True
     zoom: float = 1.0
-    steps: int = 500
+    steps: int = 150
     batch_size: int = 8
-    boxes_per_image: int = 64
+    boxes_per_image: int = 32
     alpha: float = 0.35
     beta: float = 0.5
-    anchor: Anchor = "corner"
-    gentle: float = 0.0
+    anchor: Anchor = "centre"
+    gentle: float = 0.8
     extra_share: float = 0.5
     extra_until: float = 1.0
     lr: float = 1e-3
@@ -461,7 +462,7 @@ def _train(
                     "call in a new folder."
                 )
             optimiser.zero_grad(set_to_none=True)
-            terms["loss"].backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(terms["loss"])
             optimiser.step()
             state["step"], state["boxes"] = step + 1, state["boxes"] + int(terms.pop("boxes"))
             sums = state["sums"]
@@ -585,22 +586,32 @@ def correct_boxes(
                 continue
             levels = reader(batch.images.to(device), batch.mask.to(device))
             owners = images[[int(target["image_index"]) for target in batch.targets]]
-            rows = np.concatenate([np.arange(labels.offsets[i], labels.offsets[i + 1]) for i in owners])
-            row_of_batch = torch.arange(len(owners)).repeat_interleave(torch.from_numpy(counts[owners]))
+            rows = torch.cat([torch.arange(int(labels.offsets[i]), int(labels.offsets[i + 1])) for i in owners])
+            image = torch.arange(len(owners)).repeat_interleave(torch.from_numpy(counts[owners]))
             sizes, originals = (
                 torch.stack([target[name] for target in batch.targets]) for name in ("size", "orig_size")
             )
             scales = (sizes / originals).flip(1).repeat(1, 2)
-            for part in torch.arange(len(rows)).split(_BOXES_AT_ONCE):  # type: ignore[no-untyped-call]
-                own, image = torch.from_numpy(rows)[part], row_of_batch[part]
-                starts = Boxes((before[own] * scales[image]).to(device), image.to(device), sizes.to(device))
-                moved = starts.clipped(network(levels, starts)[-1])
-                judged = [network.overlap_logits(levels, b).sigmoid() for b in (starts, starts._replace(xyxy=moved))]
-                found = moved.cpu() / scales[image]
-                kept = box_ops.has_area(found) & box_ops.has_area(before[own])
-                after[own[kept]], good[own[kept]] = found[kept], True
-                gain[own[kept]] = (judged[1] - judged[0]).cpu()[kept]
+            starts = (before[rows] * scales[image]).to(device)
+            moved, gained = _moved(network, levels, Boxes(starts, image.to(device), sizes.to(device)))
+            found = moved.cpu() / scales[image]
+            usable = box_ops.has_area(found) & box_ops.has_area(before[rows])
+            kept = rows[usable]
+            after[kept], good[kept], gain[kept] = found[usable], True, gained.cpu()[usable]
     shift = torch.where(good, box_ops.paired_iou(before, after).nan_to_num(1.0), 1.0)
     refused = good & ~(gain >= min_gain)
     after = torch.where(refused[:, None], before, after)
     return Corrections(after.numpy(), ~good.numpy(), refused.numpy(), shift.numpy(), gain.numpy())
+
+
+def _moved(network: Corrector, levels: Sequence[Level], boxes: Boxes) -> tuple[Tensor, Tensor]:
+    """Boxes [R, 4] after correction and what each is judged to gain [R]; a portion at a time, for memory's sake."""
+    moved, gains = [], []
+    for first in range(0, len(boxes.xyxy), _BOXES_AT_ONCE):
+        part = slice(first, first + _BOXES_AT_ONCE)
+        before = Boxes(boxes.xyxy[part], boxes.image[part], boxes.sizes_hw)
+        after = before._replace(xyxy=before.clipped(network(levels, before)[-1]))
+        judged = [network.overlap_logits(levels, each).sigmoid() for each in (before, after)]
+        moved.append(after.xyxy)
+        gains.append(judged[1] - judged[0])
+    return torch.cat(moved), torch.cat(gains)

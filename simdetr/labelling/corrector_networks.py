@@ -73,13 +73,13 @@ class LevelReader(nn.Module):
         if isinstance(core, QueryDetector):
             self.channels, self.strides = core.feature_sizes.level_channels, core.feature_sizes.level_strides
         else:
-            body = core if isinstance(core, Backbone) else getattr(core, "backbone", None)
-            if not isinstance(body, Backbone):
+            own = core if isinstance(core, Backbone) else getattr(core, "backbone", None)
+            if not isinstance(own, Backbone):
                 raise ValueError(
                     f"features: {type(network).__name__} gives no feature maps; take a Deformable DETR, a ViDT, or a "
                     "simdetr.detectors.Backbone on its own"
                 )
-            self.channels, self.strides, core = tuple(body.channels), tuple(body.strides), body
+            core, self.channels, self.strides = own, tuple(own.channels), tuple(own.strides)
         self.network: QueryDetector | Backbone = core
         self.eval()
 
@@ -109,7 +109,7 @@ class LevelReader(nn.Module):
         finally:
             hook.remove()
         (memory,) = kept
-        parts = torch.split(memory.tokens, [height * width for height, width in memory.shapes], dim=1)
+        parts = memory.tokens.split_with_sizes([height * width for height, width in memory.shapes], dim=1)
         maps = [
             rearrange(part, "b (h w) c -> b c h w", h=height)
             for part, (height, _) in zip(parts, memory.shapes, strict=True)

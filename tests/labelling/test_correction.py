@@ -718,6 +718,16 @@ def test_unusable_results_leave_the_box_as_it_was(features, own_scenes):
     assert np.array_equal(found.boxes_xyxy[found.uncorrected], labels.boxes_xyxy[found.uncorrected])
 
 
+def test_many_boxes_go_in_portions(features, scenes, truth, monkeypatch):
+    corrector = as_fitted(features)
+    torch.nn.init.normal_(corrector.network.stages[0][-1].weight, std=0.5)
+    whole = correct_boxes(corrector, open_images(scenes), truth, min_gain=-1)
+    assert (whole.shift_iou < 0.999).any()
+    monkeypatch.setattr(correction, "_BOXES_AT_ONCE", 3)
+    parts = correct_boxes(corrector, open_images(scenes), truth, min_gain=-1)
+    np.testing.assert_allclose(parts.boxes_xyxy, whole.boxes_xyxy, rtol=1e-5, atol=1e-3)
+
+
 def test_no_boxes_at_all_and_images_that_are_not_there(features, scenes, truth):
     empty = Labels.from_images([ImageLabels.build(truth.image_ids[0], (64, 80), [], [])], truth.categories)
     assert len(correct_boxes(as_fitted(features), open_images(scenes), empty)) == 0

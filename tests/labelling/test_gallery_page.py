@@ -129,7 +129,7 @@ def test_every_section_is_there_and_nothing_from_outside(case):
     assert all(page.pictures[name] for name in ("gallery", "labels", "corrections", "rejects"))
     for command in ("simdetr evaluate", "simdetr predict", "simdetr finetune", str(case.run.detector)):
         assert command in page.parts["next"]
-    assert '"corrector_steps": 400' in page.parts["config"]
+    assert '"corrector_steps": 150' in page.parts["config"]
 
 
 def test_the_same_run_makes_the_same_page(case):
