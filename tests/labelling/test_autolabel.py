@@ -30,6 +30,7 @@ SETTINGS = AutolabelSettings(
     score_rule="per_class_top",
     per_shot=1,
     encoder="colour-texture",
+    corrector="cascade",
     corrector_steps=2,
     ignore_above=0.0,
     background_shots=0,
