@@ -86,8 +86,8 @@ class AutolabelSettings:
         neighbours: Shots that vote; by the number of shots when left out.
         background_shots: Boxes of background per image of shots that vote against candidates, beside negative shots.
         min_margin: Votes that are less sure are rejected.
-        corrector: What corrects the boxes: cascade, queries or none. A pretrained detector's boxes are good already, and
-            ten shots teach a corrector too little to better them.
+        corrector: What corrects the boxes: cascade, queries or none. A pretrained detector's boxes are good already,
+            and ten shots teach a corrector too little to better them.
         corrector_steps: Steps of its training.
         ignore_above: Rejected detections of a higher score are neither object nor background in training.
         max_ratio: Labels of a class above so many times the median class's are told as a sign of a collapse.
