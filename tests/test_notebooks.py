@@ -4,6 +4,7 @@ nbclient runs in a process of its own: the sockets to its kernel are closed late
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,14 @@ import numpy as np
 import pytest
 from nbformat import NotebookNode
 
+from simdetr.data.coco import write_coco
 from simdetr.data.label_files import read_labels
 from simdetr.data.scenes import render_scenes
+from simdetr.labelling.candidates import REASONS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 EXPLORE, HEADS = FOLDER / "01_explore_proposals.ipynb", FOLDER / "02_heads.ipynb"
+FEW_LABELS = FOLDER / "04_few_labels.ipynb"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 EXECUTE = "from nbclient.cli import main; main()"
 
@@ -60,7 +64,7 @@ def execute(path: Path, folder: Path, **environment: str | Path) -> Shown:
 
 
 def test_each_notebook_is_run_here():
-    assert [EXPLORE, HEADS] == NOTEBOOKS
+    assert [EXPLORE, HEADS, FEW_LABELS] == NOTEBOOKS
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -120,6 +124,33 @@ def test_heads_trained_and_finished_on_given_images(two_classes, tmp_path):
     assert f"{len(labels.boxes_xyxy)} points on {len(seen)} images" in shown.text
     assert "has no attention" in shown.text
     assert table(shown, f"{len(one_class)} images") == ["CAM", "centre"]
+
+
+@pytest.mark.slow
+def test_ten_boxes_become_labels_and_a_detector(two_classes, tmp_path):
+    shown = execute(FEW_LABELS, tmp_path, SIMDETR_STEPS="30")
+    assert "80 to label, 40 kept out; the class is speckled_star" in shown.text
+    assert "10 shots of speckled_star on" in shown.text
+    assert shown.pictures >= 15
+    left = re.findall(r"^ +(?:sure enough|verified|corrected) +(\d+) +(\d+)%", shown.text, re.MULTILINE)
+    counts, precisions = zip(*((int(count), int(percent)) for count, percent in left), strict=True)
+    assert len(left) == 3 and counts[0] > counts[1] >= counts[2] > 0
+    assert precisions[0] < precisions[1] <= precisions[2]
+    assert REASONS["negative"] in shown.text and f"{counts[2]} new labels beside 10 shots" in shown.text
+    assert re.search(r"^ +with new labels +[\d.]+%", shown.text, re.MULTILINE)
+    assert re.search(r"^round 1: \d+ errors left \(\d+ to \d+\), really \d+", shown.text, re.MULTILINE)
+
+    truth = read_labels(two_classes / "instances.json")
+    shots = truth.select([name for name in truth.image_ids if len(truth.of(name))][:2])
+    write_coco(shots, tmp_path / "shots.json")
+    name = truth.categories[int(shots.classes[0])].name
+    inputs = {"SIMDETR_IMAGES": two_classes, "SIMDETR_SHOTS": tmp_path / "shots.json", "SIMDETR_CLASS": name}
+    inputs["SIMDETR_RUN"] = next(tmp_path.glob("simdetr-*/pretrained"))
+    shown = execute(FEW_LABELS, tmp_path, **inputs, SIMDETR_STEPS="2")
+    kept_out = len(set(truth.image_ids[2::3]) - set(shots.image_ids))
+    assert f"{12 - kept_out} to label, {kept_out} kept out; the class is {name}" in shown.text
+    assert "pretraining:" not in shown.text and "precision" not in shown.text
+    assert "No labels given" in shown.text and "To be inspected: " in shown.text
 
 
 def table(shown: Shown, title: str) -> list[str]:

@@ -45,7 +45,7 @@ REASONS = {
     "no_direction": "its crop looks like the mean of all shots",
     "unknown_class": "there is no shot of its class",
     "other_class": "the shots that it looks like are of another class",
-    "negative": "it looks like what a person said is none",
+    "negative": "it looks like background, or like what a person said is none",
     "tie": "as many of the nearest shots speak for another class",
     "unsure": "the nearest shots of its class are hardly nearer than others",
     "duplicate": "a surer candidate lies on the same object",
