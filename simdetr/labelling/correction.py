@@ -178,7 +178,7 @@ class CorrectorFit:
     options: dict[str, Any] = field(default_factory=dict)
     from_decoder: bool = True
     zoom: float = 1.0
-    steps: int = 150
+    steps: int = 80
     batch_size: int = 8
     boxes_per_image: int = 32
     alpha: float = 0.35
@@ -195,7 +195,7 @@ class CorrectorFit:
     colour: Colour | float = "light"
     mosaic: float = 0.0
     seed: int = 0
-    checkpoint_every_steps: int = 100
+    checkpoint_every_steps: int = 20
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "boxes_per_image", "checkpoint_every_steps"):

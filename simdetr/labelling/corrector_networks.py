@@ -263,12 +263,6 @@ def moved(boxes_xyxy: Tensor, deltas: Tensor) -> Tensor:
     return torch.cat([low + shift - growth, high + shift + growth], dim=1)
 
 
-def widened(boxes_xyxy: Tensor, factor: float) -> Tensor:
-    """Boxes with the same centres and sides so many times as long, [R, 4] to [R, 4]."""
-    margin = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]) * ((factor - 1) / 2)
-    return boxes_xyxy + torch.cat([-margin, margin], dim=1)
-
-
 def unpadded(levels: Sequence[Level]) -> list[Tensor]:
     """The maps [B, C, h, w] in float32, 0 in the padding: nothing depends on what was stored there."""
     return [level.features.float().masked_fill(level.mask[:, None], 0.0) for level in levels]
@@ -280,12 +274,10 @@ class LevelProjection(nn.Module):
     Args:
         channels: of each map.
         dim: D.
-        top_down: add to each map the next coarser one, as feature pyramids do.
     """
 
-    def __init__(self, channels: Sequence[int], dim: int, top_down: bool) -> None:
+    def __init__(self, channels: Sequence[int], dim: int) -> None:
         super().__init__()
-        self.top_down = top_down
         # normalised cell by cell: the statistics of a whole map would depend on the padding
         self.projections = nn.ModuleList(
             nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, dim, 1), LayerNorm2d(dim)) for width in channels
@@ -293,14 +285,8 @@ class LevelProjection(nn.Module):
 
     def forward(self, levels: Sequence[Level]) -> list[Tensor]:
         """Maps [B, D, h, w], fine to coarse."""
-        maps: list[Tensor] = []
-        clean = unpadded(levels)
-        for project, values, level in zip(reversed(self.projections), reversed(clean), reversed(levels), strict=True):
-            features = project(values)
-            if maps and self.top_down:
-                features = features + F.interpolate(maps[-1], size=features.shape[-2:], mode="nearest")
-            maps.append(features.masked_fill(level.mask[:, None], 0.0))
-        return maps[::-1]
+        projected = zip(self.projections, unpadded(levels), levels, strict=True)
+        return [project(values).masked_fill(level.mask[:, None], 0.0) for project, values, level in projected]
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -327,8 +313,6 @@ class BoxCorrector(Corrector):
         strides: pixels per cell of each map.
         width: neurons of each layer.
         dim: D.
-        context: sides of the part that is read, in sides of the box; 1 is published.
-        top_down: let fine maps know the coarse ones.
     """
 
     def __init__(
@@ -337,15 +321,13 @@ class BoxCorrector(Corrector):
         strides: Sequence[int],
         width: int = 256,
         dim: int = 64,
-        context: float = 1.0,
-        top_down: bool = False,
     ) -> None:
         super().__init__()
-        if width < 1 or dim < 1 or context <= 0:
-            raise ValueError(f"width, dim and context: expected above 0, got {width}, {dim} and {context}")
-        self.init_args = {"width": width, "dim": dim, "context": context, "top_down": top_down}
-        self.strides, self.context = tuple(strides), context
-        self.projection = LevelProjection(channels, dim, top_down)
+        if width < 1 or dim < 1:
+            raise ValueError(f"width and dim: expected at least 1, got {width} and {dim}")
+        self.init_args = {"width": width, "dim": dim}
+        self.strides = tuple(strides)
+        self.projection = LevelProjection(channels, dim)
         self.stages = nn.ModuleList(_stage(dim * ROI_CELLS**2, width, 4) for _ in MATCH_IOUS)
         self.judge = _stage(dim * ROI_CELLS**2, width, 1)
         self.weights: Tensor
@@ -361,7 +343,7 @@ class BoxCorrector(Corrector):
         maps = self.maps(levels)
         current, outputs = boxes.xyxy, []
         for number, stage in enumerate(self.stages, 1):
-            read = pooled(maps, self.strides, widened(current, self.context), boxes.image)
+            read = pooled(maps, self.strides, current, boxes.image)
             read = _ScaledGradient.apply(read, 1 / len(self.stages))
             outputs.append(moved(current, stage(read).float() / (self.weights * number)))
             current = boxes.clipped(outputs[-1].detach())
@@ -417,7 +399,7 @@ class QueryCorrector(Corrector):
             raise ValueError(f"dim: expected a multiple of 8 and of num_heads={num_heads}, got {dim}")
         self.init_args = {"dim": dim, "ffn_dim": ffn_dim, "num_heads": num_heads, "num_points": num_points}
         self.strides = tuple(strides)
-        self.projection = None if set(channels) == {dim} else LevelProjection(channels, dim, top_down=False)
+        self.projection = None if set(channels) == {dim} else LevelProjection(channels, dim)
         sizes = LayerSizes(dim, ffn_dim, 0.0, len(channels), num_heads, num_points)
         self.decoder = DeformableDecoder((_LoneDecoderLayer(sizes) for _ in MATCH_IOUS), refine=True)
         self.pos_trans, self.pos_trans_norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
