@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=1500, help="images to label, spread over the training images")
     parser.add_argument("--steps", type=int, default=300, help="of each training")
     parser.add_argument("--subset", type=int, default=300, help="validation images")
-    parser.add_argument("--corrector", default="cascade")
+    parser.add_argument("--corrector", default="views")
     parser.add_argument("--encoder", default="efficientnet-lite0")
     arguments = parser.parse_args()
     arguments.images, arguments.options = None, []

@@ -51,7 +51,8 @@ from simdetr.training.run_folder import RunFolder
 ROOT = Path(__file__).parent.parent
 CONFIGS = (ROOT / "benchmarks/real_sets.yaml",)
 FINETUNE_CONFIGS = (ROOT / "benchmarks/real_sets_finetune.yaml",)
-BUDGETS = {"fod": ("1 %", "10 %"), "aquarium": ("10-shot", "10 %"), "neu_det": ("10-shot", "10 %")}
+FEW = ("10-shot", "10 %")
+BUDGETS = {"fod": ("1 %", "10 %"), "aquarium": FEW, "neu_det": FEW, "bccd": FEW}
 STAGES = (1, 2)
 DETECTOR = "--model.detector.init_args."
 ARMS = {

@@ -47,6 +47,7 @@ from simdetr.labelling.candidates import (
     worth_a_look,
     write_candidates,
 )
+from simdetr.labelling.consensus import consensus
 from simdetr.labelling.correction import CorrectorFit, correct_boxes, fit_corrector
 from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
 from simdetr.labelling.gallery_page import write_gallery_page
@@ -86,9 +87,10 @@ class AutolabelSettings:
         neighbours: Shots that vote; by the number of shots when left out.
         background_shots: Boxes of background per image of shots that vote against candidates, beside negative shots.
         min_margin: Votes that are less sure are rejected.
-        corrector: What corrects the boxes: cascade, queries or none. A pretrained detector's boxes are good already,
-            and ten shots teach a corrector too little to better them.
-        corrector_steps: Steps of its training.
+        corrector: What corrects the boxes: views (what the detector says of the image mirrored and shifted), cascade or
+            queries (networks that learn from the shots, for which ten are few), or none.
+        seen_again: In so many of the three views a candidate must be found again; of the corrector views.
+        corrector_steps: Steps of the training of a network.
         ignore_above: Rejected detections of a higher score are neither object nor background in training.
         max_ratio: Labels of a class above so many times the median class's are told as a sign of a collapse.
         again_from: Where the last training starts: from the detector of the shots, or from that of --init.
@@ -105,7 +107,8 @@ class AutolabelSettings:
     neighbours: int | None = None
     background_shots: int = 6
     min_margin: float | None = None
-    corrector: Literal["cascade", "queries", "none"] = "none"
+    corrector: Literal["views", "cascade", "queries", "none"] = "views"
+    seen_again: int = 1
     corrector_steps: int = 150
     ignore_above: float = 0.1
     max_ratio: float = 10.0
@@ -410,12 +413,18 @@ def corrected(
     labels, boxes = candidates.labels, candidates.labels.boxes_xyxy.copy()
     shift = np.ones(len(boxes), np.float32)
     rows = candidates.kept
-    if settings.corrector != "none" and len(rows):
+    if settings.corrector == "views" and len(rows):
+        found = consensus(load_detector(detector), inputs.images, labels.rows(rows), device=device)
+        boxes[rows], shift[rows] = found.boxes_xyxy, found.shift_iou
+        seen = _spread(found.seen_again, rows, len(boxes), -1)
+        candidates = candidates.with_evidence(seen_again=seen)
+        candidates = candidates.reject((seen >= 0) & (seen < settings.seen_again), "not_seen_again")
+    elif settings.corrector in ("cascade", "queries") and len(rows):
         loaded = load_detector(detector)
         fit = CorrectorFit(kind=settings.corrector, steps=settings.corrector_steps, seed=settings.seed)
         corrector = fit_corrector(loaded, inputs.images, inputs.shots, run.path / "corrector", fit, device=device)
-        found = correct_boxes(corrector, inputs.images, labels.rows(rows), device=device)
-        boxes[rows], shift[rows] = found.boxes_xyxy, found.shift_iou
+        moved = correct_boxes(corrector, inputs.images, labels.rows(rows), device=device)
+        boxes[rows], shift[rows] = moved.boxes_xyxy, moved.shift_iou
     return without_duplicates(candidates, boxes).with_evidence(corrected_xyxy=boxes, shift=shift)
 
 
@@ -495,7 +504,7 @@ def _stage(run: AutolabelRun, name: str, after: Mapping[str, Any], make: Callabl
 _OF_STAGE = {
     "source": ("score_rule", "agreement", "min_score", "precision", "per_shot", "looks_per_image"),
     "verify": ("neighbours", "background_shots", "min_margin"),
-    "correct": ("corrector", "corrector_steps", "seed"),
+    "correct": ("corrector", "seen_again", "corrector_steps", "seed"),
 }
 
 

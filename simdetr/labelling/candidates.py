@@ -48,14 +48,15 @@ REASONS = {
     "negative": "it looks like background, or like what a person said is none",
     "tie": "as many of the nearest shots speak for another class",
     "unsure": "the nearest shots of its class are hardly nearer than others",
+    "not_seen_again": "the detector does not find it in other views of the image",
     "duplicate": "a surer candidate lies on the same object",
 }
 """What the codes of the column ``reason`` mean."""
 
 
 SOURCED = ("elsewhere", "low_score", "holds_shots", "person", "base_class")
-"""Reasons of the first stage; the others are those of the votes, but for the last."""
-CORRECTED = ("duplicate",)
+"""Reasons of the first stage; between them and those of the last stand those of the votes."""
+CORRECTED = ("not_seen_again", "duplicate")
 """Reasons of the last stage."""
 
 
