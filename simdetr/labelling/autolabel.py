@@ -47,7 +47,7 @@ from simdetr.labelling.candidates import (
     worth_a_look,
     write_candidates,
 )
-from simdetr.labelling.consensus import consensus
+from simdetr.labelling.consensus import VIEWS, consensus
 from simdetr.labelling.correction import CorrectorFit, correct_boxes, fit_corrector
 from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
 from simdetr.labelling.gallery_page import write_gallery_page
@@ -95,6 +95,9 @@ class AutolabelSettings:
         max_ratio: Labels of a class above so many times the median class's are told as a sign of a collapse.
         again_from: Where the last training starts: from the detector of the shots, or from that of --init.
         seed: Of the corrector's training.
+
+    Raises:
+        ValueError: ``seen_again`` is more than there are views.
     """
 
     score_rule: ScoreRule = "agreement"
@@ -114,6 +117,10 @@ class AutolabelSettings:
     max_ratio: float = 10.0
     again_from: Literal["shots", "init"] = "shots"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seen_again <= len(VIEWS):
+            raise ValueError(f"seen_again: expected 0 to {len(VIEWS)}, the number of views, got {self.seen_again}")
 
 
 @dataclass(frozen=True)
