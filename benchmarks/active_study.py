@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.active_study --runs runs/real_sets --out runs/active
 
-Takes the pretraining of benchmarks/real_sets.py (``--runs``), whose second stage is where every training starts.
+Takes the pretraining of benchmarks/real_sets.py (``--runs``), with a stage of which every training starts.
 People are simulated from the truth of the training images: 1.6 s to verify a box, 3.7 to 5.9 s to draw one. A box that
 is accepted stays as it was proposed, and is accepted from an overlap of .7 on, so that no truth comes for free.
 
@@ -58,7 +58,7 @@ class Study:
         self.own = ImageSet(name, arguments.data, arguments.out, arguments)
         self.own.folder.mkdir(parents=True, exist_ok=True)
         self.arguments = arguments
-        self.start = arguments.runs / name / "pretrain" / "stage2" / "detector"
+        self.start = arguments.runs / name / "pretrain" / f"stage{arguments.stage}" / "detector"
         self.config = self.own.configs(FINETUNE_CONFIGS)
         self.images = open_images(self.own.images / "train")
         self.truth = read_labels(self.own.images / "instances_train.json").select(self.images.ids)
@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--images_per_round", type=int, default=20)
     parser.add_argument("--audited_per_round", type=int, default=10)
     parser.add_argument("--first_images", type=int, default=30)
+    parser.add_argument("--stage", type=int, default=1, help="of the pretraining")
     parser.add_argument("--encoder", default="efficientnet-lite0")
     arguments = parser.parse_args()
     arguments.images, arguments.options, arguments.subset = None, [], None
@@ -207,7 +208,15 @@ def main() -> None:
                         write_json(path, {"set": name, "part": part, "arm": arm, "seed": seed, **work()})
             except Timeout:
                 continue  # another process has it
-            settings = ("steps", "final_steps", "rounds", "images_per_round", "audited_per_round", "first_images")
+            settings = (
+                "stage",
+                "steps",
+                "final_steps",
+                "rounds",
+                "images_per_round",
+                "audited_per_round",
+                "first_images",
+            )
             record = {
                 "environment": environment(("torch", "torchvision", "timm", "pytorch-lightning")),
                 "settings": {name: getattr(arguments, name) for name in settings},

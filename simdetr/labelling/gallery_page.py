@@ -51,7 +51,7 @@ LABEL: Colour = (255, 120, 20)
 BEFORE: Colour = (70, 130, 230)
 STAGES = {"source": "sure enough", "verify": "compared with the shots", "correct": "corrected"}
 BY_VOTES = ("other_class", "negative", "tie", "unsure", "no_direction")
-TELLING = (*BY_VOTES, "low_score")
+TELLING = (*BY_VOTES, "not_seen_again", "low_score")
 """Reasons that may be wrong, and of which more is shown."""
 NO_CROP = ("too_small", "outside", "unreadable")
 BINS = 40

@@ -23,6 +23,7 @@ from simdetr.labelling.autolabel import (
     fingerprint,
 )
 from simdetr.labelling.candidates import read_candidates
+from simdetr.labelling.consensus import Consensus
 from simdetr.labelling.shots import LabellingInputs, renamed
 from simdetr.training.run_folder import RunMismatchError
 
@@ -107,6 +108,26 @@ def test_another_threshold_needs_no_encoder(again, monkeypatch):
     run = again(replace(SETTINGS, score_rule="agreement", agreement=0.0, min_margin=0.0, corrector="none"))
     rows = json.loads(run.stages.read_text())
     assert rows[0]["counts"]["kept"] > 0
+
+
+def test_what_the_views_say_moves_boxes_and_rejects(again, monkeypatch):
+    """Of three candidates the second is not seen again; boxes of the others become what the views say."""
+
+    def scripted(loaded, source, labels, **options):
+        seen = np.resize(np.array([3, 0, 1]), len(labels.boxes_xyxy))
+        return Consensus(labels.boxes_xyxy + np.float32(1), seen, np.full(len(seen), 0.9, np.float32))
+
+    monkeypatch.setattr(module, "consensus", scripted)
+    run = again(replace(SETTINGS, corrector="views"))
+    found = read_candidates(run.candidates("correct"))
+    verified = read_candidates(run.candidates("verify")).kept
+    assert found.evidence["seen_again"][verified].tolist() == np.resize([3, 0, 1], len(verified)).tolist()
+    assert (np.delete(found.evidence["seen_again"], verified) == -1).all()
+    assert found.counts()["not_seen_again"] == (np.resize([3, 0, 1], len(verified)) == 0).sum() > 0
+    moved = found.evidence["corrected_xyxy"] - found.labels.boxes_xyxy
+    assert (moved[verified] == 1).all() and not np.delete(moved, verified, axis=0).any()
+    with pytest.raises(ValueError, match="seen_again: expected 0 to 3, the number of views, got 4"):
+        AutolabelSettings(seen_again=4)
 
 
 def test_a_killed_stage_is_made_again_and_the_others_are_not(again, finished):
