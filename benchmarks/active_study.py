@@ -48,6 +48,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "pyramid": {"class_path": "simdetr.heads.SpatialPyramidNeck", "init_args": {"pools": [5, 9, 13]}},
     "reversal": {"class_path": "simdetr.heads.DomainAdversary", "init_args": {"highest_scale": 0.1}},
 }
+SIZES = ("--data.short_sides=[176,192,208]", "--data.max_side=256")
+"""Of the trainings' images, smaller than the pretraining's of bccd: a study of many trainings."""
 SCORES = ("AP", "AP50", "AP75", "AR@100")
 
 
@@ -69,7 +71,7 @@ class Study:
 
     def options(self, seed: int, steps: int) -> tuple[str, ...]:
         """Of a training."""
-        return (*(f"--{name}={seed}" for name in SEEDS), f"--trainer.max_steps={steps}")
+        return (*(f"--{name}={seed}" for name in SEEDS), *SIZES, f"--trainer.max_steps={steps}")
 
     def scored(self, detector: Path) -> dict[str, float]:
         """Scores on the validation images."""
@@ -130,7 +132,7 @@ class Study:
             self.config,
             init=self.start,
             encoder=arguments.encoder,
-            options=(f"--trainer.max_steps={arguments.steps}",),
+            options=(*SIZES, f"--trainer.max_steps={arguments.steps}"),
             settings=settings,
             annotator=self.person(seed),
         )
@@ -186,8 +188,8 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=["bccd"])
     parser.add_argument("--parts", nargs="+", default=["by-hand", "loop", "first", "head"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150, help="of every training but the final ones")
-    parser.add_argument("--final_steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=100, help="of every training but the final ones")
+    parser.add_argument("--final_steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--images_per_round", type=int, default=20)
     parser.add_argument("--audited_per_round", type=int, default=10)

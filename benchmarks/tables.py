@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.detector_tables import deformable_attention, detector_families, inference_speed, matcher, training_step
 from benchmarks.environment import RESULTS
 from benchmarks.head_tables import head_overhead, landmark_query, landmark_study, localisation_study
+from benchmarks.labelling_tables import active, autolabel, stopping, verification
 from benchmarks.proposal_tables import end_to_end, ranking, rivals, scale, sweep
 from benchmarks.real_set_tables import real_sets, stage_labels
 
@@ -136,6 +137,10 @@ def kmeans(result: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "real_sets": lambda result: f"{stage_labels(result)}\n{source(result['environment'])}",
+    "autolabel": lambda result: f"{autolabel(result)}\n{source(result['environment'])}",
+    "active": lambda result: f"{active(result)}\n{source(result['environment'])}",
+    "stopping": lambda result: f"{stopping(result)}\n{source(result['environment'])}",
+    "verification": lambda result: f"{verification(result)}\n{source(result['environment'])}",
     "rivals": lambda result: f"{rivals(result)}\n{source(result['environment'])}",
     "sweep": lambda result: f"{sweep(result)}\n{source(result['environment'])}",
     "proposal_ranking": lambda result: f"{ranking(result)}\n{source(result)}",
