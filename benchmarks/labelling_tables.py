@@ -72,8 +72,8 @@ def autolabel(result: Row) -> str:
     lines = [
         (
             f"**A few labels to many: the labels** of {result['pool']:,} training images at most, from so many "
-            "shots per class; means over seeds, with the standard deviation. Right is what overlaps an object of its class by at "
-            "least .5; the mean IoU is that of the right ones."
+            "shots per class; means over seeds, with the standard deviation. Right is what overlaps an object of its "
+            "class by at least .5; the mean IoU is that of the right ones."
         ),
         "",
         "| set | shots per class | seeds | boxes | precision, % | recall, % | mean IoU, % |",
@@ -90,7 +90,8 @@ def autolabel(result: Row) -> str:
         "",
         (
             f"**The detectors** trained on them: {result['steps']} steps on the shots, then {result['steps']} more "
-            "on shots and labels, all from stage 2 of the pretraining; AP in percent on validation images that no training saw."
+            "on shots and labels, all from stage 2 of the pretraining; AP in percent on validation "
+            "images that no training saw."
         ),
         "",
         "| set | shots per class | trained on | seeds | AP | AP50 | AP75 | AP − the shots alone, 95 % interval |",
@@ -129,7 +130,8 @@ def _loops(by_hand: Sequence[Row], loops: Sequence[Row], settings: Row) -> str:
         (
             f"**The loop with a simulated person** (BCCD, 292 training images; {settings['rounds']} rounds of "
             f"{settings['images_per_round']} images and {settings['audited_per_round']} audited ones; the "
-            "person takes 1.6 s to verify a box, 3.7 to 5.9 s to draw one, and redraws what overlaps by less than .7). All detectors of "
+            "person takes 1.6 s to verify a box, 3.7 to 5.9 s to draw one, and redraws what "
+            "overlaps by less than .7). All detectors of "
             f"{settings['final_steps']} steps from the same pretraining:"
         ),
         "",
@@ -221,8 +223,8 @@ def verification(result: Row) -> str:
     return (
         f"**Verification**: decoding, cropping, encoding and votes of {time['candidates']:,} candidates "
         f"({time['encoder']}, {time['crop_px']} px) take {time['wall']['ratio']:.2f} × the time of the encoder "
-        f"alone on crops in memory (bar 1.1, in turns). {memory['candidates']:,} candidates need {memory['beyond_gib']:.2f} GiB "
-        f"beyond the model (bar {memory['bar_gib']:.0f}).\n"
+        f"alone on crops in memory (bar 1.1, in turns). {memory['candidates']:,} candidates need "
+        f"{memory['beyond_gib']:.2f} GiB beyond the model (bar {memory['bar_gib']:.0f}).\n"
     )
 
 
