@@ -7,7 +7,7 @@
 # refuses, or that the import of cv2.ximgproc fails.
 #
 # What simdetr does: `make weights` installs imgsim with --no-deps and reads its file through the package's metadata
-# (simdetr/data/packaged_weights.py; tests/data/test_packaged_weights.py).
+# (simdetr/data/pretrained_weights.py; tests/data/test_pretrained_weights.py).
 #
 # Seen on Linux x86_64 with Python 3.11, opencv-contrib-python-headless and opencv-python 5.0.0.93, imgsim 0.1.2.
 # Exits 0 while that is so, 1 when it changes.
