@@ -165,8 +165,8 @@ class Study:
 
 def tasks(study: Study, arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, Callable[[], dict[str, Any]]]]:
     """Part, arm, seed and work, seed by seed, so that pairs are complete early."""
-    for part in arguments.parts:
-        for seed in arguments.seeds:
+    for seed in arguments.seeds:
+        for part in arguments.parts:
             if part == "by-hand":
                 yield part, "by-hand", seed, lambda seed=seed: study.by_hand(seed)
             elif part == "loop":
@@ -190,9 +190,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100, help="of every training but the final ones")
     parser.add_argument("--final_steps", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--images_per_round", type=int, default=20)
-    parser.add_argument("--audited_per_round", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--images_per_round", type=int, default=40)
+    parser.add_argument("--audited_per_round", type=int, default=20)
     parser.add_argument("--first_images", type=int, default=30)
     parser.add_argument("--stage", type=int, default=1, help="of the pretraining")
     parser.add_argument("--encoder", default="efficientnet-lite0")
