@@ -129,6 +129,8 @@ def label_simulate(
     device: str | None = None,
     misses: float = 0.0,
     accepts_wrong: float = 0.0,
+    accept_iou: float = 0.7,
+    keeps_boxes: bool = True,
     **settings: Any,
 ) -> None:
     """Run the loop of ordering, inspecting and training with a person who is simulated from truth.
@@ -148,6 +150,9 @@ def label_simulate(
         device: Torch device; the GPU if there is one.
         misses: Part of the objects without a proposal that the person does not see.
         accepts_wrong: Part of the wrong proposals that the person accepts.
+        accept_iou: Overlap with its object from which a proposed box is good enough, at least 0.5; looser ones are
+            drawn anew.
+        keeps_boxes: An accepted box stays as proposed; else it becomes the object's, which flatters the labels.
         settings: Of the loop.
     """
     rows = loop.simulate_labelling(
@@ -162,6 +167,8 @@ def label_simulate(
         options=options,
         device=device,
         settings=loop.LoopSettings(**settings),
-        annotator=SimulatedAnnotator(misses=misses, accepts_wrong=accepts_wrong),
+        annotator=SimulatedAnnotator(
+            misses=misses, accepts_wrong=accepts_wrong, accept_iou=accept_iou, keeps_boxes=keeps_boxes
+        ),
     )
     OUT.print(Markdown(loop.loop_table(rows)))
