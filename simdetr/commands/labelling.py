@@ -99,7 +99,8 @@ def label_order(
         images: Folder, list file or COCO JSON of the images.
         init: Run folder, detector folder or checkpoint whose boxes are looked at.
         out: CSV file to write: place, image, priority, reason and flags. The features lie in a folder beside it.
-        people: COCO JSON of images that people labelled already; they are not ordered again.
+        people: COCO JSON of images that people labelled already; they are not ordered again, unless the detector, if
+            it knows people's classes, is sure of another class at an object.
         strategy: cluster, interleave, box_size, cluster_size, entropy, k_center, mixed or random; interleave while
             nothing is labelled, then mixed, when left out.
         encoder: What tells whether images are alike; that of the pretraining's mining when left out.
@@ -113,6 +114,8 @@ def label_order(
     )
     for image_id, reason in zip(order.image_ids[:show], order.reasons, strict=False):
         OUT.print(f"{image_id}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if order.excluded:
+        OUT.print(f"cannot be read: {', '.join(order.excluded)}", markup=False, highlight=False, soft_wrap=True)
     OUT.print(f"{len(order):,} images, by {order.strategy}: {out}", soft_wrap=True)
 
 

@@ -318,9 +318,7 @@ class DomainAdversary(Head):
     def alarms(self, epochs: Sequence[Mapping[str, float]], prefix: str) -> list[str]:
         """Those of ``adversary_alarms``; the task's loss is all but the adversary's own."""
         last = epochs[-1] if epochs else {}
-        accuracies = {
-            name: last[key] for name in ("image", "object") if (key := f"{prefix}{name}_accuracy") in last
-        }
+        accuracies = {name: last[key] for name in ("image", "object") if (key := f"{prefix}{name}_accuracy") in last}
         own = [
             sum(weight * epoch.get(f"{prefix}{name}", 0.0) for name, weight in self._weights.items())
             for epoch in epochs

@@ -50,6 +50,15 @@ def test_label_order_prints_the_first_and_writes_all(run, scenes, tmp_path, caps
     assert len(out.read_text(encoding="utf-8").splitlines()) == 13
 
 
+def test_label_order_lists_what_cannot_be_read(run, own_scenes, tmp_path, capsys):
+    lost = read_labels(own_scenes / "instances.json").image_ids[3]
+    (own_scenes / lost).write_bytes(b"no image")
+    out = tmp_path / "order.csv"
+    main(f"label-order --images {own_scenes} --init {run} --out {out} --encoder colour-texture".split())
+    said = capsys.readouterr().out
+    assert f"cannot be read: {lost}\n5 images" in said
+
+
 def test_label_simulate_hands_the_person_on(monkeypatch):
     """How the person works and errs reaches it, by any name of the command line."""
     people = []

@@ -344,7 +344,7 @@ def test_without_boxes_the_objects_teach_nothing():
 
 
 def test_alarms_know_the_tasks_loss_from_the_adversarys():
-    """By hand: the whole loss doubles while the task's, less 2 times images and 0.5 times objects, falls; then rises."""
+    """By hand: the whole loss doubles while the task's, less 2 of images and 0.5 of objects, falls; then that rises."""
     head = adversary(image_weight=2.0, object_weight=0.5)
     epochs = [
         {"loss": 3.0, "x_domain_image": 0.5, "x_domain_object": 0.4, "x_domain_image_accuracy": 0.01},
