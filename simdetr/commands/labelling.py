@@ -99,7 +99,8 @@ def label_order(
         images: Folder, list file or COCO JSON of the images.
         init: Run folder, detector folder or checkpoint whose boxes are looked at.
         out: CSV file to write: place, image, priority, reason and flags. The features lie in a folder beside it.
-        people: COCO JSON of images that people labelled already; they are not ordered again.
+        people: COCO JSON of images that people labelled already; they are not ordered again, unless the detector, if
+            it knows people's classes, is sure of another class at an object.
         strategy: cluster, interleave, box_size, cluster_size, entropy, k_center, mixed or random; interleave while
             nothing is labelled, then mixed, when left out.
         encoder: What tells whether images are alike; that of the pretraining's mining when left out.
@@ -113,6 +114,8 @@ def label_order(
     )
     for image_id, reason in zip(order.image_ids[:show], order.reasons, strict=False):
         OUT.print(f"{image_id}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if order.excluded:
+        OUT.print(f"cannot be read: {', '.join(order.excluded)}", markup=False, highlight=False, soft_wrap=True)
     OUT.print(f"{len(order):,} images, by {order.strategy}: {out}", soft_wrap=True)
 
 
@@ -129,6 +132,8 @@ def label_simulate(
     device: str | None = None,
     misses: float = 0.0,
     accepts_wrong: float = 0.0,
+    accept_iou: float = 0.7,
+    keeps_boxes: bool = True,
     **settings: Any,
 ) -> None:
     """Run the loop of ordering, inspecting and training with a person who is simulated from truth.
@@ -148,6 +153,9 @@ def label_simulate(
         device: Torch device; the GPU if there is one.
         misses: Part of the objects without a proposal that the person does not see.
         accepts_wrong: Part of the wrong proposals that the person accepts.
+        accept_iou: Overlap with its object from which a proposed box is good enough, at least 0.5; looser ones are
+            drawn anew.
+        keeps_boxes: An accepted box stays as proposed; else it becomes the object's, which flatters the labels.
         settings: Of the loop.
     """
     rows = loop.simulate_labelling(
@@ -162,6 +170,8 @@ def label_simulate(
         options=options,
         device=device,
         settings=loop.LoopSettings(**settings),
-        annotator=SimulatedAnnotator(misses=misses, accepts_wrong=accepts_wrong),
+        annotator=SimulatedAnnotator(
+            misses=misses, accepts_wrong=accepts_wrong, accept_iou=accept_iou, keeps_boxes=keeps_boxes
+        ),
     )
     OUT.print(Markdown(loop.loop_table(rows)))

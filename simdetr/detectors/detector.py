@@ -131,6 +131,14 @@ class Detector(nn.Module, ABC):
     def set_progress(self, progress: float) -> None:
         """Told before every training step which share of the training is done, 0 to 1, for schedules of its parts."""
 
+    def alarms(self, epochs: Sequence[Mapping[str, float]]) -> list[str]:
+        """What its parts find wrong with a training, in sentences; asked after every epoch.
+
+        Args:
+            epochs: means of what ``losses`` gave in each epoch so far, by name.
+        """
+        return []
+
     @classmethod
     def thawed(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
         """This detector's arguments, changed so that the whole backbone learns, as random weights need it."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -176,19 +176,19 @@ def consistency_loss(cells: Sequence[Tensor], valid: Sequence[Tensor], objects: 
     return apart.abs().sum() / max(1, len(objects))
 
 
-def adversary_alarms(accuracies: Sequence[float], task_losses: Sequence[float]) -> list[str]:
+def adversary_alarms(accuracies: Mapping[str, float], task_losses: Sequence[float]) -> list[str]:
     """What is wrong with a training, in sentences; nothing if all is well.
 
     Args:
-        accuracies: of a discriminator, one per epoch.
-        task_losses: of the detector, one per epoch, the same epochs.
+        accuracies: of the last epoch, of each discriminator by what it judges.
+        task_losses: of the detector, one per epoch.
     """
-    found = []
-    if accuracies and accuracies[-1] < COLLAPSED:
-        found.append(
-            f"the discriminator is right on {accuracies[-1]:.1%} only: it is wrong on purpose, and features chase it; "
-            "lower highest_scale"
-        )
+    found = [
+        f"the discriminator of {name}s is right on {accuracy:.1%} only: it is wrong on purpose, and features chase it; "
+        "lower highest_scale"
+        for name, accuracy in accuracies.items()
+        if accuracy < COLLAPSED
+    ]
     if len(task_losses) > 1 and task_losses[-1] >= LOSS_FACTOR * min(task_losses[:-1]):
         found.append(
             f"the task's loss rose from {min(task_losses[:-1]):.4g} to {task_losses[-1]:.4g}: alignment does harm; "
@@ -315,6 +315,21 @@ class DomainAdversary(Head):
         """λ follows it."""
         self.progress = progress
 
+    def alarms(self, epochs: Sequence[Mapping[str, float]], prefix: str) -> list[str]:
+        """Those of ``adversary_alarms``; the task's loss is all but the adversary's own."""
+        last = epochs[-1] if epochs else {}
+        accuracies = {name: last[key] for name in ("image", "object") if (key := f"{prefix}{name}_accuracy") in last}
+        own = [
+            sum(weight * epoch.get(f"{prefix}{name}", 0.0) for name, weight in self._weights.items())
+            for epoch in epochs
+        ]
+        return adversary_alarms(accuracies, [epoch["loss"] - part for epoch, part in zip(epochs, own, strict=True)])
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        """Of the terms of its loss."""
+        return {"image": self.image_weight, "object": self.object_weight, "consistency": self.consistency_weight}
+
     @property
     def scale(self) -> float:
         """λ at this point of the training."""
@@ -343,8 +358,8 @@ class DomainAdversary(Head):
 
         Returns:
             Terms ``image``, ``object`` and, where asked for, ``consistency``; ``image_accuracy``, ``object_accuracy``,
-            ``scale``, λ, and ``alarm``, 1 where a discriminator's accuracy has collapsed. Terms are 0 where a batch has
-            one domain only, that of objects also where it has no objects.
+            ``scale``, λ, and ``alarm``, 1 where a discriminator's accuracy has collapsed. Terms are 0 and accuracies
+            left out where a batch has one domain only, those of objects also where it has no objects.
 
         Raises:
             ValueError: not one target per image.
@@ -375,7 +390,7 @@ class DomainAdversary(Head):
             accuracies["image_accuracy"] = torch.stack([level.accuracy for level in found]).mean()
         chosen = self._objects(features, targets, unlabelled) if both else None
         if self.object_discriminator is not None:
-            terms["object"] = accuracies["object_accuracy"] = attached.detach()
+            terms["object"] = attached.detach()
             if chosen is not None and len(chosen.image):
                 logits = self.object_discriminator(self._scaled(self._states(features, chosen), reverse=True))
                 terms["object"], accuracies["object_accuracy"] = domain_loss(logits, unlabelled[chosen.image])
@@ -383,14 +398,14 @@ class DomainAdversary(Head):
             terms["consistency"] = attached.detach()
             if chosen is not None and len(chosen.image):
                 terms["consistency"] = self._consistency(features, valid, chosen)
-        weights = {"image": self.image_weight, "object": self.object_weight, "consistency": self.consistency_weight}
-        total = attached + sum(weights[name] * term for name, term in terms.items())
+        total = attached + sum(self._weights[name] * term for name, term in terms.items())
         if not both:
             return HeadLosses(
                 total, {name: term.detach() for name, term in terms.items()}, {"scale": self._number(total)}
             )
-        collapsed = torch.stack([accuracy < COLLAPSED for accuracy in accuracies.values()]).any()
-        watched = {**accuracies, "scale": self._number(total), "alarm": collapsed.to(total.dtype)}
+        collapsed = [accuracy < COLLAPSED for accuracy in accuracies.values()]
+        alarm = torch.stack(collapsed).any() if collapsed else torch.zeros_like(total.detach())
+        watched = {**accuracies, "scale": self._number(total), "alarm": alarm.to(total.dtype)}
         return HeadLosses(total, {name: term.detach() for name, term in terms.items()}, watched)
 
     def _number(self, like: Tensor) -> Tensor:

@@ -54,6 +54,15 @@ class Head(nn.Module, ABC):
     def set_progress(self, progress: float) -> None:
         """Told before every training step which share of the training is done, 0 to 1, for schedules."""
 
+    def alarms(self, epochs: Sequence[Mapping[str, float]], prefix: str) -> list[str]:
+        """What it finds wrong with a training, in sentences; asked after every epoch.
+
+        Args:
+            epochs: means of the losses in each epoch so far, by name; ``loss`` is the detector's with all heads'.
+            prefix: what its own terms and diagnostics are preceded by there.
+        """
+        return []
+
     @property
     def deployed(self) -> Head | None:
         """What of it a trained detector needs to predict: all of it, or None where it serves training alone."""

@@ -93,6 +93,10 @@ class HeadedDetector(Detector):
         """Tell the head."""
         self.head.set_progress(progress)
 
+    def alarms(self, epochs: Sequence[Mapping[str, float]]) -> list[str]:
+        """Ask the head."""
+        return self.head.alarms(epochs, f"{self.head.name}_")
+
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
         """The detector's predictions, and the head's beside them; arguments as in ``Detector``."""
         outputs, features = self._decoded(images, mask)

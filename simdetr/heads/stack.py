@@ -7,7 +7,7 @@ channels, h x w cells of a level.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,10 @@ class HeadStack(Head):
         """Tell all."""
         for part in self.parts:
             part.set_progress(progress)
+
+    def alarms(self, epochs: Sequence[Mapping[str, float]], prefix: str) -> list[str]:
+        """Ask all."""
+        return [alarm for part in self.parts for alarm in part.alarms(epochs, f"{prefix}{part.name}_")]
 
     @property
     def deployed(self) -> Head | None:

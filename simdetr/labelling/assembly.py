@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from simdetr.boxes import pairwise_iou, suppress_overlaps
-from simdetr.data.annotations import Category, ImageLabels
-from simdetr.data.images import ImageSource
+from simdetr.data.annotations import ImageLabels
 from simdetr.data.labels import Labels
 from simdetr.labelling.candidates import Candidates
 
@@ -51,6 +50,12 @@ def collapsed_classes(candidates: Candidates, max_ratio: float) -> dict[str, int
         for category, count in zip(candidates.labels.categories, counts, strict=True)
         if count > limit
     }
+
+
+def classes_without_labels(candidates: Candidates, shots: Labels) -> list[str]:
+    """Names of the classes with shots of which no candidate was kept."""
+    empty = np.setdiff1d(shots.classes[~shots.crowd], candidates.labels.classes[candidates.kept])
+    return [shots.categories[own].name for own in empty]
 
 
 def assemble(
@@ -124,13 +129,3 @@ def _filled(
         np.concatenate([image.scores, weights[labelled], np.ones(len(left), np.float32)]),
         np.concatenate([image.crowd, np.zeros(len(labelled), bool), np.ones(len(left), bool)]),
     )
-
-
-def in_categories(labels: Labels, categories: tuple[Category, ...]) -> Labels:
-    """Labels in the categories of the shots, matched by id; see ``Labels.with_categories`` for its errors."""
-    return labels if labels.categories == categories else labels.with_categories(categories)
-
-
-def all_images(source: ImageSource, exemplars: ImageSource) -> list[str]:
-    """Absolute paths of the images of two sources, each once: a list file that a training reads."""
-    return list(dict.fromkeys(str(record.path) for own in (exemplars, source) for record in own))

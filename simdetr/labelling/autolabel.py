@@ -33,7 +33,7 @@ from simdetr.data.protocols import hash_order
 from simdetr.data.storage import write_json
 from simdetr.evaluation.coco_metric import coco_metrics
 from simdetr.exchange.weights import is_saved, load_detector
-from simdetr.labelling.assembly import assemble, collapsed_classes, without_duplicates
+from simdetr.labelling.assembly import assemble, classes_without_labels, collapsed_classes, without_duplicates
 from simdetr.labelling.candidates import (
     RIGHT_IOU,
     Candidates,
@@ -349,6 +349,8 @@ def label(
     collapsed = collapsed_classes(found, settings.max_ratio)
     if collapsed:
         LOG.warning("far more labels than of the other classes, a sign of a collapse: %s", collapsed)
+    if empty := classes_without_labels(found, inputs.shots):
+        LOG.warning("classes with shots of which no candidate was kept: %s", ", ".join(empty))
     return found, found.evidence["corrected_xyxy"]
 
 

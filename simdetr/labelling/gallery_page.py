@@ -29,7 +29,7 @@ from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.images import ImageSource
 from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path
-from simdetr.labelling.assembly import collapsed_classes
+from simdetr.labelling.assembly import classes_without_labels, collapsed_classes
 from simdetr.labelling.candidates import KEPT, REASONS, RIGHT_IOU, Candidates, quality
 from simdetr.labelling.crop_features import crop_boxes
 from simdetr.labelling.shots import background_boxes
@@ -397,8 +397,8 @@ def _share(part: int, whole: int) -> str:
 
 def _warnings(inputs: _Inputs, candidates: Candidates, shots: _Shots, collapsed: Mapping[str, int]) -> list[str]:
     """What a person should know first, a sentence each."""
-    found, labels, kept = [], candidates.labels, candidates.kept
-    if not len(kept):
+    found = []
+    if not len(candidates.kept):
         codes, counts = np.unique(candidates.reason.astype(str), return_counts=True)
         why = f" Most often: {REASONS[codes[counts.argmax()]]}." if len(codes) else " The detector found nothing."
         found.append(f"No candidate became a label, so there is nothing new to learn.{why} Give more shots.")
@@ -409,9 +409,8 @@ def _warnings(inputs: _Inputs, candidates: Candidates, shots: _Shots, collapsed:
         )
     if len(np.unique(shots.classes)) == 1:
         found.append("All shots are of one class, so no shot could speak against a candidate. Give negative shots.")
-    with_shots = np.unique(inputs.shots.classes)
-    empty = [labels.categories[own].name for own in np.setdiff1d(with_shots, labels.classes[kept])]
-    if len(kept) and empty:
+    empty = classes_without_labels(candidates, inputs.shots)
+    if len(candidates.kept) and empty:
         more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
         found.append(f"Classes without a single new label: {', '.join(empty[:8])}{more}.")
     return found

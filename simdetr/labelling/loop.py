@@ -29,7 +29,16 @@ from simdetr.data.storage import atomic_path, write_json, write_scores
 from simdetr.labelling.annotator import SimulatedAnnotator
 from simdetr.labelling.autolabel import encoder_for, fingerprint, train_on
 from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
-from simdetr.labelling.image_selection import Order, Pool, SelectionSettings, entropy, image_vectors, order_images
+from simdetr.labelling.image_selection import (
+    Order,
+    Pool,
+    SelectionSettings,
+    entropy,
+    image_vectors,
+    label_conflicts,
+    order_images,
+)
+from simdetr.labelling.shots import by_name
 from simdetr.labelling.stopping import Audit, Decision, ErrorBound, ErrorEstimate, Round, draw_audit, errors_left
 from simdetr.training.inference import predict
 from simdetr.training.run_folder import RunFolder, detector_folder
@@ -37,6 +46,8 @@ from simdetr.training.run_folder import RunFolder, detector_folder
 LOG = logging.getLogger(__name__)
 LEAST_SCORE = 0.02
 """Detections below it say nothing about an image."""
+SURE_SCORE = 0.5
+"""Above it a detection may contradict a person."""
 
 
 def label_order(
@@ -56,7 +67,8 @@ def label_order(
         images: The images: a folder, list file or COCO JSON, or an ``ImageSource``.
         out: CSV file to write: place, image, priority, reason and flags. The features lie in a folder beside it.
         init: Run folder, detector folder or checkpoint whose boxes are looked at.
-        people: COCO JSON of images that people labelled already; they are not ordered again.
+        people: COCO JSON of images that people labelled already; they are not ordered again, unless the detector, if
+            it knows people's classes, is sure of another class at an object.
         strategy: cluster, interleave, box_size, cluster_size, entropy, k_center, mixed or random; interleave while
             nothing is labelled, then mixed, when left out.
         encoder: What tells whether images are alike, as for ``autolabel``.
@@ -72,10 +84,21 @@ def label_order(
     labelled = frozenset(() if known is None else (image_id for image_id in known.image_ids if image_id in source))
     found = predict(source, init, min_score=LEAST_SCORE, one_class=True, device=device)
     network = crop_encoder(encoder_for(encoder, init), device)
-    pool = pool_of(source, found, network, labelled, cache=out.with_suffix(".features"), device=device)
+    conflicts = frozenset() if known is None else contradicted(known, found)
+    cache = out.with_suffix(".features")
+    pool = pool_of(source, found, network, labelled, cache=cache, device=device, conflicts=conflicts)
     order = order_images(pool, strategy, settings)
     write_order(order, out)
     return order
+
+
+def contradicted(known: Labels, found: Labels) -> frozenset[str]:
+    """Images that people labelled and where a detection is sure of another class; none if it does not know theirs."""
+    names = {category.name for category in known.categories}
+    if not names.issuperset(category.name for category in found.categories):
+        return frozenset()
+    sure = found.rows(np.flatnonzero(found.scores > SURE_SCORE))
+    return frozenset(label_conflicts(known, by_name(sure, known.categories)))
 
 
 def write_order(order: Order, path: Path) -> None:
@@ -97,6 +120,7 @@ def pool_of(
     cache: Path,
     device: str,
     boxes_per_image: int = 5,
+    conflicts: frozenset[str] = frozenset(),
 ) -> Pool:
     """What orders are made of: detections, their uncertainty, and a vector per image.
 
@@ -108,6 +132,7 @@ def pool_of(
         cache: Folder of the features.
         device: Torch device.
         boxes_per_image: So many of the best boxes make an image's vector.
+        conflicts: Ids of those among ``labelled`` that are to be seen again.
     """
     best = found.rows(np.sort(np.concatenate([np.zeros(0, np.int64), *_best_rows(found, boxes_per_image)])))
     whole = Labels.from_images(
@@ -121,7 +146,7 @@ def pool_of(
     vectors = image_vectors(of_boxes.values, best.scores, best.offsets, of_images.values)
     unreadable = frozenset(image_id for image_id in source.ids if image_id not in found)
     uncertainty = entropy(found.scores[:, None].astype(np.float64))
-    return Pool(found, vectors, uncertainty, labelled & set(found.image_ids), unreadable=unreadable)
+    return Pool(found, vectors, uncertainty, labelled & set(found.image_ids), conflicts, unreadable)
 
 
 def _best_rows(found: Labels, count: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:

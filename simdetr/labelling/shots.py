@@ -25,6 +25,7 @@ from simdetr.data.protocols import hash_order
 LOG = logging.getLogger(__name__)
 _COLUMNS = ("boxes_xyxy", "classes", "scores", "crowd", "areas")
 _TRIES = 100  # places that are looked at for background
+_SAME, _SAME_PLACE = 0.9, 0.5  # overlap above which two boxes are one, and are of one object
 _APART = 0.1  # overlap with what may be an object, below which a place is background
 
 
@@ -190,21 +191,24 @@ def check_shots(
     return tuple(category for category, count in zip(shots.categories, counts, strict=True) if count)
 
 
-def contradictions(shots: Labels, negatives: Labels | None = None, iou: float = 0.9) -> list[str]:
-    """Pairs of boxes in the same place of an image that say different things, a line each."""
+def contradictions(shots: Labels, negatives: Labels | None = None) -> list[str]:
+    """Pairs of boxes that say different things of the same place of an image, a line each.
+
+    Two shots of different classes do so from half an overlap on; one of two objects may hide the other, so that this
+    is no error. A negative box may lie beside a shot, where only a part of the object is seen, but not on it.
+    """
     found = []
     for image in map(shots.image, range(len(shots))):
         boxes = torch.from_numpy(image.boxes_xyxy)
-        same = torch.triu(pairwise_iou(boxes, boxes) > iou, diagonal=1).nonzero().tolist()
         names = [shots.categories[c].name for c in image.classes]
-        found += [
-            f"{image.image_id} has the same box as {names[a]} and as {names[b]}"
-            for a, b in same
-            if names[a] != names[b]
-        ]
+        overlaps = pairwise_iou(boxes, boxes)
+        for a, b in torch.triu(overlaps > _SAME_PLACE, diagonal=1).nonzero().tolist():
+            if names[a] != names[b]:
+                how = "the same box" if overlaps[a, b] > _SAME else f"boxes that overlap by {float(overlaps[a, b]):.2f}"
+                found.append(f"{image.image_id} has {how} as {names[a]} and as {names[b]}")
         if negatives is not None and image.image_id in negatives:
             denied = torch.from_numpy(negatives.of(image.image_id).boxes_xyxy)
-            rows = (pairwise_iou(boxes, denied) > iou).any(dim=1).nonzero().flatten().tolist()
+            rows = (pairwise_iou(boxes, denied) > _SAME).any(dim=1).nonzero().flatten().tolist()
             found += [f"{image.image_id} has a box of {names[row]} that is among the negative ones too" for row in rows]
     return found
 

@@ -282,49 +282,6 @@ def _freedom(parts: Floats, errors: float) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the next images would buy.
-
-
-@dataclass(frozen=True)
-class Gain:
-    """What inspecting some images is expected to bring.
-
-    Attributes:
-        images: how many.
-        errors: expected to be removed.
-        seconds: expected to take.
-    """
-
-    images: int
-    errors: float
-    seconds: float
-
-    @property
-    def seconds_per_error(self) -> float:
-        """What one error costs to remove; infinite where none is expected."""
-        return self.seconds / self.errors if self.errors > 0 else float("inf")
-
-
-def expected_gain(audit: Audit, upcoming: Labels, *, verify_seconds: float = 1.6, draw_seconds: float = 4.8) -> Gain:
-    """What a person would correct on the next images, and how long it would take.
-
-    Wrong detections are expected by their scores, as the audit has them; missed objects as on an audited image, which
-    says too little where the next images are chosen for what is missed on them. Every detection is verified; every
-    error is drawn, which is the most it takes. The seconds are at second hand (middle of 3.7 to 5.9 for drawing);
-    measured ones are better.
-
-    Args:
-        audit: the last random audit.
-        upcoming: detections on the next images.
-        verify_seconds: per detection.
-        draw_seconds: per error.
-    """
-    strata = _Strata.of(audit, upcoming.scores)
-    errors = float((strata.left * strata.rates).sum() + len(upcoming) * audit.missed.mean())
-    return Gain(len(upcoming), errors, verify_seconds * len(upcoming.scores) + draw_seconds * errors)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Rules.
 
 

@@ -6,6 +6,7 @@ carry what is needed to rebuild the detector. Source: US 2025/0265826 Eq. 1-2.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from simdetr.training.optimisation import Schedule, adamw, lr_factor, parameter_
 from simdetr.training.relabel import as_image_labels
 from simdetr.training.run_folder import detector_folder, leaves
 
+LOG = logging.getLogger(__name__)
 _NAMES_SHOWN = 2
 
 
@@ -95,6 +97,8 @@ class DetectionTask(pl.LightningModule):
         self.compile_backend = "inductor" if compile is True else compile
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._pending: PendingLosses | None = None
+        self._epoch = EpochMeans()
+        self._epochs: list[dict[str, float]] = []
         self._schedule_steps: tuple[int, int] | None = None  # of the whole training, and ahead of the count
         if backbone_weights is not None and init_weights is None:
             load_into(detector.get_submodule(detector.body_name), load_backbone_weights(backbone_weights))
@@ -149,9 +153,20 @@ class DetectionTask(pl.LightningModule):
         settled = self._settle()
         if settled is not None:
             count, losses = settled
+            self._epoch.add(losses)
             options: dict[str, Any] = {"on_step": True, "on_epoch": False, "batch_size": count}
             self.log("train/loss", losses.pop("loss"), prog_bar=True, **options)
             self.log_dict({f"train/{name}": value for name, value in losses.items()}, **options)
+
+    def on_train_epoch_end(self) -> None:
+        """Warn of what parts of the detector find wrong; a resumed training remembers the epochs since alone."""
+        means, self._epoch = self._epoch.means(), EpochMeans()
+        if not means:  # no step was taken
+            return
+        self._epochs.append(means)
+        if self.global_rank == 0:
+            for alarm in self.detector.alarms(self._epochs):
+                LOG.warning("epoch %d: %s", self.current_epoch, alarm)
 
     def _settle(self) -> tuple[int, dict[str, Tensor]] | None:
         """Number of images and losses of the batch that is under way, if there is one."""
@@ -260,6 +275,23 @@ class PendingLosses:
             self._arrived.synchronize()
         *values, broken = self._host.unbind()
         return dict(zip(self._names, values, strict=True)), not bool(broken)
+
+
+class EpochMeans:
+    """Means of the losses of an epoch, each over the steps that have it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """A step's, scalars on the CPU by name."""
+        for name, value in losses.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + float(value), count + 1
+
+    def means(self) -> dict[str, float]:
+        """By name."""
+        return {name: total / count for name, (total, count) in self._sums.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
 from simdetr.commands.main import main
 from simdetr.data.coco import write_coco
 from simdetr.data.label_files import read_labels
+from simdetr.labelling import loop
+from simdetr.labelling.annotator import SimulatedAnnotator
 
 
 @pytest.fixture
@@ -47,6 +50,28 @@ def test_label_order_prints_the_first_and_writes_all(run, scenes, tmp_path, caps
     assert len(out.read_text(encoding="utf-8").splitlines()) == 13
 
 
+def test_label_order_lists_what_cannot_be_read(run, own_scenes, tmp_path, capsys):
+    lost = read_labels(own_scenes / "instances.json").image_ids[3]
+    (own_scenes / lost).write_bytes(b"no image")
+    out = tmp_path / "order.csv"
+    main(f"label-order --images {own_scenes} --init {run} --out {out} --encoder colour-texture".split())
+    said = capsys.readouterr().out
+    assert f"cannot be read: {lost}\n5 images" in said
+
+
+def test_label_simulate_hands_the_person_on(monkeypatch):
+    """How the person works and errs reaches it, by any name of the command line."""
+    people = []
+    monkeypatch.setattr(loop, "simulate_labelling", lambda *_, annotator, **__: people.append(annotator) or [])
+    words = "label-simulate --images a --truth b --val_images c --val_labels d --init e --out f"
+    main(words.split())
+    main(f"{words} --misses 0.1 --accepts_wrong 0.2 --accept_iou 0.9 --keeps_boxes false".split())
+    assert people == [
+        SimulatedAnnotator(accept_iou=0.7, keeps_boxes=True),
+        SimulatedAnnotator(misses=0.1, accepts_wrong=0.2, accept_iou=0.9, keeps_boxes=False),
+    ]
+
+
 def test_label_simulate_prints_a_row_per_round(run, scenes, tiny_config, tmp_path, capsys):
     truth = scenes / "instances.json"
     main(
@@ -55,4 +80,6 @@ def test_label_simulate_prints_a_row_per_round(run, scenes, tiny_config, tmp_pat
         .split()
     )  # fmt: skip
     assert "errors left" in capsys.readouterr().out
+    person = yaml.safe_load((tmp_path / "loop" / "config.yaml").read_text())["labelling"]["person"]
+    assert (person["accept_iou"], person["keeps_boxes"]) == (0.7, True)
     assert json.loads((tmp_path / "loop" / "rounds.json").read_text())[0]["images"] == 3

@@ -159,10 +159,11 @@ def test_consistency_by_hand():
 
 
 def test_alarms():
-    assert adversary_alarms([0.5, 0.6], [2.0, 1.0, 1.9]) == [] == adversary_alarms([], [])
-    assert "right on 4.0% only" in adversary_alarms([0.5, 0.04], [1.0, 0.9])[0]
-    assert "rose from 0.9 to 1.8" in adversary_alarms([0.5], [2.0, 0.9, 1.8])[0]
-    assert len(adversary_alarms([0.01], [1.0, 2.0])) == 2
+    assert adversary_alarms({"image": 0.05, "object": 0.6}, [2.0, 1.0, 1.9]) == [] == adversary_alarms({}, [])
+    (alarm,) = adversary_alarms({"image": 0.5, "object": 0.04}, [1.0, 0.9])
+    assert "the discriminator of objects is right on 4.0% only" in alarm
+    assert "rose from 0.9 to 1.8" in adversary_alarms({"image": 0.5}, [2.0, 0.9, 1.8])[0]
+    assert len(adversary_alarms({"image": 0.01}, [1.0, 2.0])) == 2
 
 
 def two_gaussians(count, generator):
@@ -337,6 +338,22 @@ def test_without_boxes_the_objects_teach_nothing():
     found.total.backward()
     assert features.queries.states[-1].grad is None or not features.queries.states[-1].grad.any()
     assert all(p.grad is not None for p in head.parameters())
+    assert "object_accuracy" not in found.diagnostics, "no object was judged, so none was judged wrongly"
+    alone = adversary(image_weight=0.0)
+    assert float(alone.losses(alone(features), features, targets_of(0, 0)).diagnostics["alarm"]) == 0
+
+
+def test_alarms_know_the_tasks_loss_from_the_adversarys():
+    """By hand: the whole loss doubles while the task's, less 2 of images and 0.5 of objects, falls; then that rises."""
+    head = adversary(image_weight=2.0, object_weight=0.5)
+    epochs = [
+        {"loss": 3.0, "x_domain_image": 0.5, "x_domain_object": 0.4, "x_domain_image_accuracy": 0.01},
+        {"loss": 6.0, "x_domain_image": 2.1, "x_domain_object": 0.4, "x_domain_image_accuracy": 0.5},
+    ]
+    assert head.alarms(epochs, "x_domain_") == [] == head.alarms([], "x_domain_")
+    assert len(head.alarms(epochs[:1], "x_domain_")) == 1, "the last epoch counts"
+    assert head.alarms([*epochs, {"loss": 3.2}], "x_domain_") == adversary_alarms({}, [1.8, 1.6, 3.2]) != []
+    assert head.alarms(epochs[:1], "domain_") == []
 
 
 def test_padding_of_a_level_says_nothing():

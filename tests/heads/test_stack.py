@@ -43,6 +43,8 @@ def test_the_three_parts_train_together(parts, mixed, kind):
     assert headed.head.parts[2].scale == pytest.approx(0.0986614, abs=1e-6)
     losses = headed.losses(*mixed)
     assert {"heads_location_objectness", "heads_domain_image", "heads_domain_object_accuracy"} <= losses.keys()
+    alarms = headed.alarms([{"loss": 1.0, "heads_domain_image_accuracy": 0.01, "heads_location_image_accuracy": 0.0}])
+    assert len(alarms) == 1 and "of images is right on 1.0% only" in alarms[0]
     losses["loss"].backward()
     assert not [name for name, p in headed.named_parameters() if p.requires_grad and p.grad is None]
 

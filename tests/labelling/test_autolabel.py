@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from simdetr.data.annotations import LabelError
+from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.coco import write_coco
 from simdetr.data.images import open_images
 from simdetr.data.label_files import read_labels
+from simdetr.data.labels import Labels
 from simdetr.labelling import autolabel as module
 from simdetr.labelling.autolabel import (
+    AutolabelRun,
     AutolabelSettings,
     NothingToLearnError,
     autolabel,
@@ -184,6 +187,69 @@ def test_no_candidate_is_an_error_that_loses_nothing(again):
     with pytest.raises(NothingToLearnError, match=r"none of .* detections was kept"):
         again(replace(SETTINGS, score_rule="absolute", min_score=1.0))
     assert again().detector.is_dir()
+
+
+def test_no_detection_at_all_gives_labels_and_a_report_and_no_training(again, shots, tmp_path, monkeypatch):
+    real = module.predict
+    monkeypatch.setattr(module, "predict", lambda *a, **k: real(*a, **k).rows(np.zeros(0, np.int64)))
+    monkeypatch.setattr(module, "retrain", lambda *_: pytest.fail("trained on nothing new"))
+    run = AutolabelRun(tmp_path / "copy")
+    for path in (*run.path.glob("*.json"), run.report):
+        path.unlink()
+    with pytest.raises(NothingToLearnError, match="none of 0 detections was kept"):
+        again()
+    np.testing.assert_array_equal(read_labels(run.labels).boxes_xyxy, read_labels(shots).boxes_xyxy)
+    assert "The detector found nothing" in run.report.read_text(encoding="utf-8")
+    assert json.loads(run.stages.read_text())[-1]["counts"] == {}
+
+
+def test_a_class_that_swallows_others_is_warned_of(again, caplog):
+    again(replace(SETTINGS, max_ratio=0.5))
+    assert "far more labels than of the other classes, a sign of a collapse: {" in caplog.text
+
+
+def test_a_pool_of_one_image(scenes, shots, pretrained, tiny_config, tmp_path):
+    source = open_images(scenes)
+    (only,) = set(source.ids[-1:]) - set(read_labels(shots).image_ids)
+    settings = replace(SETTINGS, score_rule="agreement", agreement=0.0, corrector="views", seen_again=0)
+    run = autolabel(source.subset([only]), shots, tmp_path / "run", [tiny_config], init=pretrained, shot_images=scenes,
+                    settings=settings)  # fmt: skip
+    found = read_candidates(run.candidates("correct"))
+    assert {found.labels.image_ids[found.labels.owners[row]] for row in found.kept} == {only}
+    assert only in read_labels(run.labels) and run.detector.is_dir()
+
+
+def test_a_class_that_no_image_of_the_pool_holds(scenes, pretrained, tiny_config, tmp_path, monkeypatch, caplog):
+    """Half of the objects are taken for a class whose one exemplar looks like none of them."""
+    truth = read_labels(scenes / "instances.json")
+    folder, few = tmp_path / "exemplars", truth.select(truth.image_ids[:3])
+    for image_id in few.image_ids:
+        (folder / image_id).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(scenes / image_id, folder / image_id)
+    board = np.indices((64, 80)).sum(axis=0) // 2 % 2
+    Image.fromarray(np.where(board[..., None], (0, 255, 0), (255, 0, 255)).astype(np.uint8)).save(folder / "ghost.png")
+    categories = (*truth.categories, Category(99, "ghost"))
+    ghost = ImageLabels.build("ghost.png", (64, 80), [[20, 20, 50, 50]], [len(truth.categories)])
+    images = [few.image(row) for row in range(len(few))]
+    write_coco(Labels.from_images([*images, ghost], categories), folder / "shots.json")
+
+    def claimed(source, *_, **__):
+        found = [truth.image(row) for row in range(len(truth))]
+        classes = [np.where(np.arange(len(own)) % 2, own.classes, len(truth.categories)) for own in found]
+        scored = [ImageLabels.build(own.image_id, own.size_hw, own.boxes_xyxy, new, np.full(len(own), 0.9))
+                  for own, new in zip(found, classes, strict=True)]  # fmt: skip
+        return Labels.from_images(scored, categories)
+
+    monkeypatch.setattr(module, "predict", claimed)
+    settings = replace(SETTINGS, score_rule="agreement", agreement=0.0, corrector="none")
+    run = autolabel(scenes, folder / "shots.json", tmp_path / "run", [tiny_config], init=pretrained, settings=settings)
+    found = read_candidates(run.candidates("correct"))
+    taken = found.labels.classes == len(truth.categories)
+    assert len(found.kept) and set(found.reason[taken]) == {"other_class"}
+    assert json.loads(run.stages.read_text())[1]["counts"]["other_class"] >= taken.sum() > 0
+    assert "classes with shots of which no candidate was kept: " in caplog.text and "ghost" in caplog.text
+    labels = read_labels(run.labels)
+    assert (labels.classes == len(truth.categories)).sum() == 1, "the exemplar itself"
 
 
 def test_precision_is_measured_on_left_out_shots(again, monkeypatch):

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from simdetr.data.annotations import Category
 from simdetr.data.coco import write_coco
+from simdetr.data.images import open_images
 from simdetr.data.label_files import read_labels
+from simdetr.labelling import loop
 from simdetr.labelling.annotator import SimulatedAnnotator
-from simdetr.labelling.image_selection import Pool
-from simdetr.labelling.loop import LoopSettings, _decision, by_hand, inspect, label_order, simulate_labelling
+from simdetr.labelling.image_selection import STRATEGIES, Pool
+from simdetr.labelling.loop import (
+    LoopSettings,
+    _decision,
+    by_hand,
+    contradicted,
+    inspect,
+    label_order,
+    simulate_labelling,
+)
 from simdetr.training.run_folder import RunMismatchError
 from tests.labelling.test_candidates import labels_of, row_of_boxes
 
@@ -39,6 +52,36 @@ def test_what_people_labelled_is_not_ordered_again(pretrained, scenes, tmp_path)
         scenes, tmp_path / "order.csv", init=pretrained, people=tmp_path / "people.json", encoder="colour-texture"
     )
     assert order.strategy == "mixed" and set(order.image_ids) == set(truth.image_ids[4:])
+
+
+def test_one_image_and_one_that_cannot_be_read(pretrained, own_scenes, tmp_path):
+    source = open_images(own_scenes)
+    first, second = source.ids[:2]
+    source.path_of(second).write_bytes(b"no image")
+    for strategy in STRATEGIES:
+        order = label_order(source.subset([first, second]), tmp_path / "order.csv", init=pretrained,
+                            encoder="colour-texture", strategy=strategy, device="cpu")  # fmt: skip
+        assert order.image_ids == (first,) and order.excluded == (second,)
+    assert [row["image"] for row in rows_of(tmp_path / "order.csv")] == [first]
+
+
+def test_a_detector_that_contradicts_a_person_has_the_image_shown_again(pretrained, scenes, tmp_path, monkeypatch):
+    """Of two labelled images: in one the detector is sure of another class, in the other it is not sure."""
+    truth = read_labels(scenes / "instances.json")
+    source, own = open_images(scenes), truth.select(truth.image_ids[:2])
+    write_coco(own, tmp_path / "people.json")
+    scores = np.where(own.owners == 0, 0.51, 0.5).astype(np.float32)
+    found = replace(own, classes=(own.classes + 1) % own.num_classes, scores=scores)
+    known = read_labels(tmp_path / "people.json")
+    assert contradicted(known, found) == {own.image_ids[0]}
+    assert contradicted(known, replace(found, classes=own.classes)) == frozenset()
+    assert contradicted(known, found.select([])) == frozenset()
+    others = tuple(Category(i, f"pseudo {i}") for i in range(own.num_classes))
+    assert contradicted(known, replace(found, categories=others)) == frozenset()
+    monkeypatch.setattr(loop, "predict", lambda *_, **__: found)
+    order = label_order(source.subset(own.image_ids), tmp_path / "order.csv", init=pretrained, strategy="random",
+                        people=tmp_path / "people.json", encoder="colour-texture", device="cpu")  # fmt: skip
+    assert order.image_ids == (own.image_ids[0],) and order.flags == (frozenset({"conflict"}),)
 
 
 def pool_of_scores(scores):
@@ -96,6 +139,16 @@ def test_the_loop_stops_when_little_is_left():
 
 def test_labelling_by_hand_takes_a_drawing_per_object():
     assert by_hand(TRUTH, SimulatedAnnotator(draw_seconds=(4.0, 4.0))) == pytest.approx(40.0)
+
+
+def test_one_image_is_labelled_in_one_round(pretrained, scenes, tiny_config, tmp_path, caplog):
+    truth, source = scenes / "instances.json", open_images(scenes)
+    with caplog.at_level(logging.INFO):
+        (row,) = simulate_labelling(source.subset(source.ids[:1]), truth, scenes, truth, tmp_path / "loop",
+                                    [tiny_config], init=pretrained, encoder="colour-texture", device="cpu",
+                                    settings=LoopSettings(rounds=3, audited_per_round=2))  # fmt: skip
+    assert row["images"] == 1 and row["boxes"] == len(read_labels(truth).of(source.ids[0])) == row["drawn"]
+    assert "every image is labelled after 1 rounds" in caplog.text
 
 
 def test_two_rounds_and_a_resume(pretrained, scenes, tiny_config, tmp_path):

@@ -37,8 +37,24 @@ def test_shots_are_looked_at_before_the_work(caplog):
     assert contradictions(shots) == []
     double = labels_of({"a": [(box, 0, 1.0), (box, 1, 1.0)]})
     assert contradictions(double) == ["a has the same box as bolt and as nut"]
+    with caplog.at_level(logging.WARNING):
+        check_shots(double)
+    assert "shots: a has the same box as bolt and as nut" in caplog.text
     denied = labels_of({"a": [(other, 0, 1.0)]})
     assert contradictions(shots, denied) == ["a has a box of bolt that is among the negative ones too"]
+
+
+def test_two_classes_on_one_object_contradict_each_other(caplog):
+    """Boxes of IoU .6, .5, and .4 with the first; of one class, or in two images, they say the same or nothing."""
+    over, half, less = ([A[0], A[1], A[2], part * A[3]] for part in (0.6, 0.5, 0.4))
+    with caplog.at_level(logging.WARNING):
+        check_shots(labels_of({"a": [(A, 0, 1.0), (over, 1, 1.0)]}))
+    assert "shots: a has boxes that overlap by 0.60 as bolt and as nut" in caplog.text
+    for rows in ([(A, 0, 1.0), (half, 1, 1.0)], [(A, 0, 1.0), (less, 1, 1.0)], [(A, 1, 1.0), (over, 1, 1.0)]):
+        assert contradictions(labels_of({"a": rows})) == []
+    assert contradictions(labels_of({"a": [(A, 0, 1.0)], "b": [(over, 1, 1.0)]})) == []
+    # a negative box beside a shot shows a part of the object, which is no object
+    assert contradictions(labels_of({"a": [(A, 0, 1.0)]}), labels_of({"a": [(over, 0, 1.0)]})) == []
 
 
 def test_background_touches_nothing_that_may_be_an_object():

@@ -20,13 +20,11 @@ from simdetr.labelling.stopping import (
     Decision,
     ErrorBound,
     ErrorEstimate,
-    Gain,
     Kappa,
     Round,
     box_kappa,
     draw_audit,
     errors_left,
-    expected_gain,
 )
 
 
@@ -235,14 +233,6 @@ def test_audits_are_drawn_evenly_and_alike():
     assert stats.chisquare(counts).pvalue > 0.001
     with pytest.raises(ValueError, match="count: expected at least 0, got -1"):
         draw_audit(ids, -1, seed=0)
-
-
-def test_what_the_next_images_would_buy():
-    gain = expected_gain(audit_of(FOUR), detections([[0.5] * 4, [0.5] * 4]), verify_seconds=2, draw_seconds=5)
-    assert gain == Gain(2, errors=2.5, seconds=8 * 2 + 2.5 * 5)  # a quarter of 8 detections, a quarter per image
-    assert gain.seconds_per_error == pytest.approx(28.5 / 2.5)
-    assert expected_gain(audit_of([([RIGHT], 0)] * 2), detections([[0.5]])).seconds_per_error == math.inf
-    assert expected_gain(audit_of(FOUR), detections([])) == Gain(0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,22 @@ def test_a_batch_that_was_only_accumulated_stops_the_training_too(recipe, tmp_pa
     assert all(torch.equal(before[name], value) for name, value in cli.model.detector.named_parameters())
 
 
+def test_parts_of_the_detector_are_asked_for_alarms_once_per_epoch(recipe, tmp_path, monkeypatch, caplog):
+    cli = recipe(*STEADY, "--trainer.max_epochs=2", "--trainer.max_steps=-1", "--data.batch_size=5").training(tmp_path)
+    asked = []
+    said = lambda epochs: asked.append([*epochs]) or [f"alarm {len(asked)}"]  # noqa: E731
+    monkeypatch.setattr(cli.model.detector, "alarms", said)
+    train(cli, tmp_path)
+    assert [len(epochs) for epochs in asked] == [1, 2] and asked[0] == asked[1][:1]
+    with (tmp_path / "logs" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for epoch, means in enumerate(asked[1]):
+        for name in ("loss", "loss_ce", "loss_giou"):
+            values = [float(row[f"train/{name}"]) for row in rows if row["epoch"] == str(epoch) and row["train/loss"]]
+            assert len(values) > 1 and means[name] == pytest.approx(sum(values) / len(values), rel=1e-5)
+    assert "epoch 0: alarm 1" in caplog.text and "epoch 1: alarm 2" in caplog.text
+
+
 def test_half_precision_gives_nearly_the_same_loss(recipe, tmp_path):
     losses = []
     for precision in ("bf16-mixed", "32-true"):
