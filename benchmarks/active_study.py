@@ -10,7 +10,7 @@ is accepted stays as it was proposed, and is accepted from an overlap of .7 on, 
     loop      rounds of inspection by an order, an audit in each, a training after each; `final` is one more training on
               the last labels, as long as that of by-hand
     first     the first images of every order, drawn by hand: what an order is worth before anything is known
-    head      the images of `first` by random, with one of the heads beside the plain detector
+    head      the images of `first` by random, with one of the heads beside the plain detector; these two in batches of 4
 
 The seed draws orders, audits, the person's times, the trainings' order and new weights, so that the arms of a seed are
 paired. Rows are written as soon as they are there, all of them to benchmarks/results/active.json; the same command goes
@@ -50,6 +50,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 SIZES = ("--data.short_sides=[176,192,208]", "--data.max_side=256")
 """Of the trainings' images, smaller than the pretraining's of bccd: a study of many trainings."""
+SMALL_BATCHES = ("--data.batch_size=4",)
 SCORES = ("AP", "AP50", "AP75", "AR@100")
 
 
@@ -149,7 +150,7 @@ class Study:
         present = np.bincount(labels.classes, minlength=labels.num_classes)
         row["classes"] = {category.name: int(n) for category, n in zip(labels.categories, present, strict=True)}
         folder = self.own.folder / f"first-{strategy}-seed{seed}"
-        return row | self.trained(labels, folder, seed, self.arguments.steps)
+        return row | self.trained(labels, folder, seed, self.arguments.steps, more=SMALL_BATCHES)
 
     def headed(self, head: str, seed: int) -> dict[str, Any]:
         """Random first images and a head."""
@@ -160,6 +161,7 @@ class Study:
         (folder / "head.yaml").write_text(yaml.safe_dump({"model": {"detector": detector}}), encoding="utf-8")
         more = (f"--data.unlabelled={self.own.images / 'train'}",) if head == "reversal" else ()
         config = (str(folder / "head.yaml"),)
+        more = (*more, *SMALL_BATCHES)
         return self.trained(labels, folder, seed, self.arguments.steps, config=config, more=more)
 
 
