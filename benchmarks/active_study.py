@@ -10,7 +10,7 @@ is accepted stays as it was proposed, and is accepted from an overlap of .7 on, 
     loop      rounds of inspection by an order, an audit in each, a training after each; `final` is one more training on
               the last labels, as long as that of by-hand
     first     the first images of every order, drawn by hand: what an order is worth before anything is known
-    head      the images of `first` by random, with one of the heads beside the plain detector; these two in batches of 4
+    head      the images of `first` by random, one of the heads beside the plain detector; both in batches of 4
 
 The seed draws orders, audits, the person's times, the trainings' order and new weights, so that the arms of a seed are
 paired. Rows are written as soon as they are there, all of them to benchmarks/results/active.json; the same command goes
