@@ -7,6 +7,7 @@ In reading order:
     candidates          detections -> candidates for labels, each with a reason
     crop_features       the crop of every box -> a feature
     verification        features -> the votes of the nearest shots
+    consensus           what a detector says of boxes in other views of their images -> better boxes, and doubts
     corrector_networks  networks that correct boxes
     correction          a corrector's training and its work
     assembly            candidates -> labels and regions to ignore
