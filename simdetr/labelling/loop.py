@@ -26,8 +26,10 @@ from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
 from simdetr.data.storage import atomic_path, write_json, write_scores
+from simdetr.exchange.weights import load_detector
 from simdetr.labelling.annotator import SimulatedAnnotator
 from simdetr.labelling.autolabel import encoder_for, fingerprint, train_on
+from simdetr.labelling.consensus import consensus
 from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
 from simdetr.labelling.image_selection import (
     Order,
@@ -46,6 +48,8 @@ from simdetr.training.run_folder import RunFolder, detector_folder
 LOG = logging.getLogger(__name__)
 LEAST_SCORE = 0.02
 """Detections below it say nothing about an image."""
+SHOWN_IOU = 0.5
+"""Of two proposals that overlap more one is shown."""
 SURE_SCORE = 0.5
 """Above it a detection may contradict a person."""
 
@@ -166,7 +170,8 @@ class LoopSettings:
         rounds: Most rounds.
         images_per_round: Images that the person sees in each, chosen by the strategy.
         audited_per_round: Further images, drawn at random, that the errors left are estimated from; at least 2 or none.
-        show_above: Proposals of a higher score are shown; the first round shows none, for no class is known yet.
+        show_above: Proposals of a higher score are shown. One that is right saves twice the seconds that a wrong one
+            costs, so that one in three is to be right.
         stop_share: Stop once at most this part of the proposals left is wrong or missed, by the upper end of the
             estimate's interval, in two rounds in a row; needs audited images. All rounds when left out.
         seed: Of the draws, the order and the trainings.
@@ -179,7 +184,7 @@ class LoopSettings:
     rounds: int = 5
     images_per_round: int = 20
     audited_per_round: int = 0
-    show_above: float = 0.3
+    show_above: float = 0.25
     stop_share: float | None = None
     seed: int = 0
 
@@ -246,9 +251,14 @@ def simulate_labelling(
     for number in range(settings.rounds):
         folder = out / f"round{number}"
         if not (folder / "labels.parquet").is_file():
-            found = predict(source, detector, min_score=LEAST_SCORE, one_class=True, device=device)
+            found = predict(
+                source, detector, min_score=LEAST_SCORE, iou_threshold=SHOWN_IOU, one_class=True, device=device
+            )
             pool = pool_of(source, found, network, _seen(labels), cache=out / "features", device=device)
-            labels, row = inspect(pool, known, labels, number, settings, annotator)
+            shown = None  # before the first training no class is known
+            if number:
+                shown = proposals(source, pool, detector, settings.show_above, device=device)
+            labels, row = inspect(pool, shown, known, labels, number, settings, annotator)
             row["seconds"] += rows[-1]["seconds"] if rows else 0.0
             write_json(folder / "person.json", row)
             write_labels(labels, folder / "labels.parquet")
@@ -269,8 +279,30 @@ def simulate_labelling(
     return rows
 
 
+def proposals(source: ImageSource, pool: Pool, detector: Path, above: float, *, device: str) -> Labels:
+    """What a person is shown of the images that nobody has seen, so that little is to be rejected or drawn anew.
+
+    Detections above a score that other views of the image show too, with the mean of their boxes: see
+    `simdetr.labelling.consensus`.
+
+    Args:
+        source: The images.
+        pool: Their detections, no two on one object.
+        detector: That made them.
+        above: Detections of a higher score are shown.
+        device: Torch device.
+    """
+    found = pool.labels
+    new = np.array([image_id not in pool.labelled for image_id in found.image_ids], bool)
+    found = found.rows(np.flatnonzero(new[found.owners] & (found.scores > above)))
+    views = consensus(load_detector(detector), source, found, device=device)
+    found = replace(found, boxes_xyxy=views.boxes_xyxy)
+    return found.rows(np.flatnonzero(views.seen_again > 0))
+
+
 def inspect(
     pool: Pool,
+    shown: Labels | None,
     truth: Labels,
     before: Labels | None,
     number: int,
@@ -281,20 +313,20 @@ def inspect(
 
     Args:
         pool: What is known before it.
+        shown: The proposals that the person is shown, of every image of the pool; none in the first round.
         truth: What the person knows of every image of the pool.
         before: What the person left in the rounds before; None in the first.
-        number: Of the round; the first, 0, shows no proposals, for the detector knows no class yet.
+        number: Of the round, from 0.
         settings: Of the loop.
         annotator: The person.
 
     Returns:
         All that the person has left so far, and the numbers of the round; ``seconds`` are this round's.
     """
-    found, choice = pool.labels, SelectionSettings(budget=settings.images_per_round, seed=settings.seed + number)
-    shown = (
-        found.rows(np.flatnonzero(found.scores > settings.show_above)) if number else found.rows(np.zeros(0, np.int64))
-    )
-    shown = shown.with_categories(truth.categories) if number else replace(shown, categories=truth.categories)
+    choice = SelectionSettings(budget=settings.images_per_round, seed=settings.seed + number)
+    nothing = replace(pool.labels.rows(np.zeros(0, np.int64)), categories=truth.categories)
+    audits = shown is not None
+    shown = nothing if shown is None else shown.with_categories(truth.categories)
     order = order_images(pool, settings.strategy, choice)
     chosen = order.image_ids[: settings.images_per_round]
     others = order.image_ids[settings.images_per_round :]
@@ -312,7 +344,7 @@ def inspect(
         **{name: getattr(summary, name) for name in ("accepted", "corrected", "rejected", "drawn")},
         "classes": len(np.unique(labels.classes)),
     }
-    if number and len(audited) >= 2:
+    if audits and len(audited) >= 2:
         left = shown.select(image_id for image_id in others if image_id not in set(audited))
         estimate = errors_left(Audit.of(shown, inspections[len(chosen) :]), left)
         row["errors_left"] = asdict(estimate)

@@ -16,6 +16,7 @@ from simdetr.data.images import open_images
 from simdetr.data.label_files import read_labels
 from simdetr.labelling import loop
 from simdetr.labelling.annotator import SimulatedAnnotator
+from simdetr.labelling.consensus import Consensus
 from simdetr.labelling.image_selection import STRATEGIES, Pool
 from simdetr.labelling.loop import (
     LoopSettings,
@@ -94,18 +95,40 @@ TRUTH = labels_of({name: [(A, 0, 1.0), (B, 1, 1.0)] for name in "abcde"})
 
 def test_a_round_by_hand():
     pool = pool_of_scores({"a": 0.9, "b": 0.2, "c": 0.8, "d": 0.7, "e": 0.1})
-    settings = LoopSettings(strategy="random", images_per_round=2, audited_per_round=0, show_above=0.5)
+    settings = LoopSettings(strategy="random", images_per_round=2, audited_per_round=0)
     person = SimulatedAnnotator(draw_seconds=(4.0, 4.0))
-    first, row = inspect(pool, TRUTH, None, 0, settings, person)
+    first, row = inspect(pool, None, TRUTH, None, 0, settings, person)
     # nothing is shown in the first round: two objects drawn on each of two images
     assert (row["images"], row["boxes"], row["drawn"], row["accepted"], row["seconds"]) == (2, 4, 4, 0, 16.0)
     later = Pool(pool.labels, labelled=frozenset(first.image_ids))
-    both, row = inspect(later, TRUTH, first, 1, settings, person)
+    sure = pool.labels.rows(np.flatnonzero(pool.labels.scores > 0.5))
+    both, row = inspect(later, sure, TRUTH, first, 1, settings, person)
     shown = sum(score > 0.5 for name, score in zip("abcde", (0.9, 0.2, 0.8, 0.7, 0.1), strict=True)
                 if name in both.image_ids and name not in first.image_ids)  # fmt: skip
     assert (row["images"], row["boxes"], row["accepted"], row["drawn"]) == (4, 8, shown, 4 - shown)
     assert row["seconds"] == pytest.approx(1.6 * shown + 4.0 * (4 - shown))
     assert both.image_ids[:2] == first.image_ids
+
+
+def test_only_what_other_views_show_is_shown_of_new_images(scenes, monkeypatch):
+    """Of three images the first is labelled; of the others' objects the first is not sure, the last not seen again."""
+    source, truth = open_images(scenes), read_labels(scenes / "instances.json")
+    own = truth.select(truth.image_ids[:3])
+    scores = np.full(len(own.scores), 0.9, np.float32)
+    new = np.flatnonzero(own.owners > 0)
+    scores[new[0]] = 0.25
+    pool = Pool(replace(own, scores=scores), labelled=frozenset(own.image_ids[:1]))
+
+    def scripted(loaded, images, labels, **_):
+        seen = np.ones(len(labels.scores), np.int64)
+        seen[-1] = 0
+        return Consensus(labels.boxes_xyxy + np.float32(2), seen, np.ones(len(seen), np.float32))
+
+    monkeypatch.setattr(loop, "load_detector", lambda path: None)
+    monkeypatch.setattr(loop, "consensus", scripted)
+    shown = loop.proposals(source, pool, scenes, 0.25, device="cpu")
+    assert shown.image_ids == own.image_ids and not len(shown.of(own.image_ids[0]))
+    np.testing.assert_array_equal(shown.boxes_xyxy, own.boxes_xyxy[new[1:-1]] + np.float32(2))
 
 
 def test_errors_left_are_estimated_from_audited_images():
@@ -114,7 +137,7 @@ def test_errors_left_are_estimated_from_audited_images():
     pool = Pool(labels_of({name: [(A, 0, 0.9), (C, 0, 0.6)] for name in names}), labelled=frozenset(names[:1]))
     before = truth.select(names[:1])
     settings = LoopSettings(strategy="random", images_per_round=5, audited_per_round=14)
-    _, row = inspect(pool, truth, before, 1, settings, SimulatedAnnotator())
+    _, row = inspect(pool, pool.labels, truth, before, 1, settings, SimulatedAnnotator())
     # on each of the 40 that are left one proposal is wrong and one object is missed: no doubt is left, and none needed
     assert row["really_left"] == 80
     assert row["errors_left"]["total"] == pytest.approx(80)
