@@ -172,7 +172,7 @@ def tasks(study: Study, arguments: argparse.Namespace) -> Iterator[tuple[str, st
             if part == "by-hand":
                 yield part, "by-hand", seed, lambda seed=seed: study.by_hand(seed)
             elif part == "loop":
-                for order in LOOPS:
+                for order in arguments.loops:
                     yield part, order, seed, lambda order=order, seed=seed: study.loop(order, seed)
             elif part == "first":
                 for name in STRATEGIES:
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--sets", nargs="+", default=["bccd"])
     parser.add_argument("--parts", nargs="+", default=["by-hand", "loop", "first", "head"])
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=list(LOOPS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100, help="of every training but the final ones")
     parser.add_argument("--final_steps", type=int, default=200)
