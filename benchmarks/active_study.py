@@ -20,6 +20,7 @@ on, and two processes share the work.
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from simdetr.data.labels import Labels
 from simdetr.data.storage import write_json
 from simdetr.labelling.annotator import SimulatedAnnotator
 from simdetr.labelling.crop_features import crop_encoder
-from simdetr.labelling.image_selection import SelectionSettings, order_images
+from simdetr.labelling.image_selection import Pool, SelectionSettings, order_images
 from simdetr.labelling.loop import LEAST_SCORE, LoopSettings, by_hand, pool_of, simulate_labelling
 from simdetr.pipeline import SEEDS
 from simdetr.training.inference import predict
@@ -97,14 +98,19 @@ class Study:
         images = self.own.images / "train"
         return self.scored(finetune(images, folder / "labels.json", folder, configs, init=self.start, options=options))
 
+    @cached_property
+    def pool(self) -> Pool:
+        """What orders are made of before anything is labelled."""
+        found = predict(self.images, self.start, min_score=LEAST_SCORE, one_class=True)
+        encoder = crop_encoder(self.arguments.encoder)
+        with FileLock(self.own.folder / "pool.lock"):
+            cache = self.own.folder / "features"
+            return pool_of(self.images, found, encoder, frozenset(), cache=cache, device="cpu")
+
     def first(self, strategy: str, seed: int) -> Labels:
         """The first images of an order, with all their boxes."""
-        with FileLock(self.own.folder / "pool.lock"):
-            found = predict(self.images, self.start, min_score=LEAST_SCORE, one_class=True)
-            encoder = crop_encoder(self.arguments.encoder)
-            pool = pool_of(self.images, found, encoder, frozenset(), cache=self.own.folder / "features", device="cpu")
         choice = SelectionSettings(budget=self.arguments.first_images, seed=seed)
-        order = order_images(pool, strategy, choice)
+        order = order_images(self.pool, strategy, choice)
         return self.truth.select(order.image_ids[: self.arguments.first_images])
 
     def by_hand(self, seed: int) -> dict[str, Any]:
@@ -150,7 +156,7 @@ class Study:
         present = np.bincount(labels.classes, minlength=labels.num_classes)
         row["classes"] = {category.name: int(n) for category, n in zip(labels.categories, present, strict=True)}
         folder = self.own.folder / f"first-{strategy}-seed{seed}"
-        return row | self.trained(labels, folder, seed, self.arguments.steps, more=SMALL_BATCHES)
+        return row | self.trained(labels, folder, seed, self.arguments.first_steps, more=SMALL_BATCHES)
 
     def headed(self, head: str, seed: int) -> dict[str, Any]:
         """Random first images and a head."""
@@ -162,7 +168,7 @@ class Study:
         more = (f"--data.unlabelled={self.own.images / 'train'}",) if head == "reversal" else ()
         config = (str(folder / "head.yaml"),)
         more = (*more, *SMALL_BATCHES)
-        return self.trained(labels, folder, seed, self.arguments.steps, config=config, more=more)
+        return self.trained(labels, folder, seed, self.arguments.first_steps, config=config, more=more)
 
 
 def tasks(study: Study, arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, Callable[[], dict[str, Any]]]]:
@@ -191,7 +197,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["by-hand", "loop", "first", "head"])
     parser.add_argument("--loops", nargs="+", choices=LOOPS, default=list(LOOPS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100, help="of every training but the final ones")
+    parser.add_argument("--steps", type=int, default=100, help="of the trainings of a loop")
+    parser.add_argument("--first_steps", type=int, default=60, help="of those of `first` and `head`")
     parser.add_argument("--final_steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--images_per_round", type=int, default=50)

@@ -167,7 +167,7 @@ def _orders(rows: Sequence[Row], settings: Row) -> str:
     lines = [
         (
             f"**Which {settings['first_images']} images first**, before anything is labelled (BCCD; all their boxes "
-            f"drawn, {settings['steps']} steps):"
+            f"drawn, {settings['first_steps']} steps of 4):"
         ),
         "",
         "| order | seeds | boxes | AP | AP − random, 95 % interval |",
@@ -186,7 +186,7 @@ def _heads(rows: Sequence[Row], first: Sequence[Row], settings: Row) -> str:
     lines = [
         (
             "**Heads for few labelled images**, each beside the plain detector on the same "
-            f"{settings['first_images']} random images (BCCD, {settings['steps']} steps):"
+            f"{settings['first_images']} random images (BCCD, {settings['first_steps']} steps of 4):"
         ),
         "",
         "| detector | seeds | AP | AR@100 | AP − plain, 95 % interval |",
