@@ -228,6 +228,7 @@ def main() -> None:
                 "images_per_round",
                 "audited_per_round",
                 "first_images",
+                "first_steps",
             )
             record = {
                 "environment": environment(("torch", "torchvision", "timm", "pytorch-lightning")),

@@ -142,6 +142,13 @@ def test_errors_left_are_estimated_from_audited_images():
     assert row["really_left"] == 80
     assert row["errors_left"]["total"] == pytest.approx(80)
     assert row["errors_left"]["low"] <= 80 <= row["errors_left"]["high"]
+    # what is wrong is so by the person's own measure: a box that covers .6 of its object, with one who accepts from .7
+    loose = (A[0], A[1], A[0] + 0.6 * (A[2] - A[0]), A[3])
+    pool = Pool(labels_of({name: [(loose, 0, 0.9)] for name in names}), labelled=frozenset(names[:1]))
+    _, row = inspect(pool, pool.labels, truth, before, 1, settings, SimulatedAnnotator(accept_iou=0.7))
+    assert row["really_left"] == 80 and row["errors_left"]["total"] == pytest.approx(80)
+    _, row = inspect(pool, pool.labels, truth, before, 1, settings, SimulatedAnnotator(misses=1.0))
+    assert row["really_left"] == 40
 
 
 def test_the_loop_stops_when_little_is_left():
