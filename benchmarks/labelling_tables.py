@@ -244,7 +244,8 @@ def draw_loop(result: Row, path: Path) -> None:
                 color=colour,
                 label=None if number else f"loop: {title}",
             )
-            panel.plot(minutes[-1], 100 * row["AP"], "D", ms=5, color=colour)
+            last = None if number else "its last labels, trained as long as those by hand"
+            panel.plot(minutes[-1], 100 * row["AP"], "D", ms=5, color=colour, label=last)
     own = [row for row in rows if row["part"] == "by-hand"]
     panel.plot(
         [row["seconds"] / 60 for row in own],
@@ -255,7 +256,7 @@ def draw_loop(result: Row, path: Path) -> None:
     )
     panel.set_xlabel("minutes of the person")
     panel.set_ylabel("AP, %")
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.1 * max(100 * row["AP"] for row in rows))
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize=8)
     figure.tight_layout()

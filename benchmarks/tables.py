@@ -139,7 +139,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "real_sets": lambda result: f"{stage_labels(result)}\n{source(result['environment'])}",
     "autolabel": lambda result: f"{autolabel(result)}\n{source(result['environment'])}",
     "active": lambda result: f"{active(result)}\n{source(result['environment'])}",
-    "stopping": lambda result: f"{stopping(result)}\n{source(result['environment'])}",
+    "stopping": stopping,
     "verification": lambda result: f"{verification(result)}\n{source(result['environment'])}",
     "rivals": lambda result: f"{rivals(result)}\n{source(result['environment'])}",
     "sweep": lambda result: f"{sweep(result)}\n{source(result['environment'])}",
