@@ -45,7 +45,8 @@ STRATEGIES = ("random", "interleave", "box_size", "cluster", "cluster_size", "en
 LOOPS = ("queue", "random")
 """``queue`` is the default: clusters by turns, then the unsure and unlike ones."""
 HEADS: dict[str, dict[str, Any]] = {
-    "location": {"class_path": "simdetr.heads.LocationPrior", "init_args": {"use": "rank"}},
+    "location": {"class_path": "simdetr.heads.LocationPrior"},
+    "ranking": {"class_path": "simdetr.heads.LocationPrior", "init_args": {"use": "rank"}},
     "pyramid": {"class_path": "simdetr.heads.SpatialPyramidNeck", "init_args": {"pools": [5, 9, 13]}},
     "reversal": {"class_path": "simdetr.heads.DomainAdversary", "init_args": {"highest_scale": 0.1}},
 }

@@ -39,7 +39,12 @@ ARMS = {
     "full": "+ votes and correction",
 }
 ORDERS = {"queue": "clusters by turns, then unsure and unlike", "random": "random"}
-HEADS = {"location": "location map", "pyramid": "spatial pyramid", "reversal": "gradient reversal"}
+HEADS = {
+    "location": "location map",
+    "ranking": "location map that ranks boxes",
+    "pyramid": "spatial pyramid",
+    "reversal": "gradient reversal",
+}
 
 
 def spread(values: Sequence[float]) -> str:

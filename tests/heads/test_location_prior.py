@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -320,7 +322,7 @@ def test_on_a_backbone_it_proposes_boxes_of_any_class():
 @pytest.mark.parametrize("kind", ["detr", "two-stage", "vidt"])
 def test_on_a_detector(kind, parts, batch):
     torch.manual_seed(0)
-    headed = HeadedDetector(3, LocationPrior, parts.DETECTORS[kind]).eval()
+    headed = HeadedDetector(3, partial(LocationPrior, use="rank"), parts.DETECTORS[kind]).eval()
     images, mask, given = batch
     with torch.no_grad():
         both, own = headed(images, mask), headed.detector(images, mask)
@@ -330,6 +332,9 @@ def test_on_a_detector(kind, parts, batch):
         objectness_at(o, a.mask, own["pred_boxes"][..., :2]) for o, a in zip(outputs, features.levels, strict=True)
     ]
     torch.testing.assert_close(both["pred_logits"], ranked_logits(own["pred_logits"], torch.stack(logits).amax(dim=0)))
+    headed.head.use = "feature"  # the default
+    with torch.no_grad():
+        assert torch.equal(headed(images, mask)["pred_logits"], own["pred_logits"]), "no ranking, and no other scores"
     assert headed.head.heat_map(outputs, features).shape == (2, 1, 112, 112)
     losses = headed.train().losses(images, mask, given)
     losses["loss"].backward()
