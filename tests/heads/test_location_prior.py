@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-
 from functools import partial
 
 import pytest
@@ -290,7 +289,7 @@ def test_objectness_is_that_of_the_cell_which_holds_the_point():
 def test_rank_finds_more_among_the_first_ten_than_scores_alone():
     """Ten of a hundred boxes are right; their scores are as all others', their cells are hot."""
     generator = torch.Generator().manual_seed(0)
-    head = LocationPrior(FeatureSizes(1, (4,), (8,)), size=10)
+    head = LocationPrior(FeatureSizes(1, (4,), (8,)), size=10, use="rank")
     centres = torch.stack(torch.meshgrid(torch.arange(10), torch.arange(10), indexing="xy"), dim=2).view(1, 100, 2)
     boxes = torch.cat([(centres + 0.5) / 10, torch.full((1, 100, 2), 0.1)], dim=2)
     right = torch.randperm(100, generator=generator)[:10]
