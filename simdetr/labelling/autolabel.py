@@ -219,6 +219,7 @@ def autolabel(
     inputs = LabellingInputs.read(images, shots, shot_images, negatives, people, base, truth)
     check_shots(inputs.shots, inputs.negatives, inputs.is_base)
     start, device = detector_folder(init), device or default_device()
+    encoder = crop_encoder(encoder_for(settings.encoder, init), device)
     own = {
         "images": inputs.images.fingerprint(),
         "shots": fingerprint(inputs.shots),
@@ -229,7 +230,6 @@ def autolabel(
     RunFolder(run.path).claim(yaml.safe_dump({"autolabel": {**own, "options": list(options)}}))
 
     few_shot = few_shot_detector(run, inputs, start, config, options)
-    encoder = crop_encoder(encoder_for(settings.encoder, init), device)
 
     def left_out() -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         return left_out_scores(run, inputs, start, config, options, device)
@@ -531,15 +531,20 @@ def _spread(values: NDArray[Any], rows: NDArray[np.int64], count: int, gap: floa
 
 
 def encoder_for(name: str | None, init: str | Path) -> str | Encoder:
-    """The encoder of a name, or what the pretraining mined with where there is none.
+    """The encoder of a name, or what the pretraining mined with where there is none: a run, or a detector in one.
 
     Raises:
         ValueError: Neither is known.
     """
     if name is not None:
         return name
-    config = Path(init) / "config.yaml"
-    if not config.is_file() or "encoder" not in (kept := yaml.safe_load(config.read_text(encoding="utf-8"))):
+    inner = Path(init).resolve()
+    for folder in (inner, *inner.parents[:2]):  # RUN, RUN/stage1/detector
+        config = folder / "config.yaml"
+        kept = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
+        if isinstance(kept, dict) and "encoder" in kept:
+            break
+    else:
         raise ValueError(
             f"encoder: {init} does not say what it was mined with; name one, such as "
             "--encoder=vit_small_patch8_224.dino"

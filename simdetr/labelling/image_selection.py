@@ -197,6 +197,12 @@ Strategy = Callable[[Pool, NDArray[np.int64], SelectionSettings], Ranking]
 """Pool, rows of the candidates in the order of their ids, and settings to a ranking."""
 
 
+def check_strategy(name: str | None) -> None:
+    """Raise a ValueError for a name that is none of ``STRATEGIES``; None, the default, is fine."""
+    if name is not None and name not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {name!r}")
+
+
 def order_images(pool: Pool, strategy: str | None = None, settings: SelectionSettings | None = None) -> Order:
     """Order the images that nobody has labelled.
 
@@ -214,8 +220,7 @@ def order_images(pool: Pool, strategy: str | None = None, settings: SelectionSet
     """
     settings = settings or SelectionSettings()
     name = strategy or ("mixed" if pool.labelled else "interleave")
-    if name not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {name!r}")
+    check_strategy(name)
     candidates = pool.candidates()
     found = STRATEGIES[name](pool, candidates, settings)
     rest = candidates[~np.isin(candidates, found.rows)]

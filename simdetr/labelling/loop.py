@@ -25,7 +25,7 @@ from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
-from simdetr.data.storage import atomic_path, write_json, write_scores
+from simdetr.data.storage import atomic_path, check_writable, write_json, write_scores
 from simdetr.exchange.weights import load_detector
 from simdetr.labelling.annotator import SimulatedAnnotator
 from simdetr.labelling.autolabel import encoder_for, fingerprint, train_on
@@ -35,6 +35,7 @@ from simdetr.labelling.image_selection import (
     Order,
     Pool,
     SelectionSettings,
+    check_strategy,
     entropy,
     image_vectors,
     label_conflicts,
@@ -84,10 +85,12 @@ def label_order(
     """
     source = images if isinstance(images, ImageSource) else open_images(images)
     device, out = device or default_device(), Path(out)
+    check_strategy(strategy)
+    check_writable(out)
+    network = crop_encoder(encoder_for(encoder, init), device)
     known = None if people is None else read_labels(Path(people))
     labelled = frozenset(() if known is None else (image_id for image_id in known.image_ids if image_id in source))
     found = predict(source, init, min_score=LEAST_SCORE, one_class=True, device=device)
-    network = crop_encoder(encoder_for(encoder, init), device)
     conflicts = frozenset() if known is None else contradicted(known, found)
     cache = out.with_suffix(".features")
     pool = pool_of(source, found, network, labelled, cache=cache, device=device, conflicts=conflicts)
@@ -240,11 +243,12 @@ def simulate_labelling(
     settings, annotator = settings or LoopSettings(), annotator or SimulatedAnnotator()
     source = images if isinstance(images, ImageSource) else open_images(images)
     device, out = device or default_device(), Path(out)
+    check_strategy(settings.strategy)
+    network = crop_encoder(encoder_for(encoder, init), device)
     known = read_labels(Path(truth)).select(source.ids)
     facts = {"loop": asdict(settings), "person": asdict(annotator), "truth": fingerprint(known), "init": str(init)}
     facts |= {"config": [*map(str, config)], "options": [*options]}
     RunFolder(out).claim(yaml.safe_dump({"labelling": json.loads(json.dumps(facts))}))
-    network = crop_encoder(encoder_for(encoder, init), device)
     trainings = (*options, *(f"--{name}={settings.seed}" for name in pipeline.SEEDS))
     rows: list[dict[str, Any]] = []
     labels, detector = None, detector_folder(init)

@@ -269,6 +269,7 @@ def test_precision_is_measured_on_left_out_shots(again, monkeypatch):
 
 def test_the_encoder_of_the_pretraining_is_the_default(pretrained, tmp_path):
     assert type(encoder_for(None, pretrained)).__name__ == "ColourTextureEncoder"
+    assert type(encoder_for(None, pretrained / "stage1" / "detector")).__name__ == "ColourTextureEncoder"
     assert encoder_for("efficientnet-lite0", pretrained) == "efficientnet-lite0"
     with pytest.raises(ValueError, match="does not say what it was mined with; name one"):
         encoder_for(None, tmp_path)
