@@ -412,7 +412,9 @@ def crop_features(
             memory.
         fill: As :func:`crop_boxes` takes it.
         interpolation: Likewise.
-        num_workers: Threads that decode and crop ahead of the encoder, 0 in between; by default what suits the machine.
+        num_workers: Threads that decode and crop ahead of the encoder, 0 in between. By default 0 on a CPU, where they
+            would hold up the encoder's own threads (22.5 s in place of 13.2 s for 929 crops on two cores), else what
+            suits the machine.
         progress: Called with how many boxes more are done; they add up to M.
 
     Raises:
@@ -433,7 +435,9 @@ def crop_features(
     store = _Store.open(cache, labels, network, f"{fill}, {interpolation}")
     wanted = np.flatnonzero(store.missing() & (faults == ""))
     progress(len(faults) - len(wanted))
-    threads = max(_LEAST_THREADS, default_workers(str(device))) if num_workers is None else num_workers
+    threads = num_workers
+    if threads is None:
+        threads = 0 if torch.device(device).type == "cpu" else max(_LEAST_THREADS, default_workers(str(device)))
     unreadable: dict[str, str] = {}
 
     def pieces() -> Iterator[tuple[NDArray[np.int64], Tensor]]:

@@ -274,6 +274,14 @@ def test_features_are_those_of_each_image_alone(scene, workers, batch_size):
     assert found.unreadable == {}
 
 
+def test_on_a_cpu_no_threads_disturb_the_encoder(scene, monkeypatch):
+    source, labels = scene
+    started = []
+    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda *arguments: started.append(arguments))
+    crop_features(source, labels, counting())
+    assert not started
+
+
 def test_options_reach_the_crops(scene):
     source, labels = scene
     plain = crop_features(source, labels, counting()).values
