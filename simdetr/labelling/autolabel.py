@@ -97,7 +97,7 @@ class AutolabelSettings:
         seed: Of the corrector's training.
 
     Raises:
-        ValueError: ``seen_again`` is more than there are views.
+        ValueError: A number outside its range.
     """
 
     score_rule: ScoreRule = "agreement"
@@ -119,6 +119,16 @@ class AutolabelSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("agreement", "min_score", "precision", "ignore_above"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        least = {"per_shot": 1, "neighbours": 1, "background_shots": 0, "corrector_steps": 1}
+        for name, number in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < number:
+                raise ValueError(f"{name}: expected at least {number}, got {getattr(self, name)}")
+        for name in ("looks_per_image", "max_ratio"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if not 0 <= self.seen_again <= len(VIEWS):
             raise ValueError(f"seen_again: expected 0 to {len(VIEWS)}, the number of views, got {self.seen_again}")
 

@@ -87,10 +87,11 @@ def label_order(
     device, out = device or default_device(), Path(out)
     check_strategy(strategy)
     check_writable(out)
+    start = detector_folder(init)
     network = crop_encoder(encoder_for(encoder, init), device)
     known = None if people is None else read_labels(Path(people))
     labelled = frozenset(() if known is None else (image_id for image_id in known.image_ids if image_id in source))
-    found = predict(source, init, min_score=LEAST_SCORE, one_class=True, device=device)
+    found = predict(source, start, min_score=LEAST_SCORE, one_class=True, device=device)
     conflicts = frozenset() if known is None else contradicted(known, found)
     cache = out.with_suffix(".features")
     pool = pool_of(source, found, network, labelled, cache=cache, device=device, conflicts=conflicts)
@@ -244,6 +245,7 @@ def simulate_labelling(
     source = images if isinstance(images, ImageSource) else open_images(images)
     device, out = device or default_device(), Path(out)
     check_strategy(settings.strategy)
+    detector = detector_folder(init)
     network = crop_encoder(encoder_for(encoder, init), device)
     known = read_labels(Path(truth)).select(source.ids)
     facts = {"loop": asdict(settings), "person": asdict(annotator), "truth": fingerprint(known), "init": str(init)}
@@ -251,7 +253,7 @@ def simulate_labelling(
     RunFolder(out).claim(yaml.safe_dump({"labelling": json.loads(json.dumps(facts))}))
     trainings = (*options, *(f"--{name}={settings.seed}" for name in pipeline.SEEDS))
     rows: list[dict[str, Any]] = []
-    labels, detector = None, detector_folder(init)
+    labels = None
     for number in range(settings.rounds):
         folder = out / f"round{number}"
         if not (folder / "labels.parquet").is_file():

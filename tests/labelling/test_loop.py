@@ -61,13 +61,14 @@ def test_what_people_labelled_is_not_ordered_again(pretrained, scenes, tmp_path)
         ({"strategy": "best"}, "strategy: expected one of .*'mixed'.*, got 'best'"),
         ({"encoder": "no_such_model"}, "no_such_model"),
         ({"out": "."}, "out: expected a file name"),
+        ({"init": "nowhere"}, "checkpoint: expected a run folder, .* nowhere, which does not exist"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_work(pretrained, scenes, tmp_path, monkeypatch, options, said):
     monkeypatch.setattr(loop, "predict", None)
     out = tmp_path / options.pop("out", "order.csv")
     with pytest.raises((ValueError, OSError), match=said):
-        label_order(scenes, out, init=pretrained, **options)
+        label_order(scenes, out, **{"init": pretrained, **options})
 
 
 def test_one_image_and_one_that_cannot_be_read(pretrained, own_scenes, tmp_path):
