@@ -7,7 +7,7 @@ each set and seed, from the same shots and with the same settings:
 
     few-shot    fine-tuned on the shots
     longer      the same with as many steps as the others take in both of their trainings
-    sourced     few-shot, then trained on the shots and its detections above the threshold, as they are
+    sourced     few-shot, then trained on the shots and its detections above the threshold, on each object the surest
     verified    the same, after the votes of the nearest shots
     full        the same, after correction of the boxes
 

@@ -82,6 +82,7 @@ def label_order(
 
     Raises:
         ValueError: An unknown strategy or encoder.
+        OSError: There is no detector in ``init``, or ``out`` cannot be written.
     """
     source = images if isinstance(images, ImageSource) else open_images(images)
     device, out = device or default_device(), Path(out)
