@@ -124,9 +124,8 @@ def _surest(rows: Sequence[Row], name: str, shots: int) -> list[str]:
         return []
     qualities = [row["stages"][-1]["quality"] for row in own]
     numbers = [spread([100 * q[key] for q in qualities]) for key in ("precision", "recall", "mean_iou")]
-    return [
-        f"| {TITLES[name]} | {shots} | {len(own)} | the surest of them on each object, no votes | {' | '.join(numbers)} |"
-    ]
+    title = "the surest of them on each object, no votes"
+    return [f"| {TITLES[name]} | {shots} | {len(own)} | {title} | {' | '.join(numbers)} |"]
 
 
 def active(result: Row) -> str:
