@@ -7,8 +7,10 @@ In reading order:
     annotations         the boxes of one image, their categories and lineage
     points, masks       a point per box, an instance mask per box
     labels              the one table of the boxes of a set of images
-    label_files         that table in Parquet and COCO files
+    label_report        what reading a label file met: problems, changes, unlabelled images
     coco                COCO JSON in and out
+    label_checks        labels held against the images they are of
+    label_files         any tool's label file or folder -> that table; the table in Parquet
     image_level         classes of whole images
     protocols           few-label protocols: one COCO file -> smaller ones that everybody draws alike
     dataset             images and labels -> samples and padded batches
@@ -31,11 +33,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from simdetr.data.annotations import Category, ImageLabels, LabelError, Lineage
     from simdetr.data.augmentation import Mosaic, eval_transforms, train_transforms
-    from simdetr.data.coco import LabelProblems, read_coco, write_coco, write_detections
+    from simdetr.data.coco import read_coco, write_coco, write_detections
     from simdetr.data.dataset import Batch, DetectionDataset, collate
     from simdetr.data.doctor import DoctorReport, examine, summary
     from simdetr.data.images import ImageRecord, ImageSource, UnreadableImageError, open_images, read_image
     from simdetr.data.label_files import read_labels, write_labels
+    from simdetr.data.label_report import LabelReport
     from simdetr.data.labels import Labels
     from simdetr.data.map3d import map_targets, read_map
     from simdetr.data.quarantine import Quarantine, TooManyUnreadableError
@@ -50,7 +53,7 @@ __all__ = [
     "ImageRecord",
     "ImageSource",
     "LabelError",
-    "LabelProblems",
+    "LabelReport",
     "Labels",
     "Lineage",
     "Mosaic",
@@ -78,11 +81,12 @@ __all__ = [
 _NAMES = {
     "annotations": ("Category", "ImageLabels", "LabelError", "Lineage"),
     "augmentation": ("Mosaic", "eval_transforms", "train_transforms"),
-    "coco": ("LabelProblems", "read_coco", "write_coco", "write_detections"),
+    "coco": ("read_coco", "write_coco", "write_detections"),
     "dataset": ("Batch", "DetectionDataset", "collate"),
     "doctor": ("DoctorReport", "examine", "summary"),
     "images": ("ImageRecord", "ImageSource", "UnreadableImageError", "open_images", "read_image"),
     "label_files": ("read_labels", "write_labels"),
+    "label_report": ("LabelReport",),
     "labels": ("Labels",),
     "map3d": ("map_targets", "read_map"),
     "quarantine": ("Quarantine", "TooManyUnreadableError"),

@@ -8,9 +8,8 @@ dropped, and counted; ``strict`` makes the first one an error.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +19,24 @@ from numpy.typing import NDArray
 from simdetr.data import masks as mask_codes
 from simdetr.data import points as point_columns
 from simdetr.data.annotations import LINEAGE_COLUMNS, Category, ImageLabels, LabelError, Lineage
+from simdetr.data.label_report import LabelReport
 from simdetr.data.labels import Labels
 from simdetr.data.storage import read_lists, write_json
 
 _ROUNDING_PX = 0.1  # a box may leave the image by this much without being called wrong: COCO writes two decimals
-_EXAMPLES_PER_KIND = 5
 _BOX_DECIMALS = 4
 _KEYPOINT_OF_CATEGORY = {"keypoints": ["reference point"], "skeleton": []}
 _RESULT_FIELDS = ("image_id", "category_id", "bbox", "score", "segmentation", "keypoints", "num_keypoints")
 
 
-@dataclass
-class LabelProblems:
-    """What was wrong in a label file and what was done about it.
-
-    Attributes:
-        path: the file.
-        strict: whether the first problem is raised as a `LabelError`.
-        counts: number of problems by kind, such as ``"box clipped"``.
-        examples: the first few places of each kind.
-    """
-
-    path: Path
-    strict: bool = False
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        """Number of problems of all kinds."""
-        return self.counts.total()
-
-    def add(self, kind: str, where: str) -> None:
-        """Count a problem at a place such as ``annotation 17``; raise it when strict."""
-        if self.strict:
-            raise LabelError(f"{self.path}: {where}: {kind} (strict)")
-        self.counts[kind] += 1
-        if self.counts[kind] <= _EXAMPLES_PER_KIND:
-            self.examples.setdefault(kind, []).append(where)
-
-    def lines(self) -> list[str]:
-        """One line per kind: count, kind and examples."""
-        return [f"{count} × {kind}: {', '.join(self.examples[kind])}" for kind, count in sorted(self.counts.items())]
-
-
 def read_coco(
-    path: str | Path, *, strict: bool = False, image_ids: Iterable[str] | None = None, masks: bool = False
-) -> tuple[Labels, LabelProblems]:
+    path: str | Path,
+    *,
+    strict: bool = False,
+    image_ids: Iterable[str] | None = None,
+    masks: bool = False,
+    report: LabelReport | None = None,
+) -> tuple[Labels, LabelReport]:
     """Read a COCO annotation file.
 
     Args:
@@ -76,6 +46,7 @@ def read_coco(
         masks: read each ``segmentation`` too (polygons or run lengths). An annotation without one, or with one that
             cannot be read, gets a mask that fills its box, and is counted; a file without any gives labels without
             masks.
+        report: where to count problems; a new one if left out.
 
     An annotation's one keypoint, if visible, becomes its point; with it, an annotation without ``bbox``, or with one of
     no width or height, is a landmark of which only the point is known: its box is (x, y, x, y). Files in which an
@@ -89,7 +60,7 @@ def read_coco(
     """
     path = Path(path)
     content = load_coco(path)
-    problems = LabelProblems(path, strict)
+    problems = LabelReport(path, strict=strict) if report is None else report
     categories = _categories(content, problems)
     rows, sizes = _images(content, problems)
     class_of = {category.id: index for index, category in enumerate(categories)}
@@ -154,7 +125,7 @@ def _plain_id(value: object) -> int | str | None:
     return value if isinstance(value, int | str) else None
 
 
-def _categories(content: Mapping[str, Any], problems: LabelProblems) -> list[Category]:
+def _categories(content: Mapping[str, Any], problems: LabelReport) -> list[Category]:
     found: dict[int | str, Category] = {}
     for position, entry in enumerate(content["categories"]):
         identity = _plain_id(entry.get("id")) if isinstance(entry, dict) else None
@@ -168,7 +139,7 @@ def _categories(content: Mapping[str, Any], problems: LabelProblems) -> list[Cat
 
 
 def _images(
-    content: Mapping[str, Any], problems: LabelProblems
+    content: Mapping[str, Any], problems: LabelReport
 ) -> tuple[dict[int | str | None, str], dict[str, tuple[int, int]]]:
     """File name by image id, and (height, width) by file name in the file's order."""
     rows: dict[int | str | None, str] = {}
@@ -202,7 +173,7 @@ def _annotation(
     point: tuple[float, float] | None,
     size_hw: tuple[int, int],
     class_of: Mapping[int | str, int],
-    problems: LabelProblems,
+    problems: LabelReport,
     where: str,
 ) -> _Annotation | None:
     bbox = entry.get("bbox")
@@ -237,7 +208,7 @@ def _annotation(
     )
 
 
-def _point(entry: Mapping[str, Any], problems: LabelProblems, where: str) -> tuple[float, float] | None:
+def _point(entry: Mapping[str, Any], problems: LabelReport, where: str) -> tuple[float, float] | None:
     try:
         return point_columns.of_keypoints(entry.get("keypoints"))
     except LabelError as error:
@@ -245,9 +216,7 @@ def _point(entry: Mapping[str, Any], problems: LabelProblems, where: str) -> tup
         return None
 
 
-def _mask(
-    entry: Mapping[str, Any], one: _Annotation, size_hw: tuple[int, int], problems: LabelProblems
-) -> bytes | None:
+def _mask(entry: Mapping[str, Any], one: _Annotation, size_hw: tuple[int, int], problems: LabelReport) -> bytes | None:
     try:
         return mask_codes.of_segmentation(entry.get("segmentation"), size_hw)
     except LabelError as error:
@@ -255,7 +224,7 @@ def _mask(
         return one.filled_mask(size_hw)
 
 
-def _count_missing_masks(images: Iterable[list[_Annotation]], problems: LabelProblems) -> None:
+def _count_missing_masks(images: Iterable[list[_Annotation]], problems: LabelReport) -> None:
     """Only where others have one: a file of boxes alone lacks nothing."""
     annotations = [one for image in images for one in image]
     missing = [one.where for one in annotations if one.mask is None]
@@ -264,7 +233,7 @@ def _count_missing_masks(images: Iterable[list[_Annotation]], problems: LabelPro
             problems.add("no segmentation, the box stands in", where)
 
 
-def _origin(entry: Mapping[str, Any], problems: LabelProblems, where: str) -> tuple[int, ...] | None:
+def _origin(entry: Mapping[str, Any], problems: LabelReport, where: str) -> tuple[int, ...] | None:
     if not set(LINEAGE_COLUMNS) <= entry.keys():  # not ours
         return None
     given = [_plain_id(entry[name]) for name in LINEAGE_COLUMNS]

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from simdetr.data.annotations import LabelError
-from simdetr.data.coco import LabelProblems, read_coco
+from simdetr.data.coco import read_coco
 from simdetr.data.images import ImageRecord, ImageSource, UnreadableImageError, open_images, read_image
 from simdetr.data.label_files import read_labels
+from simdetr.data.label_report import LabelReport
 from simdetr.data.labels import Labels
 from simdetr.data.machine import in_order
 
@@ -61,7 +62,7 @@ class DoctorReport:
     sizes_hw: tuple[tuple[int, int], ...] = ()
     fatal_reasons: tuple[str, ...] = ()
     labels: Labels | None = None
-    label_problems: LabelProblems | None = None
+    label_problems: LabelReport | None = None
 
     @property
     def fatal(self) -> bool:
@@ -119,7 +120,7 @@ def examine(
     elif unreadable > max_unreadable * len(source):
         fatal.append(f"{unreadable} of {len(source)} images cannot be read, more than {max_unreadable:.0%}")
     truth: Labels | None = None
-    problems: LabelProblems | None = None
+    problems: LabelReport | None = None
     if labels is not None:
         try:
             if Path(labels).suffix.lower() == ".json":

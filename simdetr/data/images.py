@@ -40,7 +40,9 @@ from simdetr.data.annotations import LabelError
 from simdetr.data.storage import Location, below, files_below, is_url, locate, read_lists
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
 LIST_SUFFIXES = (".csv", ".json", ".parquet", ".txt")
 _PROBED_NAMES = 32  # file names looked up when guessing the folder that a COCO file speaks of
 _TAR_BLOCK_BYTES = 512

@@ -1,4 +1,4 @@
-"""`Labels` to a file and back: Parquet with one row per image, or COCO JSON.
+"""Any tool's label file or folder in, `Labels` out, with what was met on the way; `Labels` to Parquet.
 
 In Parquet the categories and the stage stand in the schema's metadata; COCO files are `simdetr.data.coco`'s.
 """
@@ -6,6 +6,9 @@ In Parquet the categories and the stage stand in the schema's metadata; COCO fil
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,13 @@ from numpy.typing import NDArray
 
 from simdetr.data.annotations import LINEAGE_COLUMNS, Category, LabelError, Lineage
 from simdetr.data.coco import read_coco, write_coco
+from simdetr.data.images import ImageSource
+from simdetr.data.label_checks import with_ids_of
+from simdetr.data.label_report import LabelReport
 from simdetr.data.labels import _LIST_COLUMNS, Labels
 from simdetr.data.storage import atomic_path
 
+LOG = logging.getLogger(__name__)
 _METADATA_KEY = b"simdetr-labels"
 _ROWS_PER_GROUP = 20_000
 
@@ -52,27 +59,100 @@ def write_labels(labels: Labels, path: str | Path) -> None:
         pq.write_table(table, temporary, row_group_size=_ROWS_PER_GROUP, compression="zstd")
 
 
-def read_labels(path: str | Path, *, strict: bool = False, masks: bool = False) -> Labels:
-    """Read labels from a Parquet file of `write_labels` or a COCO .json.
+def read_labels(
+    path: str | Path,
+    *,
+    images: ImageSource | None = None,
+    format: str | None = None,
+    strict: bool = False,
+    masks: bool = False,
+) -> Labels:
+    """Read labels from any label file or folder that simdetr knows, and log what had to be dropped or changed.
 
     Args:
-        path: the file.
-        strict: raise at the first problem of a COCO file instead of repairing or dropping it, see `read_coco`.
-        masks: read the objects' masks from a COCO file too; a Parquet file gives those it has anyway.
+        path: the file or folder; its format is told by its content, see ``FORMATS``.
+        images: the images that the labels are of: theirs are the ids of the labels, also where the file spells them
+            otherwise, and formats that say nothing of sizes in pixels have them from there.
+        format: name of its format, instead of looking at the content.
+        strict: raise at the first problem instead of repairing or dropping it.
+        masks: read the objects' masks too; a Parquet file gives those it has anyway.
 
     Raises:
         LabelError: the file is missing or holds no labels, or has a problem and ``strict`` is set.
     """
+    labels, report = read_with_report(path, images=images, format=format, strict=strict, masks=masks)
+    say(report)
+    return labels
+
+
+def read_with_report(
+    path: str | Path,
+    *,
+    images: ImageSource | None = None,
+    format: str | None = None,
+    strict: bool = False,
+    masks: bool = False,
+) -> tuple[Labels, LabelReport]:
+    """As `read_labels`, with a count of what was met, and nothing logged."""
     path = Path(path)
-    if path.suffix.lower() == ".json":
-        return read_coco(path, strict=strict, masks=masks)[0]
+    if not path.exists():
+        raise LabelError(f"labels: {path} does not exist")
+    kind = format_of(path) if format is None else _format_named(format)
+    report = LabelReport(path, kind.name, strict=strict)
+    labels = kind.read(path, images, report, masks)
+    return (labels if images is None else with_ids_of(labels, images, report)), report
+
+
+def say(report: LabelReport) -> None:
+    """Log what reading a label file met: problems as a warning, what else was changed as information."""
+    if report.total:
+        LOG.warning("%s: %s", report.path, "; ".join(report.lines()))
+    if notes := report.note_lines():
+        LOG.info("%s: %s", report.path, "; ".join(notes))
+
+
+@dataclass(frozen=True)
+class LabelFormat:
+    """A kind of label file or folder.
+
+    Attributes:
+        name: as ``--from`` and ``--to`` of the command line name it.
+        matches: whether a file or folder looks like it.
+        read: path, the images if they are known, where to count problems, whether masks are wanted -> labels.
+    """
+
+    name: str
+    matches: Callable[[Path], bool]
+    read: Callable[[Path, ImageSource | None, LabelReport, bool], Labels]
+
+
+def format_of(path: Path) -> LabelFormat:
+    """The format that a file or folder looks like; a LabelError if it looks like none."""
+    for kind in FORMATS:
+        if kind.matches(path):
+            return kind
+    raise LabelError(
+        f"labels: {path} looks like none of the formats {', '.join(kind.name for kind in FORMATS)}; if it is one of "
+        "them, name it (`simdetr convert --from NAME`)"
+    )
+
+
+def _format_named(name: str) -> LabelFormat:
+    for kind in FORMATS:
+        if kind.name == name:
+            return kind
+    raise LabelError(f"format: expected one of {', '.join(kind.name for kind in FORMATS)}, got {name!r}")
+
+
+def _read_coco(path: Path, images: ImageSource | None, report: LabelReport, masks: bool) -> Labels:
+    return read_coco(path, masks=masks, report=report)[0]
+
+
+def _read_parquet(path: Path, images: ImageSource | None, report: LabelReport, masks: bool) -> Labels:
     try:
         table = pq.read_table(path).combine_chunks()
-    except FileNotFoundError as error:
-        raise LabelError(f"labels: {path} does not exist") from error
     except (OSError, pa.ArrowException) as error:
-        expected = "" if path.suffix == ".parquet" else "; expected COCO's .json or simdetr's .parquet"
-        raise LabelError(f"{path} cannot be read as Parquet{expected}: {error}") from error
+        raise LabelError(f"{path} cannot be read as Parquet: {error}") from error
     facts = (table.schema.metadata or {}).get(_METADATA_KEY)
     if facts is None:
         raise LabelError(f"{path} holds no labels: expected a file of write_labels, got columns {table.column_names}")
@@ -104,6 +184,13 @@ def read_labels(path: str | Path, *, strict: bool = False, masks: bool = False) 
         masks=flat("masks") if "masks" in optional else None,
         points=flat("points").reshape(-1, 2) if "points" in optional else None,
     )
+
+
+FORMATS = (
+    LabelFormat("simdetr", lambda path: path.suffix.lower() == ".parquet", _read_parquet),
+    LabelFormat("coco", lambda path: path.suffix.lower() == ".json", _read_coco),
+)
+"""All formats, in the order in which they are tried."""
 
 
 def write_result(labels: Labels, out: Path) -> str:

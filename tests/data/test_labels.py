@@ -137,7 +137,7 @@ def test_unusable_files_are_named(tmp_path):
     with pytest.raises(LabelError, match=r"text.parquet cannot be read as Parquet:"):
         read_labels(tmp_path / "text.parquet")
     (tmp_path / "photo.jpg").write_text("no")
-    with pytest.raises(LabelError, match=r"photo.jpg cannot be read as Parquet; expected COCO's .json or simd"):
+    with pytest.raises(LabelError, match=r"photo.jpg looks like none of the formats simdetr, coco"):
         read_labels(tmp_path / "photo.jpg")
     with pytest.raises(LabelError, match=r"list.parquet holds no labels.*columns \['path'\]"):
         read_labels(tmp_path / "list.parquet")

@@ -1,0 +1,72 @@
+"""What reading a label file met: problems that were repaired or dropped, what was changed, images nobody looked at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simdetr.data.annotations import LabelError
+
+_EXAMPLES_PER_KIND = 5
+
+
+@dataclass
+class LabelReport:
+    """What reading a label file met, beside the boxes.
+
+    Attributes:
+        path: the file or folder.
+        format: name of the format it was read as, such as ``"coco"``.
+        strict: whether the first problem is raised as a `LabelError`.
+        counts: number of problems by kind, such as ``"box clipped"``: what is wrong in the file, and was repaired or
+            dropped.
+        notes: number of things by kind that are no fault of the file and come out otherwise than they stand there, such
+            as ``"rotated box, the upright box around it taken"``.
+        examples: the first few places of each kind of problem and note.
+        unlabelled: ids of images that the file knows of and nobody has labelled, and of those whose boxes could not
+            be used; they are not among the labels, since an image there without boxes says that it shows no object.
+    """
+
+    path: Path
+    format: str = "coco"
+    strict: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    unlabelled: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Number of problems of all kinds."""
+        return self.counts.total()
+
+    def add(self, kind: str, where: str) -> None:
+        """Count a problem at a place such as ``annotation 17``; raise it when strict."""
+        if self.strict:
+            raise LabelError(f"{self.path}: {where}: {kind} (strict)")
+        self._count(self.counts, kind, where)
+
+    def note(self, kind: str, where: str) -> None:
+        """Count something that comes out otherwise than it stands in the file, which is no fault of it."""
+        self._count(self.notes, kind, where)
+
+    def _count(self, counter: Counter[str], kind: str, where: str) -> None:
+        counter[kind] += 1
+        if counter[kind] <= _EXAMPLES_PER_KIND:
+            self.examples.setdefault(kind, []).append(where)
+
+    def lines(self) -> list[str]:
+        """One line per kind of problem: count, kind and examples."""
+        return self._lines(self.counts)
+
+    def note_lines(self) -> list[str]:
+        """One line per kind of note, and one on unlabelled images."""
+        lines = self._lines(self.notes)
+        if self.unlabelled:
+            first = ", ".join(self.unlabelled[:_EXAMPLES_PER_KIND])
+            lines.append(f"{len(self.unlabelled)} × image without labels, left out: {first}")
+        return lines
+
+    def _lines(self, counter: Counter[str]) -> list[str]:
+        return [f"{count} × {kind}: {', '.join(self.examples[kind])}" for kind, count in sorted(counter.items())]
