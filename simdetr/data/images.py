@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import BufferedReader, BytesIO
+from io import SEEK_END, BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -40,6 +40,8 @@ from simdetr.data.annotations import LabelError
 from simdetr.data.storage import Location, below, files_below, is_url, locate, read_lists
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+_FEW_PIXELS = 2**24  # so many need no more memory than many a photograph
+_MOST_PIXELS_PER_BYTE = 10_000  # a blank bilevel PNG has some 8,000
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
@@ -387,16 +389,26 @@ def read_image(image: ImageRecord | str | Location, max_pixels: int = MAX_PIXELS
     """
     record = image if isinstance(image, ImageRecord) else ImageRecord(str(image), locate(image))
     try:
-        with _quiet_pillow(), record.open() as stream, Image.open(stream) as opened:
-            if opened.width * opened.height > max_pixels:
-                raise ValueError(f"{opened.width}×{opened.height} has more than {max_pixels} pixels")
-            orientation = _exif_orientation(opened)
-            rgb = _to_rgb(opened)
-            upright = rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
-            pixels = torch.from_numpy(np.array(upright))
+        pixels = torch.from_numpy(_decoded(record, max_pixels))
     except Exception as error:  # decoders raise all kinds of errors on damaged files
         raise UnreadableImageError(record.name, _reason(record, error)) from error
     return pixels.permute(2, 0, 1).contiguous()
+
+
+def _decoded(record: ImageRecord, max_pixels: int) -> NDArray[np.uint8]:
+    """Upright RGB pixels [H, W, 3]; Pillow's own copies of them are gone when it returns."""
+    with _quiet_pillow(), record.open() as stream:
+        size = stream.seek(0, SEEK_END)
+        stream.seek(0)
+        with Image.open(stream) as opened:
+            count = opened.width * opened.height
+            if count > max_pixels:
+                raise ValueError(f"{opened.width}×{opened.height} has more than {max_pixels} pixels")
+            if count > _FEW_PIXELS and count > _MOST_PIXELS_PER_BYTE * size:
+                raise ValueError(f"{opened.width}×{opened.height} pixels are declared by a file of {size:,} bytes")
+            orientation = _exif_orientation(opened)
+            rgb = _to_rgb(opened)
+            return np.array(rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb)
 
 
 def upright_size(record: ImageRecord) -> tuple[int, int] | None:

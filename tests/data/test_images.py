@@ -186,9 +186,19 @@ def test_oversized_image_is_refused_before_it_is_decoded(tmp_path):
 
 
 def test_large_header_below_the_limit_fails_for_its_truth_and_not_for_a_warning(tmp_path):
-    (tmp_path / "large.png").write_bytes(png_header(12_000, 10_000))  # past the size at which Pillow warns
-    with pytest.raises(UnreadableImageError, match="truncated"):
+    content = png_header(12_000, 10_000)  # past the size at which Pillow warns
+    (tmp_path / "large.png").write_bytes(content + bytes(20_000))
+    with pytest.raises(UnreadableImageError, match="truncated|broken"):
         read_image(tmp_path / "large.png")
+    (tmp_path / "small.png").write_bytes(content)
+    with pytest.raises(UnreadableImageError, match="12000×10000 pixels are declared by a file of .. bytes"):
+        read_image(tmp_path / "small.png")
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("1", "png"), ("L", "png"), ("P", "gif"), ("RGB", "webp")])
+def test_a_blank_image_is_small_and_read(tmp_path, mode, suffix):
+    Image.new(mode, (4200, 4200)).save(tmp_path / f"blank.{suffix}")
+    assert read_image(tmp_path / f"blank.{suffix}").shape == (3, 4200, 4200)
 
 
 def test_threads_leave_the_warning_filters_as_they_were(tmp_path):
