@@ -124,6 +124,38 @@ def test_other_settings_on_a_run_are_refused(run, scenes, tiny_config):
         pipeline.pretrain(scenes, run.path, [tiny_config], options=["--self_training.stages=2", "--model.lr=0.5"])
 
 
+def test_after_a_failed_first_step_a_smaller_batch_goes_on_without_mining(run, scenes, tiny_config, tmp_path, caplog):
+    out = tmp_path / "run"
+    shutil.copytree(run.path, out)
+    shutil.rmtree(out / "stage2" / "detector")  # as if it had not fitted the memory
+    (out / "stage2" / "labels.parquet").unlink()
+    options = ["--self_training.stages=2", "--data.batch_size=1", "--trainer.accumulate_grad_batches=1"]
+    with pytest.raises(RunMismatchError, match=r"self_training\.max_boxes"):
+        pipeline.pretrain(scenes, out, [tiny_config], options=[*options, "--self_training.max_boxes=4"])
+    with caplog.at_level("INFO"):
+        resumed = pipeline.pretrain(scenes, out, [tiny_config], options=options)
+    assert resumed.has_detector(2)
+    assert "data.batch_size 2 -> 1" in caplog.text
+    with pytest.raises(RunMismatchError, match=r"data\.batch_size is 1 there, 2 asked"):
+        pipeline.pretrain(scenes, out, [tiny_config], options=["--self_training.stages=2"])
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed"])
+def test_images_that_changed_since_they_were_mined_are_refused(change, own_scenes, tiny_config, tmp_path):
+    images, options = own_scenes / "images", ["--clustering.num_classes=1", "--self_training.stages=0"]
+    first, second = sorted(images.iterdir())[:2]
+    pipeline.pretrain(images, tmp_path / "run", [tiny_config], options=options)
+    if change == "added":
+        shutil.copyfile(first, images / "more.jpg")
+    elif change == "removed":
+        first.unlink()
+    else:
+        second.rename(images / "other.jpg")
+    now = {"added": "7", "removed": "5", "renamed": "others, as many"}[change]
+    with pytest.raises(RunMismatchError, match=f"was mined from 6 images, now there are {now}"):
+        pipeline.pretrain(images, tmp_path / "run", [tiny_config], options=[options[0]])
+
+
 @pytest.mark.parametrize("killed_in", ["make_pseudo_labels", "train", "relabel", "load_detector"])
 def test_a_run_killed_between_steps_ends_with_the_same_labels(killed_in, run, scenes, tiny_config, tmp_path):
     out, options = tmp_path / "run", ["--self_training.stages=2"]
@@ -247,6 +279,42 @@ def test_finetuning_writes_class_ids_back_as_they_came(run, own_scenes, tiny_con
         row["id"]: row["name"] for row in content["categories"]
     }
     assert not math.isnan(pipeline.evaluate(own_scenes, path, detector)["AP"])  # the classes are the truth's
+
+
+def without_last_box(path):
+    content = json.loads(path.read_text())
+    content["annotations"].pop()
+    path.write_text(json.dumps(content))
+
+
+def test_corrected_labels_are_no_finished_training(own_scenes, tiny_config, tmp_path, caplog):
+    labels, val = own_scenes / "instances.json", tmp_path / "val.json"
+    shutil.copyfile(labels, val)
+    arguments = (own_scenes, labels, tmp_path / "ft", [tiny_config])
+    checked = {"val_images": own_scenes, "val_labels": val}
+    detector = pipeline.finetune(*arguments, **checked)
+    labels.write_text(json.dumps(json.loads(labels.read_text()), indent=3))  # says the same
+    with caplog.at_level("INFO"):
+        assert pipeline.finetune(*arguments, **checked) == detector
+    assert f"{detector} is finished already, nothing was trained" in caplog.text
+    without_last_box(val)
+    with pytest.raises(RunMismatchError, match=r"on other labels \(data\.val_labels changed since\)"):
+        pipeline.finetune(*arguments, **checked)
+    without_last_box(labels)
+    with pytest.raises(RunMismatchError, match=r"\(data\.labels, data\.val_labels changed since\)"):
+        pipeline.finetune(*arguments, **checked)
+    (tmp_path / "ft" / "inputs.json").unlink()  # a folder of before there was a record
+    assert pipeline.finetune(*arguments, **checked) == detector
+
+
+def test_rows_of_a_comparison_are_of_one_set_of_labels(run, own_scenes, tiny_config, tmp_path):
+    truth, val = own_scenes / "instances.json", tmp_path / "val.json"
+    shutil.copyfile(truth, val)
+    arguments = (own_scenes, truth, own_scenes, val, run.path, tmp_path / "cmp", [tiny_config])
+    pipeline.compare(*arguments, fractions=(0.5,), seeds=(0,))
+    without_last_box(val)
+    with pytest.raises(RunMismatchError, match=r"on other labels \(val_labels changed since\)"):
+        pipeline.compare(*arguments, fractions=(0.5,), seeds=(0, 1))
 
 
 def test_evaluation_looks_at_labelled_images_only_and_refuses_strangers(run, own_scenes, scenes, tiny_config, tmp_path):
