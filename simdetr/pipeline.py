@@ -200,7 +200,16 @@ def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSection
         settings = InferenceSettings.of(loaded.image_settings, **kept, **sections.inference.on(device, len(source)))
         before, fusion = read_labels(run.labels(stage - 1)), own.fusion
         with run.step(f"relabel-stage{stage}", "boxes") as step:
-            labels = relabel(loaded, source, settings, run.labels(stage), stage=stage, before=before, fusion=fusion)
+            labels = relabel(
+                loaded,
+                source,
+                settings,
+                run.labels(stage),
+                stage=stage,
+                before=before,
+                fusion=fusion,
+                max_unreadable=sections.mining.max_unreadable,
+            )
             step.count = len(labels.boxes_xyxy)
 
     return run.labels_once(stage, make)

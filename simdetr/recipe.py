@@ -162,6 +162,7 @@ class RecipeCLI(LightningCLI):
         add_pipeline_sections(parser, build=False)
         for name in ("num_classes", "num_queries"):
             parser.link_arguments(f"data.{name}", f"model.detector.init_args.{name}", apply_on="instantiate")
+        parser.link_arguments("mining.max_unreadable", "data.max_unreadable")
         parser.link_arguments("data.category_names", "model.class_names", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:

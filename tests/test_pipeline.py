@@ -403,17 +403,46 @@ def test_an_image_that_becomes_unreadable_before_training_or_prediction(many_sce
 def test_too_many_unreadable_images_stop_training_and_prediction(run, own_scenes, tiny_config, tmp_path):
     for path in sorted((own_scenes / "images").iterdir())[:2]:
         path.write_bytes(b"")
-    with pytest.raises(TooManyUnreadableError, match="of 6 images are unreadable"):
-        pipeline.finetune(
-            own_scenes,
-            own_scenes / "instances.json",
-            tmp_path / "ft",
-            [tiny_config],
-            options=["--data.batch_size=6"],
-        )
-    with pytest.raises(TooManyUnreadableError, match="of 6 images are unreadable"):
-        pipeline.predict(own_scenes, run.path, quarantine=tmp_path / "quarantine.csv")
+    arguments = (own_scenes, own_scenes / "instances.json", tmp_path / "ft", [tiny_config])
+    with pytest.raises(TooManyUnreadableError, match=r"of 6 images are unreadable.*more with --mining\.max_unreadable"):
+        pipeline.finetune(*arguments, options=["--data.batch_size=6"])
+    assert pipeline.finetune(*arguments, options=["--data.batch_size=6", "--mining.max_unreadable=0.5"]).is_dir()
+    with pytest.raises(TooManyUnreadableError, match=r"of 6 images are unreadable.*more with --max_unreadable"):
+        pipeline.predict(own_scenes, run.path, quarantine=tmp_path / "quarantine.csv", max_unreadable=0.1)
     assert (tmp_path / "quarantine.csv").is_file()
+
+
+def test_a_run_may_allow_more_unreadable_images_than_it_was_begun_with(own_scenes, tiny_config, tmp_path):
+    """Between mining and relabelling, also where the run was begun with other settings of what is allowed."""
+    arguments = (own_scenes, tmp_path / "run", [tiny_config])
+    pipeline.pretrain(*arguments, options=["--clustering.num_classes=1", "--self_training.stages=0"])
+    min((own_scenes / "images").iterdir()).write_bytes(b"")
+    options = ["--clustering.num_classes=1", "--data.batch_size=6"]
+    with pytest.raises(TooManyUnreadableError, match=r"--mining\.max_unreadable"):
+        pipeline.pretrain(*arguments, options=options)
+    run = pipeline.pretrain(*arguments, options=[*options, "--mining.max_unreadable=0.2"])
+    assert len(read_labels(run.labels(1))) == 5
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_prediction_and_evaluation_do_without_what_cannot_be_read(listed, run, own_scenes, tmp_path, caplog):
+    paths, truth = sorted((own_scenes / "images").iterdir()), own_scenes / "instances.json"
+    whole = pipeline.predict(own_scenes, run.path)
+    for path in paths[:2]:
+        path.write_bytes(b"")
+    aside = {"quarantine": tmp_path / "quarantine.csv"} if listed else {}
+    found = pipeline.predict(own_scenes, run.path, **aside)
+    assert same_labels(found, whole.select(whole.image_ids[2:]))
+    assert "2 of 6 images could not be read" in caplog.text
+    assert pipeline.evaluate(own_scenes, truth, run.path)["AR@100"] >= 0
+    assert "what is on them counts as missed" in caplog.text
+    with pytest.raises(TooManyUnreadableError, match="2 of 6 images are unreadable, more than 10%"):
+        pipeline.evaluate(own_scenes, truth, run.path, max_unreadable=0.1)
+    for path in paths:
+        path.write_bytes(b"")
+    aside = {"quarantine": tmp_path / "all.csv"} if listed else {}
+    with pytest.raises(TooManyUnreadableError, match=r"6 of 6 images are unreadable.*repair or remove the files$"):
+        pipeline.predict(own_scenes, run.path, **aside)
 
 
 def test_an_empty_folder_is_an_error(tiny_config, tmp_path):

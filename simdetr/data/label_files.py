@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from simdetr.data.annotations import LINEAGE_COLUMNS, Category, LabelError, Lineage
-from simdetr.data.coco import read_coco, write_coco
+from simdetr.data.coco import numbers_in, read_coco, write_coco
+from simdetr.data.images import open_images
 from simdetr.data.labels import _LIST_COLUMNS, Labels
 from simdetr.data.storage import atomic_path
 
@@ -106,7 +107,15 @@ def read_labels(path: str | Path, *, strict: bool = False, masks: bool = False) 
     )
 
 
-def write_result(labels: Labels, out: Path) -> str:
-    """Write labels as COCO JSON, or as Parquet if ``out`` ends so; says what was written, in one line."""
-    (write_labels if out.suffix == ".parquet" else write_coco)(labels, out)
+def write_result(labels: Labels, out: Path, images: Path | None = None) -> str:
+    """Write labels as COCO JSON, or as Parquet if ``out`` ends so; says what was written, in one line.
+
+    Where ``images`` is a COCO file, images keep the ids that they have in it.
+    """
+    if out.suffix == ".parquet":
+        write_labels(labels, out)
+    elif images is not None and images.suffix.lower() == ".json":
+        write_coco(labels, out, numbers_in(images, open_images(images).ids))
+    else:
+        write_coco(labels, out)
     return f"{len(labels.boxes_xyxy):,} boxes on {len(labels):,} images in {out}"

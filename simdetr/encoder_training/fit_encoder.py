@@ -220,7 +220,8 @@ def fit_encoder(
     objective = build_objective(config.objective, encoder, config.objective_args, seed=config.seed)
     crops = make_crops(objective, config.image_size, config.views)
     quarantine = run.path / "quarantine.csv"
-    data = EncoderData(source, crops, config.batch_size, config.num_workers, config.seed, quarantine)
+    allowed = config.mining.max_unreadable
+    data = EncoderData(source, crops, config.batch_size, config.num_workers, config.seed, quarantine, allowed)
     claim = {"encoder_fit": config.settled() | {"images": len(source), "images_fingerprint": source.fingerprint()}}
     begun = resume.is_file() or is_fitted(run.path)
     run.claim(yaml.safe_dump(claim, sort_keys=False), None if begun else ())

@@ -104,6 +104,7 @@ class DetectionData(pl.LightningDataModule):
         unlabelled: Folder, list file or COCO JSON of images that nobody has labelled, for heads that learn from them;
             as many of them as of labelled ones are added to every batch, so that it has 2 x ``batch_size`` images.
             Labelled images that are there too are left out where it is the folder of ``images``.
+        max_unreadable: Share of unreadable images past which training stops; of a recipe, ``mining.max_unreadable``.
 
     Raises:
         ValueError: ``image_level`` with a mosaic or with reference points; a table that does not fit the classes;
@@ -138,9 +139,11 @@ class DetectionData(pl.LightningDataModule):
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
         unlabelled: str | None = None,
+        max_unreadable: float = 0.05,
     ) -> None:
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.max_unreadable = max_unreadable
         self._images = (short_sides, max_side, mean, std)
         self.follow({})
         self.crop, self.flip, self.colour, self.mosaic = crop, flip, colour, mosaic
@@ -252,7 +255,8 @@ class DetectionData(pl.LightningDataModule):
         )
         quarantine = None
         if self.trainer is not None:
-            quarantine = Quarantine(Path(self.trainer.default_root_dir) / "quarantine.csv", total=len(self.labels))
+            path = Path(self.trainer.default_root_dir) / "quarantine.csv"
+            quarantine = Quarantine(path, len(self.labels), self.max_unreadable)
         dataset = DetectionDataset(
             self.source,
             self.labels,

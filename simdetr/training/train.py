@@ -46,8 +46,8 @@ class Training(Protocol):
 def train(training: Training, out: Path) -> DetectionData:
     """Fit, resuming from ``checkpoints/resume.ckpt`` if a killed run left one, and write ``detector/``.
 
-    The checkpoints are removed at the end: ``detector/`` holds the weights. Those that a killed training has left
-    without a point to resume from are removed at the start.
+    The checkpoints are removed at the end: ``detector/`` holds the weights. What a killed training has left
+    without a point to resume from is removed at the start.
     """
     checkpoints = out / CHECKPOINTS
     resume = checkpoints / RESUME
@@ -56,6 +56,7 @@ def train(training: Training, out: Path) -> DetectionData:
     start_step = -1 if start is None else int(_read(start)["global_step"])
     if start is None and trainer.is_global_zero:
         shutil.rmtree(checkpoints, ignore_errors=True)
+        (out / "quarantine.csv").unlink(missing_ok=True)
     can_be_scored = data.val_labels is not None and not data.val_labels.crowd.all()
     if data.val_labels is not None and not can_be_scored:
         LOG.warning("the validation images have no objects: the last weights are kept")

@@ -231,3 +231,10 @@ def test_help_shows_types_and_defaults(capsys):
         main(["encoder", "fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Images per step [64]." in text and "bf16-mixed" in text and "--truth" in text
+
+
+def test_too_many_unreadable_images_name_the_option(own_scenes, tiny_config, tmp_path, error_of):
+    min((own_scenes / "images").iterdir()).write_bytes(b"")
+    words = ["mine", "--images", own_scenes, "--out", tmp_path / "run", "--config", tiny_config]
+    assert "allow more with --mining.max_unreadable" in error_of(*words)
+    main([str(word) for word in [*words, "--mining.max_unreadable", "0.2"]])
