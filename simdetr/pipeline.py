@@ -128,10 +128,10 @@ def mine_and_cluster(run: RunFolder, sections: PipelineSections, job: MiningJob,
         step.count = count_regions(store)
 
     def make() -> None:
-        with run.step("cluster", "pseudo-classes") as step:
+        with run.step("cluster", f"of {sections.clustering.num_classes:,} pseudo-classes have boxes") as step:
             labels = make_pseudo_labels(store, sections.clustering, device=job.own_device, folder=run.stage(0))
             write_labels(labels, run.labels(0))
-            step.count = labels.num_classes
+            step.count = labels.used_classes
 
     return run.labels_once(0, make)
 

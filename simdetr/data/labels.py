@@ -128,6 +128,11 @@ class Labels:
         """Number of categories C."""
         return len(self.categories)
 
+    @property
+    def used_classes(self) -> int:
+        """Number of categories that have boxes."""
+        return len(np.unique(self.classes))
+
     @cached_property
     def _row_of_image(self) -> dict[str, int]:
         return {image_id: row for row, image_id in enumerate(self.image_ids)}

@@ -67,6 +67,24 @@ def queries_for(labels: Labels, mosaic: float = 0.0) -> int:
     return min(900, max(100, 50 * math.ceil(most * (4 if mosaic > 0 else 1) * 2 / 50)))
 
 
+def _tell_of_few_queries(labels: Labels, num_queries: int, path: Path) -> None:
+    """Warn of images with more objects than a training sample has, half as many as queries."""
+    objects = np.bincount(labels.owners[~labels.crowd])
+    kept = max(1, num_queries // 2)
+    if (objects > kept).any():
+        LOG.warning(
+            "%s: %d of %d images have more than %d objects, up to %d, but %d queries find at most so many and "
+            "learn from half as many: the others are left out of training. Raise --data.num_queries, to %d for all",
+            path,
+            int((objects > kept).sum()),
+            len(labels),
+            kept,
+            int(objects.max()),
+            num_queries,
+            2 * int(objects.max()),
+        )
+
+
 class DetectionData(pl.LightningDataModule):
     """Training and validation images with their boxes.
 
@@ -182,6 +200,8 @@ class DetectionData(pl.LightningDataModule):
         if unlabelled is not None:
             self.unlabelled = _without(open_images(unlabelled), self.source, self.labels)
         self.num_queries = queries_for(self.labels, mosaic) if num_queries is None else num_queries
+        if self.labels.stage < 0:  # of pseudo-labels the least certain may go
+            _tell_of_few_queries(self.labels, self.num_queries, path)
         self.reference_points: ReferencePoints | None = None
         if reference_points is not None:
             self.reference_points = ReferencePoints(reference_points, self.labels.categories, point_margin)

@@ -72,9 +72,7 @@ def test_bad_arguments_are_named(tmp_path):
 def test_the_option_of_the_command_is_named_and_no_option_helps_where_all_are_unreadable():
     check_share(0, 0, 0.0, "--x")
     check_share(2, 4, 0.5, "--x")
-    with pytest.raises(
-        TooManyUnreadableError, match=r"3 of 4 images are unreadable, more than 50%; .*with --x$"
-    ):
+    with pytest.raises(TooManyUnreadableError, match=r"3 of 4 images are unreadable, more than 50%; .*with --x$"):
         check_share(3, 4, 0.5, "--x")
     with pytest.raises(TooManyUnreadableError, match=r"4 of 4 images are unreadable; repair or remove the files$"):
         check_share(4, 4, 1.0, "--x")
