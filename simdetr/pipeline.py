@@ -10,6 +10,7 @@ Every step looks for its own output first: the same call again goes on where the
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +27,8 @@ from simdetr.evaluation.compare import BACKBONE_ONLY, PRETRAINED, SCRATCH, Compa
 from simdetr.exchange.weights import is_saved, load_detector
 from simdetr.mining.kmeans import process_group, rank
 from simdetr.mining.pseudo_labels import ClusteringConfig, count_regions, make_pseudo_labels
-from simdetr.mining.store import ProposalStore
-from simdetr.recipe import MiningJob, PipelineSections, Recipe, fit_to_device, is_chosen, say_time
+from simdetr.mining.store import MANIFEST, ProposalStore
+from simdetr.recipe import MiningJob, PipelineSections, Recipe, contents_of, fit_to_device, is_chosen, say_time
 from simdetr.reports.page import write_report
 from simdetr.reports.report import collect_run
 from simdetr.training.auto_batch import Scaling
@@ -35,9 +36,10 @@ from simdetr.training.inference import evaluate as evaluate
 from simdetr.training.inference import predict as predict
 from simdetr.training.recipe_choice import encoder_options, for_finetuning, for_mining, for_pretraining
 from simdetr.training.relabel import InferenceSettings, relabel
-from simdetr.training.run_folder import RunFolder, RunMismatchError, detector_folder, leads
-from simdetr.training.train import RESUME, train
+from simdetr.training.run_folder import RunFolder, RunMismatchError, detector_folder, is_begun, leads
+from simdetr.training.train import train
 
+LOG = logging.getLogger(__name__)
 SEEDS = ("data.seed", "model.seed", "seed_everything")
 
 
@@ -74,6 +76,7 @@ def pretrain(
     options = (*chosen.options, *options)
     recipe = Recipe(chosen.configs, (f"--data.images={images}", *options))
     sections = recipe.sections()
+    stages = sections.self_training.stages
     job = MiningJob(str(images), str(run.proposals), recipe.configs, tuple(options), device)
     own_device = device or default_device()
     with run.led():
@@ -82,9 +85,10 @@ def pretrain(
             recipe = fit_to_device(recipe, run, auto_batch)
         if run.labels(0).is_file():
             run.check_classes(sections.clustering.num_classes)
+            check_images(run, source)
         else:
             recipe.check_detector(sections.clustering.num_classes)
-        run.claim(recipe.resolved()[1], run.settled())
+        run.claim(recipe.resolved()[1], *run.settled(stages))
 
         if not config and not run.labels(0).is_file():
             say_time(recipe, sections, source, run, own_device, num_ranks)
@@ -93,13 +97,26 @@ def pretrain(
             say_time(recipe, sections, source, run, own_device)
         if auto_batch and not resumed:
             recipe = fit_to_device(recipe, run, auto_batch, f"--data.labels={run.labels(0)}")
-            run.claim(recipe.resolved()[1], run.settled())
-        for stage in range(1, sections.self_training.stages + 1):
+            run.claim(recipe.resolved()[1], *run.settled(stages))
+        for stage in range(1, stages + 1):
             fit_stage(run, recipe, sections, stage, num_images=len(labels))
             labels = relabel_stage(run, source, sections, stage, own_device)
         if leads() and (truth is not None or run.is_newer_than_report()):
             report(run.path, images, truth=truth)
     return run
+
+
+def check_images(run: RunFolder, source: ImageSource) -> None:
+    """RunMismatchError unless these are the images that were mined: others would be relabelled than were trained on."""
+    if not (run.proposals / MANIFEST).is_file():
+        return
+    mined = ProposalStore(run.proposals).manifest
+    if mined.source != source.fingerprint():
+        count = f"{len(source):,}" if len(source) != mined.num_images else "others, as many"
+        raise RunMismatchError(
+            f"images: {run.path} was mined from {mined.num_images:,} images, now there are {count}. Put the same "
+            "images there again to go on, or choose another out."
+        )
 
 
 def mine_and_cluster(run: RunFolder, sections: PipelineSections, job: MiningJob, num_ranks: int = 1) -> Labels:
@@ -111,10 +128,10 @@ def mine_and_cluster(run: RunFolder, sections: PipelineSections, job: MiningJob,
         step.count = count_regions(store)
 
     def make() -> None:
-        with run.step("cluster", "pseudo-classes") as step:
+        with run.step("cluster", f"of {sections.clustering.num_classes:,} pseudo-classes have boxes") as step:
             labels = make_pseudo_labels(store, sections.clustering, device=job.own_device, folder=run.stage(0))
             write_labels(labels, run.labels(0))
-            step.count = labels.num_classes
+            step.count = labels.used_classes
 
     return run.labels_once(0, make)
 
@@ -183,7 +200,16 @@ def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSection
         settings = InferenceSettings.of(loaded.image_settings, **kept, **sections.inference.on(device, len(source)))
         before, fusion = read_labels(run.labels(stage - 1)), own.fusion
         with run.step(f"relabel-stage{stage}", "boxes") as step:
-            labels = relabel(loaded, source, settings, run.labels(stage), stage=stage, before=before, fusion=fusion)
+            labels = relabel(
+                loaded,
+                source,
+                settings,
+                run.labels(stage),
+                stage=stage,
+                before=before,
+                fusion=fusion,
+                max_unreadable=sections.mining.max_unreadable,
+            )
             step.count = len(labels.boxes_xyxy)
 
     return run.labels_once(stage, make)
@@ -227,11 +253,14 @@ def finetune(
     detector = run.path / "detector"
     with run.led():
         recipe = fit_to_device(recipe, run, auto_batch)
-        begun = is_saved(detector) or (run.path / "checkpoints" / RESUME).is_file()
-        run.claim(recipe.resolved()[1], None if begun else ())
+        begun, (settings, text) = is_begun(run.path), recipe.resolved()
+        run.claim(text, None if begun else ())
+        run.claim_contents(contents_of(settings), begun=begun)
         if not is_saved(detector):
             with run.step("finetune", "images trained on") as step:
                 step.count = len(train(recipe.training(run.path), run.path).labels)
+        elif leads():
+            LOG.info("%s is finished already, nothing was trained", detector)
     return detector
 
 
@@ -272,16 +301,19 @@ def compare(
     chosen = for_finetuning(config, images, labels, detector, options)
     common = Recipe(chosen.configs, (*data, *chosen.options, *options)).starting_from(detector, out, weights=False)
     inputs = {"init": str(detector), "val_images": str(val_images), "val_labels": str(val_labels)}
-    RunFolder(out).claim(common.resolved()[1] + yaml.safe_dump({"compare": inputs}))
-    without = BACKBONE_ONLY if common.brings_weights() else SCRATCH
+    folder, (settings, text) = RunFolder(out), common.resolved()
     rows = ComparisonRows(out / "comparison.json", quiet=not leads())
+    folder.claim(text + yaml.safe_dump({"compare": inputs}))
+    contents = contents_of(settings) | {"val_labels": read_labels(Path(val_labels)).fingerprint()}
+    folder.claim_contents(contents, begun=bool(rows.rows))
+    without = BACKBONE_ONLY if common.brings_weights() else SCRATCH
     for initialisation, fraction, seed in rows.missing(fractions, seeds, without):
-        folder = out / f"{fraction:g}-seed{seed}-{initialisation.replace(' ', '-')}"
+        own = out / f"{fraction:g}-seed{seed}-{initialisation.replace(' ', '-')}"
         chosen = for_finetuning(config, images, labels, detector, options, fraction)
         recipe = Recipe(chosen.configs, (*chosen.options, *options))
-        recipe = recipe.starting_from(detector, folder, weights=initialisation == PRETRAINED)
+        recipe = recipe.starting_from(detector, own, weights=initialisation == PRETRAINED)
         seeded = (f"--data.label_fraction={fraction}", *(f"--{name}={seed}" for name in SEEDS))
-        trained = finetune(images, labels, folder, recipe.configs, options=(*options, *chosen.options, *seeded))
+        trained = finetune(images, labels, own, recipe.configs, options=(*options, *chosen.options, *seeded))
         rows.add(initialisation, fraction, seed, evaluate(val_images, val_labels, trained))
     return rows.rows
 

@@ -8,6 +8,7 @@ ignores them.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 import warnings
@@ -30,6 +31,7 @@ from torch import nn
 
 from simdetr.data.class_paths import current_arguments
 from simdetr.data.images import ImageSource, open_images
+from simdetr.data.label_files import read_labels
 from simdetr.data.machine import default_device
 from simdetr.data.storage import atomic_path
 from simdetr.detectors.detector import Detector
@@ -51,7 +53,7 @@ from simdetr.training.detection_task import CocoValidation, DetectionTask, check
 from simdetr.training.fusion import Fusion
 from simdetr.training.progress import TrainingProgress
 from simdetr.training.relabel import Throughput
-from simdetr.training.run_folder import RunFolder, leads
+from simdetr.training.run_folder import CHECKPOINTS, RunFolder, leads
 from simdetr.training.run_time import QUERIES, measure
 from simdetr.training.train import AtomicCheckpointIO, checkpoint_callbacks
 
@@ -74,7 +76,8 @@ class SelfTrainingConfig:
         sharpening: Exponent on the certainty of the others, which is how much a box counts in training: above 1, a
             detector learns more from what is certain, and is surer itself.
         from_scratch: Start each round from new weights instead of the last round's.
-        checkpoint_every_steps: Steps of any training between two points a killed run can resume from.
+        checkpoint_every_steps: Steps of any training, also of a fine-tuning, between two points a killed run can resume
+            from; a tenth of the training, but 10 to 500, when left out.
     """
 
     stages: int = 2
@@ -84,7 +87,7 @@ class SelfTrainingConfig:
     min_certainty: float = 0.15
     sharpening: float = 1.5
     from_scratch: bool = False
-    checkpoint_every_steps: int = 500
+    checkpoint_every_steps: int | None = None
 
     def data_options(self) -> tuple[str, ...]:
         """How much of a stage's labels the next stage learns, as options of its training."""
@@ -159,6 +162,7 @@ class RecipeCLI(LightningCLI):
         add_pipeline_sections(parser, build=False)
         for name in ("num_classes", "num_queries"):
             parser.link_arguments(f"data.{name}", f"model.detector.init_args.{name}", apply_on="instantiate")
+        parser.link_arguments("mining.max_unreadable", "data.max_unreadable")
         parser.link_arguments("data.category_names", "model.class_names", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
@@ -186,7 +190,7 @@ class RecipeCLI(LightningCLI):
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(TrainingProgress())
         if trainer.get("enable_checkpointing") is not False:
-            folder = root / "checkpoints"
+            folder = root / CHECKPOINTS
             callbacks += checkpoint_callbacks(folder, every, validated=validated)
         return super().instantiate_trainer(**kwargs | {"callbacks": callbacks})
 
@@ -343,6 +347,26 @@ class Recipe:
         """Trainer, task and data of one training that writes below ``out`` and can be resumed."""
         arguments = self.arguments(f"--trainer.default_root_dir={out}", *options)
         return RecipeCLI(arguments, run=False)
+
+
+def contents_of(config: Namespace) -> dict[str, str]:
+    """Hashes of what the label files and unlabelled images of a recipe hold, by the settings that name them."""
+    data = config.data
+    found = {"data.labels": _content_of(Path(data.labels or data.images), masks=data.masks)}
+    if data.val_images is not None:
+        found["data.val_labels"] = _content_of(Path(data.val_labels or data.val_images), masks=False)
+    if data.unlabelled is not None:
+        found["data.unlabelled"] = open_images(data.unlabelled).fingerprint()
+    return found
+
+
+def _content_of(labels: Path, *, masks: bool) -> str:
+    """Of boxes, or of the classes of whole images in a CSV or a folder."""
+    if labels.is_dir():
+        return open_images(labels).fingerprint()
+    if labels.suffix.lower() == ".csv":
+        return hashlib.blake2b(labels.read_bytes(), digest_size=16).hexdigest()
+    return read_labels(labels, masks=masks).fingerprint()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

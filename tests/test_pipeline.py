@@ -124,6 +124,38 @@ def test_other_settings_on_a_run_are_refused(run, scenes, tiny_config):
         pipeline.pretrain(scenes, run.path, [tiny_config], options=["--self_training.stages=2", "--model.lr=0.5"])
 
 
+def test_after_a_failed_first_step_a_smaller_batch_goes_on_without_mining(run, scenes, tiny_config, tmp_path, caplog):
+    out = tmp_path / "run"
+    shutil.copytree(run.path, out)
+    shutil.rmtree(out / "stage2" / "detector")  # as if it had not fitted the memory
+    (out / "stage2" / "labels.parquet").unlink()
+    options = ["--self_training.stages=2", "--data.batch_size=1", "--trainer.accumulate_grad_batches=1"]
+    with pytest.raises(RunMismatchError, match=r"self_training\.max_boxes"):
+        pipeline.pretrain(scenes, out, [tiny_config], options=[*options, "--self_training.max_boxes=4"])
+    with caplog.at_level("INFO"):
+        resumed = pipeline.pretrain(scenes, out, [tiny_config], options=options)
+    assert resumed.has_detector(2)
+    assert "data.batch_size 2 -> 1" in caplog.text
+    with pytest.raises(RunMismatchError, match=r"data\.batch_size is 1 there, 2 asked"):
+        pipeline.pretrain(scenes, out, [tiny_config], options=["--self_training.stages=2"])
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed"])
+def test_images_that_changed_since_they_were_mined_are_refused(change, own_scenes, tiny_config, tmp_path):
+    images, options = own_scenes / "images", ["--clustering.num_classes=1", "--self_training.stages=0"]
+    first, second = sorted(images.iterdir())[:2]
+    pipeline.pretrain(images, tmp_path / "run", [tiny_config], options=options)
+    if change == "added":
+        shutil.copyfile(first, images / "more.jpg")
+    elif change == "removed":
+        first.unlink()
+    else:
+        second.rename(images / "other.jpg")
+    now = {"added": "7", "removed": "5", "renamed": "others, as many"}[change]
+    with pytest.raises(RunMismatchError, match=f"was mined from 6 images, now there are {now}"):
+        pipeline.pretrain(images, tmp_path / "run", [tiny_config], options=[options[0]])
+
+
 @pytest.mark.parametrize("killed_in", ["make_pseudo_labels", "train", "relabel", "load_detector"])
 def test_a_run_killed_between_steps_ends_with_the_same_labels(killed_in, run, scenes, tiny_config, tmp_path):
     out, options = tmp_path / "run", ["--self_training.stages=2"]
@@ -249,6 +281,42 @@ def test_finetuning_writes_class_ids_back_as_they_came(run, own_scenes, tiny_con
     assert not math.isnan(pipeline.evaluate(own_scenes, path, detector)["AP"])  # the classes are the truth's
 
 
+def without_last_box(path):
+    content = json.loads(path.read_text())
+    content["annotations"].pop()
+    path.write_text(json.dumps(content))
+
+
+def test_corrected_labels_are_no_finished_training(own_scenes, tiny_config, tmp_path, caplog):
+    labels, val = own_scenes / "instances.json", tmp_path / "val.json"
+    shutil.copyfile(labels, val)
+    arguments = (own_scenes, labels, tmp_path / "ft", [tiny_config])
+    checked = {"val_images": own_scenes, "val_labels": val}
+    detector = pipeline.finetune(*arguments, **checked)
+    labels.write_text(json.dumps(json.loads(labels.read_text()), indent=3))  # says the same
+    with caplog.at_level("INFO"):
+        assert pipeline.finetune(*arguments, **checked) == detector
+    assert f"{detector} is finished already, nothing was trained" in caplog.text
+    without_last_box(val)
+    with pytest.raises(RunMismatchError, match=r"on other labels \(data\.val_labels changed since\)"):
+        pipeline.finetune(*arguments, **checked)
+    without_last_box(labels)
+    with pytest.raises(RunMismatchError, match=r"\(data\.labels, data\.val_labels changed since\)"):
+        pipeline.finetune(*arguments, **checked)
+    (tmp_path / "ft" / "inputs.json").unlink()  # a folder of before there was a record
+    assert pipeline.finetune(*arguments, **checked) == detector
+
+
+def test_rows_of_a_comparison_are_of_one_set_of_labels(run, own_scenes, tiny_config, tmp_path):
+    truth, val = own_scenes / "instances.json", tmp_path / "val.json"
+    shutil.copyfile(truth, val)
+    arguments = (own_scenes, truth, own_scenes, val, run.path, tmp_path / "cmp", [tiny_config])
+    pipeline.compare(*arguments, fractions=(0.5,), seeds=(0,))
+    without_last_box(val)
+    with pytest.raises(RunMismatchError, match=r"on other labels \(val_labels changed since\)"):
+        pipeline.compare(*arguments, fractions=(0.5,), seeds=(0, 1))
+
+
 def test_evaluation_looks_at_labelled_images_only_and_refuses_strangers(run, own_scenes, scenes, tiny_config, tmp_path):
     detector = pipeline.finetune(own_scenes, own_scenes / "instances.json", tmp_path / "ft", [tiny_config])
     truth = own_scenes / "instances.json"  # six of the twelve
@@ -335,17 +403,46 @@ def test_an_image_that_becomes_unreadable_before_training_or_prediction(many_sce
 def test_too_many_unreadable_images_stop_training_and_prediction(run, own_scenes, tiny_config, tmp_path):
     for path in sorted((own_scenes / "images").iterdir())[:2]:
         path.write_bytes(b"")
-    with pytest.raises(TooManyUnreadableError, match="of 6 images are unreadable"):
-        pipeline.finetune(
-            own_scenes,
-            own_scenes / "instances.json",
-            tmp_path / "ft",
-            [tiny_config],
-            options=["--data.batch_size=6"],
-        )
-    with pytest.raises(TooManyUnreadableError, match="of 6 images are unreadable"):
-        pipeline.predict(own_scenes, run.path, quarantine=tmp_path / "quarantine.csv")
+    arguments = (own_scenes, own_scenes / "instances.json", tmp_path / "ft", [tiny_config])
+    with pytest.raises(TooManyUnreadableError, match=r"of 6 images are unreadable.*more with --mining\.max_unreadable"):
+        pipeline.finetune(*arguments, options=["--data.batch_size=6"])
+    assert pipeline.finetune(*arguments, options=["--data.batch_size=6", "--mining.max_unreadable=0.5"]).is_dir()
+    with pytest.raises(TooManyUnreadableError, match=r"of 6 images are unreadable.*more with --max_unreadable"):
+        pipeline.predict(own_scenes, run.path, quarantine=tmp_path / "quarantine.csv", max_unreadable=0.1)
     assert (tmp_path / "quarantine.csv").is_file()
+
+
+def test_a_run_may_allow_more_unreadable_images_than_it_was_begun_with(own_scenes, tiny_config, tmp_path):
+    """Between mining and relabelling, also where the run was begun with other settings of what is allowed."""
+    arguments = (own_scenes, tmp_path / "run", [tiny_config])
+    pipeline.pretrain(*arguments, options=["--clustering.num_classes=1", "--self_training.stages=0"])
+    min((own_scenes / "images").iterdir()).write_bytes(b"")
+    options = ["--clustering.num_classes=1", "--data.batch_size=6"]
+    with pytest.raises(TooManyUnreadableError, match=r"--mining\.max_unreadable"):
+        pipeline.pretrain(*arguments, options=options)
+    run = pipeline.pretrain(*arguments, options=[*options, "--mining.max_unreadable=0.2"])
+    assert len(read_labels(run.labels(1))) == 5
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_prediction_and_evaluation_do_without_what_cannot_be_read(listed, run, own_scenes, tmp_path, caplog):
+    paths, truth = sorted((own_scenes / "images").iterdir()), own_scenes / "instances.json"
+    whole = pipeline.predict(own_scenes, run.path)
+    for path in paths[:2]:
+        path.write_bytes(b"")
+    aside = {"quarantine": tmp_path / "quarantine.csv"} if listed else {}
+    found = pipeline.predict(own_scenes, run.path, **aside)
+    assert same_labels(found, whole.select(whole.image_ids[2:]))
+    assert "2 of 6 images could not be read" in caplog.text
+    assert pipeline.evaluate(own_scenes, truth, run.path)["AR@100"] >= 0
+    assert "what is on them counts as missed" in caplog.text
+    with pytest.raises(TooManyUnreadableError, match="2 of 6 images are unreadable, more than 10%"):
+        pipeline.evaluate(own_scenes, truth, run.path, max_unreadable=0.1)
+    for path in paths:
+        path.write_bytes(b"")
+    aside = {"quarantine": tmp_path / "all.csv"} if listed else {}
+    with pytest.raises(TooManyUnreadableError, match=r"6 of 6 images are unreadable.*repair or remove the files$"):
+        pipeline.predict(own_scenes, run.path, **aside)
 
 
 def test_an_empty_folder_is_an_error(tiny_config, tmp_path):

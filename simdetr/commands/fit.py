@@ -8,10 +8,9 @@ from pathlib import Path
 import yaml
 
 from simdetr.exchange.weights import checkpoint_config, save_detector
-from simdetr.recipe import RecipeCLI
+from simdetr.recipe import RecipeCLI, contents_of
 from simdetr.reports.prediction_samples import write_fit_results
-from simdetr.training.run_folder import RunFolder
-from simdetr.training.train import RESUME
+from simdetr.training.run_folder import BEST, CHECKPOINTS, RESUME, RunFolder
 
 LOG = logging.getLogger(__name__)
 
@@ -23,16 +22,19 @@ class FitCLI(RecipeCLI):
         """Go on from the point that a killed training in the same folder has left.
 
         Raises:
-            RunMismatchError: It had other settings.
+            RunMismatchError: It had other settings, or other labels.
         """
         given = self.config["fit"]
         if given.ckpt_path is not None or given.trainer.default_root_dir is None:
             return
-        checkpoints = Path(given.trainer.default_root_dir) / "checkpoints"
+        checkpoints = Path(given.trainer.default_root_dir) / CHECKPOINTS
         run = RunFolder(checkpoints)
         killed = (checkpoints / RESUME).is_file() and run.config.is_file()  # nobody knows another point's settings
         settings = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True))["fit"]
         run.claim(yaml.safe_dump(settings), None if killed else ())
+        run.claim_contents(contents_of(given), begun=killed)
+        if not killed and self.trainer.is_global_zero:
+            (checkpoints / BEST).unlink(missing_ok=True)  # of a training that this one does not go on with
         if killed:
             LOG.info("going on from %s", checkpoints / RESUME)
             self.config_init["fit"]["ckpt_path"] = str(checkpoints / RESUME)
@@ -44,4 +46,4 @@ class FitCLI(RecipeCLI):
             root = Path(self.trainer.default_root_dir)
             save_detector(self.model.detector, config, root / "detector")
             write_fit_results(root, self.model.detector, self.datamodule)
-            (root / "checkpoints" / RESUME).unlink(missing_ok=True)
+            (root / CHECKPOINTS / RESUME).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -67,9 +69,8 @@ USER_ERRORS = (FileNotFoundError, PermissionError, ValueError, RuntimeError, OSE
 """Errors whose message is for the user; with --debug they come with their traceback."""
 
 
-INTERRUPTED, TERMINATED = 130, 143
-"""Exit status after Ctrl-C and after SIGTERM, as shells have it."""
-STOPPED = "stopped; the same command goes on with what is finished"
+SIGNALLED = 128
+"""Exit status after a signal, less its number, as shells have it: 130 after Ctrl-C, 143 after SIGTERM."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -83,6 +84,7 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     if args is None:  # this process is the command's own, and torch is not there yet
         prepare_openmp()
+        signal.signal(signal.SIGTERM, terminate)
     try:
         if arguments[:1] and arguments[0] in LIGHTNING:
             from simdetr.commands.fit import FitCLI  # here, because Lightning takes seconds to import
@@ -90,21 +92,41 @@ def main(args: Sequence[str] | None = None) -> None:
             FitCLI(arguments)
         else:
             run(fold_options(arguments))
-    except KeyboardInterrupt:
-        if debug:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        cause = signal_behind(stop)
+        if cause is None or (debug and isinstance(stop, KeyboardInterrupt)):
             raise
-        console.print(STOPPED, highlight=False)
-        sys.exit(INTERRUPTED)
-    except SystemExit as stop:
-        if stop.code is not None:
-            raise
-        console.print(STOPPED, highlight=False)  # Lightning's way out on SIGTERM has no status, which shells take for 0
-        sys.exit(TERMINATED)
+        where = "".join(f" {note}" for note in getattr(stop, "__notes__", ()))
+        console.print(
+            f"stopped by {cause.name}{where}; the same command goes on with what is finished",
+            highlight=False,
+            soft_wrap=True,
+        )
+        sys.exit(SIGNALLED + cause)
     except USER_ERRORS as error:
         if debug:
             raise
         console.print(f"[bold red]error[/]: {escape(one_line(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """Leave by an exception, which ends what was begun in order: processes, files, locks.
+
+    Not where another handler has taken this one's place and calls it, as Lightning's does, which ends after its step.
+    """
+    if signal.getsignal(number) is terminate:
+        sys.exit(SIGNALLED + number)
+
+
+def signal_behind(stop: KeyboardInterrupt | SystemExit) -> signal.Signals | None:
+    """The signal that ends a command, None where it ends by itself.
+
+    Lightning's way out on SIGTERM has no status, which shells take for success; on Ctrl-C it has that of an error.
+    """
+    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+        return signal.SIGINT
+    return signal.SIGTERM if stop.code in (None, SIGNALLED + signal.SIGTERM) else None
 
 
 def one_line(error: BaseException) -> str:

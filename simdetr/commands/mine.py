@@ -73,7 +73,8 @@ def cluster(run: Path, device: str | None = None, **settings: Any) -> None:
     """
     labels = pipeline.cluster_proposals(run, ClusteringConfig(**settings), device=device)
     if leads():
-        OUT.print(f"{len(labels.boxes_xyxy):,} boxes in {labels.num_classes:,} pseudo-classes")
+        used = f"{labels.used_classes:,} of " if labels.used_classes < labels.num_classes else ""
+        OUT.print(f"{len(labels.boxes_xyxy):,} boxes in {used}{labels.num_classes:,} pseudo-classes")
 
 
 def rivals(images: Path, run: Path, truth: Path | None = None, **arguments: Any) -> None:

@@ -26,6 +26,7 @@ def relabel(
     out: Path,
     iou_threshold: float = 0.55,
     max_boxes: int = 100,
+    max_unreadable: float = 1.0,
     device: str | None = None,
     **speed: Any,
 ) -> None:
@@ -37,6 +38,7 @@ def relabel(
         out: Labels file to write, .parquet or .json.
         iou_threshold: Overlap above which the less confident of two boxes goes.
         max_boxes: Most confident boxes kept per image.
+        max_unreadable: Share of unreadable images past which to stop; 1 goes on unless no image can be read.
         device: Torch device; the GPU if there is one.
         speed: How fast images go through the detector.
     """
@@ -46,6 +48,7 @@ def relabel(
         out,
         iou_threshold=iou_threshold,
         max_boxes=max_boxes,
+        max_unreadable=max_unreadable,
         device=device,
         one_class=True,
         throughput=Throughput(**speed),
@@ -58,6 +61,7 @@ def evaluate(
     checkpoint: Path,
     out: Path | None = None,
     point_radius: float | None = None,
+    max_unreadable: float = 1.0,
     device: str | None = None,
     **speed: Any,
 ) -> None:
@@ -70,6 +74,8 @@ def evaluate(
         out: JSON file to write the numbers to.
         point_radius: Of landmarks of a class closer than this part of the image's diagonal, the less confident go; 0
             keeps all. When left out, only a grid's duplicates go: those within half a subregion.
+        max_unreadable: Share of unreadable images past which to stop; 1 goes on unless no image can be read, and what
+            is on those counts as missed.
         device: Torch device; the GPU if there is one.
         speed: How fast images go through the detector.
     """
@@ -77,7 +83,13 @@ def evaluate(
         check_writable(out)
     throughput = Throughput(**speed)
     scores = inference.evaluate(
-        images, labels, checkpoint, device=device, point_radius=point_radius, throughput=throughput
+        images,
+        labels,
+        checkpoint,
+        device=device,
+        point_radius=point_radius,
+        max_unreadable=max_unreadable,
+        throughput=throughput,
     )
     for name, value in scores.items():
         OUT.print(f"{name:>22}  {shown_score(name, value)}", highlight=False)
@@ -93,6 +105,7 @@ def predict(
     min_score: float = 0.05,
     iou_threshold: float = 1.0,
     max_boxes: int = 100,
+    max_unreadable: float = 1.0,
     device: str | None = None,
     masks: bool = False,
     heat_maps: Path | None = None,
@@ -102,7 +115,8 @@ def predict(
     """Detect objects in an image, a folder or a list, and write COCO JSON.
 
     A box may come several times, with several classes, as COCO's numbers want it; `--min_score` leaves the best ones.
-    Unreadable images are listed beside it, in ``<name>_quarantine.csv``; past 5 % of the images the command fails.
+    Unreadable images are listed beside it, in ``<name>_quarantine.csv``. With a COCO JSON as ``--images``, images keep
+    their ids.
 
     Args:
         images: Image file, folder, list file or COCO JSON.
@@ -112,6 +126,7 @@ def predict(
         min_score: Boxes with a lower score are left out.
         iou_threshold: Of two boxes of a class that overlap more, the less confident goes; 1 keeps both.
         max_boxes: Most confident boxes kept per image.
+        max_unreadable: Share of unreadable images past which to stop; 1 goes on unless no image can be read.
         device: Torch device; the GPU if there is one.
         masks: Write each object's mask too, as run lengths; for detectors that draw masks (ViDT+).
         heat_maps: Folder for copies of the images with what a localisation head looks at laid over them.
@@ -127,6 +142,7 @@ def predict(
         min_score=min_score,
         iou_threshold=iou_threshold,
         max_boxes=max_boxes,
+        max_unreadable=max_unreadable,
         device=device,
         masks=masks,
         point_radius=point_radius,
@@ -145,5 +161,5 @@ def _write_found(images: Path, checkpoint: Path, out: Path, **choices: Any) -> L
     quarantine = out.with_name(f"{out.stem}_quarantine.csv")
     quarantine.unlink(missing_ok=True)  # it may be of other images
     found = inference.predict(images, checkpoint, quarantine=quarantine, **choices)
-    OUT.print(write_result(found, out), soft_wrap=True)
+    OUT.print(write_result(found, out, images), soft_wrap=True)
     return found

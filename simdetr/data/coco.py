@@ -8,7 +8,7 @@ dropped, and counted; ``strict`` makes the first one an error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -261,22 +261,29 @@ def _stack(file_name: str, size_hw: tuple[int, int], annotations: list[_Annotati
     return ImageLabels.build(file_name, size_hw, **columns, lineage=lineage, masks=masks, points=points)
 
 
-def write_coco(labels: Labels, path: str | Path) -> None:
+def write_coco(labels: Labels, path: str | Path, image_numbers: Mapping[str, Any] | None = None) -> None:
     """Write labels as a COCO annotation file, with scores, the original category ids and the image ids as file names.
 
-    Images and annotations are numbered from 1. ``info.simdetr_stage`` keeps the stage. Boxes with a lineage have it in
+    Images and annotations are numbered from 1; ``image_numbers`` gives other ids of images, of any kind, by file name,
+    such as `numbers_in` a truth's file. ``info.simdetr_stage`` keeps the stage. Boxes with a lineage have it in
     the fields ``stage``, ``born``, ``born_row``, ``stride``, ``k`` and ``cluster``, see `Lineage`.
     Masks are written as ``segmentation``, in compressed run lengths, points as the one keypoint of each annotation.
     """
     sizes = zip(labels.image_ids, labels.sizes_hw.tolist(), strict=True)
     keypoint = {} if labels.points is None else _KEYPOINT_OF_CATEGORY
+    numbers = [*range(1, len(labels) + 1)]
+    if image_numbers is not None:
+        numbers = [image_numbers[image_id] for image_id in labels.image_ids]
     content = {
         "info": {"description": "written by simdetr", "simdetr_stage": labels.stage},
         "images": [
             {"id": number, "file_name": image_id, "height": height, "width": width}
-            for number, (image_id, (height, width)) in enumerate(sizes, start=1)
+            for number, (image_id, (height, width)) in zip(numbers, sizes, strict=True)
         ],
-        "annotations": [{"id": number, **entry} for number, entry in enumerate(_entries(labels), start=1)],
+        "annotations": [
+            {"id": number, **entry, "image_id": numbers[entry["image_id"] - 1]}
+            for number, entry in enumerate(_entries(labels), start=1)
+        ],
         "categories": [{"id": category.id, "name": category.name, **keypoint} for category in labels.categories],
     }
     write_json(path, content)
@@ -309,6 +316,14 @@ def write_detections(labels: Labels, path: str | Path, coco_truth: str | Path | 
             raise LabelError(f"image {file_name!r} has detections but is not in {coco_truth}; give its own truth file")
         results.append(result)
     write_json(path, results)
+
+
+def numbers_in(path: Path, file_names: Sequence[str]) -> dict[str, Any]:
+    """The ids that a COCO file has for its images, by their names in ``open_images``, which are in the file's order."""
+    numbers = _truth_ids(path)
+    if len(numbers) == len(file_names):  # also where it speaks of ./a.jpg or of whole paths
+        return dict(zip(file_names, numbers.values(), strict=True))
+    return numbers
 
 
 def _truth_ids(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from simdetr.data.label_files import read_labels
 from simdetr.data.label_report import LabelReport
 from simdetr.data.labels import Labels
 from simdetr.data.machine import in_order
+from simdetr.data.quarantine import OF_MINING
 
 TINY_SIDE_PX = 32
 EXTREME_ASPECT = 8.0
@@ -118,7 +119,10 @@ def examine(
     if not sizes:
         fatal.append(f"none of the {len(source)} images can be read")
     elif unreadable > max_unreadable * len(source):
-        fatal.append(f"{unreadable} of {len(source)} images cannot be read, more than {max_unreadable:.0%}")
+        fatal.append(
+            f"{unreadable} of {len(source)} images cannot be read, more than {max_unreadable:.0%}; mining and "
+            f"training stop there, unless {OF_MINING} allows more"
+        )
     truth: Labels | None = None
     problems: LabelReport | None = None
     if labels is not None:

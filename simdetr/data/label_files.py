@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from simdetr.data.annotations import LINEAGE_COLUMNS, Category, LabelError, Lineage
-from simdetr.data.coco import read_coco, write_coco
-from simdetr.data.images import ImageSource
+from simdetr.data.coco import numbers_in, read_coco, write_coco
+from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_checks import with_ids_of
 from simdetr.data.label_report import LabelReport
 from simdetr.data.labels import _LIST_COLUMNS, Labels
@@ -193,7 +193,15 @@ FORMATS = (
 """All formats, in the order in which they are tried."""
 
 
-def write_result(labels: Labels, out: Path) -> str:
-    """Write labels as COCO JSON, or as Parquet if ``out`` ends so; says what was written, in one line."""
-    (write_labels if out.suffix == ".parquet" else write_coco)(labels, out)
+def write_result(labels: Labels, out: Path, images: Path | None = None) -> str:
+    """Write labels as COCO JSON, or as Parquet if ``out`` ends so; says what was written, in one line.
+
+    Where ``images`` is a COCO file, images keep the ids that they have in it.
+    """
+    if out.suffix == ".parquet":
+        write_labels(labels, out)
+    elif images is not None and images.suffix.lower() == ".json":
+        write_coco(labels, out, numbers_in(images, open_images(images).ids))
+    else:
+        write_coco(labels, out)
     return f"{len(labels.boxes_xyxy):,} boxes on {len(labels):,} images in {out}"

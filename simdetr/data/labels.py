@@ -5,6 +5,8 @@ Letters: N images, M boxes of all images together, C categories. Boxes are xyxy 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -126,6 +128,11 @@ class Labels:
         """Number of categories C."""
         return len(self.categories)
 
+    @property
+    def used_classes(self) -> int:
+        """Number of categories that have boxes."""
+        return len(np.unique(self.classes))
+
     @cached_property
     def _row_of_image(self) -> dict[str, int]:
         return {image_id: row for row, image_id in enumerate(self.image_ids)}
@@ -179,6 +186,18 @@ class Labels:
         """The boxes whose score is at least ``min_score``, and their scores to this power; all images stay."""
         kept = self.rows(np.flatnonzero(self.scores >= min_score))
         return replace(kept, scores=kept.scores**power)
+
+    def fingerprint(self) -> str:
+        """Hash of all that a training learns from, whatever the file it was read from."""
+        names = [[category.id, category.name] for category in self.categories]
+        content = hashlib.blake2b(json.dumps([self.image_ids, names]).encode(), digest_size=16)
+        for values in (self.sizes_hw, self.offsets, self.boxes_xyxy, self.classes, self.scores, self.crowd):
+            content.update(values.tobytes())
+        if self.points is not None:
+            content.update(self.points.tobytes())
+        for mask in () if self.masks is None else self.masks:
+            content.update(mask)
+        return content.hexdigest()
 
     def class_agnostic(self) -> Labels:
         """The same boxes, all of the one category ``object``."""

@@ -15,6 +15,8 @@ from pathlib import Path
 from simdetr.data.storage import Location
 
 _HEADER = ("image_id", "reason")
+OF_MINING = "--mining.max_unreadable"
+"""The option of mining and training."""
 
 
 class TooManyUnreadableError(RuntimeError):
@@ -27,15 +29,18 @@ class Quarantine:
     Args:
         path: the CSV file with the columns ``image_id`` and ``reason``; rows of an earlier run are kept.
         total: number of images of the run.
-        max_fraction: share of the images that may be unreadable before `add` stops the run.
+        max_fraction: share of the images that may be unreadable before `add` stops the run; 1 stops it only where no
+            image can be read.
+        option: of the command line, where the user says that share.
     """
 
-    def __init__(self, path: str | Path, total: int, max_fraction: float = 0.05) -> None:
-        if total < 0 or not 0 <= max_fraction <= 1:
-            raise ValueError(f"expected total >= 0 and max_fraction in [0, 1], got {total} and {max_fraction}")
+    def __init__(self, path: str | Path, total: int, max_fraction: float = 0.05, option: str = OF_MINING) -> None:
+        if not 0 <= max_fraction <= 1:
+            raise ValueError(f"{option}: expected a share of the images from 0 to 1, got {max_fraction}")
         self.path = Path(path)
         self.total = total
         self.max_fraction = max_fraction
+        self.option = option
         self._reasons: dict[str, str] = {}
         self._read_bytes = 0
         self._read_new_rows()
@@ -57,12 +62,12 @@ class Quarantine:
         """Put an image aside; doing it twice counts once.
 
         Raises:
-            TooManyUnreadableError: more than ``max_fraction`` of the images are now put aside.
+            TooManyUnreadableError: more than ``max_fraction`` of the images are now put aside, or all.
         """
         if _one_line(image_id) not in self.reasons:
             self._append(image_id, reason)
             self._read_new_rows()
-        check_fraction(self._reasons, self.total, self.max_fraction, self.path)
+        check_fraction(self._reasons, self.total, self.max_fraction, self.path, self.option)
 
     def _append(self, image_id: str, reason: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,18 +98,29 @@ class Quarantine:
                 self._reasons.setdefault(row[0], row[1])
 
 
-def check_fraction(reasons: Mapping[str, str], total: int, max_fraction: float, path: Location) -> None:
-    """Stop a run of ``total`` images with too many unreadable ones: their reasons by id, the last found last.
+def check_fraction(
+    reasons: Mapping[str, str], total: int, max_fraction: float, path: Location, option: str = OF_MINING
+) -> None:
+    """`check_share` of a list of unreadable images: their reasons by id, the last found last; ``path`` has the list."""
+    image_id, reason = [("", ""), *reasons.items()][-1]
+    check_share(len(reasons), total, max_fraction, option, f" (last: {image_id}: {reason}); see {path}")
+
+
+def check_share(count: int, total: int, max_fraction: float, option: str, where: str = "") -> None:
+    """Stop where ``count`` of ``total`` images are unreadable and that is too much.
 
     Raises:
-        TooManyUnreadableError: more than the share ``max_fraction`` is; the message names ``path``, their list.
+        TooManyUnreadableError: it is more than the share ``max_fraction``, or all; the message says ``where`` to look,
+            and the ``option`` that allows more.
     """
-    if len(reasons) > max_fraction * total:
-        image_id, reason = list(reasons.items())[-1]
-        raise TooManyUnreadableError(
-            f"{len(reasons)} of {total} images are unreadable, more than {max_fraction:.0%} "
-            f"(last: {image_id}: {reason}); see {path}, then repair or remove the files or raise max_fraction"
-        )
+    if not count or (count <= max_fraction * total and count < total):
+        return
+    more, advice = f", more than {max_fraction:.0%}", f", or allow more with {option}"
+    if count == total:
+        more = advice = ""
+    raise TooManyUnreadableError(
+        f"{count} of {total} images are unreadable{more}{where}; repair or remove the files{advice}"
+    )
 
 
 def to_csv(reasons: Mapping[str, str]) -> bytes:

@@ -71,12 +71,21 @@ def numpy_randomness(seed: int) -> Iterator[None]:
 class EncoderData(pl.LightningDataModule):
     """Loaders of views whose position in the epoch is saved; ``quarantine`` is the file for unreadable images.
 
+    Past the share ``max_unreadable`` of all images, unreadable ones stop the training.
+
     Raises:
         ValueError: for fewer images than a batch has: it would hold an image twice, as if it were two.
     """
 
     def __init__(
-        self, source: ImageSource, crops: Crops, batch_size: int, num_workers: int, seed: int, quarantine: Path
+        self,
+        source: ImageSource,
+        crops: Crops,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        quarantine: Path,
+        max_unreadable: float = 0.05,
     ) -> None:
         super().__init__()
         if len(source) < batch_size:
@@ -86,7 +95,7 @@ class EncoderData(pl.LightningDataModule):
             )
         self.source, self.crops, self.seed = source, crops, seed
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.quarantine = Quarantine(quarantine, total=len(source))
+        self.quarantine = Quarantine(quarantine, len(source), max_unreadable)
         self._loader: ResumableLoader | None = None
         self._position: dict[str, int] | None = None
 

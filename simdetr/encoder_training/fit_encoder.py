@@ -43,8 +43,9 @@ from simdetr.mining.encoders import RECORD_NAME, WEIGHTS_NAME, is_fitted
 from simdetr.training.detection_task import NonFiniteLossError
 from simdetr.training.optimisation import Schedule, lr_factor
 from simdetr.training.progress import TrainingProgress
-from simdetr.training.run_folder import RunFolder
-from simdetr.training.train import RESUME, AtomicCheckpointIO, ResumePoint, safe_loading
+from simdetr.training.run_folder import CHECKPOINTS, RESUME, RunFolder
+from simdetr.training.train import AtomicCheckpointIO, ResumePoint
+from simdetr.training.train import fit as fit_from
 
 LOG = logging.getLogger(__name__)
 PROBE_NAME = "probe.csv"
@@ -214,24 +215,25 @@ def fit_encoder(
     config = config or EncoderFitConfig()
     source = images if isinstance(images, ImageSource) else open_images(images)
     run = RunFolder(Path(out))
-    resume = run.path / "checkpoints" / RESUME
+    resume = run.path / CHECKPOINTS / RESUME
     encoder = LearningEncoder(config.model, weights=config.weights, seed=config.seed)
     objective = build_objective(config.objective, encoder, config.objective_args, seed=config.seed)
     crops = make_crops(objective, config.image_size, config.views)
     quarantine = run.path / "quarantine.csv"
-    data = EncoderData(source, crops, config.batch_size, config.num_workers, config.seed, quarantine)
+    allowed = config.mining.max_unreadable
+    data = EncoderData(source, crops, config.batch_size, config.num_workers, config.seed, quarantine, allowed)
     claim = {"encoder_fit": config.settled() | {"images": len(source), "images_fingerprint": source.fingerprint()}}
     begun = resume.is_file() or is_fitted(run.path)
     run.claim(yaml.safe_dump(claim, sort_keys=False), None if begun else ())
     if is_fitted(run.path):
+        LOG.info("%s is finished already, nothing was trained", run.path)
         return run.path
     task = EncoderTask(encoder, objective, config)
     probed = probe_images(source, config.probe_images, config.image_size)
     probe = EncoderProbe(run.path / PROBE_NAME, probed, config.probe_every_steps, recall)
     trainer = make_trainer(run.path, config, device, probe)
     with run.step("encoder fit", "images") as step:
-        start = str(resume) if resume.is_file() else None
-        trainer.fit(task, datamodule=data, ckpt_path=start, **safe_loading(trainer))
+        fit_from(trainer, task, data, resume if resume.is_file() else None)
         step.count = trainer.global_step * config.batch_size
     save_encoder(run.path, task, source, trainer.global_step)
     shutil.rmtree(resume.parent, ignore_errors=True)
@@ -244,7 +246,7 @@ def make_trainer(out: Path, config: EncoderFitConfig, device: str | None, probe:
     """A Trainer for one device that logs and checkpoints below ``out``."""
     place = torch.device(device) if device is not None else None
     kind = "auto" if place is None else {"cuda": "gpu"}.get(place.type, place.type)
-    resume = ResumePoint(out / "checkpoints" / RESUME, config.checkpoint_every_steps)
+    resume = ResumePoint(out / CHECKPOINTS / RESUME, config.checkpoint_every_steps)
     return pl.Trainer(
         default_root_dir=out,
         accelerator=kind,

@@ -232,11 +232,11 @@ def autolabel(
     encoder = crop_encoder(encoder_for(settings.encoder, init), device)
     own = {
         "images": inputs.images.fingerprint(),
-        "shots": fingerprint(inputs.shots),
+        "shots": inputs.shots.fingerprint(),
         "init": str(start),
         "configs": [*map(str, config)],
     }
-    own |= {} if inputs.base is None else {"base": fingerprint(inputs.base)}
+    own |= {} if inputs.base is None else {"base": inputs.base.fingerprint()}
     RunFolder(run.path).claim(yaml.safe_dump({"autolabel": {**own, "options": list(options)}}))
 
     few_shot = few_shot_detector(run, inputs, start, config, options)
@@ -346,11 +346,11 @@ def label(
 
     for name in ("people", "base"):
         if (given := getattr(inputs, name)) is not None:
-            after[name] = fingerprint(given)
+            after[name] = given.fingerprint()
     found = _stage(run, "source", after, detected)
 
     after |= {"encoder": encoder.fingerprint, "settings": _of(settings, "source", "verify")}
-    after |= {"negatives": None if inputs.negatives is None else fingerprint(inputs.negatives)}
+    after |= {"negatives": None if inputs.negatives is None else inputs.negatives.fingerprint()}
     found = _stage(run, "verify", after, lambda: verified(run, inputs, found, encoder, settings, device, left_out))
 
     after |= {"correct": _of(settings, "correct")}
@@ -457,7 +457,7 @@ def retrain(
 ) -> Path:
     """The detector that is trained on the result; anew where other labels were made since."""
     folder, mark = run.path / "retrained", run.path / "retrained.json"
-    own = {"labels": fingerprint(labels), "init": str(init)}
+    own = {"labels": labels.fingerprint(), "init": str(init)}
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) != own:
         LOG.info("other labels than those of %s: it is trained anew", folder)
         shutil.rmtree(folder, ignore_errors=True)
@@ -468,16 +468,6 @@ def retrain(
 def without_ignored(labels: Labels) -> Labels:
     """The objects alone."""
     return labels.rows(np.flatnonzero(~labels.crowd))
-
-
-def fingerprint(labels: Labels) -> str:
-    """Hash of ids, boxes, classes and crowds."""
-    facts = hashlib.blake2b(
-        json.dumps([labels.image_ids, [c.name for c in labels.categories]]).encode(), digest_size=16
-    )
-    for values in (labels.offsets, labels.boxes_xyxy, labels.classes, labels.crowd):
-        facts.update(values.tobytes())
-    return facts.hexdigest()
 
 
 def fingerprint_of(detector: Path) -> str:

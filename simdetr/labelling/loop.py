@@ -28,7 +28,7 @@ from simdetr.data.machine import default_device
 from simdetr.data.storage import atomic_path, check_writable, write_json, write_scores
 from simdetr.exchange.weights import load_detector
 from simdetr.labelling.annotator import SimulatedAnnotator
-from simdetr.labelling.autolabel import encoder_for, fingerprint, train_on
+from simdetr.labelling.autolabel import encoder_for, train_on
 from simdetr.labelling.consensus import consensus
 from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
 from simdetr.labelling.image_selection import (
@@ -249,7 +249,7 @@ def simulate_labelling(
     detector = detector_folder(init)
     network = crop_encoder(encoder_for(encoder, init), device)
     known = read_labels(Path(truth)).select(source.ids)
-    facts = {"loop": asdict(settings), "person": asdict(annotator), "truth": fingerprint(known), "init": str(init)}
+    facts = {"loop": asdict(settings), "person": asdict(annotator), "truth": known.fingerprint(), "init": str(init)}
     facts |= {"config": [*map(str, config)], "options": [*options]}
     RunFolder(out).claim(yaml.safe_dump({"labelling": json.loads(json.dumps(facts))}))
     trainings = (*options, *(f"--{name}={settings.seed}" for name in pipeline.SEEDS))

@@ -169,12 +169,16 @@ def mine_pixels(
 ) -> list[Regions]:
     """Regions of images of one shape: encoder, clustering, then the document's filters or level sets.
 
-    Pixels are uint8 [B, 3, H, W], sides multiples of 32; ``sizes_hw`` are the originals' (height, width) in pixels.
+    An image of one colour has none: all that could be found is the whole image. Pixels are uint8 [B, 3, H, W], sides
+    multiples of 32; ``sizes_hw`` are the originals' (height, width) in pixels.
     """
     maps = encode(pixels, encoder)
     if config.level_sets is None:
-        return mine_maps(maps, sizes_hw, config)
-    return mine_level_sets(pixels, maps, sizes_hw, config)
+        regions = mine_maps(maps, sizes_hw, config)
+    else:
+        regions = mine_level_sets(pixels, maps, sizes_hw, config)
+    one_colour = (pixels.amax(dim=(2, 3)) == pixels.amin(dim=(2, 3))).all(dim=1).tolist()
+    return [found.first(0) if plain else found for found, plain in zip(regions, one_colour, strict=True)]
 
 
 def mine_level_sets(

@@ -9,7 +9,7 @@ regions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -60,6 +60,10 @@ class Regions:
 
     def __len__(self) -> int:
         return len(self.boxes_xyxy)
+
+    def first(self, count: int) -> Regions:
+        """The first rows, as many as there are up to ``count``."""
+        return Regions(**{column.name: getattr(self, column.name)[:count] for column in fields(self)})
 
 
 @dataclass(frozen=True)

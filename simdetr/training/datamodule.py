@@ -67,6 +67,24 @@ def queries_for(labels: Labels, mosaic: float = 0.0) -> int:
     return min(900, max(100, 50 * math.ceil(most * (4 if mosaic > 0 else 1) * 2 / 50)))
 
 
+def _tell_of_few_queries(labels: Labels, num_queries: int, path: Path) -> None:
+    """Warn of images with more objects than a training sample has, half as many as queries."""
+    objects = np.bincount(labels.owners[~labels.crowd])
+    kept = max(1, num_queries // 2)
+    if (objects > kept).any():
+        LOG.warning(
+            "%s: %d of %d images have more than %d objects, up to %d, but %d queries find at most so many and "
+            "learn from half as many: the others are left out of training. Raise --data.num_queries, to %d for all",
+            path,
+            int((objects > kept).sum()),
+            len(labels),
+            kept,
+            int(objects.max()),
+            num_queries,
+            2 * int(objects.max()),
+        )
+
+
 class DetectionData(pl.LightningDataModule):
     """Training and validation images with their boxes.
 
@@ -104,6 +122,7 @@ class DetectionData(pl.LightningDataModule):
         unlabelled: Folder, list file or COCO JSON of images that nobody has labelled, for heads that learn from them;
             as many of them as of labelled ones are added to every batch, so that it has 2 x ``batch_size`` images.
             Labelled images that are there too are left out where it is the folder of ``images``.
+        max_unreadable: Share of unreadable images past which training stops; of a recipe, ``mining.max_unreadable``.
 
     Raises:
         ValueError: ``image_level`` with a mosaic or with reference points; a table that does not fit the classes;
@@ -138,9 +157,11 @@ class DetectionData(pl.LightningDataModule):
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
         unlabelled: str | None = None,
+        max_unreadable: float = 0.05,
     ) -> None:
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.max_unreadable = max_unreadable
         self._images = (short_sides, max_side, mean, std)
         self.follow({})
         self.crop, self.flip, self.colour, self.mosaic = crop, flip, colour, mosaic
@@ -179,6 +200,8 @@ class DetectionData(pl.LightningDataModule):
         if unlabelled is not None:
             self.unlabelled = _without(open_images(unlabelled), self.source, self.labels)
         self.num_queries = queries_for(self.labels, mosaic) if num_queries is None else num_queries
+        if self.labels.stage < 0:  # of pseudo-labels the least certain may go
+            _tell_of_few_queries(self.labels, self.num_queries, path)
         self.reference_points: ReferencePoints | None = None
         if reference_points is not None:
             self.reference_points = ReferencePoints(reference_points, self.labels.categories, point_margin)
@@ -252,7 +275,8 @@ class DetectionData(pl.LightningDataModule):
         )
         quarantine = None
         if self.trainer is not None:
-            quarantine = Quarantine(Path(self.trainer.default_root_dir) / "quarantine.csv", total=len(self.labels))
+            path = Path(self.trainer.default_root_dir) / "quarantine.csv"
+            quarantine = Quarantine(path, len(self.labels), self.max_unreadable)
         dataset = DetectionDataset(
             self.source,
             self.labels,

@@ -15,7 +15,7 @@ from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
-from simdetr.data.quarantine import Quarantine
+from simdetr.data.quarantine import Quarantine, check_share
 from simdetr.data.reference_points import ReferencePoints, with_reference_points
 from simdetr.detectors.detector import Detector
 from simdetr.detectors.predictions import best_per_query, postprocess
@@ -40,6 +40,8 @@ from simdetr.training.relabel import (
 from simdetr.training.run_folder import detector_folder
 
 LOG = logging.getLogger(__name__)
+OPTION = "--max_unreadable"
+"""Of the commands that only look at images."""
 
 
 def predict(
@@ -54,6 +56,7 @@ def predict(
     masks: bool = False,
     point_radius: float | None = None,
     one_class: bool = False,
+    max_unreadable: float = 1.0,
     throughput: Throughput = OF_THE_MACHINE,
 ) -> Labels:
     """Detections on a path, a folder, a list or one image array.
@@ -73,6 +76,7 @@ def predict(
         point_radius: Of landmarks of a class closer than this part of the image's diagonal, the less confident go; 0
             keeps all, None those that are no duplicates of a grid's.
         one_class: Every box once, with its best class, and overlaps whatever the class: the labels of self-training.
+        max_unreadable: Share of unreadable images past which to stop; 1 goes on unless no image can be read.
         throughput: Batch size, decoding processes and precision; by default what suits the machine.
 
     Returns:
@@ -80,7 +84,7 @@ def predict(
 
     Raises:
         ValueError: Masks are asked for and the detector draws none.
-        TooManyUnreadableError: More than 5 % of the images cannot be read (with ``quarantine``).
+        TooManyUnreadableError: No image can be read, or fewer than ``max_unreadable`` allows.
     """
     source = open_images(images) if isinstance(images, str | Path) else images
     loaded = load_detector(detector_folder(checkpoint))
@@ -97,7 +101,7 @@ def predict(
     if not isinstance(source, ImageSource):
         pixels = torch.from_numpy(source).permute(2, 0, 1) if isinstance(source, np.ndarray) else source
         return detect_array(loaded.detector, pixels, loaded.categories, settings, reading=reading)
-    aside = Quarantine(quarantine, total=len(source)) if quarantine is not None else None
+    aside = Quarantine(quarantine, len(source), max_unreadable, OPTION) if quarantine is not None else None
     with image_progress("predicting", len(source)) as progress:
         found = detect(
             loaded.detector,
@@ -108,10 +112,16 @@ def predict(
             quarantine=aside,
             progress=progress,
         )
-    if len(found) < len(source):
-        listed = f", see {quarantine}" if quarantine is not None else ""
-        LOG.warning("%d of %d images could not be read%s", len(source) - len(found), len(source), listed)
+    _say_unreadable(found, source, max_unreadable, f", see {quarantine}" if quarantine is not None else "")
     return found
+
+
+def _say_unreadable(found: Labels, source: ImageSource, max_unreadable: float, more: str) -> None:
+    """Tell how many images could not be read, or a TooManyUnreadableError."""
+    count = len(source) - len(found)
+    check_share(count, len(source), max_unreadable, OPTION)
+    if count:
+        LOG.warning("%d of %d images could not be read%s", count, len(source), more)
 
 
 def evaluate(
@@ -121,6 +131,7 @@ def evaluate(
     *,
     device: str | None = None,
     point_radius: float | None = None,
+    max_unreadable: float = 1.0,
     throughput: Throughput = OF_THE_MACHINE,
 ) -> dict[str, float]:
     """COCO's AP family and class-agnostic recall of a detector, fractions in 0..1; of heads their own scores too.
@@ -136,10 +147,12 @@ def evaluate(
         checkpoint: Run folder, detector folder or checkpoint.
         device: Torch device; the GPU if there is one.
         point_radius: As for ``predict``.
+        max_unreadable: As for ``predict``; what is on unreadable images counts as missed.
         throughput: Batch size, decoding processes and precision; by default what suits the machine.
 
     Raises:
         ValueError: No image has labels.
+        TooManyUnreadableError: As for ``predict``.
     """
     truth, source, loaded = read_labels(Path(labels)), open_images(images), load_detector(detector_folder(checkpoint))
     shared = [image_id for image_id in source.ids if image_id in truth]
@@ -153,7 +166,10 @@ def evaluate(
     settings = InferenceSettings.of(
         loaded.image_settings, point_radius=point_radius, **throughput.on(device or default_device(), len(shared))
     )
-    return score(loaded, source.subset(shared), truth, settings)[1]
+    source = source.subset(shared)
+    found, scores = score(loaded, source, truth, settings)
+    _say_unreadable(found, source, max_unreadable, "; what is on them counts as missed")
+    return scores
 
 
 def score(

@@ -140,14 +140,16 @@ def relabel(
     stage: int,
     before: Labels | None = None,
     fusion: Fusion | None = None,
+    max_unreadable: float = 0.05,
 ) -> Labels:
     """Label every readable image with the detector and write ``out`` (Parquet); resumes part by part.
 
-    Unreadable images go to ``quarantine.csv`` beside ``out``. Boxes get the lineage of those of ``before``, the labels
-    that the detector was trained on; with a ``fusion`` both speak for the labels, see ``simdetr.training.fusion``.
+    Unreadable images go to ``quarantine.csv`` beside ``out``; more than ``max_unreadable`` of all stop it. Boxes
+    get the lineage of those of ``before``, the labels that the detector was trained on; with a ``fusion`` both speak
+    for the labels, see ``simdetr.training.fusion``.
     """
     parts = out.with_suffix(".parts")
-    quarantine = Quarantine(out.with_name("quarantine.csv"), total=len(source))
+    quarantine = Quarantine(out.with_name("quarantine.csv"), len(source), max_unreadable)
     names = []
     with image_progress("relabelling", len(source)) as progress:
         for start in range(0, len(source), PART_SIZE):

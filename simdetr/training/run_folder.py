@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from simdetr.data.class_paths import current
 from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
-from simdetr.data.storage import atomic_path
+from simdetr.data.storage import atomic_path, write_json
 from simdetr.exchange.weights import is_saved
 
 LOG = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ FREE = (
     "inference.batch_size",
     "inference.num_workers",
     "mining.batch_size",
+    "mining.max_unreadable",
     "mining.num_workers",
     "self_training.checkpoint_every_steps",
     "self_training.stages",
@@ -52,6 +53,19 @@ Other devices make steps of another size, unless ``PER_STEP`` makes up for it; t
 """
 PER_STEP = ("data.batch_size", "trainer.accumulate_grad_batches")
 """Settings that may change as long as the images per optimiser step, of all devices, stay the same."""
+OF_A_TRAINING = (
+    "data.batch_size",
+    "data.max_side",
+    "data.short_sides",
+    "model.backbone_lr",
+    "model.lr",
+    "model.new_lr",
+    "trainer",
+)
+"""Settings of a stage's training that may change as long as it has no point to resume from: what fits the memory."""
+OF_MINED_LABELS = ("encoder", "mining", "clustering", "data.images")
+CHECKPOINTS, RESUME, BEST = "checkpoints", "resume.ckpt", "best.ckpt"
+"""Folder below that of a training, and the files in it."""
 LEADER_LOCK = ".leader.lock"
 LEAST_WAIT_S = 5.0
 """How long the leader waits for its lock, which another process holds for a moment when it looks."""
@@ -90,6 +104,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def contents(self) -> Path:
+        """Hashes of what the inputs held when the work began, by the settings that name them."""
+        return self.path / "inputs.json"
+
+    @property
     def proposals(self) -> Path:
         """The proposal store."""
         return self.path / "proposals"
@@ -124,36 +143,68 @@ class RunFolder:
         """Numbers of the stages that have begun, ascending."""
         return sorted(int(path.name.removeprefix("stage")) for path in self.path.glob("stage[0-9]*") if path.is_dir())
 
-    def claim(self, config_yaml: str, settled: Sequence[str] | None = None) -> None:
-        """Keep the configuration, or check that it is the one this run was started with, but for what is ``FREE``.
+    def claim(self, config_yaml: str, settled: Sequence[str] | None = None, free: Sequence[str] = ()) -> None:
+        """Keep the configuration of this run, or check that it is the one this run was started with, but for ``FREE``.
 
-        ``settled`` are sections that finished work depends on; only they must not differ. All, when left out. A
-        RunMismatchError lists the settings that do.
+        ``settled`` are sections that finished work depends on; only they must not differ, but for what is ``free``.
+        All, when left out. A RunMismatchError lists the settings that do; those that may are told.
         """
         if self.config.is_file():
             before = self.config.read_text(encoding="utf-8")
-            self._check_settled(yaml.safe_load(current(before)), config_yaml, settled)
+            self._check_settled(yaml.safe_load(current(before)), config_yaml, settled, free)
             if before == config_yaml:
                 return
         with atomic_path(self.config) as temporary:
             temporary.write_text(config_yaml, encoding="utf-8")
 
-    def _check_settled(self, before: object, config_yaml: str, settled: Sequence[str] | None) -> None:
+    def _check_settled(
+        self, before: object, config_yaml: str, settled: Sequence[str] | None, free: Sequence[str]
+    ) -> None:
         there, asked = dict(leaves(before)), dict(leaves(yaml.safe_load(config_yaml)))
         per_step = _images_per_step(asked)
-        free = (*FREE, *PER_STEP) if per_step is not None and per_step == _images_per_step(there) else FREE
+        unasked = (*FREE, *PER_STEP) if per_step is not None and per_step == _images_per_step(there) else FREE
         differing = [
-            f"{name} is {there.get(name, 'not set')!r} there, {asked.get(name, 'not set')!r} asked"
+            name
             for name in sorted({*there, *asked})
-            if (name in there, there.get(name)) != (name in asked, asked.get(name))
-            and (settled is None or _is_within(name, settled))
-            and not _is_within(name, free)
+            if (name in there, there.get(name)) != (name in asked, asked.get(name)) and not _is_within(name, unasked)
         ]
-        if differing:
+        refused = [
+            name for name in differing if (settled is None or _is_within(name, settled)) and not _is_within(name, free)
+        ]
+        if refused:
+            said = [
+                f"{name} is {there.get(name, 'not set')!r} there, {asked.get(name, 'not set')!r} asked"
+                for name in refused
+            ]
             raise RunMismatchError(
-                f"out: {self.path} holds a run with other settings ({'; '.join(differing)}). Repeat the first command "
+                f"out: {self.path} holds a run with other settings ({'; '.join(said)}). Repeat the first command "
                 "to resume it, or choose another out."
             )
+        if differing and leads():
+            said = [f"{name} {there.get(name, 'not set')!r} -> {asked.get(name, 'not set')!r}" for name in differing]
+            LOG.info("%s goes on with other settings, of work that has not begun: %s", self.path, "; ".join(said))
+
+    def claim_contents(self, contents: Mapping[str, str], *, begun: bool) -> None:
+        """Keep hashes of what inputs hold, by the settings that name them, or check that it is what work began with.
+
+        A run that was begun before there was such a record goes on without.
+
+        Raises:
+            RunMismatchError: Work has ``begun``, with other contents.
+        """
+        before: dict[str, str] = {}
+        if begun:
+            if not self.contents.is_file():
+                return
+            before = json.loads(self.contents.read_text(encoding="utf-8"))
+            changed = [name for name in contents if before.get(name, contents[name]) != contents[name]]
+            if changed:
+                what = "labels" if any(name.endswith("labels") for name in changed) else "images"
+                raise RunMismatchError(
+                    f"out: {self.path} holds a training on other {what} ({', '.join(changed)} changed since). Choose "
+                    "another out, or delete the folder to train anew."
+                )
+        write_json(self.contents, {**before, **contents}, indent=1)
 
     @contextmanager
     def led(self) -> Iterator[None]:
@@ -233,11 +284,18 @@ class RunFolder:
             with self.steps.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def settled(self) -> tuple[str, ...] | None:
-        """Sections of the config that a started pretraining cannot change, None for all; the store guards its own."""
+    def settled(self, stages: int) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+        """What a started pretraining of so many stages cannot change of its config, as ``claim`` takes it.
+
+        The store guards its own settings. Mined labels stay valid whatever the training that has left no point to
+        resume from, such as one that did not fit the memory, and so does a trained stage before it.
+        """
         if not self.labels(0).is_file():
-            return ()
-        return None if self.stage(1).is_dir() else ("encoder", "mining", "clustering", "data.images")
+            return (), ()
+        waiting = [stage for stage in range(1, stages + 1) if not self.has_detector(stage)]
+        if not waiting or is_begun(self.stage(waiting[0])):
+            return None, ()
+        return (OF_MINED_LABELS, ()) if waiting[0] == 1 else (None, OF_A_TRAINING)
 
     def check_classes(self, asked: int) -> None:
         """RunMismatchError unless the labels T0 have the number of pseudo-classes that is asked for."""
@@ -266,6 +324,11 @@ def detector_folder(path: str | Path) -> Path:
         f"checkpoint: expected a run folder, a detector folder or a checkpoint file, got {path}, which "
         f"{'holds none' if path.exists() else 'does not exist'}."
     )
+
+
+def is_begun(training: Path) -> bool:
+    """Whether the training of a folder has something to go on from: a resume point, or its detector."""
+    return is_saved(training / "detector") or (training / CHECKPOINTS / RESUME).is_file()
 
 
 def leads() -> bool:

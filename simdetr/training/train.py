@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,15 +19,20 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint
+from torch import Tensor
 
 from simdetr.data.quarantine import Quarantine
 from simdetr.data.storage import atomic_path
 from simdetr.exchange.weights import averaged_state, checkpoint_config, save_detector
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.detection_task import DetectionTask
+from simdetr.training.run_folder import BEST, CHECKPOINTS, RESUME
 
 LOG = logging.getLogger(__name__)
-RESUME, BEST = "resume.ckpt", "best.ckpt"
+LONGEST, SHORTEST, PARTS = 500, 10, 10
+"""Steps between two resume points where nobody says: a tenth of the training, within these bounds."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status after SIGTERM, as shells have it."""
 
 
 class Training(Protocol):
@@ -40,20 +46,28 @@ class Training(Protocol):
 def train(training: Training, out: Path) -> DetectionData:
     """Fit, resuming from ``checkpoints/resume.ckpt`` if a killed run left one, and write ``detector/``.
 
-    The checkpoints are removed at the end: ``detector/`` holds the weights.
+    The checkpoints are removed at the end: ``detector/`` holds the weights. What a killed training has left
+    without a point to resume from is removed at the start.
     """
-    checkpoints = out / "checkpoints"
+    checkpoints = out / CHECKPOINTS
     resume = checkpoints / RESUME
     trainer, data = training.trainer, training.datamodule
     start = resume if resume.is_file() else None
     start_step = -1 if start is None else int(_read(start)["global_step"])
-    path = None if start is None else str(start)
-    trainer.fit(training.model, datamodule=data, ckpt_path=path, **safe_loading(trainer))
+    if start is None and trainer.is_global_zero:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        (out / "quarantine.csv").unlink(missing_ok=True)
+    can_be_scored = data.val_labels is not None and not data.val_labels.crowd.all()
+    if data.val_labels is not None and not can_be_scored:
+        LOG.warning("the validation images have no objects: the last weights are kept")
+    fit(trainer, training.model, data, start)
     if trainer.is_global_zero:
         detector = training.model.detector
         # resumed at its very end, a run has not passed the hook that puts averaged weights in place
         ended = start if trainer.global_step == start_step else None
         kept = checkpoints / BEST if (checkpoints / BEST).is_file() else ended
+        if can_be_scored and not (checkpoints / BEST).is_file():
+            LOG.warning("no validation had an AP: the last weights are kept")
         if kept is not None:
             detector.load_state_dict(averaged_state(_read(kept)))
         save_detector(detector, checkpoint_config(detector, data), out / "detector")
@@ -70,9 +84,21 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
-def safe_loading(trainer: pl.Trainer) -> dict[str, bool]:
-    """``weights_only`` where this Lightning knows it (2.6 and later); before, its own loader is used."""
-    return {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+def fit(trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataModule, start: Path | None) -> None:
+    """Let a trainer fit, from a checkpoint if there is one; what stops it has the step as a note.
+
+    Raises:
+        SystemExit: SIGTERM came, also where it came so late that Lightning looks no more.
+    """
+    # Lightning knows it from 2.6 on; before, its own loader is used
+    safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=None if start is None else str(start), **safe)
+        if trainer.received_sigterm:
+            raise SystemExit(TERMINATED)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        stop.add_note(f"at step {trainer.global_step:,}")
+        raise
 
 
 class ResumePoint(Checkpoint):
@@ -84,19 +110,22 @@ class ResumePoint(Checkpoint):
 
     Args:
         path: The checkpoint.
-        every_n_steps: Optimiser steps between two checkpoints.
+        every_n_steps: Optimiser steps between two checkpoints; left out, a tenth of the training, 10 to 500.
     """
 
-    def __init__(self, path: Path, every_n_steps: int) -> None:
-        if every_n_steps < 1:
+    def __init__(self, path: Path, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"checkpoint_every_steps: expected at least 1, got {every_n_steps}.")
         self.path, self.every_n_steps = path, every_n_steps
+        self._every = every_n_steps or LONGEST
         self._last_step = 0
         self._epoch_ended = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count from where the training starts or resumes."""
         self._last_step = trainer.global_step
+        if self.every_n_steps is None:
+            self._every = min(LONGEST, max(SHORTEST, _total_steps(trainer) // PARTS))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # noqa: ANN401
         """Save when it is time, except after the last batch of an epoch."""
@@ -122,9 +151,25 @@ class ResumePoint(Checkpoint):
             batches["is_last_batch"] = False
 
     def _save_if_time(self, trainer: pl.Trainer) -> None:
-        if trainer.global_step - self._last_step >= self.every_n_steps:
+        if trainer.global_step - self._last_step >= self._every:
             self._last_step = trainer.global_step
             trainer.save_checkpoint(self.path)
+
+
+def _total_steps(trainer: pl.Trainer) -> int:
+    """Optimiser steps of the whole training, as far as it has an end."""
+    ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        ends.append(trainer.max_epochs * trainer.datamodule.steps_per_epoch)  # type: ignore[attr-defined]
+    return min(ends, default=LONGEST * PARTS)
+
+
+class BestPoint(ModelCheckpoint):
+    """The weights of the best AP so far; none as long as no validation has an AP, as without objects."""
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        """Whether the last validation was better than any before."""
+        return current is not None and not bool(current.isnan()) and super().check_monitor_top_k(trainer, current)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -141,12 +186,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, temporary)
 
 
-def checkpoint_callbacks(folder: Path, every_n_steps: int, *, validated: bool) -> list[Callback]:
+def checkpoint_callbacks(folder: Path, every_n_steps: int | None, *, validated: bool) -> list[Callback]:
     """The weights that validate best, if there is validation, and the point to resume from.
 
     In this order: a resume point must never be newer than the best weights it follows.
     """
-    best = ModelCheckpoint(
+    best = BestPoint(
         folder,
         filename=Path(BEST).stem,
         monitor="val/AP",

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 
 from simdetr.commands.fit import FitCLI
 from simdetr.training.detection_task import DetectionTask
-from simdetr.training.run_folder import RunMismatchError
-from simdetr.training.train import RESUME
+from simdetr.training.run_folder import RESUME, RunMismatchError
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,3 +146,42 @@ def test_a_stopped_command_says_that_it_goes_on(stop, status, monkeypatch, capsy
         cli.main(["doctor", "photos"])
     assert stopped.value.code == status
     assert ("the same command goes on" in capsys.readouterr().err) == (status != 3)
+
+
+def test_ctrl_c_in_a_training_is_no_error_of_its_own(monkeypatch, capsys):
+    """Lightning turns it into an exit with status 1."""
+
+    def interrupted(arguments):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["finetune"])
+    assert stopped.value.code == 130
+    assert "stopped by SIGINT; the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["mine", "finetune", "pretrain"])
+def test_sigterm_ends_a_command_with_a_line_and_its_status(command, scenes, tiny_config, tmp_path, wait_for):
+    words = [command, "--images", scenes, "--out", tmp_path, "--config", tiny_config]
+    begun = tmp_path / "logs" / "version_0" / "metrics.csv"
+    if command == "finetune":
+        words += ["--labels", scenes / "instances.json", "--trainer.max_steps=100000", "--trainer.log_every_n_steps=1"]
+    else:
+        begun = tmp_path / "proposals" / "manifest.json"
+        words += ["--mining.image_size=1024"]
+    ran = [sys.executable, "-m", "simdetr", *map(str, words)]
+    process = subprocess.Popen(ran, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: begun.is_file() and begun.stat().st_size > 0, process)
+        process.terminate()
+        said = process.communicate(timeout=300)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 143, said
+    where = " at step [0-9]+" if command == "finetune" else ""
+    assert re.search(f"stopped by SIGTERM{where}; the same command goes on", said)
+    assert "Traceback" not in said

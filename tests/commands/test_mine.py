@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from simdetr import pipeline
@@ -231,3 +233,23 @@ def test_help_shows_types_and_defaults(capsys):
         main(["encoder", "fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Images per step [64]." in text and "bf16-mixed" in text and "--truth" in text
+
+
+def test_too_many_unreadable_images_name_the_option(own_scenes, tiny_config, tmp_path, error_of):
+    min((own_scenes / "images").iterdir()).write_bytes(b"")
+    words = ["mine", "--images", own_scenes, "--out", tmp_path / "run", "--config", tiny_config]
+    assert "allow more with --mining.max_unreadable" in error_of(*words)
+    main([str(word) for word in [*words, "--mining.max_unreadable", "0.2"]])
+
+
+def test_clustering_says_how_many_classes_have_boxes(run, tmp_path, monkeypatch, capsys):
+    make = pipeline.make_pseudo_labels
+
+    def without_the_last(*arguments, **options):
+        labels = make(*arguments, **options)
+        return labels.rows(np.flatnonzero(labels.classes < 2))
+
+    monkeypatch.setattr(pipeline, "make_pseudo_labels", without_the_last)
+    shutil.copytree(run / "proposals", tmp_path / "proposals")
+    main(["cluster", "--run", str(tmp_path), "--num_classes", "3"])
+    assert "boxes in 2 of 3 pseudo-classes" in " ".join(capsys.readouterr().out.split())

@@ -3,7 +3,7 @@ import multiprocessing
 
 import pytest
 
-from simdetr.data.quarantine import Quarantine, TooManyUnreadableError
+from simdetr.data.quarantine import Quarantine, TooManyUnreadableError, check_share
 
 
 def rows(path):
@@ -65,5 +65,14 @@ def test_two_processes_share_one_file(tmp_path):
 
 
 def test_bad_arguments_are_named(tmp_path):
-    with pytest.raises(ValueError, match="max_fraction in"):
+    with pytest.raises(ValueError, match="max_unreadable: expected a share of the images from 0 to 1, got 5"):
         Quarantine(tmp_path / "q.csv", total=1, max_fraction=5)
+
+
+def test_the_option_of_the_command_is_named_and_no_option_helps_where_all_are_unreadable():
+    check_share(0, 0, 0.0, "--x")
+    check_share(2, 4, 0.5, "--x")
+    with pytest.raises(TooManyUnreadableError, match=r"3 of 4 images are unreadable, more than 50%; .*with --x$"):
+        check_share(3, 4, 0.5, "--x")
+    with pytest.raises(TooManyUnreadableError, match=r"4 of 4 images are unreadable; repair or remove the files$"):
+        check_share(4, 4, 1.0, "--x")

@@ -46,11 +46,19 @@ def test_a_rectangle_is_found(encoder):
 
 @pytest.mark.parametrize("value", [0, 128, 255])
 @pytest.mark.parametrize("size", [(96, 128), (1, 1), (1, 2000), (3, 5)])
-def test_flat_image_is_one_region(value, size, encoder):
+@pytest.mark.parametrize("level_sets", [SMALL.level_sets, None])
+def test_an_image_of_one_colour_has_no_regions(level_sets, value, size, encoder):
     image = torch.full((3, *size), value, dtype=torch.uint8)
-    (regions,) = mine_batch([image], encoder, SMALL)
-    np.testing.assert_allclose(regions.boxes_xyxy, [[0, 0, size[1], size[0]]], rtol=1e-6)
-    assert np.isfinite(regions.features).all()
+    image[0] //= 2
+    (regions,) = mine_batch([image], encoder, replace(SMALL, level_sets=level_sets))
+    assert len(regions) == 0
+    assert regions.features.shape == (0, 3)
+
+
+def test_one_colour_beside_others_takes_nothing_from_them(drawn_scenes, encoder):
+    plain = torch.full_like(drawn_scenes[0], 90)
+    together = mine_batch([drawn_scenes[0], plain], encoder, SMALL)
+    assert_same_regions(together[:1], mine_batch(drawn_scenes[:1], encoder, SMALL))
 
 
 def test_thin_image_with_content(encoder):

@@ -356,3 +356,15 @@ def test_unlabelled_images_need_a_head_that_learns_from_them(scenes):
         made.setup("fit")
     task.detector.takes_unlabelled = True
     made.setup("fit")
+
+
+@pytest.mark.parametrize(("num_queries", "warned"), [(None, False), (40, False), (38, True), (2, True)])
+def test_more_objects_than_queries_learn_are_told_with_counts(num_queries, warned, own_scenes, caplog):
+    path = own_scenes / "instances.json"
+    content = json.loads(path.read_text())
+    first = content["annotations"][0]
+    content["annotations"] = [{**first, "id": number} for number in range(1, 21)]
+    path.write_text(json.dumps(content))
+    data(own_scenes, num_queries=num_queries)
+    assert ("1 of 6 images have more than" in caplog.text) == warned
+    assert ("up to 20" in caplog.text and "Raise --data.num_queries, to 40 for all" in caplog.text) == warned

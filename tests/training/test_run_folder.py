@@ -9,8 +9,17 @@ import time
 import pytest
 import yaml
 
+from simdetr.data.label_files import write_labels
 from simdetr.exchange.weights import CONFIG_NAME, WEIGHTS_NAME
-from simdetr.training.run_folder import RunFolder, RunInUseError, RunMismatchError
+from simdetr.training.run_folder import (
+    CHECKPOINTS,
+    OF_A_TRAINING,
+    OF_MINED_LABELS,
+    RESUME,
+    RunFolder,
+    RunInUseError,
+    RunMismatchError,
+)
 
 CONFIG = {"clustering": {"num_classes": 4, "seed": 0}, "data": {"images": "a", "short_sides": [1, 2]}, "model": {}}
 
@@ -223,3 +232,51 @@ def test_the_others_notice_when_the_first_process_is_killed(tmp_path, how):
         for process in (first, second):
             process.kill()
             process.communicate()
+
+
+def test_what_may_change_depends_on_what_is_left_to_train(tmp_path, make_labels):
+    run = RunFolder(tmp_path)
+    assert run.settled(1) == ((), ())
+    run.stage(0).mkdir()
+    write_labels(make_labels({"a": [(0, 0, 9, 9, 0)]}), run.labels(0))
+    assert run.settled(1) == (OF_MINED_LABELS, ())
+    run.stage(1).mkdir()  # a training that died in its first step
+    assert run.settled(1) == (OF_MINED_LABELS, ())
+
+    def leave(folder, *names):
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).touch()
+
+    leave(run.stage(1) / CHECKPOINTS, RESUME)
+    assert run.settled(1) == (None, ())
+    leave(run.detector(1), WEIGHTS_NAME, CONFIG_NAME)
+    assert run.settled(1) == (None, ())  # all is done
+    assert run.settled(2) == (None, OF_A_TRAINING)
+    leave(run.stage(2) / CHECKPOINTS, RESUME)
+    assert run.settled(2) == (None, ())
+
+
+def test_free_settings_may_change_within_settled_ones_and_are_told(tmp_path, caplog):
+    run = RunFolder(tmp_path)
+    run.claim(changed(data={"batch_size": 8}))
+    with caplog.at_level("INFO"):
+        run.claim(changed(data={"batch_size": 4}), None, ("data.batch_size",))
+    assert "data.batch_size 8 -> 4" in caplog.text
+    with pytest.raises(RunMismatchError, match=r"data\.images"):
+        run.claim(changed(data={"batch_size": 4, "images": "b"}), None, ("data.batch_size",))
+
+
+def test_contents_are_kept_until_work_begins_and_checked_from_then_on(tmp_path):
+    run = RunFolder(tmp_path)
+    run.claim_contents({"data.labels": "x"}, begun=False)
+    run.claim_contents({"data.labels": "y"}, begun=False)
+    run.claim_contents({"data.labels": "y", "data.val_labels": "z"}, begun=True)
+    with pytest.raises(RunMismatchError, match=r"on other labels \(data\.labels changed since\).*another out"):
+        run.claim_contents({"data.labels": "x", "data.val_labels": "z"}, begun=True)
+
+
+def test_a_run_of_before_there_was_a_record_goes_on(tmp_path):
+    run = RunFolder(tmp_path)
+    run.claim_contents({"data.labels": "x"}, begun=True)
+    run.claim_contents({"data.labels": "y"}, begun=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
+import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from simdetr.training.detection_task import DetectionTask
+from simdetr.training.run_folder import BEST
 from simdetr.training.train import train
 
 # three batches of two images per epoch, two optimiser steps of them; dropout, mosaic and colour are on
@@ -144,3 +149,85 @@ def test_best_validated_weights_are_kept(recipe, tmp_path, validation, monkeypat
     two = recipe(*options, "--trainer.max_steps=-1", "--trainer.max_epochs=2")
     train(two.training(tmp_path / "two"), tmp_path / "two")
     assert largest_difference(tmp_path / "three", tmp_path / "two") == 0
+
+
+@pytest.fixture
+def objectless(scenes, tmp_path):
+    """Validation on the scenes with all of their boxes taken away."""
+    content = json.loads((scenes / "instances.json").read_text()) | {"annotations": []}
+    (tmp_path / "objectless.json").write_text(json.dumps(content))
+    return (f"--data.val_images={scenes}", f"--data.val_labels={tmp_path / 'objectless.json'}")
+
+
+def test_validation_without_objects_keeps_the_last_weights_and_says_so(recipe, tmp_path, objectless, caplog):
+    options = ("--data.label_fraction=0.34", "--trainer.max_steps=-1", "--trainer.max_epochs=2")
+    train(recipe(*options).training(tmp_path / "without"), tmp_path / "without")
+    assert "last weights" not in caplog.text
+    train(recipe(*options, *objectless).training(tmp_path / "with"), tmp_path / "with")
+    assert "the validation images have no objects: the last weights are kept" in caplog.text
+    assert largest_difference(tmp_path / "without", tmp_path / "with") == 0
+
+
+def test_a_validation_that_never_scores_keeps_the_last_weights(recipe, tmp_path, validation, caplog, monkeypatch):
+    monkeypatch.setattr("simdetr.training.detection_task.coco_metrics", lambda *a: {"AP": math.nan})
+    options = ("--data.label_fraction=0.34", "--trainer.max_steps=-1", "--trainer.max_epochs=2")
+    train(recipe(*options).training(tmp_path / "without"), tmp_path / "without")
+    train(recipe(*options, *validation).training(tmp_path / "with"), tmp_path / "with")
+    assert "no validation had an AP: the last weights are kept" in caplog.text
+    assert largest_difference(tmp_path / "without", tmp_path / "with") == 0
+
+
+def test_best_weights_without_a_point_to_resume_from_are_not_kept(recipe, tmp_path):
+    """As a training leaves them that was killed after its first validation."""
+    train(recipe().training(tmp_path / "clean"), tmp_path / "clean")
+    train(recipe("--model.lr=0.5").training(tmp_path / "other"), tmp_path / "other")
+    stale = {f"detector.{name}": value for name, value in weights(tmp_path / "other").items()}
+    (tmp_path / "used" / "checkpoints").mkdir(parents=True)
+    torch.save({"state_dict": stale}, tmp_path / "used" / "checkpoints" / BEST)
+    train(recipe().training(tmp_path / "used"), tmp_path / "used")
+    assert largest_difference(tmp_path / "clean", tmp_path / "used") == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "points"),
+    [
+        (("--trainer.max_steps=25",), [10, 20]),
+        (("--trainer.max_steps=-1", "--trainer.max_epochs=4"), [10, 20]),  # of six steps each
+        (("--trainer.max_steps=130",), [13, 26, 39, 52, 65, 78, 91, 104, 117, 130]),
+        (("--trainer.max_steps=25", EVERY + "12"), [12, 24]),
+    ],
+)
+def test_short_trainings_have_points_to_resume_from(length, points, recipe, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        "pytorch_lightning.Trainer.save_checkpoint", lambda trainer, path: saved.append(trainer.global_step)
+    )
+    monkeypatch.setattr(DetectionTask, "training_step", lambda task, *a: next(task.parameters()).sum() * 0)
+    train(recipe(*length).training(tmp_path), tmp_path)
+    assert saved == points
+
+
+def test_what_stops_a_training_tells_the_step(recipe, tmp_path, monkeypatch):
+    def stopping(task, *arguments):
+        if task.global_step == 2:
+            sys.exit(143)
+        return next(task.parameters()).sum() * 0
+
+    monkeypatch.setattr(DetectionTask, "training_step", stopping)
+    with pytest.raises(SystemExit) as stopped:
+        train(recipe("--trainer.max_steps=5").training(tmp_path), tmp_path)
+    assert stopped.value.__notes__ == ["at step 2"]
+
+
+def test_a_signal_in_the_last_step_does_not_get_lost(recipe, tmp_path):
+    training = recipe().training(tmp_path)
+    fitted = training.trainer.fit
+
+    def late(*arguments, **options):
+        fitted(*arguments, **options)
+        training.trainer._signal_connector.received_sigterm = True
+
+    training.trainer.fit = late
+    with pytest.raises(SystemExit) as stopped:
+        train(training, tmp_path)
+    assert stopped.value.code == 143
