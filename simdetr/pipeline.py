@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from simdetr.data.images import ImageSource, open_images
+from simdetr.data.images import ImageSource, open_images, warn_if_dark
 from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
@@ -79,6 +79,7 @@ def pretrain(
     stages = sections.self_training.stages
     job = MiningJob(str(images), str(run.proposals), recipe.configs, tuple(options), device)
     own_device = device or default_device()
+    warn_if_dark(source)
     with run.led():
         resumed = is_chosen(run)
         if resumed:
@@ -149,6 +150,7 @@ def mine_proposals(
     """Only the mining of ``pretrain``, into ``out``/proposals; arguments as there, and ``out`` may be a URL too."""
     options = (*encoder_options(encoder), *options)
     store, chosen = locate(out) / "proposals", for_mining(config, images)
+    warn_if_dark(open_images(images))
     job = MiningJob(str(images), str(store), chosen.configs, (*chosen.options, *options), device)
     return job.run(num_ranks, progress=sys.stderr.isatty())
 
@@ -244,6 +246,7 @@ def finetune(
         The folder of the trained detector.
     """
     run, data = RunFolder(Path(out)), [f"--data.images={images}", f"--data.labels={labels}"]
+    warn_if_dark(open_images(images))
     if val_images is not None:
         data += [f"--data.val_images={val_images}", f"--data.val_labels={val_labels or val_images}"]
     chosen = for_finetuning(config, images, labels, init, options)
@@ -327,6 +330,7 @@ def report(run: str | Path, images: str | Path, *, truth: str | Path | None = No
         truth: COCO JSON with boxes for some of these images, for recall per stage.
     """
     folder = RunFolder(Path(run))
-    known = read_labels(Path(truth)) if truth is not None else None
-    write_report(collect_run(folder.path, open_images(images), known), folder.report.parent)
+    source = open_images(images)
+    known = read_labels(truth, images=source) if truth is not None else None
+    write_report(collect_run(folder.path, source, known), folder.report.parent)
     return folder.report

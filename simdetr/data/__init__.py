@@ -5,11 +5,12 @@ In reading order:
     images              a folder, list, COCO file, tar shards or URL -> ordered images with ids; a file -> pixels
     quarantine          what could not be read, and when to stop
     annotations         the boxes of one image, their categories and lineage
+    category_matching   which class of one file is which of another: by name
     points, masks       a point per box, an instance mask per box
     labels              the one table of the boxes of a set of images
     label_report        what reading a label file met: problems, changes, unlabelled images
+    label_checks        labels held against the images they are of, and against their use
     coco                COCO JSON in and out
-    label_checks        labels held against the images they are of
     label_files         any tool's label file or folder -> that table; the table in Parquet
     image_level         classes of whole images
     protocols           few-label protocols: one COCO file -> smaller ones that everybody draws alike

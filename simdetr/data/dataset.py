@@ -105,7 +105,7 @@ class DetectionDataset(Dataset[Sample | None]):
             raise LabelError(
                 f"{len(missing)} of {len(self.image_ids)} labelled images are not in {source.root} (first: "
                 f"{missing[0]!r}, there are ids like {next(iter(source.ids), None)!r}); give the folder that the "
-                "labels' file names are relative to, or labels.select(...) the images that exist"
+                "labels' file names are relative to"
             )
         if masks and (labels is None or labels.masks is None):
             raise LabelError("masks: the labels have none; read them with masks=True, or leave masks=False")

@@ -1,6 +1,7 @@
 """Images, and labels if there are any, in; a report of what is wrong with them out, before a long run meets it.
 
-Only what would stop a run is fatal: no readable image, too many unreadable ones, labels that cannot be used.
+Only what would stop a run is fatal: no readable image, too many unreadable ones, labels that cannot be used. Labels are
+read and checked by the functions that the commands call.
 """
 
 from __future__ import annotations
@@ -14,13 +15,22 @@ from pathlib import Path
 import numpy as np
 
 from simdetr.data.annotations import LabelError
-from simdetr.data.coco import read_coco
-from simdetr.data.images import ImageRecord, ImageSource, UnreadableImageError, open_images, read_image
-from simdetr.data.label_files import read_labels
+from simdetr.data.images import (
+    ImageRecord,
+    ImageSource,
+    UnreadableImageError,
+    darkness,
+    open_images,
+    page_count,
+    read_image,
+)
+from simdetr.data.label_checks import complaints
+from simdetr.data.label_files import read_with_report
 from simdetr.data.label_report import LabelReport
 from simdetr.data.labels import Labels
 from simdetr.data.machine import in_order
 from simdetr.data.quarantine import OF_MINING
+from simdetr.data.storage import read_lists
 
 TINY_SIDE_PX = 32
 EXTREME_ASPECT = 8.0
@@ -52,7 +62,7 @@ class DoctorReport:
         sizes_hw: (height, width) in pixels of every readable image, in the order of the source.
         fatal_reasons: what would stop a run.
         labels: the labels, where they could be read.
-        label_problems: what is wrong inside a COCO file.
+        label_problems: what is wrong inside the label file, and what comes out otherwise than it stands there.
     """
 
     path: Path
@@ -89,14 +99,14 @@ def examine(
 
     Args:
         path: whatever `open_images` takes.
-        labels: COCO JSON or Parquet; a COCO ``path`` is its own labels.
+        labels: any label file or folder; a COCO ``path`` with annotations is its own labels.
         root: folder that listed images are relative to.
         max_unreadable: share of unreadable images past which a run stops.
         threads: images decoded at the same time; a few are in memory at once, whatever the size of the set.
         progress: called with the number of images done and the total.
     """
     path = Path(path)
-    if labels is None and path.suffix.lower() == ".json":
+    if labels is None and path.suffix.lower() == ".json" and _has_annotations(path):
         labels = path
     try:
         source = open_images(path, root)
@@ -127,12 +137,9 @@ def examine(
     problems: LabelReport | None = None
     if labels is not None:
         try:
-            if Path(labels).suffix.lower() == ".json":
-                truth, problems = read_coco(labels)
-            else:
-                truth = read_labels(labels)
+            truth, problems = read_with_report(labels, images=source)
             findings += _label_findings(truth, source, sizes)
-            fatal += _fatal_labels(truth, source, Path(labels))
+            fatal += complaints(truth, source, labels, problems)
         except LabelError as error:
             fatal.append(str(error))
     return DoctorReport(
@@ -168,6 +175,14 @@ def summary(report: DoctorReport) -> str:
     return "\n".join(lines)
 
 
+def _has_annotations(path: Path) -> bool:
+    """Whether a JSON is more than a list of images."""
+    try:
+        return bool(read_lists(path, "COCO file", "images").get("annotations"))
+    except LabelError:  # `open_images` says what is wrong
+        return False
+
+
 @dataclass(frozen=True)
 class _Checked:
     image_id: str
@@ -194,16 +209,12 @@ def _check(record: ImageRecord) -> _Checked:
         "huge": (height * width > HUGE_PIXELS, size),
         "one colour": (spread <= CONSTANT_RANGE, f"pixels differ by at most {spread} of 255"),
     }
-    found = tuple(Finding(kind, record.id, detail) for kind, (is_odd, detail) in odd.items() if is_odd)
-    return _Checked(record.id, (height, width), digest, found)
-
-
-def _fatal_labels(labels: Labels, source: ImageSource, path: Path) -> list[str]:
-    if not any(image_id in source for image_id in labels.image_ids):
-        return [f"{path}: none of its {len(labels)} images is in {source.root}; are its file names relative to it?"]
-    if labels.num_classes == 0 or len(labels.boxes_xyxy) == 0:
-        return [f"{path}: there is no usable box in it ({labels.num_classes} categories)"]
-    return []
+    found = [Finding(kind, record.id, detail) for kind, (is_odd, detail) in odd.items() if is_odd]
+    if (dark := darkness(record, pixels)) and spread > CONSTANT_RANGE:
+        found.append(Finding("dark", record.id, dark))
+    if (pages := page_count(record)) > 1:
+        found.append(Finding("more pages", record.id, f"{pages} pages or frames, the first is read"))
+    return _Checked(record.id, (height, width), digest, tuple(found))
 
 
 def _label_findings(labels: Labels, source: ImageSource, sizes: dict[str, tuple[int, int]]) -> Iterator[Finding]:
@@ -212,8 +223,7 @@ def _label_findings(labels: Labels, source: ImageSource, sizes: dict[str, tuple[
         if image_id not in source:
             yield Finding("labelled image missing", image_id, f"not in {source.root}")
         elif actual is not None and actual != (height, width):
-            turned = ", turned by its EXIF orientation" if actual == (width, height) else ""
-            detail = f"labels say {width}×{height} px, the upright image has {actual[1]}×{actual[0]}{turned}"
+            detail = f"labels say {width}×{height} px, the upright image has {actual[1]}×{actual[0]}"
             yield Finding("label size differs", image_id, detail)
 
 
@@ -233,4 +243,5 @@ def _label_lines(report: DoctorReport) -> list[str]:
         lines.append(f"categories without boxes: {', '.join(without[:_EXAMPLES_PER_KIND])} ({len(without)})")
     if report.label_problems is not None:
         lines += [f"label problem: {line}" for line in report.label_problems.lines()]
+        lines += [f"label note: {line}" for line in report.label_problems.note_lines()]
     return lines

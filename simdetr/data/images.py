@@ -19,6 +19,7 @@ import logging
 import re
 import tarfile
 import threading
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,8 @@ IMAGE_SUFFIXES = frozenset(
 LIST_SUFFIXES = (".csv", ".json", ".parquet", ".txt")
 _PROBED_NAMES = 32  # file names looked up when guessing the folder that a COCO file speaks of
 _TAR_BLOCK_BYTES = 512
+_BRIGHT = 64  # of 255: an image without a value as high as this is dark
+_DARK_SAMPLE = 4
 _NUMBERED = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)")
 _UPRIGHT = {  # EXIF orientation -> the transposition that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -308,7 +311,16 @@ def _relative(name: str, root: Location) -> str:
         return name
     if isinstance(root, Path) and path.is_absolute() and path.is_relative_to(root.absolute()):
         path = path.relative_to(root.absolute())
-    return path.as_posix()
+    return _spelt_as_there(path.as_posix(), root)
+
+
+def _spelt_as_there(name: str, root: Location) -> str:
+    """A listed name as its file spells it: with slashes for backslashes, or in another Unicode form."""
+    if name.isascii() and "\\" not in name:
+        return name
+    slashed = name.replace("\\", "/")
+    spellings = (name, slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")))
+    return next((spelling for spelling in spellings if below(root, spelling).is_file()), name)
 
 
 def _coco_root(path: Path, names: list[str]) -> Path:
@@ -316,10 +328,13 @@ def _coco_root(path: Path, names: list[str]) -> Path:
     parts = (*(part for part in path.stem.split("_") if part), "images")
     folders = [path.parent, *(beside / part for beside in (path.parent, path.parent.parent) for part in parts)]
     probed = names[:: max(1, len(names) // _PROBED_NAMES)][:_PROBED_NAMES]
-    hits = [sum((folder / name).is_file() for name in probed) for folder in folders]
+    hits = [sum((folder / _spelt_as_there(name, folder)).is_file() for name in probed) for folder in folders]
     if probed and max(hits) == 0:
         tried = ", ".join(str(folder) for folder in folders)
-        raise ValueError(f"{path}: none of its images was found (first: {probed[0]!r}; looked in {tried}); pass root=")
+        raise ValueError(
+            f"{path}: none of its images was found (first: {probed[0]!r}; looked in {tried}); put the file beside the "
+            "folder that its file names are relative to, or give that folder instead of the file"
+        )
     return folders[hits.index(max(hits))]
 
 
@@ -420,6 +435,44 @@ def upright_size(record: ImageRecord) -> tuple[int, int] | None:
     except Exception:  # decoders raise all kinds of errors on damaged files; training would put them aside too
         return None
     return (width, height) if lying else (height, width)
+
+
+def page_count(record: ImageRecord) -> int:
+    """Number of pages or frames of an image, of which the first is read; 1 where it cannot be told."""
+    try:
+        with _quiet_pillow(), record.open() as stream, Image.open(stream) as image:
+            return int(getattr(image, "n_frames", 1))
+    except Exception:  # decoders raise all kinds of errors on damaged files
+        return 1
+
+
+def darkness(record: ImageRecord, pixels: Tensor) -> str:
+    """What is to be said of an image that uses only the dark part of its range; empty if it is bright enough.
+
+    Sensors of 10 to 14 bits fill 16-bit files only in part, which comes out nearly black.
+    """
+    brightest = int(pixels.max())
+    if brightest >= _BRIGHT:
+        return ""
+    try:
+        with _quiet_pillow(), record.open() as stream, Image.open(stream) as image:
+            largest = int(np.asarray(image).max()) if image.mode.startswith("I") else None
+    except Exception:  # decoders raise all kinds of errors on damaged files
+        largest = None
+    deep = f"; {largest.bit_length()} bits in 16? scale them" if largest is not None else ""
+    return f"values up to {brightest} of 255{deep}"
+
+
+def warn_if_dark(source: ImageSource) -> None:
+    """Log it if the first images of a source are all dark: learned from, they look alike."""
+    said = []
+    for index in range(min(_DARK_SAMPLE, len(source))):
+        try:
+            said.append(darkness(source[index], read_image(source[index])))
+        except UnreadableImageError:
+            continue
+    if said and all(said):
+        _log.warning("%s: its first %d images are nearly black (%s)", source.root, len(said), said[0])
 
 
 def _exif_orientation(image: Image.Image) -> int:

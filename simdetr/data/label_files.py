@@ -145,7 +145,7 @@ def _format_named(name: str) -> LabelFormat:
 
 
 def _read_coco(path: Path, images: ImageSource | None, report: LabelReport, masks: bool) -> Labels:
-    return read_coco(path, masks=masks, report=report)[0]
+    return read_coco(path, masks=masks, report=report, images=images)[0]
 
 
 def _read_parquet(path: Path, images: ImageSource | None, report: LabelReport, masks: bool) -> Labels:

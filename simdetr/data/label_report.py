@@ -8,6 +8,7 @@ from pathlib import Path
 
 from simdetr.data.annotations import LabelError
 
+LEFT_OUT = "image of which no box can be used, left out: it would teach that it is empty"
 _EXAMPLES_PER_KIND = 5
 
 
@@ -35,6 +36,7 @@ class LabelReport:
     notes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     unlabelled: list[str] = field(default_factory=list)
+    _counted: set[str] = field(default_factory=set, repr=False)  # those of them that are among the problems
 
     @property
     def total(self) -> int:
@@ -46,6 +48,12 @@ class LabelReport:
         if self.strict:
             raise LabelError(f"{self.path}: {where}: {kind} (strict)")
         self._count(self.counts, kind, where)
+
+    def leave_out(self, image_id: str) -> None:
+        """Count an image as unlabelled, since none of the boxes that the file has of it can be used."""
+        self.add(LEFT_OUT, image_id)
+        self.unlabelled.append(image_id)
+        self._counted.add(image_id)
 
     def note(self, kind: str, where: str) -> None:
         """Count something that comes out otherwise than it stands in the file, which is no fault of it."""
@@ -61,11 +69,12 @@ class LabelReport:
         return self._lines(self.counts)
 
     def note_lines(self) -> list[str]:
-        """One line per kind of note, and one on unlabelled images."""
+        """One line per kind of note, and one on images that nobody has labelled."""
         lines = self._lines(self.notes)
-        if self.unlabelled:
-            first = ", ".join(self.unlabelled[:_EXAMPLES_PER_KIND])
-            lines.append(f"{len(self.unlabelled)} × image without labels, left out: {first}")
+        others = [image_id for image_id in self.unlabelled if image_id not in self._counted]
+        if others:
+            first = ", ".join(others[:_EXAMPLES_PER_KIND])
+            lines.append(f"{len(others)} × image without labels, left out: {first}")
         return lines
 
     def _lines(self, counter: Counter[str]) -> list[str]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from simdetr.data import masks as mask_codes
 from simdetr.data import points as point_columns
 from simdetr.data.annotations import Category, ImageLabels, LabelError, Lineage
+from simdetr.data.category_matching import match_categories
 
 _LIST_COLUMNS = ("boxes_xyxy", "classes", "scores", "areas")
 _OPTIONAL_COLUMNS = ("lineage", "masks", "points")
@@ -204,19 +205,20 @@ class Labels:
         return replace(self, classes=np.zeros_like(self.classes), categories=(Category(1, "object"),))
 
     def with_categories(self, categories: Sequence[Category]) -> Labels:
-        """The same boxes, their classes counted in another list of categories (matched by id).
+        """The same boxes, their classes counted in another list of categories, see `match_categories`.
 
-        Two files of one data set may list different categories; this makes the second one speak as the first.
+        Two files of one data set may number or list their categories otherwise; this makes the second one speak as the
+        first.
 
         Raises:
             LabelError: a category that has boxes is not in the list.
         """
-        index = {category.id: position for position, category in enumerate(categories)}
-        mapping = np.array([index.get(category.id, -1) for category in self.categories], dtype=np.int64)
+        mapping = match_categories(self.categories, categories).positions
         classes = mapping[self.classes]
         missing = sorted({self.categories[c].name for c in np.unique(self.classes[classes < 0])})
         if missing:
-            raise LabelError(f"categories: boxes of {', '.join(missing)} have no category in the given {len(index)}")
+            known = ", ".join(category.name for category in categories)
+            raise LabelError(f"categories: boxes of {', '.join(missing)} have no class among {known}; name them alike")
         return replace(self, classes=classes, categories=tuple(categories))
 
     @classmethod

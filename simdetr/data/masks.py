@@ -73,6 +73,31 @@ def of_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> bytes | None
     raise LabelError("expected polygons or run lengths")
 
 
+def extent(segmentation: Any, size_hw: tuple[int, int]) -> tuple[tuple[float, float, float, float], float]:  # noqa: ANN401
+    """The box (x0, y0, x1, y1) around an annotation's ``segmentation`` and its area in square pixels.
+
+    Corners of polygons are taken as they are, also outside the image; run lengths have the size that they say.
+
+    Raises:
+        LabelError: a segmentation that cannot be read, or an empty one.
+    """
+    if isinstance(segmentation, dict):
+        size = segmentation.get("size")
+        if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) for side in size):
+            raise LabelError(f"expected run lengths with their size [height, width], got {size!r}")
+        code = {"size": size, "counts": _of_run_lengths(segmentation, (size[0], size[1]))}
+        x, y, width, height = coco_masks.toBbox(code).tolist()
+        if width <= 0 or height <= 0:
+            raise LabelError("expected run lengths of an object, got an empty mask")
+        return (x, y, x + width, y + height), float(coco_masks.area(code))
+    if not isinstance(segmentation, list):
+        raise LabelError("expected polygons or run lengths")
+    corners = [flat.reshape(-1, 2) for flat in _polygons(segmentation, size_hw)]
+    low, high = (np.concatenate(corners).min(axis=0), np.concatenate(corners).max(axis=0))
+    area = sum(abs(_doubled_area(points)) / 2 for points in corners)
+    return (float(low[0]), float(low[1]), float(high[0]), float(high[1])), area
+
+
 def column(masks: Iterable[bytes]) -> Masks:
     """Run lengths as an array; a LabelError for a mask that is no bytes, or empty ones."""
     codes = list(masks)
@@ -84,20 +109,34 @@ def column(masks: Iterable[bytes]) -> Masks:
     return array
 
 
+def _doubled_area(corners: NDArray[np.float64]) -> float:
+    """Twice the signed area of a polygon [n, 2]."""
+    following = np.roll(corners, -1, axis=0)
+    return float((corners[:, 0] * following[:, 1] - corners[:, 1] * following[:, 0]).sum())
+
+
 def _of_polygons(polygons: list[Any], size_hw: tuple[int, int]) -> bytes:
+    areas = [flat.tolist() for flat in _polygons(polygons, size_hw)]
+    counts: bytes = coco_masks.merge(coco_masks.frPyObjects(areas, *size_hw))["counts"]
+    return counts
+
+
+def _polygons(polygons: list[Any], size_hw: tuple[int, int]) -> list[NDArray[np.float64]]:
+    """Those with an area, flat, [x, y, x, y, ...] each; one polygon may come without a list around it."""
+    if all(isinstance(value, int | float) for value in polygons):
+        polygons = [polygons]
     try:
         points = [np.asarray(polygon, dtype=np.float64) for polygon in polygons]
     except (TypeError, ValueError) as error:
         raise LabelError("a polygon is no list of numbers") from error
-    limit = _FAR * max(size_hw)
+    limit = _FAR * max(size_hw) or math.inf
     for flat in points:
         if flat.ndim != 1 or len(flat) % 2 or not (np.abs(flat) <= limit).all():
             raise LabelError("expected polygons [x, y, x, y, ...] of numbers in or near the image")
-    areas = [flat.tolist() for flat in points if len(flat) >= 6]  # points and lines have none
+    areas = [flat for flat in points if len(flat) >= 6]  # points and lines have none
     if not areas:
         raise LabelError("expected a polygon of at least three corners")
-    counts: bytes = coco_masks.merge(coco_masks.frPyObjects(areas, *size_hw))["counts"]
-    return counts
+    return areas
 
 
 def _of_run_lengths(segmentation: dict[str, Any], size_hw: tuple[int, int]) -> bytes:

@@ -23,13 +23,13 @@ from torch.nn import functional
 
 from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.images import ImageSource, open_images, read_image
+from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.batch import MiningConfig, encode, load_image, mine_batch, shrink
 from simdetr.mining.encoders import Encoder
 from simdetr.mining.preview import evenly
-from simdetr.training.datamodule import read_training_labels
 
 Recall = Callable[[Encoder, torch.device], dict[str, float]]  # An encoder and its device to named recall numbers
 Row = dict[str, float]
@@ -192,8 +192,8 @@ def load_encoder_recall(
         ValueError: the labels are not of these images.
         UnreadableImageError: one of them cannot be decoded.
     """
-    labels = read_training_labels(Path(truth))
     source = open_images(images if images is not None else truth)
+    labels = read_labels(truth, images=source)
     present = [image_id for image_id in labels.image_ids if image_id in source]
     if not present:
         raise ValueError(

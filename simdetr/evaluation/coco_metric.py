@@ -1,8 +1,9 @@
 """Average precision as COCO defines it: human truth and predictions in, the twelve COCO numbers out.
 
 Both sides are `Labels`; pycocotools' COCOeval does the matching and the averaging, so the numbers are the ones that
-papers print. Images are matched by image id and categories by category id. Fractions in 0..1; ``nan`` where the truth
-holds no object that the number could be about (pycocotools says -1 there, which poisons averages).
+papers print. Images are matched by image id and categories by name (`simdetr.data.category_matching`). Fractions in
+0..1; ``nan`` where the truth holds no object that the number could be about (pycocotools says -1 there, which poisons
+averages).
 Source: https://cocodataset.org/#detection-eval.
 """
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from simdetr.data.category_matching import check_comparable
 from simdetr.data.labels import Labels
 
 SIZES = ("all", "small", "medium", "large")  # COCO's area ranges: below 32², 32² to 96², above 96² px²
@@ -68,7 +70,7 @@ def coco_metrics(truth: Labels, predictions: Labels) -> dict[str, float]:
         Fractions in 0..1, 0 without predictions, ``nan`` where the truth holds no object of that size.
 
     Raises:
-        ValueError: predictions for images that the truth does not hold, or no category id in common.
+        ValueError: predictions for images that the truth does not hold, or no category in common.
     """
     scores = match_boxes(truth, predictions)
     metrics = {"AP": scores.average_precision()} | {f"AP{iou}": scores.average_precision(iou=iou) for iou in (50, 75)}
@@ -137,7 +139,7 @@ def rows_of_images(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
         raise ValueError(
             f"predictions: {len(unknown)} of {len(predictions)} images are not among the {len(truth)} images of the "
             f"truth (first: {unknown[0]!r}); the truth's ids look like {list(truth.image_ids[:1])}. Predict on the "
-            "truth's images, or keep the shared ones with predictions.select(...)"
+            "truth's images alone"
         )
     indices = np.asarray([truth.row_of(image_id) for image_id in predictions.image_ids], np.int64)
     return indices[predictions.owners]
@@ -145,15 +147,9 @@ def rows_of_images(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
 
 def categories_in_truth(truth: Labels, predictions: Labels) -> NDArray[np.int64]:
     """COCO category (truth's class index + 1) of every predicted box, 0 for categories unknown to the truth."""
-    index_of = {category.id: index for index, category in enumerate(truth.categories)}
-    lookup = np.asarray([index_of.get(category.id, -1) + 1 for category in predictions.categories], np.int64)
-    if len(predictions.classes) and not lookup.any():
-        raise ValueError(
-            f"predictions: none of their {len(predictions.categories)} category ids "
-            f"(first: {[c.id for c in predictions.categories[:3]]}) is among the {len(truth.categories)} of the truth "
-            f"(first: {[c.id for c in truth.categories[:3]]}). Pseudo-classes have no AP: use proposal_recall"
-        )
-    return lookup[predictions.classes]
+    match = check_comparable(predictions.categories, truth.categories, "the predictions", "the truth")
+    classes: NDArray[np.int64] = (match.positions + 1)[predictions.classes]
+    return classes
 
 
 def _columns(

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from simdetr import pipeline
 from simdetr.data.annotations import LabelError
+from simdetr.data.category_matching import match_categories
 from simdetr.data.coco import write_coco
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_files import write_labels
@@ -51,7 +52,7 @@ from simdetr.labelling.consensus import VIEWS, consensus
 from simdetr.labelling.correction import CorrectorFit, correct_boxes, fit_corrector
 from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
 from simdetr.labelling.gallery_page import write_gallery_page
-from simdetr.labelling.shots import LabellingInputs, background_boxes, by_name, check_shots, renamed
+from simdetr.labelling.shots import LabellingInputs, background_boxes, check_shots, renamed
 from simdetr.labelling.verification import NEGATIVE, Gallery, verify
 from simdetr.mining.encoders import Encoder
 from simdetr.recipe import Recipe
@@ -273,9 +274,8 @@ def guard_base(
     truth, scores = inputs.base.select(held), {}
     for name, detector in detectors.items():
         found = predict(inputs.images.subset(held), detector, device=device)
-        known = {category.name for category in truth.categories}
-        rows = np.flatnonzero([found.categories[own].name in known for own in found.classes])
-        scores[name] = coco_metrics(truth, by_name(found.rows(rows), truth.categories))["AP"]
+        knows = match_categories(found.categories, truth.categories)
+        scores[name] = coco_metrics(truth, found)["AP"] if knows else 0.0
     write_json(run.base, scores)
     names = list(detectors)
     if scores[names[-1]] < scores[names[0]] - MOST_LOST:

@@ -27,7 +27,6 @@ from simdetr.data.images import ImageSource
 from simdetr.data.labels import Labels
 from simdetr.detectors.predictions import Detections, postprocess
 from simdetr.exchange.weights import LoadedDetector
-from simdetr.labelling.shots import by_name
 from simdetr.training.progress import image_progress
 from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, Throughput
 
@@ -109,7 +108,7 @@ def consensus(
     Raises:
         LabelError: A labelled image is not in the source, or a class is none of the detector's.
     """
-    classes = by_name(labels, loaded.categories).classes
+    classes = labels.with_categories(loaded.categories).classes
     before = labels.boxes_xyxy.astype(np.float64)
     weights = np.maximum(labels.scores.astype(np.float64), 1e-6)
     sums, seen = before * weights[:, None], np.zeros(len(before), np.int64)

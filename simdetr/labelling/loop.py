@@ -21,6 +21,7 @@ import yaml
 
 from simdetr import pipeline
 from simdetr.data.annotations import ImageLabels
+from simdetr.data.category_matching import match_categories
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.labels import Labels
@@ -41,7 +42,6 @@ from simdetr.labelling.image_selection import (
     label_conflicts,
     order_images,
 )
-from simdetr.labelling.shots import by_name
 from simdetr.labelling.stopping import Audit, Decision, ErrorBound, ErrorEstimate, Round, draw_audit, errors_left
 from simdetr.training.inference import predict
 from simdetr.training.run_folder import RunFolder, detector_folder
@@ -90,7 +90,7 @@ def label_order(
     check_writable(out)
     start = detector_folder(init)
     network = crop_encoder(encoder_for(encoder, init), device)
-    known = None if people is None else read_labels(Path(people))
+    known = None if people is None else read_labels(people, images=source)
     labelled = frozenset(() if known is None else (image_id for image_id in known.image_ids if image_id in source))
     found = predict(source, start, min_score=LEAST_SCORE, one_class=True, device=device)
     conflicts = frozenset() if known is None else contradicted(known, found)
@@ -103,11 +103,10 @@ def label_order(
 
 def contradicted(known: Labels, found: Labels) -> frozenset[str]:
     """Images that people labelled and where a detection is sure of another class; none if it does not know theirs."""
-    names = {category.name for category in known.categories}
-    if not names.issuperset(category.name for category in found.categories):
+    if match_categories(found.categories, known.categories).missing:
         return frozenset()
     sure = found.rows(np.flatnonzero(found.scores > SURE_SCORE))
-    return frozenset(label_conflicts(known, by_name(sure, known.categories)))
+    return frozenset(label_conflicts(known, sure.with_categories(known.categories)))
 
 
 def write_order(order: Order, path: Path) -> None:
@@ -248,7 +247,7 @@ def simulate_labelling(
     check_strategy(settings.strategy)
     detector = detector_folder(init)
     network = crop_encoder(encoder_for(encoder, init), device)
-    known = read_labels(Path(truth)).select(source.ids)
+    known = read_labels(truth, images=source).select(source.ids)
     facts = {"loop": asdict(settings), "person": asdict(annotator), "truth": known.fingerprint(), "init": str(init)}
     facts |= {"config": [*map(str, config)], "options": [*options]}
     RunFolder(out).claim(yaml.safe_dump({"labelling": json.loads(json.dumps(facts))}))

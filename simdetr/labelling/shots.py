@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from simdetr.boxes import pairwise_iou
 from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.images import ImageSource, open_images
-from simdetr.data.label_files import read_labels
+from simdetr.data.label_files import read_labels, read_with_report
 from simdetr.data.labels import Labels
 from simdetr.data.protocols import hash_order
 
@@ -64,11 +64,12 @@ class LabellingInputs:
     ) -> LabellingInputs:
         """Read them; see ``autolabel`` for the arguments and errors."""
         pool = images if isinstance(images, ImageSource) else open_images(images)
-        labels, before = read_labels(Path(shots)), None if base is None else read_labels(Path(base))
-        if before is not None:
-            labels = by_name(labels, joined_categories(before.categories, labels.categories))
-        inside = shot_images is None and all(image_id in pool for image_id in labels.image_ids)
+        inside = shot_images is None and _all_in(pool, shots)
         exemplars = pool if inside else open_images(shots if shot_images is None else shot_images)
+        labels = read_labels(shots, images=exemplars)
+        before = None if base is None else read_labels(base, images=pool)
+        if before is not None:
+            labels = labels.with_categories(joined_categories(before.categories, labels.categories))
         missing = [image_id for image_id in labels.image_ids if image_id not in exemplars]
         if missing:
             raise LabelError(
@@ -85,10 +86,11 @@ class LabellingInputs:
         def own(found: Labels | None, *, of_pool: bool = True) -> Labels | None:
             if found is None:
                 return None
-            named = renamed(by_name(found, labels.categories), {} if of_pool else names)
+            named = renamed(found.with_categories(labels.categories), {} if of_pool else names)
             return named.select(image_id for image_id in named.image_ids if image_id in pool or not of_pool)
 
-        read = [None if path is None else read_labels(Path(path)) for path in (negatives, people, truth)]
+        own_images = ((negatives, exemplars), (people, pool), (truth, pool))
+        read = [None if path is None else read_labels(path, images=of) for path, of in own_images]
         return cls(
             ImageSource(pool.root, [*pool.ids, *dict.fromkeys(outside)]),
             tuple(pool.ids),
@@ -115,26 +117,14 @@ class LabellingInputs:
         return merged(self.shots, few_of(self.base, int(np.bincount(self.shots.classes).max())))
 
 
+def _all_in(pool: ImageSource, path: str | Path) -> bool:
+    """Whether all images of a label file are in a source."""
+    return all(image_id in pool for image_id in read_with_report(path, images=pool)[0].image_ids)
+
+
 def renamed(labels: Labels, names: Mapping[str, str]) -> Labels:
     """The same labels under other ids of their images; those that are not in ``names`` keep theirs."""
     return replace(labels, image_ids=tuple(names.get(image_id, image_id) for image_id in labels.image_ids))
-
-
-def by_name(labels: Labels, categories: Sequence[Category]) -> Labels:
-    """The same boxes, their classes counted in another list of categories by name; two files may number them apart.
-
-    Raises:
-        LabelError: A class that has boxes is not in the list.
-    """
-    rows = {category.name: row for row, category in enumerate(categories)}
-    mapping = np.array([rows.get(category.name, -1) for category in labels.categories], np.int64)
-    classes = mapping[labels.classes]
-    missing = sorted({labels.categories[own].name for own in np.unique(labels.classes[classes < 0])})
-    if missing:
-        raise LabelError(
-            f"categories: boxes of {', '.join(missing)} have no class among {', '.join(rows)}; name them alike"
-        )
-    return replace(labels, classes=classes, categories=tuple(categories))
 
 
 def joined_categories(before: Sequence[Category], new: Sequence[Category]) -> tuple[Category, ...]:

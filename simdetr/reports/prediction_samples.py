@@ -145,7 +145,7 @@ def heat_maps(
         )
     source = open_images(images)
     settings = InferenceSettings.of(loaded.image_settings, **throughput.on(device or default_device(), len(source)))
-    truth = read_labels(labels) if labels is not None else None
+    truth = read_labels(labels, images=source) if labels is not None else None
     return write_heat_maps(loaded.detector, source, settings, folder, truth)  # type: ignore[arg-type]
 
 

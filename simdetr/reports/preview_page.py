@@ -18,6 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from simdetr.boxes import pairwise_iou
 from simdetr.data.images import open_images
+from simdetr.data.label_files import read_labels
 from simdetr.data.machine import cores
 from simdetr.data.storage import Location, locate, write_whole
 from simdetr.mining.miner import Rank
@@ -27,7 +28,6 @@ from simdetr.recipe import MiningJob
 from simdetr.reports.charts import INK, LINE_COLOURS, new_figure, style_panel, to_svg
 from simdetr.reports.drawing import Colour, draw_boxes, readable
 from simdetr.reports.page import SIZES, format_bytes, format_duration, page_template
-from simdetr.training.datamodule import read_training_labels
 from simdetr.training.recipe_choice import for_mining
 
 PICTURE_PX = 360  # longer side
@@ -213,10 +213,10 @@ def preview(
     """
     if num_ranks < 1 or Rank.from_environment().count > 1:
         raise ValueError("num_ranks: expected at least 1, and a preview in one process; leave torchrun or srun out")
-    known = None if truth is None else read_training_labels(Path(truth))
     chosen = for_mining(config, images)
     job = MiningJob(str(images), "", chosen.configs, (*chosen.options, *options), device)
     sections, source = job.sections(), open_images(images)
+    known = None if truth is None else read_labels(truth, images=source)
     found = preview_mining(source, sections.encoder, sections.mining, count, truth=known, device=job.own_device)
     record = preview_record(found, Machine(cores(), torch.cuda.device_count()), num_ranks)
     write_preview(found, record, locate(out) / "preview")

@@ -196,7 +196,7 @@ def mine_rivals(
             f"run: the proposals of {folder.path} were mined with other settings ({'; '.join(differing)}). Give the "
             "images, config files and options that they were mined with."
         )
-    known = read_labels(Path(truth)) if truth is not None else None
+    known = read_labels(truth, images=source) if truth is not None else None
     for method in methods or BASELINES:
         out, shown = rival_folder(folder.path, method), sys.stderr.isatty()
         mine_rival(method, source, sections.encoder, sections.mining, out, device=job.own_device, progress=shown)

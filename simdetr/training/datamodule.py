@@ -16,14 +16,15 @@ import numpy as np
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from simdetr.data.annotations import Category, LabelError
+from simdetr.data.annotations import Category
 from simdetr.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Mosaic, eval_transforms, train_transforms
-from simdetr.data.coco import read_coco
+from simdetr.data.category_matching import check_comparable
 from simdetr.data.dataset import DetectionDataset, WithUnlabelled, collate, collate_pairs
 from simdetr.data.image_level import image_level as image_level_of
 from simdetr.data.image_level import read_image_level
 from simdetr.data.images import ImageSource, open_images
-from simdetr.data.label_files import read_labels
+from simdetr.data.label_checks import check_has_boxes, say_match, without_missing
+from simdetr.data.label_files import read_with_report, say
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_workers
 from simdetr.data.protocols import first_images
@@ -36,20 +37,17 @@ SHORT_SIDES, MAX_SIDE = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
 """Sizes in pixels of Deformable DETR's training."""
 
 
-def read_training_labels(path: Path, *, strict: bool = False, masks: bool = False) -> Labels:
-    """Labels of a Parquet or COCO file; what had to be dropped or repaired in a COCO file is logged, counted.
+def read_training_labels(path: Path, images: ImageSource, *, strict: bool = False, masks: bool = False) -> Labels:
+    """Labels that something can be learned from, of images that are there.
 
     Raises:
-        LabelError: The file holds no labels, or has a problem and ``strict`` is set.
+        LabelError: The file holds no labels or no box to learn from, is of other images, or has a problem and
+            ``strict`` is set.
     """
-    if path.suffix.lower() == ".csv":
-        raise LabelError(f"labels: {path} has no boxes; a CSV gives classes of whole images, for image_level: true")
-    if path.suffix.lower() != ".json":
-        return read_labels(path)
-    labels, problems = read_coco(path, strict=strict, masks=masks)
-    if problems.total:
-        LOG.warning("%s: %s", path, "; ".join(problems.lines()))
-    return labels
+    labels, report = read_with_report(path, images=images, strict=strict, masks=masks)
+    say(report)
+    check_has_boxes(labels, path, report)
+    return without_missing(labels, images, path)
 
 
 def sizes_up_to(largest: int) -> list[int]:
@@ -172,8 +170,9 @@ class DetectionData(pl.LightningDataModule):
         self.source = open_images(images)
         self.val_source: ImageSource | None = open_images(val_images) if val_images is not None else None
         self.val_labels: Labels | None = None
-        if val_images is not None:
-            self.val_labels = read_training_labels(Path(val_labels or val_images), strict=strict)
+        self._label_files = tuple(str(path) for path in (labels or images, val_labels or val_images))
+        if self.val_source is not None:
+            self.val_labels = read_training_labels(Path(self._label_files[1]), self.val_source, strict=strict)
         path = Path(labels if labels is not None else images)
         if image_level:
             if mosaic > 0:
@@ -187,7 +186,7 @@ class DetectionData(pl.LightningDataModule):
                 )
             self.labels = self._read_image_level(path, strict)
         else:
-            self.labels = read_training_labels(path, strict=strict, masks=masks)
+            self.labels = read_training_labels(path, self.source, strict=strict, masks=masks)
         self.masks = masks and self.labels.masks is not None
         if masks and not self.masks:
             LOG.warning("%s has no masks: training goes on with boxes alone", path)
@@ -209,6 +208,14 @@ class DetectionData(pl.LightningDataModule):
             if self.val_labels is not None:
                 rules = self.reference_points.of(self.val_labels.categories)
                 self.val_labels = with_reference_points(self.val_labels, rules)
+
+    def check_validation(self) -> None:
+        """Refuse validation labels without any category of the training labels, by a LabelError that names both."""
+        if self.val_labels is None:
+            return
+        own, other = self._label_files
+        match = check_comparable(self.val_labels.categories, self.categories, other, own)
+        say_match(match, self.val_labels, other, own)
 
     def follow(self, image_settings: Mapping[str, Any]) -> None:
         """Prepare images as a detector wants them, wherever the arguments left that open; any setting may be absent."""
@@ -318,7 +325,7 @@ class DetectionData(pl.LightningDataModule):
 
     def _read_image_level(self, path: Path, strict: bool) -> Labels:
         if not path.is_dir() and path.suffix.lower() != ".csv":
-            return image_level_of(read_training_labels(path, strict=strict))
+            return image_level_of(read_training_labels(path, self.source, strict=strict))
         # speaking of the same category ids, or no detection would match the truth of the validation
         categories = None if self.val_labels is None else self.val_labels.categories
         return read_image_level(path, self.source, categories)

@@ -369,6 +369,11 @@ class CocoValidation(Callback):
         self.class_agnostic = class_agnostic
         self._rows: list[tuple[ImageLabels, ImageLabels]] = []
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse, before the first step, validation labels whose classes are none of the training's."""
+        if not self.class_agnostic:
+            trainer.datamodule.check_validation()  # type: ignore[attr-defined]
+
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the last epoch."""
         self._rows = []

@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from simdetr.data.annotations import LabelError
+from simdetr.data.category_matching import are_pseudo_classes, check_comparable, match_categories
 from simdetr.data.images import ImageSource, open_images
-from simdetr.data.label_files import read_labels
+from simdetr.data.label_checks import check_has_boxes, say_match
+from simdetr.data.label_files import read_with_report, say
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
 from simdetr.data.quarantine import Quarantine, check_share
@@ -143,7 +146,8 @@ def evaluate(
 
     Args:
         images: Images to evaluate on; those without labels are left out.
-        labels: COCO JSON with their boxes; labelled images that are not there count as missed.
+        labels: COCO JSON with their boxes, whose classes are the detector's by name; labelled images that are not
+            there, and boxes of classes that the detector does not know, count as missed.
         checkpoint: Run folder, detector folder or checkpoint.
         device: Torch device; the GPU if there is one.
         point_radius: As for ``predict``.
@@ -151,18 +155,28 @@ def evaluate(
         throughput: Batch size, decoding processes and precision; by default what suits the machine.
 
     Raises:
-        ValueError: No image has labels.
+        LabelError: No image has labels, no box is left to look for, or its classes are none of the detector's.
         TooManyUnreadableError: As for ``predict``.
     """
-    truth, source, loaded = read_labels(Path(labels)), open_images(images), load_detector(detector_folder(checkpoint))
+    source, loaded = open_images(images), load_detector(detector_folder(checkpoint))
+    truth, report = read_with_report(labels, images=source)
+    say(report)
+    check_has_boxes(truth, labels, report)
     shared = [image_id for image_id in source.ids if image_id in truth]
     if not shared:
-        raise ValueError(
+        raise LabelError(
             f"images: none of the {len(source)} images of {images} is in {labels} (ids like {source.ids[0]!r} there, "
             f"{next(iter(truth.image_ids), None)!r} here); give the folder that the labels' file names are relative to."
         )
     if len(shared) < len(truth):
-        LOG.warning("%d of %d labelled images are not in %s", len(truth) - len(shared), len(truth), images)
+        LOG.warning(
+            "%d of %d labelled images are not in %s and count as missed", len(truth) - len(shared), len(truth), images
+        )
+    if are_pseudo_classes(loaded.categories) and not match_categories(truth.categories, loaded.categories):
+        LOG.warning("%s knows pseudo-classes alone: only scores with an @, whatever the class, are given", checkpoint)
+    else:
+        match = check_comparable(truth.categories, loaded.categories, labels, checkpoint)
+        say_match(match, truth, labels, f"the detector in {checkpoint}")
     settings = InferenceSettings.of(
         loaded.image_settings, point_radius=point_radius, **throughput.on(device or default_device(), len(shared))
     )
@@ -184,10 +198,11 @@ def score(
     if loaded.reference_points is not None and truth.points is None:
         rules = ReferencePoints(loaded.reference_points, loaded.categories)
         truth = with_reference_points(truth, rules.of(truth.categories))
-    scores = coco_metrics(truth, found) | proposal_recall(truth, objects)
-    if truth.points is not None and found.points is not None:
+    comparable = bool(match_categories(found.categories, truth.categories))
+    scores = (coco_metrics(truth, found) if comparable else {}) | proposal_recall(truth, objects)
+    if comparable and truth.points is not None and found.points is not None:
         scores |= point_metrics(truth, found, objects)
-    if localisation_head(loaded.detector) is not None:
+    if comparable and localisation_head(loaded.detector) is not None:
         numbered = truth.with_categories(loaded.categories)
         scores |= localisation_scores(loaded.detector, source, numbered, settings)  # type: ignore[arg-type]
     return found, scores

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from simdetr.data.images import ImageSource, open_images
-from simdetr.data.label_files import read_labels
+from simdetr.data.label_files import read_with_report
 from simdetr.data.pretrained_weights import PACKAGED, PretrainedWeightsError
 from simdetr.mining.encoders import TimmEncoder, read_record
 from simdetr.mining.pseudo_labels import RECORD
@@ -112,7 +112,7 @@ def for_finetuning(
     """
     if config:
         return ChosenRecipe(tuple(map(str, config)))
-    count = round(label_fraction * len(read_labels(Path(labels))))
+    count = round(label_fraction * len(read_with_report(labels, images=open_images(images))[0]))
     length = _length_option(FINETUNING[_base()], count, _read(FINETUNE)["data"]["batch_size"], options)
     if init is not None:
         return ChosenRecipe((str(FINETUNE),), length)

@@ -12,6 +12,7 @@ from simdetr.data import masks
 from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.coco import read_coco, write_coco, write_detections
 from simdetr.data.label_files import read_labels
+from simdetr.data.label_report import LEFT_OUT
 from simdetr.data.labels import Labels
 
 IMAGES = [
@@ -56,7 +57,12 @@ BAD_ANNOTATIONS = {
     "box outside the image, clipped": box(73, bbox=(-1, 2, 10, 20)),
     "box without area in the image, dropped": box(74, bbox=(5, 5, 0, 10)),
     "box, score or area is no number, dropped": box(75, bbox=(5, None, 10, 10)),
-    "annotation id repeated, both kept": box(1),
+    "annotation id repeated, both kept": box(1, bbox=(5, 5, 9, 9)),
+    "the same box of the same class again, dropped": box(77),
+    "box of negative width or height, dropped": box(78, bbox=(10, 10, -3, 5)),
+    "iscrowd is neither 0 nor 1, taken as 0": box(79, bbox=(5, 5, 9, 9), iscrowd="maybe"),
+    "area is not that of the object, taken anew": box(80, bbox=(5, 5, 9, 9), area=5000),
+    "no bbox, and the segmentation cannot be read, dropped": box(81) | {"bbox": None, "segmentation": [[1, 2]]},
     "annotation is no object, dropped": 5,
     "score outside 0 to 1, clipped": box(76, score=2),
 }
@@ -95,13 +101,16 @@ def test_each_problem_is_counted_or_is_an_error_when_strict(coco_file, kind):
 def test_boxes_are_clipped_or_dropped(coco_file, bbox, expected):
     labels, problems = read_coco(coco_file(IMAGES, [box(1, bbox=bbox)], CATEGORIES))
     assert labels.boxes_xyxy.tolist() == ([] if expected is None else [expected])
-    assert problems.total == (0 if bbox == (0, 0, 60.05, 40) else 1)  # rounding is no problem
+    left_out = {} if expected else {LEFT_OUT: 1}
+    kinds = dict(problems.counts)
+    assert {kind: kinds.pop(kind) for kind in left_out} == left_out
+    assert len(kinds) == (0 if bbox == (0, 0, 60.05, 40) else 1)  # rounding is no problem
 
 
 def test_problems_of_images_and_categories(coco_file):
-    images = [*IMAGES, {"id": 10, "file_name": "c.png", "height": 1, "width": 1}, {"id": 11}]
+    images = [*IMAGES, IMAGES[0], {"id": 11}]
     images.append({"id": 12, "file_name": "a.png", "height": 40, "width": 60})
-    path = coco_file(images, [box(1), box(2, image_id=12)], [*CATEGORIES, {"id": 3, "name": "lion"}, {"name": "no id"}])
+    path = coco_file(images, [box(1), box(2, 12, 90)], [*CATEGORIES, {"id": 3, "name": "lion"}, {"name": "no id"}])
     labels, problems = read_coco(path)
     assert labels.image_ids == ("a.png", "sub/b.png", "empty.png") and labels.offsets.tolist() == [0, 2, 2, 2]
     assert labels.categories[0] == Category(3, "cat")
@@ -269,7 +278,7 @@ def test_a_keypoint_without_a_box_is_a_landmark(coco_file, bbox, masks_too):
         assert masks.decode(labels.of("a.png").masks, (40, 60))[0].sum() == 0
     entry["keypoints"][2] = 0  # not labelled: nothing is left
     labels, problems = read_coco(coco_file(IMAGES, [entry], CATEGORIES))
-    assert len(labels.classes) == 0 and problems.total == 1 and labels.points is None
+    assert len(labels.classes) == 0 and problems.total == 2 and labels.points is None
 
 
 def test_broken_keypoints_are_counted_and_a_broken_box_is_no_missing_one(coco_file):
@@ -277,7 +286,7 @@ def test_broken_keypoints_are_counted_and_a_broken_box_is_no_missing_one(coco_fi
     assert labels.points is None and dict(problems.counts) == {"keypoint cannot be read, left out": 1}
     negative = box(1, bbox=(10, 10, -3, 5), keypoints=[4, 5, 2])
     labels, problems = read_coco(coco_file(IMAGES, [negative], CATEGORIES))
-    assert dict(problems.counts) == {"box without area in the image, dropped": 1} and len(labels.classes) == 0
+    assert problems.counts["box of negative width or height, dropped"] == 1 and len(labels.classes) == 0
 
 
 def test_points_survive_writing_and_pycocotools_reads_them(coco_file, tmp_path):

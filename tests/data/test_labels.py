@@ -74,14 +74,14 @@ def test_class_agnostic_keeps_all_but_the_class():
     assert labels.boxes_xyxy.tolist() == example().boxes_xyxy.tolist()
 
 
-def test_other_categories_are_matched_by_id():
+def test_other_categories_are_matched_by_name():
     labels = example()
-    wider = [Category(1, "ant"), Category("d", "hound"), Category(7, "cat"), Category(30, "owl")]
+    wider = [Category(1, "ant"), Category(30, "dog"), Category("x", "Cat"), Category(7, "owl")]
     assert labels.with_categories(wider).classes.tolist() == [3, 2, 1]
     assert labels.with_categories(wider).categories == tuple(wider)
     narrower = [Category(30, "owl"), Category(7, "cat")]
     assert labels.select(["a.png"]).with_categories(narrower).classes.tolist() == [0, 1]
-    with pytest.raises(LabelError, match="boxes of dog have no category in the given 2"):
+    with pytest.raises(LabelError, match="boxes of dog have no class among owl, cat"):
         labels.with_categories(narrower)
 
 

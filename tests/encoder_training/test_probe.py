@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from simdetr.data.images import open_images
+from simdetr.data.label_files import read_labels
 from simdetr.encoder_training import probe as encoder_recall
 from simdetr.encoder_training.probe import (
     effective_rank,
@@ -23,7 +24,6 @@ from simdetr.encoder_training.probe import (
 from simdetr.mining import ColourTextureEncoder, MiningConfig
 from simdetr.mining.encoders import TimmEncoder
 from simdetr.mining.regions import Regions
-from simdetr.training.datamodule import read_training_labels
 
 
 class Constant(torch.nn.Module):
@@ -166,7 +166,7 @@ def test_a_real_encoder_finds_something(scenes):
 
 
 def test_labels_of_other_images_are_refused(scenes, own_scenes, tmp_path):
-    labels = read_training_labels(scenes / "instances.json")
+    labels = read_labels(scenes / "instances.json")
     for image_id in labels.image_ids[:3]:
         (own_scenes / image_id).unlink()
     present = load_encoder_recall(scenes / "instances.json", own_scenes, 12, CONFIG)

@@ -14,7 +14,6 @@ from simdetr.data.coco import write_coco
 from simdetr.labelling.shots import (
     LabellingInputs,
     background_boxes,
-    by_name,
     check_shots,
     contradictions,
     few_of,
@@ -77,10 +76,10 @@ def test_background_touches_nothing_that_may_be_an_object():
 
 def test_two_files_may_number_their_classes_apart():
     other = (Category(5, "bolt"), Category(1, "nut"), Category(7, "unused"))
-    found = by_name(labels_of({"a": [(A, 0, 1.0), (B, 1, 1.0)]}, classes=other), CLASSES)
+    found = labels_of({"a": [(A, 0, 1.0), (B, 1, 1.0)]}, classes=other).with_categories(CLASSES)
     assert found.classes.tolist() == [0, 1] and found.categories == CLASSES
     with pytest.raises(LabelError, match="boxes of nut have no class among bolt"):
-        by_name(found, CLASSES[:1])
+        found.with_categories(CLASSES[:1])
 
 
 def test_new_classes_get_free_ids():
