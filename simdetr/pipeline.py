@@ -18,11 +18,11 @@ from typing import Any
 
 import yaml
 
-from simdetr.data.images import ImageSource, open_images, warn_if_dark
+from simdetr.data.images import IMAGE_SUFFIXES, ImageSource, open_images, warn_if_dark
 from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
-from simdetr.data.storage import locate
+from simdetr.data.storage import content_hash, locate
 from simdetr.evaluation.compare import BACKBONE_ONLY, PRETRAINED, SCRATCH, ComparisonRows
 from simdetr.exchange.weights import is_saved, load_detector
 from simdetr.mining.kmeans import process_group, rank
@@ -307,7 +307,7 @@ def compare(
     folder, (settings, text) = RunFolder(out), common.resolved()
     rows = ComparisonRows(out / "comparison.json", quiet=not leads())
     folder.claim(text + yaml.safe_dump({"compare": inputs}))
-    contents = contents_of(settings) | {"val_labels": read_labels(Path(val_labels)).fingerprint()}
+    contents = contents_of(settings) | {"val_labels": content_hash(Path(val_labels), IMAGE_SUFFIXES)}
     folder.claim_contents(contents, begun=bool(rows.rows))
     without = BACKBONE_ONLY if common.brings_weights() else SCRATCH
     for initialisation, fraction, seed in rows.missing(fractions, seeds, without):

@@ -8,7 +8,6 @@ ignores them.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import logging
 import warnings
@@ -30,10 +29,9 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 
 from simdetr.data.class_paths import current_arguments
-from simdetr.data.images import ImageSource, open_images
-from simdetr.data.label_files import read_labels
+from simdetr.data.images import IMAGE_SUFFIXES, ImageSource, open_images
 from simdetr.data.machine import default_device
-from simdetr.data.storage import atomic_path
+from simdetr.data.storage import atomic_path, content_hash
 from simdetr.detectors.detector import Detector
 from simdetr.exchange.weights import (
     brings_weights,
@@ -352,21 +350,12 @@ class Recipe:
 def contents_of(config: Namespace) -> dict[str, str]:
     """Hashes of what the label files and unlabelled images of a recipe hold, by the settings that name them."""
     data = config.data
-    found = {"data.labels": _content_of(Path(data.labels or data.images), masks=data.masks)}
+    found = {"data.labels": content_hash(Path(data.labels or data.images), IMAGE_SUFFIXES)}
     if data.val_images is not None:
-        found["data.val_labels"] = _content_of(Path(data.val_labels or data.val_images), masks=False)
+        found["data.val_labels"] = content_hash(Path(data.val_labels or data.val_images), IMAGE_SUFFIXES)
     if data.unlabelled is not None:
         found["data.unlabelled"] = open_images(data.unlabelled).fingerprint()
     return found
-
-
-def _content_of(labels: Path, *, masks: bool) -> str:
-    """Of boxes, or of the classes of whole images in a CSV or a folder."""
-    if labels.is_dir():
-        return open_images(labels).fingerprint()
-    if labels.suffix.lower() == ".csv":
-        return hashlib.blake2b(labels.read_bytes(), digest_size=16).hexdigest()
-    return read_labels(labels, masks=masks).fingerprint()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

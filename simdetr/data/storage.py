@@ -6,10 +6,11 @@ Local paths (also as ``file://``) become :class:`pathlib.Path`, every other URL 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -60,6 +61,20 @@ def files_below(folder: Location) -> Iterator[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = Path(directory).relative_to(folder)
         yield from ((relative / name).as_posix() for name in names_here if not name.startswith("."))
+
+
+def content_hash(path: Path, apart: Collection[str] = ()) -> str:
+    """A hash of a file's bytes; of a folder, of the names and bytes of all files below it.
+
+    Of files with one of the suffixes ``apart``, such as ``.jpg``, the names alone.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    for name in sorted(files_below(path)) if path.is_dir() else [""]:
+        total.update(f"{name}\0".encode())
+        if Path(name).suffix.lower() not in apart:
+            with (path / name).open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "blake2b").digest())
+    return total.hexdigest()
 
 
 def write_whole(location: Location, content: Any) -> None:  # noqa: ANN401 (bytes or a pyarrow buffer)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from simdetr.data.storage import atomic_path, below, files_below, locate, write_whole
+from simdetr.data.storage import atomic_path, below, content_hash, files_below, locate, write_whole
 
 
 @pytest.fixture
@@ -67,3 +67,18 @@ def test_target_appears_only_when_the_block_ends_well(tmp_path):
         raise RuntimeError("in the middle")
     assert target.read_text() == "new"
     assert [path.name for path in target.parent.iterdir()] == ["a.json"]
+
+
+def test_a_content_hash_speaks_of_names_and_bytes(tmp_path):
+    folder = tmp_path / "labels"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.txt").write_text("0 1")
+    (folder / "b.jpg").write_text("pixels")
+    first = content_hash(folder, {".jpg"})
+    (folder / "b.jpg").write_text("others")
+    assert content_hash(folder, {".jpg"}) == first != content_hash(folder)
+    (folder / "sub" / "a.txt").write_text("0 2")
+    second = content_hash(folder, {".jpg"})
+    (folder / "c.jpg").write_text("new")
+    assert len({first, second, content_hash(folder, {".jpg"})}) == 3
+    assert content_hash(folder / "b.jpg") != content_hash(folder / "c.jpg")
