@@ -31,6 +31,7 @@ from simdetr.recipe import MiningJob, PipelineSections, Recipe, fit_to_device, i
 from simdetr.reports.page import write_report
 from simdetr.reports.report import collect_run
 from simdetr.training.auto_batch import Scaling
+from simdetr.training.datamodule import check_comparable_files
 from simdetr.training.inference import evaluate as evaluate
 from simdetr.training.inference import predict as predict
 from simdetr.training.recipe_choice import encoder_options, for_finetuning, for_mining, for_pretraining
@@ -275,6 +276,7 @@ def compare(
     chosen = for_finetuning(config, images, labels, detector, options)
     common = Recipe(chosen.configs, (*data, *chosen.options, *options)).starting_from(detector, out, weights=False)
     inputs = {"init": str(detector), "val_images": str(val_images), "val_labels": str(val_labels)}
+    check_comparable_files(images, labels, val_images, val_labels)
     RunFolder(out).claim(common.resolved()[1] + yaml.safe_dump({"compare": inputs}))
     without = BACKBONE_ONLY if common.brings_weights() else SCRATCH
     rows = ComparisonRows(out / "comparison.json", quiet=not leads())

@@ -134,7 +134,8 @@ def settled_sizes(
 
     Looked at are all images of which nothing is said, those that a box leaves, and as many others as cost no time; all
     of them if one differs. Where height and width are exchanged, as of a photograph that EXIF turns, the boxes tell
-    which way they are meant: those that leave the one frame are of the other. Of any other size, nothing is changed.
+    which way they are meant: those that leave the one frame are of the other, and tell it for the others of the file.
+    Of any other size, nothing is changed.
 
     Args:
         ids: N images.
@@ -159,7 +160,9 @@ def settled_sizes(
     if any(actual[row] != tuple(sizes_hw[row].tolist()) for row in actual):
         actual |= _actual_sizes(ids, there & ~wanted, images)
     settled = sizes_hw.copy()
-    either, stored, other = [], [], []
+    shown: list[int] = []
+    either: list[int] = []
+    stored, other = [], []
     for row, (height, width) in actual.items():
         said = (int(sizes_hw[row, 0]), int(sizes_hw[row, 1]))
         if 0 in said:
@@ -169,14 +172,17 @@ def settled_sizes(
             fits_said, fits_shown = bool((reach <= said).all()), bool((reach <= (height, width)).all())
             if fits_said and not fits_shown:
                 stored.append(row)
-                continue
-            settled[row] = height, width
-            if fits_said:
-                either.append(row)
             else:
-                report.note("height and width exchanged, as before a turn by EXIF; the image's own taken", ids[row])
+                (shown if fits_shown and not fits_said else either).append(row)
         elif said != (height, width):
             other.append(row)
+    if bool(shown) != bool(stored):  # the file was made one way
+        (shown or stored).extend(either)
+        either = []
+    for row in (*shown, *either):
+        settled[row] = actual[row]
+    for row in shown:
+        report.note("height and width exchanged, as before a turn by EXIF; the image's own taken", ids[row])
     for row in either:
         report.add(
             "height and width exchanged, as before a turn by EXIF; its boxes fit either way and are taken as of the "

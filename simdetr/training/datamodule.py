@@ -50,6 +50,22 @@ def read_training_labels(path: Path, images: ImageSource, *, strict: bool = Fals
     return without_missing(labels, images, path)
 
 
+def check_comparable_files(
+    images: str | Path, labels: str | Path, val_images: str | Path, val_labels: str | Path
+) -> None:
+    """Refuse, before any training, validation labels that nothing can be found in, or that share no category.
+
+    Raises:
+        LabelError: It names what is wrong, and both files where their categories differ.
+    """
+    validation, report = read_with_report(val_labels, images=open_images(val_images))
+    check_has_boxes(validation, val_labels, report)
+    if not Path(labels).is_dir() and Path(labels).suffix.lower() != ".csv":  # classes of whole images go by name
+        training, report = read_with_report(labels, images=open_images(images))
+        check_has_boxes(training, labels, report)
+        check_comparable(validation.categories, training.categories, val_labels, labels)
+
+
 def sizes_up_to(largest: int) -> list[int]:
     """The default short sides, scaled for the largest to be this one, in pixels."""
     return [round(side * largest / SHORT_SIDES[-1]) for side in SHORT_SIDES]
