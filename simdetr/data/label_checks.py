@@ -33,6 +33,8 @@ _MANY = 0.5  # share of the boxes or images from which on the whole file is of a
 _FEWEST_CORNERS = 3  # boxes from which on a layout can be told
 _LEAVES_PX, _LEAVES = 2.0, 0.02  # a box leaves its image by so many pixels and this part of its side
 _AREA_SLACK, _AREA_SLACK_PX = 1.05, 1.0  # an area may be larger than its box by rounding
+_AS_STORED = "boxes are of the image as it is stored, not as it is shown (EXIF turns it)"
+_OTHER_SIZE = "labels are of an image of another size"
 _SAMPLED_FILES, _SAMPLED_FAR = 1000, 32  # image headers looked at: of files of this machine, and of others
 _READERS = 8  # of image headers at a time: disks and networks are slow to answer, not to send
 
@@ -189,16 +191,20 @@ def settled_sizes(
             "image as it is shown",
             ids[row],
         )
-    kinds = {
-        "boxes are of the image as it is stored, not as it is shown (EXIF turns it); turn the file for good": stored,
-        "labels are of an image of another size": other,
-    }
-    for kind, rows in kinds.items():
+    kinds = (
+        (
+            _AS_STORED,
+            stored,
+            "take the orientation out of the files' EXIF, so that they are shown as they were labelled",
+        ),
+        (_OTHER_SIZE, other, "give the images that were labelled, or scale the boxes as the images were"),
+    )
+    for kind, rows, cure in kinds:
         examples = [_size_difference(ids[row], sizes_hw[row].tolist(), actual[row]) for row in rows]
         if len(rows) > _MANY * len(actual):
             raise LabelError(
                 f"{report.path}: {kind}: {len(rows)} of {len(actual)} images, such as {examples[0]}. Boxes are pixels "
-                "of the images as a viewer shows them: give these images, or write the labels for them"
+                f"of the images as a viewer shows them: {cure}"
             )
         for example in examples:
             report.add(kind, example)

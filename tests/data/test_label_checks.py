@@ -117,7 +117,7 @@ def test_sizes_that_the_file_lacks_are_the_images(photos, coco_file):
 
 def test_labels_of_resized_images_are_refused_and_few_are_counted(photos, coco_file):
     with pytest.raises(
-        LabelError, match="labels are of an image of another size: 2 of 2 images, such as 0.jpg: labels say"
+        LabelError, match=r"labels are of an image of another size: 2 of 2 images, such as 0.jpg: labels say"
     ):
         read_coco(labelled(coco_file, [LOW, SMALL], (600, 400)), images=open_images(photos))
     Image.new("RGB", (80, 120)).save(photos / "3.jpg")
@@ -142,7 +142,7 @@ def test_few_missing_images_are_left_out_and_said(missing, refused, caplog):
     names = [f"{number}.jpg" for number in range(20)]
     source = ImageSource(Path("/data"), ["other.jpg", *names[missing:]])
     if refused:
-        with pytest.raises(LabelError, match=rf"(none|{missing}) of its 20 images (is|are) not? ?in /data.*--images"):
+        with pytest.raises(LabelError, match=rf"(none|{missing}) of its 20 images (is|are not) in /data.*--images"):
             without_missing(labels_of(*names), source, "labels.json")
     else:
         assert without_missing(labels_of(*names), source, "labels.json").image_ids == tuple(names[missing:])
