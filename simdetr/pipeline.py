@@ -32,6 +32,7 @@ from simdetr.recipe import MiningJob, PipelineSections, Recipe, contents_of, fit
 from simdetr.reports.page import write_report
 from simdetr.reports.report import collect_run
 from simdetr.training.auto_batch import Scaling
+from simdetr.training.datamodule import check_comparable_files
 from simdetr.training.inference import evaluate as evaluate
 from simdetr.training.inference import predict as predict
 from simdetr.training.recipe_choice import encoder_options, for_finetuning, for_mining, for_pretraining
@@ -305,6 +306,7 @@ def compare(
     common = Recipe(chosen.configs, (*data, *chosen.options, *options)).starting_from(detector, out, weights=False)
     inputs = {"init": str(detector), "val_images": str(val_images), "val_labels": str(val_labels)}
     folder, (settings, text) = RunFolder(out), common.resolved()
+    check_comparable_files(images, labels, val_images, val_labels)
     rows = ComparisonRows(out / "comparison.json", quiet=not leads())
     folder.claim(text + yaml.safe_dump({"compare": inputs}))
     contents = contents_of(settings) | {"val_labels": content_hash(Path(val_labels), IMAGE_SUFFIXES)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Literal
@@ -10,9 +11,12 @@ from rich.console import Console
 
 from simdetr.commands import devices
 from simdetr.data import protocols
+from simdetr.data.annotations import LabelError
 from simdetr.data.coco import load_coco
 from simdetr.data.doctor import examine, summary
+from simdetr.data.label_files import read_with_report, say
 
+LOG = logging.getLogger(__name__)
 OUT = Console()
 
 
@@ -21,7 +25,7 @@ def doctor(path: Path, labels: Path | None = None) -> None:
 
     Args:
         path: Folder, list file or COCO JSON of images.
-        labels: COCO JSON of their boxes.
+        labels: Their boxes: any label file or folder.
     """
     result = examine(path, labels)
     for lines in (summary(result), devices.summary()):
@@ -49,6 +53,10 @@ def split(
         seeds: One draw each; smaller draws of a seed lie inside its larger ones.
         novel: With ``classes``, the names of the novel ones, such as ``[cat, dog]``, or how many to draw.
     """
+    try:
+        say(read_with_report(labels)[1])
+    except LabelError as error:  # what is drawn from it is no better, but the file is the user's
+        LOG.warning("no training will take what is drawn from these labels: %s", error)
     for path in protocols.split(labels, out, protocol, amounts=amounts, seeds=seeds, novel=novel):
         drawn = load_coco(path)
         short = drawn["info"][protocols.RECORD].get("short_classes", {})

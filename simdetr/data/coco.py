@@ -92,6 +92,40 @@ def load_coco(path: Path) -> dict[str, Any]:
     return read_lists(path, "COCO annotation file", "annotations", "categories", "images")
 
 
+def with_known_ids(content: dict[str, Any]) -> dict[str, Any]:
+    """The same content, its annotations under the ids that images and categories have in it, and its crowds as 0 and 1.
+
+    What `read_coco` would read alike stands alike then. Images without id or file name and annotations that are no
+    objects are left out; all else stays as it is.
+    """
+    silent = LabelReport(Path())
+    images = [
+        image
+        for image in content["images"]
+        if isinstance(image, dict) and _plain_id(image.get("id")) is not None and "file_name" in image
+    ]
+    categories = [entry for entry in content["categories"] if isinstance(entry, dict) and "id" in entry]
+    known = {
+        "image_id": {image["id"]: row for row, image in enumerate(images)},
+        "category_id": {category["id"]: row for row, category in enumerate(categories)},
+    }
+    listed = {"image_id": images, "category_id": categories}
+    annotations = []
+    for entry in content["annotations"]:
+        if not isinstance(entry, dict):
+            continue
+        changed = {}
+        for name, rows in known.items():
+            row = _row(rows, entry.get(name), name, silent, "")
+            if row is not None and entry[name] != listed[name][row]["id"]:
+                changed[name] = listed[name][row]["id"]
+        if isinstance(entry.get("iscrowd"), str):
+            changed["iscrowd"] = int(_is_crowd(entry, silent, ""))
+        annotations.append(entry | changed if changed else entry)
+    named = [entry if "name" in entry else entry | {"name": str(entry["id"])} for entry in categories]
+    return content | {"images": images, "annotations": annotations, "categories": named}
+
+
 @dataclass
 class _Images:
     """The images of a file, N of them, by column."""

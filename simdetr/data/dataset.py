@@ -108,7 +108,7 @@ class DetectionDataset(Dataset[Sample | None]):
                 "labels' file names are relative to"
             )
         if masks and (labels is None or labels.masks is None):
-            raise LabelError("masks: the labels have none; read them with masks=True, or leave masks=False")
+            raise LabelError("masks: expected labels with masks, got none; leave data.masks false")
         if reference_points is not None and labels is not None:
             reference_points.check(labels)
         self.masks = masks

@@ -33,6 +33,8 @@ _MANY = 0.5  # share of the boxes or images from which on the whole file is of a
 _FEWEST_CORNERS = 3  # boxes from which on a layout can be told
 _LEAVES_PX, _LEAVES = 2.0, 0.02  # a box leaves its image by so many pixels and this part of its side
 _AREA_SLACK, _AREA_SLACK_PX = 1.05, 1.0  # an area may be larger than its box by rounding
+_AS_STORED = "boxes are of the image as it is stored, not as it is shown (EXIF turns it)"
+_OTHER_SIZE = "labels are of an image of another size"
 _SAMPLED_FILES, _SAMPLED_FAR = 1000, 32  # image headers looked at: of files of this machine, and of others
 _READERS = 8  # of image headers at a time: disks and networks are slow to answer, not to send
 
@@ -134,7 +136,8 @@ def settled_sizes(
 
     Looked at are all images of which nothing is said, those that a box leaves, and as many others as cost no time; all
     of them if one differs. Where height and width are exchanged, as of a photograph that EXIF turns, the boxes tell
-    which way they are meant: those that leave the one frame are of the other. Of any other size, nothing is changed.
+    which way they are meant: those that leave the one frame are of the other, and tell it for the others of the file.
+    Of any other size, nothing is changed.
 
     Args:
         ids: N images.
@@ -159,7 +162,9 @@ def settled_sizes(
     if any(actual[row] != tuple(sizes_hw[row].tolist()) for row in actual):
         actual |= _actual_sizes(ids, there & ~wanted, images)
     settled = sizes_hw.copy()
-    either, stored, other = [], [], []
+    shown: list[int] = []
+    either: list[int] = []
+    stored, other = [], []
     for row, (height, width) in actual.items():
         said = (int(sizes_hw[row, 0]), int(sizes_hw[row, 1]))
         if 0 in said:
@@ -169,30 +174,37 @@ def settled_sizes(
             fits_said, fits_shown = bool((reach <= said).all()), bool((reach <= (height, width)).all())
             if fits_said and not fits_shown:
                 stored.append(row)
-                continue
-            settled[row] = height, width
-            if fits_said:
-                either.append(row)
             else:
-                report.note("height and width exchanged, as before a turn by EXIF; the image's own taken", ids[row])
+                (shown if fits_shown and not fits_said else either).append(row)
         elif said != (height, width):
             other.append(row)
+    if bool(shown) != bool(stored):  # the file was made one way
+        (shown or stored).extend(either)
+        either = []
+    for row in (*shown, *either):
+        settled[row] = actual[row]
+    for row in shown:
+        report.note("height and width exchanged, as before a turn by EXIF; the image's own taken", ids[row])
     for row in either:
         report.add(
             "height and width exchanged, as before a turn by EXIF; its boxes fit either way and are taken as of the "
             "image as it is shown",
             ids[row],
         )
-    kinds = {
-        "boxes are of the image as it is stored, not as it is shown (EXIF turns it); turn the file for good": stored,
-        "labels are of an image of another size": other,
-    }
-    for kind, rows in kinds.items():
+    kinds = (
+        (
+            _AS_STORED,
+            stored,
+            "take the orientation out of the files' EXIF, so that they are shown as they were labelled",
+        ),
+        (_OTHER_SIZE, other, "give the images that were labelled, or scale the boxes as the images were"),
+    )
+    for kind, rows, cure in kinds:
         examples = [_size_difference(ids[row], sizes_hw[row].tolist(), actual[row]) for row in rows]
         if len(rows) > _MANY * len(actual):
             raise LabelError(
                 f"{report.path}: {kind}: {len(rows)} of {len(actual)} images, such as {examples[0]}. Boxes are pixels "
-                "of the images as a viewer shows them: give these images, or write the labels for them"
+                f"of the images as a viewer shows them: {cure}"
             )
         for example in examples:
             report.add(kind, example)

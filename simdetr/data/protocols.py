@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from simdetr.data.coco import load_coco
+from simdetr.data.coco import load_coco, with_known_ids
 from simdetr.data.storage import write_json
 
 Content = dict[str, Any]
@@ -67,7 +67,7 @@ def split(
         LabelError: ``labels`` is no COCO file.
         ValueError: An amount out of range, ``amounts`` or ``novel`` with a protocol that has none, unknown classes.
     """
-    content = load_coco(Path(labels))
+    content = with_known_ids(load_coco(Path(labels)))
     if (amounts is not None and protocol in ("classes", "rf20-vl-fsod")) or (novel and protocol != "classes"):
         raise ValueError(f"protocol: {protocol} takes no {'novel' if novel else 'amounts'}; leave it out")
     source = {"source_sha256": content_hash(content), "source_images": len(content["images"])}

@@ -16,7 +16,7 @@ import numpy as np
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from simdetr.data.annotations import Category
+from simdetr.data.annotations import Category, LabelError
 from simdetr.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Mosaic, eval_transforms, train_transforms
 from simdetr.data.category_matching import check_comparable
 from simdetr.data.dataset import DetectionDataset, WithUnlabelled, collate, collate_pairs
@@ -44,10 +44,32 @@ def read_training_labels(path: Path, images: ImageSource, *, strict: bool = Fals
         LabelError: The file holds no labels or no box to learn from, is of other images, or has a problem and
             ``strict`` is set.
     """
-    labels, report = read_with_report(path, images=images, strict=strict, masks=masks)
+    try:
+        labels, report = read_with_report(path, images=images, strict=strict, masks=masks)
+    except LabelError as error:
+        if path.suffix.lower() != ".csv":
+            raise
+        hint = "a CSV gives classes of whole images for data.image_level true alone"
+        raise LabelError(f"labels: {path} has no boxes; {hint} ({error})") from error
     say(report)
     check_has_boxes(labels, path, report)
     return without_missing(labels, images, path)
+
+
+def check_comparable_files(
+    images: str | Path, labels: str | Path, val_images: str | Path, val_labels: str | Path
+) -> None:
+    """Refuse, before any training, validation labels that nothing can be found in, or that share no category.
+
+    Raises:
+        LabelError: It names what is wrong, and both files where their categories differ.
+    """
+    validation, report = read_with_report(val_labels, images=open_images(val_images))
+    check_has_boxes(validation, val_labels, report)
+    if not Path(labels).is_dir() and Path(labels).suffix.lower() != ".csv":  # classes of whole images go by name
+        training, report = read_with_report(labels, images=open_images(images))
+        check_has_boxes(training, labels, report)
+        check_comparable(validation.categories, training.categories, val_labels, labels)
 
 
 def sizes_up_to(largest: int) -> list[int]:

@@ -408,3 +408,115 @@ def test_results_carry_points(tmp_path, coco_file):
     assert [entry["keypoints"] for entry in entries] == [[1.5, 2, 2], [0, 0, 0], [30, 20, 2]]
     write_detections(detections(), tmp_path / "plain.json")
     assert "keypoints" not in (tmp_path / "plain.json").read_text()
+
+
+def read(coco_file, annotations, images=IMAGES, **choices):
+    return read_coco(coco_file(images, annotations, CATEGORIES), **choices)
+
+
+@pytest.mark.parametrize(
+    ("entry", "note"),
+    [
+        (box(1) | {"bbox": ["1", "2.0", "10", "20"]}, "number given as text"),
+        (box(1, area="200"), "number given as text"),
+        (box(1, score="1.0"), "number given as text"),
+        (box(1, iscrowd="0"), "number given as text"),
+        (box(1, iscrowd="False"), "number given as text"),
+        (box(1, image_id="10"), "image_id given as text"),
+        (box(1, category_id="3"), "category_id given as text"),
+        (box(1) | {"bbox": None, "segmentation": [[1, 2, 11, 2, 11, 22, 1, 22]]}, "no bbox"),
+        (box(1) | {"bbox": [], "segmentation": [1, 2, 11, 2, 11, 22, 1, 22]}, "no bbox"),
+    ],
+)
+def test_what_is_written_otherwise_is_the_same_box(coco_file, entry, note):
+    labels, report = read(coco_file, [entry], strict=True)
+    assert labels.boxes_xyxy.tolist() == [[1, 2, 11, 22]] and labels.areas.tolist() == [200]
+    assert not labels.crowd.any() and labels.scores.tolist() == [1]
+    ((kind, count),) = report.notes.items()
+    assert kind.startswith(note) and count == 1
+
+
+def test_text_ids_are_no_numbers_where_the_file_has_both(coco_file):
+    images = [IMAGES[0] | {"id": identity, "file_name": repr(identity)} for identity in (1, "1")]
+    labels, report = read(coco_file, [box(1, 1), box(2, "1")], images)
+    assert np.diff(labels.offsets).tolist() == [1, 1] and not report.notes
+
+
+def test_a_crowd_may_be_text(coco_file):
+    assert read(coco_file, [box(1, iscrowd="1"), box(2, 3, bbox=(1, 1, 5, 5))])[0].crowd.tolist() == [True, False]
+
+
+def test_a_box_is_that_of_its_run_lengths(coco_file):
+    pixels = np.zeros((40, 60), np.uint8)
+    pixels[5:25, 3:30] = 1
+    pixels[5, 3] = 0
+    code = {"size": [40, 60], "counts": masks.encode(pixels[None])[0].decode()}
+    labels, _ = read(coco_file, [box(1) | {"bbox": None, "segmentation": code}])
+    assert labels.boxes_xyxy.tolist() == [[3, 5, 30, 25]] and labels.areas.tolist() == [20 * 27]
+
+
+def test_an_image_is_not_empty_because_its_boxes_cannot_be_used(coco_file):
+    labels, report = read(coco_file, [box(1, category_id=4), box(2, "x7", bbox=(1, 1, 5, 5))])
+    assert labels.image_ids == ("sub/b.png", "empty.png") and report.unlabelled == ["a.png"]
+    assert report.counts[LEFT_OUT] == 1 and not report.note_lines()  # said once
+
+
+def test_boxes_of_two_files_under_one_id_are_nobodys(coco_file):
+    images = [*IMAGES, IMAGES[0] | {"file_name": "c.png"}]
+    labels, report = read(coco_file, [box(1), box(2, "x7", bbox=(1, 1, 5, 5))], images)
+    assert labels.image_ids == ("sub/b.png", "empty.png") and sorted(report.unlabelled) == ["a.png", "c.png"]
+    assert report.counts["annotation of an image id given to two files, dropped"] == 1
+
+
+def test_a_name_of_two_classes_is_counted(coco_file):
+    path = coco_file(IMAGES, [box(1)], [*CATEGORIES, {"id": 4, "name": "cat"}])
+    labels, report = read_coco(path)
+    assert labels.num_classes == 5 and report.counts["category name repeated, kept as two classes"] == 1
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_fractions_are_no_pixels(coco_file, center):
+    boxes = [(0.6, 0.4, 0.3, 0.5), (0, 0, 1, 1), (0.25, 0.1, 0.5, 0.2)]
+    boxes = [(x + w / 2, y + h / 2, w, h) if center else (x, y, w, h) for x, y, w, h in boxes]
+    with pytest.raises(LabelError, match=r"bbox looks like fractions of the image; COCO's are pixels: .* of 3 boxes"):
+        read(coco_file, [box(n, bbox=bbox) for n, bbox in enumerate(boxes)])
+    labels, report = read(
+        coco_file, [box(1), box(2, bbox=(0, 0, 1, 1)), box(3, bbox=(5, 5, 9, 9)), box(4, bbox=boxes[0])]
+    )
+    assert len(labels.classes) == 4 and sum("a fraction?" in kind for kind in report.counts) == 1
+
+
+def test_corners_are_no_width_and_height(coco_file):
+    corners = [(30, 20, 55, 35), (2, 3, 20, 30), (40, 5, 60, 40), (20, 20, 50, 39)]
+    with pytest.raises(LabelError, match=r"bbox looks like corners \[x0, y0, x1, y1\].*3 of 4 boxes leave"):
+        read(coco_file, [box(n, bbox=bbox) for n, bbox in enumerate(corners)])
+    right = [(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in corners]
+    assert read(coco_file, [box(n, bbox=bbox) for n, bbox in enumerate(right)], strict=True)[1].total == 0
+    sloppy = [*corners[:3], (40, 30, 35, 25)]  # no corners: leaves the image on either reading
+    assert read(coco_file, [box(n, bbox=bbox) for n, bbox in enumerate(sloppy)])[1].total == 3
+
+
+def test_one_area_for_boxes_of_all_sizes_is_none(coco_file):
+    boxes = [(0, 0, 10, 10), (5, 5, 20, 10), (10, 10, 30, 20)]
+    labels, report = read(coco_file, [box(n, bbox=bbox, area=1.0) for n, bbox in enumerate(boxes)])
+    assert labels.areas.tolist() == [100, 200, 600] and report.total == 3
+    triangle = {"segmentation": [[0, 0, 10, 0, 0, 10]]}
+    labels, report = read(coco_file, [box(1, bbox=boxes[0], area=0.02) | triangle, box(2, bbox=boxes[1], area=150)])
+    assert labels.areas.tolist() == [50, 150] and report.total == 1
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"), [(90, [15, 5, 25, 35]), (-90, [15, 5, 25, 35]), (180, [5, 15, 35, 25])]
+)
+def test_a_rotation_is_taken_up_by_the_box(coco_file, degrees, expected):
+    labels, report = read(coco_file, [box(1, bbox=(5, 15, 30, 10), attributes={"rotation": degrees})])
+    np.testing.assert_allclose(labels.boxes_xyxy[0], expected, atol=1e-4)
+    assert sum(report.notes.values()) == (degrees != 180) and report.total == 0
+
+
+def test_a_rotated_box_is_the_upright_one_around_it(coco_file):
+    labels, _ = read(coco_file, [box(1, bbox=(20, 15, 20, 10), area=200, attributes={"rotation": 30.0})])
+    half_width, half_height = 10 * np.cos(np.pi / 6) + 5 / 2, 10 / 2 + 5 * np.cos(np.pi / 6)
+    expected = [30 - half_width, 20 - half_height, 30 + half_width, 20 + half_height]
+    np.testing.assert_allclose(labels.boxes_xyxy[0], expected, atol=1e-4)
+    assert labels.areas.tolist() == [200]  # that of the object

@@ -1,14 +1,16 @@
+import json
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from simdetr.data.annotations import Category, ImageLabels
+from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.doctor import examine, summary
 from simdetr.data.images import open_images
 from simdetr.data.label_files import write_labels
 from simdetr.data.labels import Labels
+from simdetr.training.datamodule import read_training_labels
 
 
 def entry(number, name, height=40, width=60):
@@ -87,24 +89,20 @@ def test_empty_folder_and_missing_path_are_fatal(tmp_path):
 
 
 def test_label_problems_are_counted_and_are_not_fatal(image_folder, coco_file):
-    folder = image_folder(3)
+    folder = image_folder(25)
     path = coco_file(
-        [entry(1, "000.png"), entry(2, "001.png", 60, 40), entry(3, "002.png", 10, 10), entry(4, "lost.png")],
+        [entry(1, "000.png"), entry(2, "001.png", 60, 40), entry(3, "002.png", 10, 10), entry(4, "lost.png")]
+        + [entry(number + 2, f"{number:03d}.png") for number in range(3, 25)],
         [box(1, 1), box(2, 1, bbox=(50, 2, 30, 10)), box(3, 1, category_id=9), box(4, 99)],
         [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
     )
     report = examine(folder, labels=path)
-    assert not report.fatal and report.label_problems.total == 3
-    details = {(finding.kind, finding.image_id): finding.detail for finding in report.findings}
-    assert set(details) == {
-        ("label size differs", "001.png"),
-        ("label size differs", "002.png"),
-        ("labelled image missing", "lost.png"),
-    }
-    assert "turned by its EXIF" in details["label size differs", "001.png"]
-    assert "EXIF" not in details["label size differs", "002.png"]
+    assert not report.fatal and report.label_problems.total == 5
+    found = {(finding.kind, finding.image_id) for finding in report.findings}
+    assert found == {("label size differs", "002.png"), ("labelled image missing", "lost.png")}
     text = summary(report)
-    assert "2 boxes of 2 categories on 4 images, 3 images without boxes" in text
+    assert "2 boxes of 2 categories on 26 images, 25 images without boxes" in text
+    assert "1 × height and width exchanged" in text and "1 × labels are of an image of another size: 002.png" in text
     assert "categories without boxes: dog (1)" in text and "unknown category, dropped: annotation 3" in text
 
 
@@ -124,6 +122,58 @@ def test_unusable_labels_are_fatal(image_folder, coco_file, tmp_path):
         assert message in summary(report)
 
 
+CROWD = {"iscrowd": "1"}
+TWENTY = [entry(number + 1, f"{number:03d}.png") for number in range(20)]
+FRACTIONS, CORNERS = (0.1, 0.2, 0.3, 0.4), (30, 20, 55, 35)
+STOPPING = {
+    "every one of its 20 boxes is a crowd": (TWENTY, [box(n, n) | CROWD for n in range(1, 21)]),
+    "there is no usable box": (TWENTY, [box(n, n, category_id=7) for n in range(1, 21)]),
+    "bbox looks like fractions of the image; COCO's are pixels": (TWENTY, [box(1, 1, 1, FRACTIONS)]),
+    "bbox looks like corners": (TWENTY, [box(n, n, 1, CORNERS) for n in range(1, 4)]),
+    "2 of its 22 images are not in": ([*TWENTY, entry(21, "x.png"), entry(22, "y.png")], [box(1, 1)]),
+    "labels are of an image of another size": ([entry(n, f"{n:03d}.png", 400, 600) for n in (1, 2)], [box(1, 1)]),
+}
+
+
+@pytest.mark.parametrize("reason", STOPPING)
+def test_doctor_and_training_stop_for_the_same_reason(image_folder, coco_file, reason):
+    folder, path = image_folder(20), coco_file(*STOPPING[reason], [{"id": 1, "name": "cat"}])
+    (said,) = examine(folder, labels=path).fatal_reasons
+    assert reason in said
+    with pytest.raises(LabelError) as raised:
+        read_training_labels(path, open_images(folder))
+    assert str(raised.value) == said
+
+
+def test_few_missing_images_stop_neither(image_folder, coco_file, caplog):
+    folder, path = image_folder(20), coco_file([*TWENTY, entry(21, "x.png")], [box(1, 1)], [{"id": 1, "name": "cat"}])
+    report = examine(folder, labels=path)
+    assert not report.fatal and report.counts == {"labelled image missing": 1}
+    assert len(read_training_labels(path, open_images(folder))) == 20
+    assert "1 of its 21 images are not in" in caplog.text and "left out" in caplog.text
+
+
+def test_images_alone_have_no_labels_to_be_wrong(image_folder, coco_file):
+    image_folder(2)
+    for annotations in ({"annotations": []}, {}):
+        path = coco_file([entry(1, "000.png")], [], [], "images/test.json")
+        path.write_text(json.dumps({"images": [entry(1, "000.png")], **annotations}))
+        report = examine(path)
+        assert not report.fatal and report.labels is None and report.total == 1
+
+
+def test_files_of_several_pages_and_dark_images_are_named(tmp_path):
+    pages = [Image.fromarray(np.full((40, 60), value, np.uint8)) for value in (0, 90, 200)]
+    pages[1].paste(255, (5, 5, 20, 20))
+    for name in ("pages.tif", "moving.gif"):
+        pages[1].save(tmp_path / name, save_all=True, append_images=pages[2:])
+    twelve = np.random.default_rng(0).integers(0, 4096, (40, 60)).astype(np.uint16)
+    Image.fromarray(twelve).save(tmp_path / "twelve.tif")
+    found = {(finding.kind, finding.image_id): finding.detail for finding in examine(tmp_path).findings}
+    assert set(found) == {("more pages", "pages.tif"), ("more pages", "moving.gif"), ("dark", "twelve.tif")}
+    assert "2 pages" in found["more pages", "pages.tif"] and "12 bits in 16" in found["dark", "twelve.tif"]
+
+
 def test_coco_path_is_its_own_labels_and_parquet_labels_are_read(image_folder, coco_file, tmp_path):
     image_folder(2)
     path = coco_file([entry(1, "000.png"), entry(2, "001.png")], [box(1, 1)], [{"id": 1}], "images/instances.json")
@@ -133,7 +183,7 @@ def test_coco_path_is_its_own_labels_and_parquet_labels_are_read(image_folder, c
     images = [ImageLabels.build(image_id, (40, 60), [[0, 0, 9, 9]], [0]) for image_id in source.ids]
     write_labels(Labels.from_images(images, [Category(1, "thing")], stage=0), tmp_path / "labels.parquet")
     report = examine(tmp_path / "images", labels=tmp_path / "labels.parquet")
-    assert not report.fatal and report.label_problems is None and "2 boxes of 1 categories" in summary(report)
+    assert not report.fatal and report.label_problems.total == 0 and "2 boxes of 1 categories" in summary(report)
 
 
 def test_real_set_is_healthy(shared_data):

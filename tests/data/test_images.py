@@ -308,7 +308,7 @@ def test_bad_sources_say_what_is_wrong(tmp_path):
         "list.txt": "holds no images",
         "broken.json": "cannot be read as an image list",
         "other.json": "no COCO file",
-        "lost.json": "none of its images was found.*pass root=",
+        "lost.json": "none of its images was found.*put the file beside",
         "bad.parquet": "cannot be read as an image list",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@ import io
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,10 +111,20 @@ def test_predictions_for_unknown_images_are_refused(make_labels):
         coco_metrics(truth, make_labels({"a": [], "c": [], "d": []}))
 
 
-def test_pseudo_classes_are_refused(make_labels):
+def test_other_classes_are_refused(make_labels):
     truth = make_labels({"a": [(*SQUARE, 0)]}, (1,))
-    with pytest.raises(ValueError, match=r"none of their 2 category ids.*use proposal_recall"):
+    with pytest.raises(ValueError, match=r"no category in common: .*'kind x'.*'kind 1'"):
         coco_metrics(truth, make_labels({"a": [(*SQUARE, 0, 0.9)]}, ("x", "y")))
+
+
+def test_classes_are_matched_by_name_whatever_their_ids_and_order(make_labels):
+    boxes = {"a": [(0, 0, 10, 10, 0, 1.0), (20, 20, 40, 40, 1, 1.0)]}
+    truth = make_labels(boxes, (1, 2))
+    found = make_labels({"a": [(0, 0, 10, 10, 1, 1.0), (20, 20, 40, 40, 0, 1.0)]}, (1, 2))
+    assert coco_metrics(truth, found)["AP"] == 0
+    swapped = replace(found, categories=tuple(replace(c, id=3 - c.id) for c in reversed(found.categories)))
+    assert [c.name for c in swapped.categories] == ["kind 2", "kind 1"] and swapped.categories[0].id == 1
+    assert coco_metrics(truth, swapped)["AP"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("max_boxes", [(), (0, 10)])

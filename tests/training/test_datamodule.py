@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
 from simdetr.data.protocols import split
-from simdetr.training.datamodule import DetectionData, queries_for
+from simdetr.training.datamodule import DetectionData, check_comparable_files, queries_for
 
 
 def data(folder, **options):
@@ -172,9 +173,31 @@ def test_no_validation_without_its_images(scenes):
 
 
 def test_labels_of_other_images_are_an_error(scenes, tmp_path):
+    Image.new("RGB", (60, 40)).save(tmp_path / "other.png")
+    with pytest.raises(LabelError, match=r"instances.json: none of its 12 images is in .*like 'other.png'"):
+        DetectionData(str(tmp_path), str(scenes / "instances.json"))
+
+
+def test_labels_may_name_the_folder_of_images_too(scenes):
     made = DetectionData(str(scenes / "images"), str(scenes / "instances.json"))
-    with pytest.raises(LabelError, match="12 of 12 labelled images are not in"):
-        made.train_dataloader()
+    assert all(image_id in made.source for image_id in made.labels.image_ids) and len(made.labels) == 12
+
+
+def test_validation_of_other_classes_is_refused_and_names_both_files(own_scenes):
+    content = json.loads((own_scenes / "instances.json").read_text())
+    content["categories"] = [entry | {"id": entry["id"] + 10} for entry in content["categories"]]
+    for entry in content["annotations"]:
+        entry["category_id"] += 10
+    (own_scenes / "val.json").write_text(json.dumps(content))
+    files = {"labels": str(own_scenes / "instances.json"), "val_labels": str(own_scenes / "val.json")}
+    DetectionData(str(own_scenes), val_images=str(own_scenes), **files).check_validation()  # the names agree
+    content["categories"] = [entry | {"name": f"other {entry['id']}"} for entry in content["categories"]]
+    (own_scenes / "val.json").write_text(json.dumps(content))
+    with pytest.raises(LabelError, match=r"val.json and .*instances.json have no category in common: .*'other 11'"):
+        DetectionData(str(own_scenes), val_images=str(own_scenes), **files).check_validation()
+    with pytest.raises(LabelError, match="no category in common"):
+        check_comparable_files(own_scenes, files["labels"], own_scenes, files["val_labels"])
+    check_comparable_files(own_scenes, files["labels"], own_scenes, files["labels"])
 
 
 def test_problems_of_labels_are_counted_or_errors(own_scenes, caplog):
@@ -298,7 +321,7 @@ def test_settings_that_image_level_labels_rule_out(scenes, tmp_path):
     with pytest.raises(ValueError, match="reference_points: expected none with image_level"):
         data(scenes, image_level=True, mosaic=0.0, reference_points={"default": "center"})
     (tmp_path / "labels.csv").write_text("image,label\n")
-    with pytest.raises(LabelError, match=r"labels.csv has no boxes; a CSV gives classes of whole images"):
+    with pytest.raises(LabelError, match=r"labels.csv has no boxes.*CSV.* classes of whole images"):
         DetectionData(str(scenes), str(tmp_path / "labels.csv"))
 
 

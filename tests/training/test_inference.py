@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from simdetr.data.annotations import Category, ImageLabels
+from simdetr.data.annotations import Category, ImageLabels, LabelError
 from simdetr.data.images import open_images
+from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
 from simdetr.evaluation.localisation_metric import LocalisationMetric, centre_gaussian_map
+from simdetr.exchange.weights import checkpoint_config, save_detector
 from simdetr.heads import HeadedBackbone, LocalisationHead
 from simdetr.reports.prediction_samples import write_heat_maps
-from simdetr.training.inference import localisation_head, localisation_scores, localise
+from simdetr.training.inference import evaluate, localisation_head, localisation_scores, localise
 from simdetr.training.relabel import InferenceSettings
 
 SETTINGS = InferenceSettings(short_side=64, max_side=96, batch_size=2)
@@ -108,3 +112,74 @@ def test_other_detectors_have_no_maps(detector, folder):
     assert localisation_head(detector) is None
     with pytest.raises(ValueError, match=r"expected one with a simdetr\.heads\.LocalisationHead"):
         next(localise(detector, open_images(folder), SETTINGS))
+
+
+@pytest.fixture
+def trained(make_detector, scenes, tmp_path):
+    """Saves an untrained detector that knows some classes and gives its folder."""
+
+    def make(categories):
+        network = make_detector(len(categories))
+        listed = [{"id": category.id, "name": category.name} for category in categories]
+        sizes = {"short_side": 64, "max_side": 96}
+        config = {**checkpoint_config(network, None), "categories": listed, "image_settings": sizes}
+        save_detector(network, config, tmp_path / "detector")
+        return tmp_path / "detector"
+
+    return make
+
+
+def changed(scenes, path, **changes):
+    """The scenes' labels with another category for all, or other entries, as changes say."""
+    content = json.loads((scenes / "instances.json").read_text())
+    path.write_text(json.dumps(content | {name: change(content[name]) for name, change in changes.items()}))
+    return path
+
+
+def test_evaluation_matches_classes_by_name(trained, scenes, tmp_path, caplog):
+    truth = read_labels(scenes / "instances.json")
+    folder = trained(truth.categories)
+    before = evaluate(scenes, scenes / "instances.json", folder, device="cpu")
+    numbers = {category.id: f"id {category.id}" for category in truth.categories}
+    path = changed(
+        scenes,
+        tmp_path / "texts.json",
+        categories=lambda entries: [entry | {"id": numbers[entry["id"]]} for entry in reversed(entries)],
+        annotations=lambda entries: [entry | {"category_id": numbers[entry["category_id"]]} for entry in entries],
+    )
+    assert evaluate(scenes, path, folder, device="cpu") == before and not caplog.records
+
+
+def test_evaluation_says_what_it_drops_and_what_the_detector_does_not_know(trained, scenes, tmp_path, caplog):
+    truth = read_labels(scenes / "instances.json")
+    folder = trained(truth.categories[:1])
+    path = changed(
+        scenes, tmp_path / "half.json", annotations=lambda entries: [*entries[1:], entries[0] | {"category_id": 99}]
+    )
+    evaluate(scenes, path, folder, device="cpu")
+    assert "1 × unknown category, dropped" in caplog.text
+    unknown = truth.categories[1].name
+    assert f"does not have count as missed: {unknown!r} (" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"category_id": 99}, "there is no usable box in it .* unknown category, dropped"),
+        ({"iscrowd": 1}, "is a crowd"),
+        ({"bbox": [0.1, 0.1, 0.4, 0.4]}, "looks like fractions"),
+    ],
+)
+def test_evaluation_stops_where_no_truth_is_left(trained, scenes, tmp_path, changes, message):
+    folder = trained(read_labels(scenes / "instances.json").categories)
+    path = changed(scenes, tmp_path / "bad.json", annotations=lambda entries: [entry | changes for entry in entries])
+    with pytest.raises(LabelError, match=message):
+        evaluate(scenes, path, folder, device="cpu")
+
+
+def test_other_classes_stop_an_evaluation_and_pseudo_classes_have_no_ap(trained, scenes, caplog):
+    with pytest.raises(LabelError, match=r"instances.json and .*detector have no category in common: .*'tin', .*'jar'"):
+        evaluate(scenes, scenes / "instances.json", trained([Category(91, "tin"), Category(92, "jar")]), device="cpu")
+    folder = trained([Category(1, "cluster 0000 of ab"), Category(2, "cluster 0001 of ab")])  # ids as in the file
+    scores = evaluate(scenes, scenes / "instances.json", folder, device="cpu")
+    assert "AP" not in scores and "AR@100" in scores and "pseudo-classes" in caplog.text
