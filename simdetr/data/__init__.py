@@ -10,6 +10,7 @@ In reading order:
     label_report        what reading a label file met: problems, changes, unlabelled images
     coco                COCO JSON in and out
     label_checks        labels held against the images they are of
+    label_formats       YOLO, Pascal VOC, Label Studio, CVAT and CSV, in and out; one of them to another
     label_files         any tool's label file or folder -> that table; the table in Parquet
     image_level         classes of whole images
     protocols           few-label protocols: one COCO file -> smaller ones that everybody draws alike
