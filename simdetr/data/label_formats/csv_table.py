@@ -1,4 +1,4 @@
-"""CSV with one row per box: path, class and corners in pixels; a row without class or box is of an image without objects.
+"""CSV with one row per box: path, class and corners in pixels; a row without class and box is of an image without any.
 
 Columns go by the names that other tools give them, in any order. Without a header six columns are taken as path, four
 corners and class, or as path, class and four corners, if their values show it.
@@ -36,6 +36,7 @@ _DELIMITERS = ",;\t"
 _WITHOUT_HEADER = 6
 _HEAD_CHARACTERS = 100_000
 _MAX_BYTES = 1 << 30
+_ENOUGH_TO_TELL = 10  # rows; fewer boxes may all lie in the first pixel
 
 Columns = dict[str, int]
 """Where the columns path, class, x0, y0, x1, y1 stand, and score, width and height if they are there."""
@@ -123,7 +124,8 @@ def read(reading: Reading) -> Labels:
             images[name] = gathering.number_of(ids[name])
         else:
             images[name] = gathering.begin(ids[name], size)
-    _check_pixels(rows, columns, reading.path)
+    if len(rows) >= _ENOUGH_TO_TELL or not said:
+        _check_pixels(rows, columns, reading.path)
     for line, cells in rows:
         if (image := images.get(cells[columns["path"]])) is not None:
             _gather(gathering, image, cells, columns, f"line {line}")
@@ -145,8 +147,8 @@ def _table(path: Path) -> tuple[list[tuple[int, list[str]]], Columns]:
     if columns is None:
         got = ", ".join(map(shown, rows[0][:12])) if rows else "an empty file"
         raise LabelError(
-            f"{path}: expected a first line with the columns path, class, x0, y0, x1, y1 (or filename, label, xmin, …), "
-            f"got {got}"
+            f"{path}: expected a first line with the columns path, class, x0, y0, x1, y1 (or filename, label, "
+            f"xmin, …), got {got}"
         )
     length = max(columns.values()) + 1
     body = [(line, row + [""] * (length - len(row))) for line, row in enumerate(rows, start=1)][has_header:]
@@ -157,7 +159,7 @@ def _table(path: Path) -> tuple[list[tuple[int, list[str]]], Columns]:
 
 
 def _said_sizes(rows: Sequence[tuple[int, list[str]]], columns: Columns) -> dict[str, tuple[int, int]]:
-    said = {}
+    said: dict[str, tuple[int, int]] = {}
     for _, cells in rows:
         size = size_hw(cells[columns["height"]], cells[columns["width"]])
         if size is not None:

@@ -221,7 +221,7 @@ def _code(
 
 
 def write(labels: Labels, out: Path, images: ImageSource | None) -> None:
-    """Write the XML of images 1.1, with masks in place of boxes where the labels have them; its ids are frame numbers."""
+    """Write the XML of images 1.1, with masks in place of boxes where labels have them; ids there are frame numbers."""
     root = Element("annotations")
     SubElement(root, "version").text = "1.1"
     known = SubElement(SubElement(SubElement(root, "meta"), "task"), "labels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from simdetr.data.labels import Labels
 _READERS = 8  # of image headers at a time: disks and networks are slow to answer, not to send
 _HEADERS_PER_TURN = 64
 _LEVELS_UP = 2
+_ELSEWHERE = re.compile(r"/|[A-Za-z]:/|[a-z0-9+]+://")
 
 
 class KnownImages:
@@ -56,6 +58,9 @@ class KnownImages:
     def __bool__(self) -> bool:
         return bool(self.ids)
 
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in (self._sizes if self.source is None else self.source)
+
     def find(self, name: str) -> str | None:
         """The id of the one image that a file name can mean, or None."""
         return self._names(name)
@@ -84,17 +89,22 @@ class KnownImages:
 
     @cached_property
     def _names(self) -> _Spellings:
-        return _Spellings(self.ids, lambda name: name)
+        return _Spellings(self.ids, lambda name: name, self._root)
 
     @cached_property
     def _stems(self) -> _Spellings:
-        return _Spellings(self.ids, stem_of)
+        return _Spellings(self.ids, stem_of, self._root)
 
 
 class _Spellings:
-    """A name as another tool wrote it -> the one id that it can mean, or None."""
+    """A name as another tool wrote it -> the one id that it can mean, or None.
 
-    def __init__(self, ids: Iterable[str], part: Callable[[str], str]) -> None:
+    A name may leave out folders that the id has. It may have more only where it is a whole path or URL of another
+    machine, or where these are the folders that the images lie in here.
+    """
+
+    def __init__(self, ids: Iterable[str], part: Callable[[str], str], root: str | None) -> None:
+        self._root = "/" + (root or "").strip("/") + "/"
         self._ids: dict[str, list[str]] = {}
         self._ends: dict[str, list[str]] = {}
         for image_id in ids:
@@ -106,13 +116,17 @@ class _Spellings:
         name = _plain(written)
         if name not in self._ids:
             same_end = self._ends.get(name.rpartition("/")[2], [])
-            fitting = [one for one in same_end if one.endswith(f"/{name}") or name.endswith(f"/{one}")]
-            longest = max(map(len, fitting), default=0)
-            fitting = [one for one in fitting if len(one) == longest or len(one) > len(name)]
+            longer = [one for one in same_end if one.endswith(f"/{name}")]
+            shorter = [one for one in same_end if name.endswith(f"/{one}") and self._may_lack(name[: -len(one)])]
+            shorter.sort(key=len)
+            fitting = longer or shorter[-1:]
             if len(fitting) != 1:
                 return None
             name = fitting[0]
         return self._ids[name][0] if len(self._ids[name]) == 1 else None
+
+    def _may_lack(self, folders: str) -> bool:
+        return _ELSEWHERE.match(folders) is not None or self._root.endswith(f"/{folders}")
 
 
 def upright_sizes(records: Iterable[ImageRecord]) -> list[tuple[int, int] | None]:

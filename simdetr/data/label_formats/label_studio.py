@@ -75,7 +75,7 @@ def _task(entry: object, place: int, reading: Reading) -> _Task | None:
     where = f"task {shown(entry.get('id', f'number {place}'))}"
     data = entry.get("data")
     is_plain = not isinstance(data, dict)
-    facts: Mapping[str, Any] = entry if is_plain else data  # JSON-MIN has all in one
+    facts: Mapping[str, Any] = data if isinstance(data, dict) else entry  # JSON-MIN has all in one
     name = _name(facts)
     if name is None:
         report.add("task without image, dropped", where)
@@ -93,7 +93,7 @@ def _task(entry: object, place: int, reading: Reading) -> _Task | None:
     finished.sort(key=_order)
     for _ in finished[1:]:
         report.note("annotation of another annotator, left out", where)
-    results = None
+    results: list[Mapping[str, Any]] | None = None
     if finished:
         listed = finished[-1].get("result")
         results = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
@@ -149,7 +149,7 @@ def _plain_path(name: str) -> str:
 
 
 def _ids(tasks: list[_Task], reading: Reading) -> dict[str, str]:
-    """Ids of images by what tasks call them: those that are known, else the path without what an upload puts before it."""
+    """Ids of images by what tasks call them: those that are known, else the path without an upload's prefix."""
     known, ids = reading.images, {}
     bare: dict[str, str] = {}
     for task in tasks:
@@ -162,7 +162,7 @@ def _ids(tasks: list[_Task], reading: Reading) -> dict[str, str]:
         taken.setdefault(path, set()).add(_plain_path(name))
     for name, path in bare.items():
         full = _plain_path(name)
-        found = known.find(name) or known.find(full)
+        found = name if name in known else known.find(full)
         if found is None and len(taken[path]) == 1:
             found = known.find(path) or path
             if path != full:

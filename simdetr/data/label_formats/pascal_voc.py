@@ -1,9 +1,9 @@
 """Pascal VOC: one XML file per image, with its name, its size and the corners of its objects.
 
 Three ways to count corners are in use. ``voc``, as the VOC itself: pixels from 1, the last one included, so that
-``xmin`` - 1 and ``xmax`` are the edges. ``zero``: edges from 0, as they are. ``shifted``: edges, all one more. The files
-of a folder show it: a corner at 0, or one that is no whole number, means ``zero``; an ``xmax`` of the width and one more
-means ``shifted``; otherwise it is taken for ``voc``, and that is noted.
+``xmin`` - 1 and ``xmax`` are the edges. ``zero``: edges from 0, as they are. ``shifted``: edges, all one more. The
+files of a folder show it: a corner at 0, or one that is no whole number, means ``zero``; an ``xmax`` one beyond the
+width means ``shifted``; otherwise it is taken for ``voc``, and that is noted.
 
 simdetr writes ``zero`` with fractions of pixels, as CVAT does, and says so in ``source``.
 """
@@ -145,7 +145,7 @@ def _points(polygon: Element) -> list[float]:
 
 
 def _corners(files: list[_File], reading: Reading) -> Corners:
-    """How corners are counted: as the user says, as the files are marked, as their values prove, or as VOC's rule is."""
+    """How corners are counted: as the user says, the files are marked, their values prove, or VOC's rule is."""
     if reading.corners is not None:
         return reading.corners
     if all(one.marked for one in files):
