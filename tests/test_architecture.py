@@ -36,7 +36,6 @@ ORDER = (
 """Folders and files of the root; each may import those before it."""
 WITHOUT_LIGHTNING = ORDER[: ORDER.index("training")]
 TESTED_ELSEWHERE = {
-    "data/label_files.py": "tests/data/test_labels.py writes and reads them",
     "labelling/corrector_networks.py": "tests/labelling/test_correction.py trains and applies them",
 }
 """Modules without a test file of their own name, and where they are tested."""

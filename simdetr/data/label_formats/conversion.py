@@ -175,9 +175,10 @@ def _check_wishes(target: LabelFormat, images: ImageSource | None, *, masks: boo
 
 def _check_names(labels: Labels, target: LabelFormat) -> None:
     """A LabelError for ids and names that cannot be written in this format."""
+    by_name = "ids" not in target.holds and target.name != "yolo"
+    if by_name and any(not category.name.strip() for category in labels.categories):
+        raise LabelError(f"categories: {target.name} knows classes by name, and one has none; name it")
     if not target.is_folder:
-        if "ids" not in target.holds and any(not category.name for category in labels.categories):
-            raise LabelError(f"categories: {target.name} knows classes by name, and one has none; name it")
         return
     for image_id in labels.image_ids:
         path = PurePosixPath(image_id.replace("\\", "/"))
