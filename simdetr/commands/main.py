@@ -28,14 +28,15 @@ from rich.markup import escape
 
 from simdetr.data.machine import prepare_openmp
 
-POSITIONAL = ("doctor", "import")
+POSITIONAL = ("convert", "doctor", "import")
 """Commands whose required arguments stand without a name: `simdetr doctor DIR`."""
-FLAGS = ("--auto-batch", "--masks", "--verify")
+FLAGS = ("--auto-batch", "--link-images", "--link_images", "--masks", "--overwrite", "--verify")
 """Options that stand without a value and mean true."""
 LIGHTNING = ("fit", "validate", "test")
 COMMANDS: dict[str, str | dict[str, str]] = {
     "quickstart": "quickstart.quickstart",
     "doctor": "prepare.doctor",
+    "convert": "prepare.convert",
     "mine": "mine.mine",
     "cluster": "mine.cluster",
     "pretrain": "pretrain.pretrain",
@@ -65,6 +66,8 @@ GROUPS = {
     "encoder": "Train an encoder for mining on your own images: fit.",
     "export": "Write boxes for other tools: labels; a detector for others: safetensors, transformers, official, onnx.",
 }
+KEYWORDS = ("--from",)
+"""Options whose names no argument of a Python function can have; it has an underscore after it."""
 USER_ERRORS = (FileNotFoundError, PermissionError, ValueError, RuntimeError, OSError, ImportError)
 """Errors whose message is for the user; with --debug they come with their traceback."""
 
@@ -228,7 +231,8 @@ def fold_options(arguments: Sequence[str]) -> list[str]:
         if name != "--config" and not dotted:
             is_option = name.startswith("--")
             flag = "=true" if word in FLAGS else ""
-            rest.append(f"--{name[2:].replace('-', '_')}{equals}{value}{flag}" if is_option else word)
+            argument = f"{name}_" if name in KEYWORDS else f"--{name[2:].replace('-', '_')}"
+            rest.append(f"{argument}{equals}{value}{flag}" if is_option else word)
             continue
         if not equals:
             following = next(words, None)

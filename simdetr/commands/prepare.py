@@ -14,7 +14,10 @@ from simdetr.data import protocols
 from simdetr.data.annotations import LabelError
 from simdetr.data.coco import load_coco
 from simdetr.data.doctor import examine, summary
+from simdetr.data.images import open_images
 from simdetr.data.label_files import read_with_report, say
+from simdetr.data.label_formats import conversion
+from simdetr.data.label_formats.reading import Corners
 
 LOG = logging.getLogger(__name__)
 OUT = Console()
@@ -63,3 +66,44 @@ def split(
         fewer = ", ".join(f"{name} ({count})" for name, count in short.items())
         line = f"{path}: {len(drawn['images']):,} images, {len(drawn['annotations']):,} boxes"
         OUT.print(line + (f"; classes with fewer: {fewer}" if fewer else ""), soft_wrap=True, markup=False)
+
+
+def convert(
+    path: Path,
+    out: Path,
+    from_: str | None = None,
+    to: str | None = None,
+    images: Path | None = None,
+    masks: bool = False,
+    overwrite: bool = False,
+    link_images: bool = False,
+    voc_corners: Corners | None = None,
+) -> None:
+    """Write labels as files of another tool: COCO, YOLO, Pascal VOC, Label Studio, CVAT, CSV; says what is lost.
+
+    Args:
+        path: File or folder of labels.
+        out: File or folder to write.
+        from_: Format of the labels, if their content does not say it: simdetr, coco, yolo, voc, label-studio, cvat or
+            csv. On the command line it is ``--from``.
+        to: Format to write, one of the same; by default the ending of OUT says it: .json COCO, .parquet simdetr, .csv
+            CSV, .xml CVAT.
+        images: Images that the labels are of, for formats that do not say the images' sizes and for file names.
+        masks: Write masks in place of boxes where a format has one or the other (YOLO, CVAT).
+        overwrite: Replace what is at OUT.
+        link_images: With YOLO, link the images beside the labels, where its trainers look for them.
+        voc_corners: How the corners of Pascal VOC are counted, if its files do not show it: ``voc`` from 1, the last
+            pixel included; ``zero`` from 0 to the far edge; ``shifted`` one more than that.
+    """
+    done = conversion.convert(
+        path,
+        out,
+        source_format=from_,
+        target_format=to,
+        images=None if images is None else open_images(images),
+        masks=masks,
+        overwrite=overwrite,
+        link_images=link_images,
+        corners=voc_corners,
+    )
+    OUT.print("\n".join(done.lines()), markup=False, highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ In reading order:
     label_report        what reading a label file met: problems, changes, unlabelled images
     label_checks        labels held against the images they are of, and against their use
     coco                COCO JSON in and out
+    label_formats       YOLO, Pascal VOC, Label Studio, CVAT and CSV, in and out; one of them to another
     label_files         any tool's label file or folder -> that table; the table in Parquet
     image_level         classes of whole images
     protocols           few-label protocols: one COCO file -> smaller ones that everybody draws alike

@@ -1,13 +1,15 @@
-"""Any tool's label file or folder in, `Labels` out, with what was met on the way; `Labels` to Parquet.
+"""Any tool's label file or folder in, `Labels` out, with what was met on the way; `Labels` to any of them.
 
-In Parquet the categories and the stage stand in the schema's metadata; COCO files are `simdetr.data.coco`'s.
+A format is told by the content of files, never by their ending alone. In simdetr's own Parquet the categories and the
+stage stand in the schema's metadata; COCO files are `simdetr.data.coco`'s, the others `simdetr.data.label_formats`'.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,21 @@ from simdetr.data.annotations import LINEAGE_COLUMNS, Category, LabelError, Line
 from simdetr.data.coco import numbers_in, read_coco, write_coco
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_checks import with_ids_of
+from simdetr.data.label_formats import csv_table, cvat, label_studio, pascal_voc, yolo
+from simdetr.data.label_formats.json_kinds import described, json_kind
+from simdetr.data.label_formats.known_images import KnownImages
+from simdetr.data.label_formats.reading import Corners, Reading, shown
 from simdetr.data.label_report import LabelReport
 from simdetr.data.labels import _LIST_COLUMNS, Labels
-from simdetr.data.storage import atomic_path
+from simdetr.data.storage import atomic_path, files_below
 
 LOG = logging.getLogger(__name__)
 _METADATA_KEY = b"simdetr-labels"
 _ROWS_PER_GROUP = 20_000
+_PARQUET_MAGIC = b"PAR1"
+_PROBED_FILES = 50  # of one ending, when a folder is looked at
+_LISTED_FILES = 5
+_LOOKED_AT_BYTES = 4096
 
 
 def write_labels(labels: Labels, path: str | Path) -> None:
@@ -66,6 +76,7 @@ def read_labels(
     format: str | None = None,
     strict: bool = False,
     masks: bool = False,
+    corners: Corners | None = None,
 ) -> Labels:
     """Read labels from any label file or folder that simdetr knows, and log what had to be dropped or changed.
 
@@ -76,11 +87,13 @@ def read_labels(
         format: name of its format, instead of looking at the content.
         strict: raise at the first problem instead of repairing or dropping it.
         masks: read the objects' masks too; a Parquet file gives those it has anyway.
+        corners: how Pascal VOC's corners are counted, see `simdetr.data.label_formats.pascal_voc`; told by the files
+            if left out.
 
     Raises:
         LabelError: the file is missing or holds no labels, or has a problem and ``strict`` is set.
     """
-    labels, report = read_with_report(path, images=images, format=format, strict=strict, masks=masks)
+    labels, report = read_with_report(path, images=images, format=format, strict=strict, masks=masks, corners=corners)
     say(report)
     return labels
 
@@ -88,19 +101,24 @@ def read_labels(
 def read_with_report(
     path: str | Path,
     *,
-    images: ImageSource | None = None,
+    images: ImageSource | KnownImages | None = None,
     format: str | None = None,
     strict: bool = False,
     masks: bool = False,
+    corners: Corners | None = None,
 ) -> tuple[Labels, LabelReport]:
-    """As `read_labels`, with a count of what was met, and nothing logged."""
+    """As `read_labels`, with a count of what was met, and nothing logged.
+
+    ``images`` may also be images whose sizes alone are known.
+    """
     path = Path(path)
     if not path.exists():
         raise LabelError(f"labels: {path} does not exist")
-    kind = format_of(path) if format is None else _format_named(format)
+    kind = format_of(path) if format is None else format_named(format)
     report = LabelReport(path, kind.name, strict=strict)
-    labels = kind.read(path, images, report, masks)
-    return (labels if images is None else with_ids_of(labels, images, report)), report
+    known = images if isinstance(images, KnownImages) else KnownImages(images)
+    labels = kind.read(Reading(kind.file_of(path), known, report, masks, corners))
+    return (labels if known.source is None else with_ids_of(labels, known.source, report)), report
 
 
 def say(report: LabelReport) -> None:
@@ -117,38 +135,110 @@ class LabelFormat:
 
     Attributes:
         name: as ``--from`` and ``--to`` of the command line name it.
-        matches: whether a file or folder looks like it.
-        read: path, the images if they are known, where to count problems, whether masks are wanted -> labels.
+        suffixes: endings of its files, by which those in a folder are looked at.
+        recognises: whether a file is one of it, by its content.
+        read: a file, or a folder if ``is_folder`` -> labels.
+        write: labels that `simdetr.data.label_formats.conversion` has made fit, the place, and the images if known.
+        is_folder: whether many files make one set of labels.
+        holds: what it can say beside boxes, classes and images: columns of `Labels`, ``"ids"`` of categories, and
+            ``"unused"`` classes.
     """
 
     name: str
-    matches: Callable[[Path], bool]
-    read: Callable[[Path, ImageSource | None, LabelReport, bool], Labels]
+    suffixes: tuple[str, ...]
+    recognises: Callable[[Path], bool]
+    read: Callable[[Reading], Labels]
+    write: Callable[[Labels, Path, ImageSource | None], None]
+    is_folder: bool = False
+    holds: frozenset[str] = frozenset()
+
+    def files_in(self, folder: Path, names: Iterable[str]) -> list[str]:
+        """Those of the files below a folder that are of it; of many, the first are looked at."""
+        own = sorted((name for name in names if name.lower().endswith(self.suffixes)), key=lambda n: (n.count("/"), n))
+        return [name for name in own[:_PROBED_FILES] if self.recognises(folder / name)]
+
+    def file_of(self, path: Path) -> Path:
+        """The one file of it that a folder holds, where it is one of files; the path itself otherwise."""
+        if self.is_folder or path.is_file():
+            return path
+        found = self.files_in(path, files_below(path))
+        if len(found) != 1:
+            got = f"{len(found)}: {', '.join(found[:_LISTED_FILES])}" if found else "none"
+            raise LabelError(f"{path}: expected one file of the format {self.name} in this folder, got {got}; name it")
+        return path / found[0]
 
 
 def format_of(path: Path) -> LabelFormat:
-    """The format that a file or folder looks like; a LabelError if it looks like none."""
-    for kind in FORMATS:
-        if kind.matches(path):
-            return kind
+    """The format that a file or folder looks like; a LabelError if it looks like none, or like several."""
+    if path.is_dir():
+        names = list(files_below(path))
+        found = {kind: files[0] for kind in FORMATS if (files := kind.files_in(path, names))}
+    else:
+        found = {kind: path.name for kind in FORMATS if kind.recognises(path)}
+    if len(found) == 1:
+        return next(iter(found))
+    if found:
+        both = " and ".join(f"{kind.name} ({name})" for kind, name in found.items())
+        raise LabelError(f"labels: {path} looks like {both}; say which is meant (`simdetr convert --from NAME`)")
+    known = ", ".join(kind.name for kind in FORMATS)
     raise LabelError(
-        f"labels: {path} looks like none of the formats {', '.join(kind.name for kind in FORMATS)}; if it is one of "
-        "them, name it (`simdetr convert --from NAME`)"
+        f"labels: {path} {_found_instead(path)}, which looks like none of the formats {known}; if it is one of them, "
+        "say so (`simdetr convert --from NAME`)"
     )
 
 
-def _format_named(name: str) -> LabelFormat:
+def _found_instead(path: Path) -> str:
+    """What is in a file or folder that looks like no format; a LabelError where there is more to say."""
+    if path.is_dir():
+        endings = Counter(Path(name).suffix.lower() or "no ending" for name in files_below(path))
+        listed = ", ".join(f"{count} × {ending}" for ending, count in endings.most_common(_LISTED_FILES))
+        return f"is a folder of {listed}" if listed else "is an empty folder"
+    if json_kind(path) == "results":
+        raise LabelError(
+            f"labels: {path} is a list of COCO results, which names images by numbers alone; give the annotation file "
+            "that it was made for (its images, annotations and categories)"
+        )
+    with path.open("rb") as stream:
+        start = stream.read(_LOOKED_AT_BYTES).lstrip()
+    if not start:
+        return "is an empty file"
+    if start[:1] in b"{[":
+        return f"is JSON, {described(path)}"
+    return f"begins with {shown(start[:40])}"
+
+
+def format_named(name: str, argument: str = "format") -> LabelFormat:
+    """The format of a name; a LabelError that lists all of them if there is none."""
     for kind in FORMATS:
         if kind.name == name:
             return kind
-    raise LabelError(f"format: expected one of {', '.join(kind.name for kind in FORMATS)}, got {name!r}")
+    raise LabelError(f"{argument}: expected one of {', '.join(kind.name for kind in FORMATS)}, got {name!r}")
 
 
-def _read_coco(path: Path, images: ImageSource | None, report: LabelReport, masks: bool) -> Labels:
-    return read_coco(path, masks=masks, report=report, images=images)[0]
+def format_for(out: Path) -> LabelFormat:
+    """The format that is written to a file, by its ending; a LabelError where the ending does not say."""
+    found = {".json": "coco", ".parquet": "simdetr", ".csv": "csv", ".xml": "cvat"}.get(out.suffix.lower())
+    if found is None:
+        raise LabelError(
+            f"out: {out} does not say its format; say it with --to, or end it with .json, .parquet, .csv or .xml"
+        )
+    return format_named(found)
 
 
-def _read_parquet(path: Path, images: ImageSource | None, report: LabelReport, masks: bool) -> Labels:
+def _is_parquet(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
+    except OSError:
+        return False
+
+
+def _read_coco(reading: Reading) -> Labels:
+    return read_coco(reading.path, masks=reading.masks, report=reading.report, images=reading.images.source)[0]
+
+
+def _read_parquet(reading: Reading) -> Labels:
+    path = reading.path
     try:
         table = pq.read_table(path).combine_chunks()
     except (OSError, pa.ArrowException) as error:
@@ -186,11 +276,55 @@ def _read_parquet(path: Path, images: ImageSource | None, report: LabelReport, m
     )
 
 
+_ALL = frozenset({"scores", "areas", "crowd", "masks", "points", "lineage", "stage", "ids", "unused"})
+
 FORMATS = (
-    LabelFormat("simdetr", lambda path: path.suffix.lower() == ".parquet", _read_parquet),
-    LabelFormat("coco", lambda path: path.suffix.lower() == ".json", _read_coco),
+    LabelFormat(
+        "simdetr",
+        (".parquet",),
+        _is_parquet,
+        _read_parquet,
+        lambda labels, out, _: write_labels(labels, out),
+        holds=_ALL,
+    ),
+    LabelFormat(
+        "coco",
+        (".json",),
+        lambda path: json_kind(path) == "coco",
+        _read_coco,
+        lambda labels, out, _: write_coco(labels, out),
+        holds=_ALL,
+    ),
+    LabelFormat(
+        "yolo",
+        (*yolo.YAML_SUFFIXES, ".txt"),
+        yolo.recognises,
+        yolo.read,
+        yolo.write,
+        is_folder=True,
+        holds=frozenset({"masks as shapes", "unused"}),
+    ),
+    LabelFormat("voc", (".xml",), pascal_voc.recognises, pascal_voc.read, pascal_voc.write, is_folder=True),
+    LabelFormat(
+        "label-studio",
+        (".json",),
+        lambda path: json_kind(path) == "label-studio",
+        label_studio.read,
+        label_studio.write,
+    ),
+    LabelFormat(
+        "cvat", (".xml",), cvat.recognises, cvat.read, cvat.write, holds=frozenset({"masks as shapes", "unused"})
+    ),
+    LabelFormat(
+        "csv",
+        (".csv", ".tsv", ".txt"),
+        csv_table.recognises,
+        csv_table.read,
+        csv_table.write,
+        holds=frozenset({"scores"}),
+    ),
 )
-"""All formats, in the order in which they are tried."""
+"""All formats."""
 
 
 def write_result(labels: Labels, out: Path, images: Path | None = None) -> str:

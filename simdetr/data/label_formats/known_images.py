@@ -1,0 +1,160 @@
+"""Ids and sizes of the images that a label format speaks of: names as another tool wrote them in, ids of images out."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from simdetr.data.images import ImageRecord, ImageSource, find_images, upright_size
+from simdetr.data.labels import Labels
+
+_READERS = 8  # of image headers at a time: disks and networks are slow to answer, not to send
+_HEADERS_PER_TURN = 64
+_LEVELS_UP = 2
+_ELSEWHERE = re.compile(r"/|[A-Za-z]:/|[a-z0-9+]+://")
+
+
+class KnownImages:
+    """The images that are known when labels are read: those of a source, or of other labels, or none.
+
+    Args:
+        source: where they lie.
+        sizes: (height, width) by id, where they are known without looking.
+    """
+
+    def __init__(self, source: ImageSource | None = None, sizes: Mapping[str, tuple[int, int]] | None = None) -> None:
+        self.source = source
+        self._sizes = sizes or {}
+        self.ids: Sequence[str] = tuple(self._sizes) if source is None else source.ids
+
+    @classmethod
+    def of_labels(cls, labels: Labels) -> KnownImages:
+        """The images of labels, without files."""
+        pairs = zip(labels.image_ids, labels.sizes_hw.tolist(), strict=True)
+        return cls(sizes={image_id: (height, width) for image_id, (height, width) in pairs})
+
+    @classmethod
+    def near(cls, folder: Path, names: Sequence[str]) -> KnownImages:
+        """Images in a folder or beside it that are named so; none if there are none.
+
+        Tried are the folder, its ``images`` and ``JPEGImages``, and those of the folders above it; if the names are
+        found in none of them, all images below are known.
+        """
+        parents = [folder, *list(folder.parents)[:_LEVELS_UP]]
+        places = [place for parent in parents for place in (parent, parent / "images", parent / "JPEGImages")]
+        probed = names[:: max(1, len(names) // 16)]
+        hits = [sum(_is_file(place, name) for name in probed) for place in places]
+        best = max(hits)
+        if best:
+            root = places[hits.index(best)]
+            return cls(ImageSource(root, list(dict.fromkeys(name for name in names if _is_file(root, name)))))
+        below = find_images(folder)
+        return cls(ImageSource(folder, below)) if below else cls()
+
+    def __bool__(self) -> bool:
+        return bool(self.ids)
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in (self._sizes if self.source is None else self.source)
+
+    def find(self, name: str) -> str | None:
+        """The id of the one image that a file name can mean, or None."""
+        return self._names(name)
+
+    def find_stem(self, stem: str) -> str | None:
+        """The same for a name without its ending, as label files beside images have it."""
+        return self._stems(stem)
+
+    def id_of_file(self, path: str) -> str | None:
+        """The id of a file of the source by its absolute path, or None."""
+        if self._root is None or not path.startswith(self._root):
+            return None
+        name = path[len(self._root) :]
+        return name if self.source is not None and name in self.source else None
+
+    def sizes(self, ids: Sequence[str]) -> list[tuple[int, int] | None]:
+        """(height, width) of images as they are shown; None for those that cannot be opened."""
+        if self.source is None or self._sizes:
+            return [self._sizes.get(image_id) for image_id in ids]
+        return upright_sizes(map(self.source.record, ids))
+
+    @cached_property
+    def _root(self) -> str | None:
+        source = self.source
+        return f"{source.root.absolute()}/" if source is not None and isinstance(source.root, Path) else None
+
+    @cached_property
+    def _names(self) -> _Spellings:
+        return _Spellings(self.ids, lambda name: name, self._root)
+
+    @cached_property
+    def _stems(self) -> _Spellings:
+        return _Spellings(self.ids, stem_of, self._root)
+
+
+class _Spellings:
+    """A name as another tool wrote it -> the one id that it can mean, or None.
+
+    A name may leave out folders that the id has. It may have more only where it is a whole path or URL of another
+    machine, or where these are the folders that the images lie in here.
+    """
+
+    def __init__(self, ids: Iterable[str], part: Callable[[str], str], root: str | None) -> None:
+        self._root = "/" + (root or "").strip("/") + "/"
+        self._ids: dict[str, list[str]] = {}
+        self._ends: dict[str, list[str]] = {}
+        for image_id in ids:
+            name = part(_plain(image_id))
+            self._ids.setdefault(name, []).append(image_id)
+            self._ends.setdefault(name.rpartition("/")[2], []).append(name)
+
+    def __call__(self, written: str) -> str | None:
+        name = _plain(written)
+        if name not in self._ids:
+            same_end = self._ends.get(name.rpartition("/")[2], [])
+            longer = [one for one in same_end if one.endswith(f"/{name}")]
+            shorter = [one for one in same_end if name.endswith(f"/{one}") and self._may_lack(name[: -len(one)])]
+            shorter.sort(key=len)
+            fitting = longer or shorter[-1:]
+            if len(fitting) != 1:
+                return None
+            name = fitting[0]
+        return self._ids[name][0] if len(self._ids[name]) == 1 else None
+
+    def _may_lack(self, folders: str) -> bool:
+        return _ELSEWHERE.match(folders) is not None or self._root.endswith(f"/{folders}")
+
+
+def upright_sizes(records: Iterable[ImageRecord]) -> list[tuple[int, int] | None]:
+    """(height, width) of images as they are shown, read side by side; None for those that cannot be opened."""
+    waiting = list(records)
+    turns = [waiting[start : start + _HEADERS_PER_TURN] for start in range(0, len(waiting), _HEADERS_PER_TURN)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [size for sizes in pool.map(lambda turn: [upright_size(one) for one in turn], turns) for size in sizes]
+
+
+def stem_of(name: str) -> str:
+    """A path without the ending of its last part."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + (last.rpartition(".")[0] or last)
+
+
+def shared_stems(image_ids: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of images whose paths differ by their ending alone: their label files would be one."""
+    first: dict[str, str] = {}
+    return [(first[stem], name) for name in image_ids if first.setdefault(stem := stem_of(name), name) != name]
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
+
+
+def _is_file(folder: Path, name: str) -> bool:
+    try:
+        return not PurePosixPath(name).is_absolute() and (folder / name).is_file()
+    except (OSError, ValueError):  # a name too long, or with a null character
+        return False

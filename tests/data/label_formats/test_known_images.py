@@ -1,0 +1,62 @@
+"""Names as other tools wrote them, and the images that they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from simdetr.data.images import ImageSource
+from simdetr.data.label_formats.known_images import KnownImages, shared_stems, stem_of
+
+
+@pytest.mark.parametrize(
+    ("ids", "written", "meant"),
+    [
+        (["a.jpg"], "a.jpg", "a.jpg"),
+        (["s/a.jpg"], "s\\a.jpg", "s/a.jpg"),
+        (["s/a.jpg"], "a.jpg", "s/a.jpg"),  # a folder left out
+        (["s/a.jpg", "t/a.jpg"], "a.jpg", None),  # which of them?
+        (["a.jpg"], "train/a.jpg", "a.jpg"),  # the folder that the images lie in
+        (["a.jpg"], "images/train/a.jpg", "a.jpg"),
+        (["a.jpg"], "val/a.jpg", None),  # another image of this name
+        (["a.jpg"], "C:\\Users\\me\\photos\\a.jpg", "a.jpg"),
+        (["a.jpg", "s/a.jpg"], "/home/me/s/a.jpg", "s/a.jpg"),
+        (["a.jpg"], "s3://bucket/photos/a.jpg", "a.jpg"),
+        (["ä.jpg"], "a\u0308.jpg", "ä.jpg"),
+        (["a.jpg"], "b.jpg", None),
+    ],
+)
+def test_names_of_other_tools(ids, written, meant):
+    assert KnownImages(ImageSource(Path("/data/images/train"), ids)).find(written) == meant
+
+
+def test_label_files_are_matched_without_ending_if_one_image_alone_fits():
+    known = KnownImages(sizes={"s/a.b.jpg": (1, 2), "c.jpg": (3, 4), "c.png": (5, 6)})
+    assert known.find_stem("s/a.b") == "s/a.b.jpg" and known.find_stem("c") is None
+    assert known.sizes(["c.png", "d"]) == [(5, 6), None] and "c.png" in known and "d" not in known
+    assert not KnownImages() and KnownImages().find("a") is None
+
+
+def test_sizes_are_those_of_the_upright_images(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=turned)
+    (tmp_path / "broken.jpg").write_bytes(b"no")
+    known = KnownImages(ImageSource(tmp_path, ["broken.jpg", "turned.jpg"]))
+    assert known.sizes(["turned.jpg", "broken.jpg"]) == [(30, 20), None]
+
+
+def test_images_near_a_label_file(tmp_path):
+    (tmp_path / "set" / "Annotations").mkdir(parents=True)
+    (tmp_path / "set" / "JPEGImages").mkdir()
+    Image.new("L", (3, 2)).save(tmp_path / "set" / "JPEGImages" / "a.png")
+    near = KnownImages.near(tmp_path / "set" / "Annotations", ["a.png", "b.png"])
+    assert near.ids == ("a.png",) and near.sizes(["a.png"]) == [(2, 3)]
+    assert not KnownImages.near(tmp_path / "set" / "Annotations", ["b.png", "c" * 5000, "d\0"])
+
+
+def test_stems():
+    assert stem_of("a.b/c") == "a.b/c" and stem_of("a.b/c.d.jpg") == "a.b/c.d" and stem_of("s/.jpg") == "s/.jpg"
+    assert shared_stems(["a.jpg", "s/a.jpg", "a.png"]) == [("a.jpg", "a.png")]
