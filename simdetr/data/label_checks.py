@@ -195,7 +195,7 @@ def settled_sizes(
         (
             _AS_STORED,
             stored,
-            "take the orientation out of the files' EXIF, so that they are shown as they were labelled",
+            "take the orientation out of the files' EXIF, so that they are shown as labelled",
         ),
         (_OTHER_SIZE, other, "give the images that were labelled, or scale the boxes as the images were"),
     )
