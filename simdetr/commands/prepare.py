@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,19 +19,30 @@ from simdetr.data.images import open_images
 from simdetr.data.label_files import read_with_report, say
 from simdetr.data.label_formats import conversion
 from simdetr.data.label_formats.reading import Corners
+from simdetr.exchange.weights import load_detector
+from simdetr.training.inference import check_classes
+from simdetr.training.run_folder import detector_folder
 
 LOG = logging.getLogger(__name__)
 OUT = Console()
 
 
-def doctor(path: Path, labels: Path | None = None) -> None:
+def doctor(path: Path, labels: Path | None = None, checkpoint: Path | None = None) -> None:
     """Look for what would go wrong: unreadable, duplicate and suspicious images, problems in labels; list the devices.
 
     Args:
         path: Folder, list file or COCO JSON of images.
         labels: Their boxes: any label file or folder.
+        checkpoint: Run folder, detector folder or checkpoint that is to be evaluated on them, whose classes the labels
+            must name.
     """
     result = examine(path, labels)
+    if checkpoint is not None and result.labels is not None:
+        known = load_detector(detector_folder(checkpoint)).categories
+        try:
+            check_classes(result.labels, labels or path, known, checkpoint)
+        except LabelError as error:
+            result = replace(result, fatal_reasons=(*result.fatal_reasons, str(error)))
     for lines in (summary(result), devices.summary()):
         OUT.print(lines, markup=False, highlight=False, soft_wrap=True)
     if result.fatal:

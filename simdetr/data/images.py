@@ -274,10 +274,16 @@ def _listed_source(path: Path, root: Location | None) -> ImageSource:
 
 
 def _coco_names(path: Path) -> list[str]:
-    try:
-        return [str(image["file_name"]) for image in read_lists(path, "COCO file", "images")["images"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: every entry of 'images' needs a 'file_name'") from error
+    entries = read_lists(path, "COCO file", "images")["images"]
+    names = [entry.get("file_name") for entry in entries if isinstance(entry, dict)]
+    found = [name for name in names if isinstance(name, str)]
+    if entries and not found:
+        raise ValueError(f"{path}: expected 'images' with a 'file_name' each, got none")
+    if len(found) < len(entries):  # as labels are read
+        _log.warning(
+            "%s: %d of its %d images have no file_name and are left out", path, len(entries) - len(found), len(entries)
+        )
+    return found
 
 
 def _txt_names(path: Path) -> list[str]:

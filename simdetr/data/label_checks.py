@@ -195,7 +195,7 @@ def settled_sizes(
         (
             _AS_STORED,
             stored,
-            "take the orientation out of the files' EXIF, so that they are shown as they were labelled",
+            "take the orientation out of the files' EXIF, so that they are shown as labelled",
         ),
         (_OTHER_SIZE, other, "give the images that were labelled, or scale the boxes as the images were"),
     )
@@ -240,7 +240,7 @@ def check_are_pixels(boxes_xywh: NDArray[np.float64], report: LabelReport) -> No
             "Multiply them by width and height of the image"
         )
     for box in boxes_xywh[within]:
-        report.add("box of at most a pixel in the first pixel of the image, a fraction?", str(_listed(box)))
+        report.note("box of at most a pixel in the first pixel of the image, a fraction?", str(_listed(box)))
 
 
 def check_are_no_corners(boxes: NDArray[np.float64], sizes_hw: NDArray[np.int64], report: LabelReport) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simdetr.data.annotations import LabelError
+from simdetr.data.annotations import Category, LabelError
 from simdetr.data.category_matching import are_pseudo_classes, check_comparable, match_categories
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_checks import check_has_boxes, say_match
@@ -172,11 +172,7 @@ def evaluate(
         LOG.warning(
             "%d of %d labelled images are not in %s and count as missed", len(truth) - len(shared), len(truth), images
         )
-    if are_pseudo_classes(loaded.categories) and not match_categories(truth.categories, loaded.categories):
-        LOG.warning("%s knows pseudo-classes alone: only scores with an @, whatever the class, are given", checkpoint)
-    else:
-        match = check_comparable(truth.categories, loaded.categories, labels, checkpoint)
-        say_match(match, truth, labels, f"the detector in {checkpoint}")
+    check_classes(truth, labels, loaded.categories, checkpoint)
     settings = InferenceSettings.of(
         loaded.image_settings, point_radius=point_radius, **throughput.on(device or default_device(), len(shared))
     )
@@ -184,6 +180,25 @@ def evaluate(
     found, scores = score(loaded, source, truth, settings)
     _say_unreadable(found, source, max_unreadable, "; what is on them counts as missed")
     return scores
+
+
+def check_classes(truth: Labels, path: str | Path, known: Sequence[Category], checkpoint: str | Path) -> None:
+    """Log which classes of a truth a detector does not know, and what is matched though it is spelt otherwise.
+
+    Args:
+        truth: Human labels.
+        path: Their file.
+        known: The detector's categories.
+        checkpoint: Where it lies.
+
+    Raises:
+        LabelError: It knows none of them, and not because it knows pseudo-classes alone, which have recall still.
+    """
+    if are_pseudo_classes(known) and not match_categories(truth.categories, known):
+        LOG.warning("%s knows pseudo-classes alone: only scores with an @, whatever the class, are given", checkpoint)
+        return
+    match = check_comparable(truth.categories, known, path, checkpoint)
+    say_match(match, truth, path, f"the detector in {checkpoint}")
 
 
 def score(

@@ -31,3 +31,57 @@ def test_split_writes_files_and_says_what_is_short(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*common, "--protocol", "fractions", "--amounts", "[2]"])
     assert "expected a number in (0, 1], got 2" in capsys.readouterr().err
+
+
+def changed(scenes, path, **changes):
+    """The labels of the scenes with another content of some of their lists."""
+    content = json.loads((scenes / "instances.json").read_text())
+    path.write_text(
+        json.dumps(content | {name: [entry | new for entry in content[name]] for name, new in changes.items()})
+    )
+    return path
+
+
+def test_split_says_what_no_command_can_use_and_takes_texts_for_numbers(scenes, tmp_path, caplog, capsys):
+    content = json.loads((scenes / "instances.json").read_text())
+    content["annotations"] = [entry | {"image_id": str(entry["image_id"])} for entry in content["annotations"]]
+    content["annotations"][0]["category_id"] = 99
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    common = ["--out", str(tmp_path), "--protocol", "fractions", "--amounts", "[1]"]
+    main(["split", "--labels", str(tmp_path / "labels.json"), *common])
+    assert "1 × unknown category, dropped" in caplog.text
+    assert f"12 images, {len(content['annotations'])} boxes" in capsys.readouterr().out
+    bad = changed(scenes, tmp_path / "bad.json", annotations={"bbox": [0.1, 0.1, 0.5, 0.5]})
+    main(["split", "--labels", str(bad), *common])
+    assert "no training will take" in caplog.text and "fractions of the image" in caplog.text
+
+
+def test_doctor_knows_what_finetune_and_evaluate_stop_at(scenes, tmp_path, run, tiny_config, error_of, capsys):
+    crowds = changed(scenes, tmp_path / "crowds.json", annotations={"iscrowd": 1})
+    with pytest.raises(SystemExit):
+        main(["doctor", str(scenes), "--labels", str(crowds)])
+    (fatal,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FATAL: ")]
+    words = ["--config", tiny_config, "--images", scenes, "--labels", crowds]
+    assert error_of("finetune", *words, "--out", tmp_path / "none") == f"error: {fatal.removeprefix('FATAL: ')}"
+    assert error_of("evaluate", *words[2:], "--checkpoint", run) == f"error: {fatal.removeprefix('FATAL: ')}"
+
+
+def test_doctor_compares_classes_with_those_of_a_detector(scenes, tmp_path, run, tiny_config, error_of, capsys):
+    truth = scenes / "instances.json"
+    main(
+        [
+            "finetune",
+            *map(str, ("--config", tiny_config, "--images", scenes, "--labels", truth, "--out", tmp_path / "ft")),
+        ]
+    )
+    other = changed(scenes, tmp_path / "other.json", annotations={"category_id": 1})
+    content = json.loads(other.read_text())
+    other.write_text(json.dumps(content | {"categories": [{"id": 1, "name": "thing"}]}))
+    for labels, checkpoint in ((truth, tmp_path / "ft"), (truth, run)):  # pseudo-classes have recall
+        main(["doctor", str(scenes), "--labels", str(labels), "--checkpoint", str(checkpoint)])
+        assert "nothing here would stop a run" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["doctor", str(scenes), "--labels", str(other), "--checkpoint", str(tmp_path / "ft")])
+    (fatal,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FATAL: ")]
+    said = error_of("evaluate", "--images", scenes, "--labels", other, "--checkpoint", tmp_path / "ft")
+    assert said == f"error: {fatal.removeprefix('FATAL: ')}" and "no category in common" in said

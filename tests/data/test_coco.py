@@ -10,7 +10,7 @@ from pycocotools.cocoeval import COCOeval
 
 from simdetr.data import masks
 from simdetr.data.annotations import Category, ImageLabels, LabelError
-from simdetr.data.coco import read_coco, write_coco, write_detections
+from simdetr.data.coco import read_coco, with_known_ids, write_coco, write_detections
 from simdetr.data.label_files import read_labels
 from simdetr.data.label_report import LEFT_OUT
 from simdetr.data.labels import Labels
@@ -520,3 +520,18 @@ def test_a_rotated_box_is_the_upright_one_around_it(coco_file):
     expected = [30 - half_width, 20 - half_height, 30 + half_width, 20 + half_height]
     np.testing.assert_allclose(labels.boxes_xyxy[0], expected, atol=1e-4)
     assert labels.areas.tolist() == [200]  # that of the object
+
+
+def test_ids_and_crowds_stand_alike_where_they_are_read_alike():
+    content = {
+        "images": [IMAGES[0], {"id": "12", "file_name": "d.png"}, {"id": 5}],
+        "annotations": [box(1, image_id="10"), box(2, 12, "3", iscrowd="0"), box(3, 99), 5],
+        "categories": CATEGORIES,
+        "info": {"kept": 1},
+    }
+    known = with_known_ids(content)
+    assert [image["id"] for image in known["images"]] == [10, "12"] and known["info"] == {"kept": 1}
+    facts = [(entry["image_id"], entry["category_id"], entry.get("iscrowd")) for entry in known["annotations"]]
+    assert facts == [(10, 3, None), ("12", 3, 0), (99, 3, None)]
+    assert [category["name"] for category in known["categories"]] == ["owl", "cat", "Dog", "17"]
+    assert content["annotations"][0]["image_id"] == "10"  # a copy

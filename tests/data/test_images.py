@@ -6,6 +6,7 @@ import logging
 import pickle
 import struct
 import tarfile
+import unicodedata
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,16 @@ from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.augmentation import eval_transforms
 from simdetr.data.dataset import DetectionDataset
 from simdetr.data.doctor import examine
-from simdetr.data.images import ImageSource, UnreadableImageError, numbered, open_images, read_image
+from simdetr.data.images import (
+    ImageSource,
+    UnreadableImageError,
+    darkness,
+    numbered,
+    open_images,
+    page_count,
+    read_image,
+    warn_if_dark,
+)
 from simdetr.data.labels import Labels
 from simdetr.data.storage import locate
 from simdetr.reports.drawing import write_pictures
@@ -537,3 +547,49 @@ def test_every_reader_of_images_takes_tars(tars, tmp_path):
     row = ImageLabels.build(source.ids[5], (12, 20), [[1, 2, 9, 9]], [0])
     assert write_pictures(source, Labels.from_images([row], (Category(1, "x"),)), tmp_path / "drawn") == 1
     assert (tmp_path / "drawn" / source.ids[5]).is_file()
+
+
+def test_listed_names_are_found_in_another_spelling(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/a.png", decomposed, "plain.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    listed = ["sub\\a.png", composed, "plain.png", "lost\\b.png"]
+    (tmp_path / "list.json").write_text(
+        json.dumps({"images": [{"id": n, "file_name": name} for n, name in enumerate(listed)]})
+    )
+    (tmp_path / "list.txt").write_text("\n".join(listed), encoding="utf-8")
+    for path in ("list.json", "list.txt"):
+        assert open_images(tmp_path / path).ids == ("sub/a.png", decomposed, "plain.png", "lost\\b.png")
+
+
+def test_images_that_a_json_does_not_name_are_left_out_and_counted(tmp_path, caplog):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "list.json").write_text(json.dumps({"images": [{"file_name": "a.png"}, {"id": 2}, 5]}))
+    assert open_images(tmp_path / "list.json").ids == ("a.png",)
+    assert "2 of its 3 images have no file_name" in caplog.text
+
+
+@pytest.mark.parametrize(("largest", "dark"), [(1023, True), (4095, True), (65535, False)])
+def test_deep_files_that_fill_a_part_of_their_range_are_dark(tmp_path, caplog, largest, dark):
+    values = np.linspace(0, largest, 64).astype(np.uint16).reshape(8, 8)
+    for name in ("a.tif", "b.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+    source = open_images(tmp_path)
+    said = darkness(source[0], read_image(source[0]))
+    assert (f"{largest.bit_length()} bits in 16" in said) == dark and bool(said) == dark
+    warn_if_dark(source)
+    assert ("its first 2 images are nearly black" in caplog.text) == dark
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "0.png")
+    caplog.clear()
+    warn_if_dark(open_images(tmp_path))
+    assert not caplog.records  # one of the first is bright
+
+
+def test_pages_are_counted(tmp_path):
+    pages = [Image.new("L", (8, 8), value) for value in (0, 99, 200)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "b.png")
+    (tmp_path / "c.png").write_bytes(b"none")
+    assert [page_count(record) for record in open_images(tmp_path)] == [3, 1, 1]
+    assert read_image(tmp_path / "a.tif").max() == 0  # the first

@@ -130,3 +130,25 @@ def test_only_bytes_are_codes():
 def test_a_code_takes_a_thousandth_of_its_pixels():
     (code,) = masks.encode(blob()[None])
     assert sys.getsizeof(code) < 1000 < 480 * 640 / 300
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "box", "area"),
+    [
+        ([[2, 2, 12, 2, 12, 22, 2, 22]], (2, 2, 12, 22), 200),
+        ([2, 2, 12, 2, 2, 22], (2, 2, 12, 22), 100),  # a triangle, without a list around it
+        ([[2, 2, 12, 2, 12, 22, 2, 22], [20, 5, 20, 9, 30, 9, 30, 5]], (2, 2, 30, 22), 240),  # either way round
+        ({"size": [10, 20], "counts": [12, 3, 7, 3, 175]}, (1, 2, 3, 5), 6),
+    ],
+)
+def test_extent_is_the_box_and_area_of_a_segmentation(segmentation, box, area):
+    assert masks.extent(segmentation, (40, 60)) == (box, area)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [None, [], {}, [[1, 2, 3, 4]], [["a"]], {"size": [2, 2], "counts": [4]}, {"size": "2", "counts": [4]}, "text"],
+)
+def test_what_has_no_extent_is_an_error(segmentation):
+    with pytest.raises(LabelError):
+        masks.extent(segmentation, (40, 60))
