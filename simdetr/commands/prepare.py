@@ -96,11 +96,11 @@ def convert(
     Args:
         path: File or folder of labels.
         out: File or folder to write.
-        from_: Format of the labels, if their content does not say it: simdetr, coco, yolo, voc, label-studio, cvat or
-            csv. On the command line it is ``--from``.
+        from_: Typed as ``--from``: format of the labels, if their content does not say it: simdetr, coco, yolo, voc,
+            label-studio, cvat or csv.
         to: Format to write, one of the same; by default the ending of OUT says it: .json COCO, .parquet simdetr, .csv
             CSV, .xml CVAT.
-        images: Images that the labels are of, for formats that do not say the images' sizes and for file names.
+        images: Images that the labels are of: for their sizes, which YOLO does not say, and their names.
         masks: Write masks in place of boxes where a format has one or the other (YOLO, CVAT).
         overwrite: Replace what is at OUT.
         link_images: With YOLO, link the images beside the labels, where its trainers look for them.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,8 @@ def format_for(out: Path) -> LabelFormat:
     found = {".json": "coco", ".parquet": "simdetr", ".csv": "csv", ".xml": "cvat"}.get(out.suffix.lower())
     if found is None:
         raise LabelError(
-            f"out: {out} does not say its format; say it with --to, or end it with .json, .parquet, .csv or .xml"
+            f"out: {out} does not say its format; say it with --to, such as yolo or voc for a folder, or end the name "
+            "with .json, .parquet, .csv or .xml"
         )
     return format_named(found)
 
@@ -241,13 +242,21 @@ def _read_parquet(reading: Reading) -> Labels:
     path = reading.path
     try:
         table = pq.read_table(path).combine_chunks()
-    except (OSError, pa.ArrowException) as error:
-        raise LabelError(f"{path} cannot be read as Parquet: {error}") from error
-    facts = (table.schema.metadata or {}).get(_METADATA_KEY)
-    if facts is None:
-        raise LabelError(f"{path} holds no labels: expected a file of write_labels, got columns {table.column_names}")
-    content = json.loads(facts)
+        facts = (table.schema.metadata or {}).get(_METADATA_KEY)
+        if facts is None:
+            raise LabelError(
+                f"{path} holds no labels: expected a file of write_labels, got columns "
+                f"{table.column_names[:_LISTED_FILES]}"
+            )
+        return _of_table(table, json.loads(facts))
+    except LabelError:
+        raise
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise LabelError(f"{path} cannot be read as Parquet: {shown(str(error))}") from error
 
+
+def _of_table(table: pa.Table, content: Mapping[str, Any]) -> Labels:
+    """Labels of the columns that `write_labels` makes, and of the facts in their schema."""
     has_lineage = set(LINEAGE_COLUMNS) <= set(table.column_names)  # labels of people and older files have none
     optional = {"masks", "points"} & set(table.column_names)
     names = (*_LIST_COLUMNS, "crowd", *(LINEAGE_COLUMNS if has_lineage else ()), *optional)
@@ -328,14 +337,13 @@ FORMATS = (
 
 
 def write_result(labels: Labels, out: Path, images: Path | None = None) -> str:
-    """Write labels as COCO JSON, or as Parquet if ``out`` ends so; says what was written, in one line.
+    """Write labels as Parquet or CSV if ``out`` ends so, else as COCO JSON; says what was written, in one line.
 
-    Where ``images`` is a COCO file, images keep the ids that they have in it.
+    Where ``images`` is a COCO file, COCO images keep the ids that they have in it.
     """
-    if out.suffix == ".parquet":
-        write_labels(labels, out)
-    elif images is not None and images.suffix.lower() == ".json":
+    kind = {".parquet": "simdetr", ".csv": "csv"}.get(out.suffix.lower(), "coco")
+    if kind == "coco" and images is not None and images.suffix.lower() == ".json":
         write_coco(labels, out, numbers_in(images, open_images(images).ids))
     else:
-        write_coco(labels, out)
+        format_named(kind).write(labels, out, None)
     return f"{len(labels.boxes_xyxy):,} boxes on {len(labels):,} images in {out}"

@@ -85,3 +85,36 @@ def test_doctor_compares_classes_with_those_of_a_detector(scenes, tmp_path, run,
     (fatal,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FATAL: ")]
     said = error_of("evaluate", "--images", scenes, "--labels", other, "--checkpoint", tmp_path / "ft")
     assert said == f"error: {fatal.removeprefix('FATAL: ')}" and "no category in common" in said
+
+
+def test_convert_reads_one_tools_labels_and_writes_anothers(scenes, tmp_path, capsys):
+    out = tmp_path / "yolo"
+    main(
+        ["convert", str(scenes / "instances.json"), str(out), "--to", "yolo", "--link-images", "--images", str(scenes)]
+    )
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"read    {scenes / 'instances.json'} (coco): 12 images, ")
+    assert said[1].startswith(f"written {out} (yolo): 12 images, ") and said[1].endswith("read back and equal")
+    main(["convert", str(out), str(tmp_path / "back.json"), "--from=yolo"])
+    assert "(yolo): 12 images" in capsys.readouterr().out
+    before, after = (json.loads(path.read_text()) for path in (scenes / "instances.json", tmp_path / "back.json"))
+    assert len(before["annotations"]) == len(after["annotations"])
+    assert {one["name"] for one in before["categories"]} == {one["name"] for one in after["categories"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--to=csv", "--from", "yolov9"],
+            "--from: expected one of simdetr, coco, yolo, voc, label-studio, cvat, csv, got 'yolov9'",
+        ),
+        (["--to", "xml"], "--to: expected one of simdetr, coco, yolo, voc, label-studio, cvat, csv, got 'xml'"),
+        ([], "does not say its format; say it with --to"),
+    ],
+)
+def test_convert_says_what_it_knows(scenes, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", str(scenes / "instances.json"), str(tmp_path / "out"), *options])
+    assert stop.value.code == 1 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

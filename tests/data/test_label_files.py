@@ -106,7 +106,7 @@ def test_formats_by_name_and_by_ending(tmp_path):
         LabelError, match="--to: expected one of simdetr, coco, yolo, voc, label-studio, cvat, csv, got 'x'"
     ):
         format_named("x", "--to")
-    with pytest.raises(LabelError, match="does not say its format; say it with --to"):
+    with pytest.raises(LabelError, match="does not say its format; say it with --to, such as yolo"):
         format_for(tmp_path / "folder")
 
 

@@ -85,11 +85,10 @@ def _task(entry: object, place: int, reading: Reading) -> _Task | None:
         skipped = not any(key in entry for key in ("annotation_id", "annotator"))
         return _Task(name, size, None if skipped else list(_plain_results(entry)), where, _order(entry))
     given = entry.get("annotations", entry.get("completions"))
-    finished = [one for one in given if isinstance(one, dict) and not one.get("was_cancelled")] if given else []
-    if isinstance(given, list):
-        cancelled = len(given) - len(finished)
-        if cancelled:
-            report.note("annotation that was skipped, left out", where)
+    given = given if isinstance(given, list) else []
+    finished = [one for one in given if isinstance(one, dict) and not one.get("was_cancelled")]
+    for _ in range(len(given) - len(finished)):
+        report.note("annotation that was skipped, left out", where)
     finished.sort(key=_order)
     for _ in finished[1:]:
         report.note("annotation of another annotator, left out", where)

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from simdetr.data.annotations import LabelError
-from simdetr.data.images import IMAGE_SUFFIXES, ImageSource
+from simdetr.data.images import IMAGE_SUFFIXES, ImageSource, find_images
 from simdetr.data.label_formats.known_images import KnownImages, stem_of
 from simdetr.data.label_formats.reading import Corners, Gathering, Reading, number, shown, size_hw
 from simdetr.data.label_formats.shapes import around
@@ -28,6 +28,7 @@ from simdetr.data.storage import files_below
 
 MARK = "simdetr: corners are edges, counted from 0"
 _FOLDER = "Annotations"
+_IMAGES = "JPEGImages"
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -96,6 +97,10 @@ def read(reading: Reading) -> Labels:
             report.unlabelled.append(image_id)
         else:
             _gather(gathering, image_id, size, one, corners, reading.masks)
+    beside = reading.path / _IMAGES
+    listed = reading.images.ids or (find_images(beside) if beside.is_dir() else [])
+    met = {*ids, *report.unlabelled}
+    report.unlabelled += [image_id for image_id in listed if image_id not in met]
     return gathering.labels()
 
 
@@ -219,6 +224,6 @@ def write(labels: Labels, out: Path, images: ImageSource | None) -> None:
             SubElement(entry, "difficult").text = "0"
             corners = SubElement(entry, "bndbox")
             for side, value in zip(_SIDES, box, strict=True):
-                SubElement(corners, side).text = str(value)
+                SubElement(corners, side).text = str(value).removesuffix(".0")  # many readers take whole numbers alone
         ElementTree.indent(root)
         path.write_bytes(ElementTree.tostring(root, encoding="utf-8") + b"\n")

@@ -406,14 +406,18 @@ def _outline(code: bytes, size_hw: tuple[int, int]) -> list[int]:
 
 
 def link_images(labels: Labels, out: Path, images: ImageSource) -> int:
-    """Links in ``images/`` to the files of the source, beside the labels that were written; gives their number."""
+    """Links in ``images/`` to the files of the source, beside the labels that were written; gives their number.
+
+    Files that are there already stay, also where ``images`` is itself a link to the source.
+    """
     linked = 0
     for image_id in labels.image_ids:
         if image_id not in images or images.members is not None or not isinstance(images.root, Path):
             continue
-        link = out / "images" / image_id
+        link, target = out / "images" / image_id, Path(images.root, image_id).absolute()
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(Path(images.root, image_id).absolute())
-        linked += 1
+        if link.resolve() != target.resolve() and (link.is_symlink() or not link.exists()):
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)
+        linked += link.resolve() == target.resolve()
     return linked

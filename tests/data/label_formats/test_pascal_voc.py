@@ -66,7 +66,7 @@ def test_what_is_written_is_marked_and_read_as_it_is(tmp_path):
     labels = Labels.from_images([ImageLabels.build("s/a.jpg", (50, 100), boxes, [0, 0])], [Category(1, "cat")])
     pascal_voc.write(labels, tmp_path / "v", None)
     text = (tmp_path / "v/Annotations/s/a.xml").read_text()
-    assert "<xmin>11.0</xmin>" in text and "<folder>s</folder>" in text
+    assert "<xmin>11</xmin>" in text and "<folder>s</folder>" in text
     back, report = read(tmp_path / "v")
     assert back.image_ids == ("s/a.jpg",) and back.boxes_xyxy.tolist() == boxes and not report.notes
 
@@ -91,6 +91,16 @@ def test_a_size_that_is_missing_comes_from_the_image(voc):
         assert labels.image_ids == ("a.jpg", "b.jpg") and labels.sizes_hw.tolist() == [[50, 100]] * 2
         assert report.unlabelled == ["gone.jpg"]
         assert report.counts == {"image without size that is not found, its boxes dropped": 1}
+
+
+def test_images_without_xml_are_unlabelled(voc):
+    root = voc({"a": SIZE + thing(1, 1, 9, 9)})
+    (root / "JPEGImages").mkdir()
+    for name in ("a", "unseen"):
+        Image.new("L", (100, 50)).save(root / "JPEGImages" / f"{name}.jpg")
+    for images in (None, open_images(root / "JPEGImages")):
+        labels, report = read(root, images=images)
+        assert labels.image_ids == ("a.jpg",) and report.unlabelled == ["unseen.jpg"]
 
 
 def test_objects_that_cannot_be_used_are_counted(voc):

@@ -230,3 +230,14 @@ def test_links_lead_to_the_images(lay_out):
     assert yolo.link_images(labels, root / "y", source) == 1 == yolo.link_images(labels, root / "y", source)
     assert (root / "y/images/s/a.jpg").samefile(root / "photos/s/a.jpg")
     assert read(root / "y")[0].boxes_xyxy.tolist() == labels.boxes_xyxy.tolist()
+
+
+def test_links_never_take_the_place_of_files(lay_out):
+    root = lay_out({"photos/a.jpg": None, "z/images/a.jpg": "another"})
+    labels = Labels.from_images([ImageLabels.build("a.jpg", (50, 100), [], [])], [Category(1, "cat")])
+    (root / "y").mkdir()
+    (root / "y" / "images").symlink_to(root / "photos")
+    source = open_images(root / "photos")
+    assert yolo.link_images(labels, root / "y", source) == 1 and not (root / "photos" / "a.jpg").is_symlink()
+    assert yolo.link_images(labels, root / "z", source) == 0
+    assert (root / "z/images/a.jpg").read_text() == "another" and (root / "photos" / "a.jpg").stat().st_size
