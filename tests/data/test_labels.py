@@ -283,3 +283,21 @@ def test_sharpened_drops_the_uncertain_and_keeps_all_images():
     assert labels.image_ids == ("a", "b", "c") and labels.offsets.tolist() == [0, 1, 1, 2]
     np.testing.assert_allclose(labels.scores, [0.25, 0.0225], rtol=1e-6)
     assert labels.classes.tolist() == [0, 1] and labels.boxes_xyxy[:, 0].tolist() == [0, 3]
+
+
+def test_a_fingerprint_is_of_all_that_is_learned_from(make_labels):
+    boxes = {"a": [(0, 0, 9, 9, 0), (1, 1, 5, 5, 1)], "b": []}
+    labels = make_labels(boxes, (1, 2))
+    assert labels.fingerprint() == make_labels(boxes, (1, 2)).fingerprint()
+    others = [
+        make_labels(boxes | {"a": boxes["a"][::-1]}, (1, 2)),
+        make_labels({"a": boxes["a"]}, (1, 2)),
+        make_labels({"a": [(0, 0, 9, 9, 0), (1, 1, 5, 5, 0)], "b": []}, (1, 2)),
+        make_labels({"a": [(0, 0, 9, 9, 0), (1, 1, 5, 5, 1, 0.5)], "b": []}, (1, 2)),
+        make_labels(boxes, (1, 3)),
+        make_labels(boxes, (1, 2, 3)),
+        make_labels(boxes, (1, 2), crowd=[True, False]),
+        replace(labels, points=np.zeros((2, 2), np.float32)),
+        replace(labels, masks=np.array([b"1", b"2"], object)),
+    ]
+    assert len({other.fingerprint() for other in (labels, *others)}) == 1 + len(others)

@@ -23,7 +23,6 @@ from simdetr.labelling.autolabel import (
     NothingToLearnError,
     autolabel,
     encoder_for,
-    fingerprint,
 )
 from simdetr.labelling.candidates import read_candidates
 from simdetr.labelling.consensus import Consensus
@@ -289,15 +288,6 @@ def test_the_encoder_of_the_pretraining_is_the_default(pretrained, tmp_path):
     assert encoder_for("efficientnet-lite0", pretrained) == "efficientnet-lite0"
     with pytest.raises(ValueError, match="does not say what it was mined with; name one"):
         encoder_for(None, tmp_path)
-
-
-def test_a_fingerprint_is_of_what_is_labelled(shots):
-    few = read_labels(shots)
-    assert fingerprint(few) == fingerprint(read_labels(shots))
-    moved = few.boxes_xyxy.copy()
-    moved[0, 0] += 1
-    for other in (replace(few, boxes_xyxy=moved), few.select(few.image_ids[::-1]), few.rows(np.arange(2))):
-        assert fingerprint(other) != fingerprint(few)
 
 
 def test_background_votes_too(again):

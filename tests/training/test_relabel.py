@@ -19,7 +19,6 @@ from simdetr.exchange.weights import LoadedDetector
 from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, Throughput, detect, detect_array, relabel
 
 module = sys.modules["simdetr.training.relabel"]  # the package gives the function this name
-RealQuarantine = module.Quarantine
 
 CATEGORIES = tuple(Category(i, str(i)) for i in range(3))
 SETTINGS = InferenceSettings(short_side=64, max_side=80, iou_threshold=0.55, batch_size=2)
@@ -110,8 +109,8 @@ def test_a_part_without_a_readable_image(make_detector, own_scenes, tmp_path, mo
     monkeypatch.setattr(module, "PART_SIZE", 1)
     source = open_images(own_scenes)
     source.path_of(source.ids[0]).write_bytes(b"")
-    monkeypatch.setattr(module, "Quarantine", lambda path, total: RealQuarantine(path, total, 0.5))
-    labels = relabel(loaded(make_detector(3)), source, SETTINGS, tmp_path / "labels.parquet", stage=2)
+    out = tmp_path / "labels.parquet"
+    labels = relabel(loaded(make_detector(3)), source, SETTINGS, out, stage=2, max_unreadable=0.5)
     assert labels.image_ids == tuple(source.ids[1:])
     assert "labels" not in (tmp_path / "quarantine.csv").read_text()
     assert source.ids[0] in (tmp_path / "quarantine.csv").read_text()
