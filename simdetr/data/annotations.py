@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+MAX_SIDE = 1_000_000
+"""Of an image, in pixels; what a file says beyond it is no size."""
+
 
 class LabelError(ValueError):
     """Labels that break a rule; the message names the rule, what was met and where."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from simdetr.data import masks as mask_codes
 from simdetr.data import points as point_columns
-from simdetr.data.annotations import LINEAGE_COLUMNS, Category, LabelError, Lineage
+from simdetr.data.annotations import LINEAGE_COLUMNS, MAX_SIDE, Category, LabelError, Lineage
 from simdetr.data.images import ImageSource
 from simdetr.data.label_checks import areas_of_no_box, check_are_no_corners, check_are_pixels, ids_in, settled_sizes
 from simdetr.data.label_report import LabelReport
@@ -240,7 +240,7 @@ def _size(entry: Mapping[str, Any], path: Path, identity: int | str, *, required
         height, width = int(float(entry["height"])), int(float(entry["width"]))
     except (KeyError, TypeError, ValueError, OverflowError):
         height = width = 0
-    if height > 0 and width > 0:
+    if 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE:
         return height, width
     if required:
         raise LabelError(
@@ -459,7 +459,9 @@ def _table(
     problems: LabelReport,
 ) -> Labels:
     """The labels: annotations ``order``, sorted by image, with their boxes; images of ``left_out`` are not there."""
-    stage = int(content["info"].get("simdetr_stage", -1)) if isinstance(content.get("info"), dict) else -1
+    info = content.get("info")
+    said = info.get("simdetr_stage") if isinstance(info, dict) else None
+    stage = said if type(said) is int and -1 <= said <= np.iinfo(LINEAGE_COLUMNS["born"]).max else -1
     there = np.flatnonzero(~left_out)
     counts = np.bincount(found.rows[order], minlength=len(ids))[there]
     offsets = np.concatenate([[0], counts.cumsum()]).astype(np.int64)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from simdetr.data import masks as mask_codes
-from simdetr.data.annotations import Category, LabelError
+from simdetr.data.annotations import MAX_SIDE, Category, LabelError
 from simdetr.data.images import MAX_PIXELS
 from simdetr.data.label_formats.known_images import KnownImages
 from simdetr.data.label_report import LabelReport
@@ -24,7 +24,6 @@ from simdetr.data.labels import Labels
 Corners = Literal["voc", "zero", "shifted"]
 """How Pascal VOC's corners are counted, see `simdetr.data.label_formats.pascal_voc`."""
 
-MAX_SIDE = 1_000_000
 _ROUNDING_PX = 0.1  # a box may leave the image by this much without being called wrong: tools write two decimals
 _SHOWN_CHARACTERS = 60
 
