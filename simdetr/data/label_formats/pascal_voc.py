@@ -2,8 +2,9 @@
 
 Three ways to count corners are in use. ``voc``, as the VOC itself: pixels from 1, the last one included, so that
 ``xmin`` - 1 and ``xmax`` are the edges. ``zero``: edges from 0, as they are. ``shifted``: edges, all one more. The
-files of a folder show it: a corner at 0, or one that is no whole number, means ``zero``; an ``xmax`` one beyond the
-width means ``shifted``; otherwise it is taken for ``voc``, and that is noted.
+files of a folder show it: a corner at 0, or most of them written with a decimal point, mean ``zero`` (VOC's own have
+whole numbers but for a few); an ``xmax`` one beyond the width means ``shifted``; otherwise it is taken for ``voc``, and
+that is noted.
 
 simdetr writes ``zero`` with fractions of pixels, as CVAT does, and says so in ``source``.
 """
@@ -49,6 +50,7 @@ class _Object:
     corners: tuple[float, ...]
     polygon: list[float]
     where: str
+    decimals: bool  # whether its corners are written with a point, as 12.0
 
 
 @dataclass
@@ -137,7 +139,8 @@ def _objects(root: Element, file_name: str) -> Iterator[_Object]:
         corners = (math.nan,) * 4 if box is None else tuple(number_at(box, side) for side in _SIDES)
         polygon = entry.find("polygon")
         points = [] if polygon is None else _points(polygon)
-        yield _Object(text_at(entry, "name"), corners, points, f"{file_name}: object {place}")
+        decimals = box is not None and any("." in text_at(box, side) for side in _SIDES)
+        yield _Object(text_at(entry, "name"), corners, points, f"{file_name}: object {place}", decimals)
 
 
 def _points(polygon: Element) -> list[float]:
@@ -156,8 +159,9 @@ def _corners(files: list[_File], reading: Reading) -> Corners:
     if all(one.marked for one in files):
         return "zero"
     boxes = [(thing.corners, one.size, thing.where) for one in files for thing in one.objects]
+    with_point = sum(thing.decimals for one in files for thing in one.objects)
     for values, _, where in boxes:
-        if any(0 <= value < 1 or value % 1 for value in values if math.isfinite(value)):
+        if any(0 <= value < 1 for value in values) or with_point > len(boxes) / 2:
             reading.report.note("corners counted from 0, as they show", where)
             return "zero"
     for values, size, where in boxes:

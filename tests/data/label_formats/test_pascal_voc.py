@@ -45,6 +45,7 @@ def read(path, **choices):
         ((1, 1, 100, 50), [0, 0, 100, 50], "taken as VOC's"),
         ((0, 21, 30, 40), [0, 21, 30, 40], "counted from 0"),
         ((11.5, 21, 30, 40), [11.5, 21, 30, 40], "counted from 0"),
+        (("11.0", "21.0", "30.0", "40.0"), [11, 21, 30, 40], "counted from 0"),
         ((11, 21, 101, 40), [10, 20, 100, 39], "all one more"),
     ],
 )
@@ -59,6 +60,11 @@ def test_one_file_speaks_for_its_folder_and_the_user_for_all(voc):
     assert read(root)[0].of("b.jpg").boxes_xyxy.tolist() == [[11, 21, 30, 40]]
     assert read(root, corners="voc")[0].of("b.jpg").boxes_xyxy.tolist() == [[10, 20, 30, 40]]
     assert read(root, corners="shifted")[0].of("b.jpg").boxes_xyxy.tolist() == [[10, 20, 29, 39]]
+
+
+def test_a_few_fractions_are_in_vocs_own_files_too(voc):
+    root = voc({"a": SIZE + thing(11.5, 21, 30, 40), "b": SIZE + thing(11, 21, 30, 40) + thing(1, 1, 9, 9)})
+    assert read(root)[0].of("a.jpg").boxes_xyxy.tolist() == [[10.5, 20, 30, 40]]
 
 
 def test_what_is_written_is_marked_and_read_as_it_is(tmp_path):
