@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from simdetr.data.images import open_images, read_image
+from simdetr.data.quarantine import TooManyUnreadableError
 from simdetr.encoder_training.fit_encoder import EncoderFitConfig, fit_encoder, read_settings
 from simdetr.encoder_training.objectives import LearningEncoder, timm_weights
 from simdetr.encoder_training.probe import read_rows
@@ -137,11 +138,13 @@ def test_learning_lowers_the_loss_and_spreads_the_features(scenes, tmp_path):
     assert rows[-1]["spread"] > first["spread"]
 
 
-def test_unreadable_images_are_put_aside(own_scenes, tmp_path, monkeypatch, caplog):
+def test_unreadable_images_are_put_aside(own_scenes, tmp_path, caplog):
     source = open_images(own_scenes)
     source.path_of(source.ids[1]).write_bytes(b"")
-    monkeypatch.setattr("simdetr.encoder_training.crops.Quarantine.__init__.__defaults__", (0.5,))
-    fit_encoder(own_scenes, tmp_path / "out", replace(DINO, max_steps=2), device="cpu")
+    with pytest.raises(TooManyUnreadableError, match=r"allow more with --mining\.max_unreadable"):
+        fit_encoder(own_scenes, tmp_path / "out", replace(DINO, max_steps=2), device="cpu")
+    allowing = replace(DINO, max_steps=2, mining=MiningConfig(max_unreadable=0.5))
+    fit_encoder(own_scenes, tmp_path / "out", allowing, device="cpu")
     assert source.ids[1] in (tmp_path / "out" / "quarantine.csv").read_text()
     assert "1 of 6 images are unreadable" in caplog.text
 
