@@ -272,11 +272,11 @@ def compare(
         One row per training: ``initialisation``, ``label_budget``, ``seed`` and the metrics.
     """
     out, detector = Path(out), detector_folder(init)
+    check_comparable_files(images, labels, val_images, val_labels)
     data = (f"--data.images={images}", f"--data.labels={labels}")
     chosen = for_finetuning(config, images, labels, detector, options)
     common = Recipe(chosen.configs, (*data, *chosen.options, *options)).starting_from(detector, out, weights=False)
     inputs = {"init": str(detector), "val_images": str(val_images), "val_labels": str(val_labels)}
-    check_comparable_files(images, labels, val_images, val_labels)
     RunFolder(out).claim(common.resolved()[1] + yaml.safe_dump({"compare": inputs}))
     without = BACKBONE_ONLY if common.brings_weights() else SCRATCH
     rows = ComparisonRows(out / "comparison.json", quiet=not leads())

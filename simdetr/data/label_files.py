@@ -155,7 +155,9 @@ def _read_parquet(path: Path, images: ImageSource | None, report: LabelReport, m
         raise LabelError(f"{path} cannot be read as Parquet: {error}") from error
     facts = (table.schema.metadata or {}).get(_METADATA_KEY)
     if facts is None:
-        raise LabelError(f"{path} holds no labels: expected a file of write_labels, got columns {table.column_names}")
+        raise LabelError(
+            f"{path} holds no labels: expected a .parquet that simdetr wrote, got one of columns {table.column_names}"
+        )
     content = json.loads(facts)
 
     has_lineage = set(LINEAGE_COLUMNS) <= set(table.column_names)  # labels of people and older files have none
