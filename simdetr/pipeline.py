@@ -301,12 +301,12 @@ def compare(
         One row per training: ``initialisation``, ``label_budget``, ``seed`` and the metrics.
     """
     out, detector = Path(out), detector_folder(init)
+    check_comparable_files(images, labels, val_images, val_labels)
     data = (f"--data.images={images}", f"--data.labels={labels}")
     chosen = for_finetuning(config, images, labels, detector, options)
     common = Recipe(chosen.configs, (*data, *chosen.options, *options)).starting_from(detector, out, weights=False)
     inputs = {"init": str(detector), "val_images": str(val_images), "val_labels": str(val_labels)}
     folder, (settings, text) = RunFolder(out), common.resolved()
-    check_comparable_files(images, labels, val_images, val_labels)
     rows = ComparisonRows(out / "comparison.json", quiet=not leads())
     folder.claim(text + yaml.safe_dump({"compare": inputs}))
     contents = contents_of(settings) | {"val_labels": content_hash(Path(val_labels), IMAGE_SUFFIXES)}

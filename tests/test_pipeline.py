@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from simdetr import pipeline
+from simdetr.data.annotations import LabelError
 from simdetr.data.images import open_images, read_image
 from simdetr.data.label_files import read_labels, write_result
 from simdetr.data.labels import Labels
@@ -330,6 +331,21 @@ def test_evaluation_looks_at_labelled_images_only_and_refuses_strangers(run, own
     with pytest.raises(ValueError, match=r"none of the 1 images .* is in .*other.png.*000000\.jpg"):
         Image.new("RGB", (64, 64)).save(tmp_path / "other.png")
         pipeline.evaluate(tmp_path / "other.png", truth, detector)
+
+
+def test_other_classes_of_validation_stop_before_the_first_step(own_scenes, scenes, tiny_config, run, tmp_path):
+    path = own_scenes / "instances.json"
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": 900 + row["id"], "name": f"other {row['name']}"} for row in content["categories"]]
+    content["annotations"] = [row | {"category_id": 900 + row["category_id"]} for row in content["annotations"]]
+    path.write_text(json.dumps(content))
+    truth, out = scenes / "instances.json", tmp_path / "out"
+    with pytest.raises(LabelError, match=r"own/instances.json and .*scenes0/instances.json have no category in common"):
+        pipeline.finetune(scenes, truth, out, [tiny_config], val_images=own_scenes, val_labels=path)
+    assert not (out / "detector").exists() and not [*out.rglob("metrics.csv")]
+    with pytest.raises(LabelError, match="no category in common"):
+        pipeline.compare(scenes, truth, own_scenes, path, run.path, tmp_path / "cmp", [tiny_config])
+    assert not (tmp_path / "cmp").exists()
 
 
 def test_comparison_resumes_row_by_row(run, scenes, tiny_config, tmp_path, monkeypatch):

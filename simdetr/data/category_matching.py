@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,12 +59,23 @@ class CategoryMatch:
 
 
 def match_categories(own: Sequence[Category], others: Sequence[Category]) -> CategoryMatch:
-    """Match two lists of categories.
+    """Match two lists of categories by `match_names`, or by their ids if no name agrees.
+
+    Ids decide if both lists have the same ones, or if one has no names but its ids; pseudo-classes, whose names say
+    which clustering made them, never go by id.
+    """
+    match = match_names(own, others)
+    if match or not _ids_decide(own, others):
+        return match
+    _match_by(lambda category: category.id, own, others, match.positions)
+    return replace(match, by_id=True)
+
+
+def match_names(own: Sequence[Category], others: Sequence[Category]) -> CategoryMatch:
+    """Match two lists of categories by their names alone.
 
     Same names are the same class, whatever the ids; names that occur several times in a list count only with their id.
-    Then names that differ in case, spaces, hyphens and underscores alone. If no name agrees, and both lists have the
-    same ids, or one has no names but its ids, ids decide; pseudo-classes, whose names say which clustering made them,
-    never go by id.
+    Then names that differ in case, spaces, hyphens and underscores alone.
     """
     positions = np.full(len(own), -1, np.int64)
     rules: tuple[Callable[[Category], Hashable], ...] = (
@@ -74,10 +85,7 @@ def match_categories(own: Sequence[Category], others: Sequence[Category]) -> Cat
     )
     for rule in rules:
         _match_by(rule, own, others, positions)
-    by_id = not (positions >= 0).any() and _ids_decide(own, others)
-    if by_id:
-        _match_by(lambda category: category.id, own, others, positions)
-    return CategoryMatch(tuple(own), tuple(others), positions, by_id)
+    return CategoryMatch(tuple(own), tuple(others), positions)
 
 
 def check_comparable(

@@ -28,6 +28,7 @@ from simdetr.data.storage import read_lists, write_json
 
 _ROUNDING_PX = 0.1  # a box may leave the image by this much without being called wrong: COCO writes two decimals
 _BOX_DECIMALS = 4
+_NO_AREA = -1.0  # of an annotation whose area is no number
 _CROWD_TEXTS = {"": False, "0": False, "0.0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 _KEYPOINT_OF_CATEGORY = {"keypoints": ["reference point"], "skeleton": []}
 _RESULT_FIELDS = ("image_id", "category_id", "bbox", "score", "segmentation", "keypoints", "num_keypoints")
@@ -285,6 +286,8 @@ def _annotations(
         if not math.isfinite(score):
             problems.add("box, score or area is no number, dropped", f"{where} with score {entry.get('score')!r}")
             continue
+        if math.isnan(area) and entry.get("area") is not None:
+            area = _NO_AREA
         is_crowd = _is_crowd(entry, problems, where)
         if "score" not in entry:  # of people: a detector may be as sure of two boxes as of one
             key, shape = (row, own_class, is_crowd, box), (entry.get("segmentation"), entry.get("keypoints"))
@@ -435,7 +438,8 @@ def _clipped(
         problems.add("score outside 0 to 1, clipped", f"{found.places[row]} with score {found.scores[row]:g}")
     found.scores = found.scores.clip(0, 1)
     sides = boxes[:, 2:].astype(np.float64) - boxes[:, :2]
-    wrong = areas_of_no_box(found.areas, found.boxes_xywh[:, 2:].prod(axis=1)) & ~found.boxless
+    wrong = (found.areas < 0) | areas_of_no_box(found.areas, found.boxes_xywh[:, 2:].prod(axis=1))
+    wrong &= ~found.boxless
     given = np.isfinite(found.areas) & (found.areas > 0) & ~wrong
     found.areas = np.where(given, found.areas, sides.prod(axis=1).clip(0))
     for row in np.flatnonzero(wrong).tolist():

@@ -16,7 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from simdetr.data.annotations import Category, ImageLabels, LabelError
+from simdetr.data.category_matching import match_names
 from simdetr.data.images import ImageSource, find_images, upright_size
+from simdetr.data.label_checks import ids_in
+from simdetr.data.label_report import LabelReport
 from simdetr.data.labels import Labels
 
 LOG = logging.getLogger(__name__)
@@ -69,18 +72,24 @@ def read_image_level(path: str | Path, source: ImageSource, categories: Sequence
     """
     path = Path(path)
     names_of = _of_folders(path, source) if path.is_dir() else _of_csv(path)
+    same = ids_in(source, [*names_of], LabelReport(path, "image_level"))
+    names_of = {same.get(image_id, image_id): names for image_id, names in names_of.items()}
     strangers = [image_id for image_id in names_of if image_id not in source]
     if strangers:
         raise LabelError(
             f"{path}: {len(strangers)} of {len(names_of)} images are not in {source.root} (first: {strangers[0]!r}, "
             f"there are ids like {next(iter(source.ids), None)!r})"
         )
-    met = sorted({name for names in names_of.values() for name in names})
-    known = [Category(number + 1, name) for number, name in enumerate(met)] if categories is None else list(categories)
-    index = {category.name: position for position, category in enumerate(known)}
-    missing = [name for name in met if name not in index]
-    if missing:
-        raise LabelError(f"{path}: the class {', '.join(map(repr, missing))} is none of {', '.join(sorted(index))}")
+    met = [
+        Category(number + 1, name)
+        for number, name in enumerate(sorted({name for names in names_of.values() for name in names}))
+    ]
+    known = met if categories is None else list(categories)
+    match = match_names(met, known)
+    if match.missing:
+        missing, there = (", ".join(repr(c.name) for c in listed) for listed in (match.missing, known))
+        raise LabelError(f"{path}: the class {missing} is none of {there}")
+    index = {category.name: int(position) for category, position in zip(met, match.positions, strict=True)}
     classes_of = {image_id: [index[name] for name in names] for image_id, names in names_of.items()}
     return _whole_images(source, classes_of, known)
 

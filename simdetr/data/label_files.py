@@ -187,6 +187,15 @@ def format_of(path: Path) -> LabelFormat:
     )
 
 
+def is_known(path: Path) -> bool:
+    """Whether a file or folder looks like labels with boxes, of whatever format."""
+    try:
+        format_of(path)
+    except LabelError:
+        return False
+    return True
+
+
 def _found_instead(path: Path) -> str:
     """What is in a file or folder that looks like no format; a LabelError where there is more to say."""
     if path.is_dir():
@@ -245,7 +254,7 @@ def _read_parquet(reading: Reading) -> Labels:
         facts = (table.schema.metadata or {}).get(_METADATA_KEY)
         if facts is None:
             raise LabelError(
-                f"{path} holds no labels: expected a file of write_labels, got columns "
+                f"{path} holds no labels: expected a .parquet that simdetr wrote, got one of columns "
                 f"{table.column_names[:_LISTED_FILES]}"
             )
         return _of_table(table, json.loads(facts))

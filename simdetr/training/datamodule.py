@@ -24,7 +24,7 @@ from simdetr.data.image_level import image_level as image_level_of
 from simdetr.data.image_level import read_image_level
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_checks import check_has_boxes, say_match, without_missing
-from simdetr.data.label_files import read_with_report, say
+from simdetr.data.label_files import is_known, read_with_report, say
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_workers
 from simdetr.data.protocols import first_images
@@ -47,9 +47,9 @@ def read_training_labels(path: Path, images: ImageSource, *, strict: bool = Fals
     try:
         labels, report = read_with_report(path, images=images, strict=strict, masks=masks)
     except LabelError as error:
-        if path.suffix.lower() != ".csv":
+        if is_known(path) or not (path.is_dir() or path.suffix.lower() == ".csv"):
             raise
-        hint = "a CSV gives classes of whole images for data.image_level true alone"
+        hint = "classes of whole images, as a CSV or a folder per class gives them, are for data.image_level true"
         raise LabelError(f"labels: {path} has no boxes; {hint} ({error})") from error
     say(report)
     check_has_boxes(labels, path, report)
@@ -66,7 +66,7 @@ def check_comparable_files(
     """
     validation, report = read_with_report(val_labels, images=open_images(val_images))
     check_has_boxes(validation, val_labels, report)
-    if not Path(labels).is_dir() and Path(labels).suffix.lower() != ".csv":  # classes of whole images go by name
+    if is_known(Path(labels)):  # classes of whole images go by name
         training, report = read_with_report(labels, images=open_images(images))
         check_has_boxes(training, labels, report)
         check_comparable(validation.categories, training.categories, val_labels, labels)
@@ -346,7 +346,7 @@ class DetectionData(pl.LightningDataModule):
         return {"num_workers": count, "persistent_workers": count > 0}
 
     def _read_image_level(self, path: Path, strict: bool) -> Labels:
-        if not path.is_dir() and path.suffix.lower() != ".csv":
+        if is_known(path):
             return image_level_of(read_training_labels(path, self.source, strict=strict))
         # speaking of the same category ids, or no detection would match the truth of the validation
         categories = None if self.val_labels is None else self.val_labels.categories

@@ -503,6 +503,8 @@ def test_one_area_for_boxes_of_all_sizes_is_none(coco_file):
     triangle = {"segmentation": [[0, 0, 10, 0, 0, 10]]}
     labels, report = read(coco_file, [box(1, bbox=boxes[0], area=0.02) | triangle, box(2, bbox=boxes[1], area=150)])
     assert labels.areas.tolist() == [50, 150] and report.total == 1
+    labels, report = read(coco_file, [box(n, bbox=boxes[n], area=area) for n, area in enumerate((-4, "wide", None))])
+    assert labels.areas.tolist() == [100, 200, 600] and report.total == 2  # that there is none is no problem
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,13 @@ def test_a_csv_of_image_labels(image_folder, tmp_path):
     assert known.categories == CATEGORIES and known.classes.tolist() == [0, 2, 0]
 
 
+def test_paths_and_classes_may_be_spelt_otherwise(image_folder, tmp_path):
+    text = "image,label\nimages\\000.png,CAT\n./001.png,owl\n"
+    labels = read_image_level(csv_file(tmp_path, text), open_images(image_folder(2)), CATEGORIES)
+    assert labels.image_ids == ("000.png", "001.png") and labels.categories == CATEGORIES
+    assert [labels.categories[own].name for own in labels.classes] == ["cat", "owl"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -100,7 +107,7 @@ def test_a_csv_of_image_labels(image_folder, tmp_path):
             "image,label\n000.png,cat\nother.png,cat\n",
             "1 of 2 images are not in .*first: 'other.png'.*ids like '000.png'",
         ),
-        ("image,label\n000.png,cow\n001.png,ant\n", "the class 'ant', 'cow' is none of cat, dog, owl"),
+        ("image,label\n000.png,cow\n001.png,ant\n", "the class 'ant', 'cow' is none of 'cat', 'dog', 'owl'"),
     ],
 )
 def test_what_is_wrong_in_a_csv_is_named(image_folder, tmp_path, text, message):
