@@ -3,6 +3,7 @@
 In reading order:
 
     images              a folder, list, COCO file, tar shards or URL -> ordered images with ids; a file -> pixels
+    spellings           file names as other tools wrote them -> ids of images
     quarantine          what could not be read, and when to stop
     annotations         the boxes of one image, their categories and lineage
     category_matching   which class of one file is which of another: by name

@@ -10,12 +10,11 @@ Letters: N images, m boxes.
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from simdetr.data.category_matching import CategoryMatch, shortened
 from simdetr.data.images import ImageSource, upright_size
 from simdetr.data.label_report import LabelReport
 from simdetr.data.labels import Labels
+from simdetr.data.spellings import Spellings
 
 LOG = logging.getLogger(__name__)
 MAX_MISSING = 0.05
@@ -54,51 +54,18 @@ def with_ids_of(labels: Labels, images: ImageSource, report: LabelReport) -> Lab
 def ids_in(images: ImageSource, names: Sequence[str], report: LabelReport) -> dict[str, str]:
     """The ids that a source has for images which a file spells otherwise; other names are not in it.
 
-    Told apart are backslashes, Unicode forms, ``./``, the root folder written out before the rest, and folders that
-    the file leaves out, if one image alone fits. What was matched so is noted.
+    See `simdetr.data.spellings`; what was matched so is noted.
     """
     strangers = [name for name in names if name not in images]
     if not strangers:
         return {}
-    spellings = _Spellings(images)
+    spellings = Spellings(images.ids, str(images.root))
     found = {name: same for name in strangers if (same := spellings(name)) is not None}
     taken = Counter([*found.values(), *(name for name in names if name in images)])
     renamed = {name: same for name, same in found.items() if taken[same] == 1}
     for name, same in renamed.items():
         report.note("image found by another spelling of its path", f"{name!r} as {same!r}")
     return renamed
-
-
-class _Spellings:
-    """A file name as another tool wrote it -> the id of the one image that it can mean, or None."""
-
-    def __init__(self, images: ImageSource) -> None:
-        plain: dict[str, list[str]] = {}
-        ends: dict[str, list[str]] = {}
-        for image_id in images.ids:
-            name = _plain(image_id)
-            plain.setdefault(name, []).append(image_id)
-            ends.setdefault(PurePosixPath(name).name, []).append(image_id)
-        self._plain: Mapping[str, list[str]] = plain
-        self._ends: Mapping[str, list[str]] = ends
-        self._root = _plain(images.root.name)
-
-    def __call__(self, name: str) -> str | None:
-        name = _plain(name)
-        parts = name.split("/")
-        below_root = ["/".join(parts[cut + 1 :]) for cut, part in enumerate(parts[:-1]) if part == self._root]
-        for candidate in (name, *below_root):
-            if candidate in self._plain:
-                return _only(self._plain[candidate])
-        return _only([image_id for image_id in self._ends.get(parts[-1], []) if _plain(image_id).endswith(f"/{name}")])
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
-
-
-def _only(candidates: list[str]) -> str | None:
-    return candidates[0] if len(candidates) == 1 else None
 
 
 def without_missing(labels: Labels, images: ImageSource, path: str | Path) -> Labels:

@@ -321,7 +321,7 @@ def test_settings_that_image_level_labels_rule_out(scenes, tmp_path):
     with pytest.raises(ValueError, match="reference_points: expected none with image_level"):
         data(scenes, image_level=True, mosaic=0.0, reference_points={"default": "center"})
     (tmp_path / "labels.csv").write_text("image,label\n")
-    with pytest.raises(LabelError, match=r"labels.csv has no boxes.*CSV.* classes of whole images"):
+    with pytest.raises(LabelError, match=r"labels.csv has no boxes; classes of whole images, as a CSV"):
         DetectionData(str(scenes), str(tmp_path / "labels.csv"))
 
 

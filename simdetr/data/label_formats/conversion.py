@@ -20,11 +20,12 @@ from simdetr.data.coco import load_coco
 from simdetr.data.images import ImageSource
 from simdetr.data.label_files import LabelFormat, format_for, format_named, format_of, read_with_report
 from simdetr.data.label_formats import yolo
-from simdetr.data.label_formats.known_images import KnownImages, shared_stems
+from simdetr.data.label_formats.known_images import KnownImages
 from simdetr.data.label_formats.reading import Corners, shown
 from simdetr.data.label_formats.shapes import boxes_of_masks
 from simdetr.data.label_report import LabelReport
 from simdetr.data.labels import Labels
+from simdetr.data.spellings import shared_stems
 from simdetr.data.storage import is_url
 
 TOLERANCE_PX = 1e-3

@@ -62,7 +62,7 @@ def read(reading: Reading) -> Labels:
         _video(root, gathering, reading)
     else:
         _images(root, gathering, reading)
-    return gathering.labels()
+    return gathering.labels(reading.images.source)
 
 
 def _images(root: Element, gathering: Gathering, reading: Reading) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from simdetr.data.images import ImageRecord, ImageSource, find_images, upright_size
 from simdetr.data.labels import Labels
+from simdetr.data.spellings import Spellings, stem_of
 
 _READERS = 8  # of image headers at a time: disks and networks are slow to answer, not to send
 _HEADERS_PER_TURN = 64
 _LEVELS_UP = 2
-_ELSEWHERE = re.compile(r"/|[A-Za-z]:/|[a-z0-9+]+://")
 
 
 class KnownImages:
@@ -88,45 +86,12 @@ class KnownImages:
         return f"{source.root.absolute()}/" if source is not None and isinstance(source.root, Path) else None
 
     @cached_property
-    def _names(self) -> _Spellings:
-        return _Spellings(self.ids, lambda name: name, self._root)
+    def _names(self) -> Spellings:
+        return Spellings(self.ids, self._root or "")
 
     @cached_property
-    def _stems(self) -> _Spellings:
-        return _Spellings(self.ids, stem_of, self._root)
-
-
-class _Spellings:
-    """A name as another tool wrote it -> the one id that it can mean, or None.
-
-    A name may leave out folders that the id has. It may have more only where it is a whole path or URL of another
-    machine, or where these are the folders that the images lie in here.
-    """
-
-    def __init__(self, ids: Iterable[str], part: Callable[[str], str], root: str | None) -> None:
-        self._root = "/" + (root or "").strip("/") + "/"
-        self._ids: dict[str, list[str]] = {}
-        self._ends: dict[str, list[str]] = {}
-        for image_id in ids:
-            name = part(_plain(image_id))
-            self._ids.setdefault(name, []).append(image_id)
-            self._ends.setdefault(name.rpartition("/")[2], []).append(name)
-
-    def __call__(self, written: str) -> str | None:
-        name = _plain(written)
-        if name not in self._ids:
-            same_end = self._ends.get(name.rpartition("/")[2], [])
-            longer = [one for one in same_end if one.endswith(f"/{name}")]
-            shorter = [one for one in same_end if name.endswith(f"/{one}") and self._may_lack(name[: -len(one)])]
-            shorter.sort(key=len)
-            fitting = longer or shorter[-1:]
-            if len(fitting) != 1:
-                return None
-            name = fitting[0]
-        return self._ids[name][0] if len(self._ids[name]) == 1 else None
-
-    def _may_lack(self, folders: str) -> bool:
-        return _ELSEWHERE.match(folders) is not None or self._root.endswith(f"/{folders}")
+    def _stems(self) -> Spellings:
+        return Spellings(self.ids, self._root or "", stem_of)
 
 
 def upright_sizes(records: Iterable[ImageRecord]) -> list[tuple[int, int] | None]:
@@ -135,22 +100,6 @@ def upright_sizes(records: Iterable[ImageRecord]) -> list[tuple[int, int] | None
     turns = [waiting[start : start + _HEADERS_PER_TURN] for start in range(0, len(waiting), _HEADERS_PER_TURN)]
     with ThreadPoolExecutor(_READERS) as pool:
         return [size for sizes in pool.map(lambda turn: [upright_size(one) for one in turn], turns) for size in sizes]
-
-
-def stem_of(name: str) -> str:
-    """A path without the ending of its last part."""
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + (last.rpartition(".")[0] or last)
-
-
-def shared_stems(image_ids: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of images whose paths differ by their ending alone: their label files would be one."""
-    first: dict[str, str] = {}
-    return [(first[stem], name) for name in image_ids if first.setdefault(stem := stem_of(name), name) != name]
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
 
 
 def _is_file(folder: Path, name: str) -> bool:

@@ -64,7 +64,7 @@ def read(reading: Reading) -> Labels:
             report.note("annotation of another annotator, left out", task.where)
         if before is None or before.results is None or (task.results is not None and task.order >= before.order):
             one_each[ids[task.name]] = task
-    return _gather_all(one_each, reading).labels()
+    return _gather_all(one_each, reading).labels(reading.images.source)
 
 
 def _task(entry: object, place: int, reading: Reading) -> _Task | None:

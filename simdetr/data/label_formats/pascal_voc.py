@@ -20,11 +20,12 @@ from xml.etree.ElementTree import Element, SubElement
 
 from simdetr.data.annotations import LabelError
 from simdetr.data.images import IMAGE_SUFFIXES, ImageSource, find_images
-from simdetr.data.label_formats.known_images import KnownImages, stem_of
+from simdetr.data.label_formats.known_images import KnownImages
 from simdetr.data.label_formats.reading import Corners, Gathering, Reading, number, shown, size_hw
 from simdetr.data.label_formats.shapes import around
 from simdetr.data.label_formats.xml_tree import number_at, read_xml, root_tag, text_at
 from simdetr.data.labels import Labels
+from simdetr.data.spellings import stem_of
 from simdetr.data.storage import files_below
 
 MARK = "simdetr: corners are edges, counted from 0"
@@ -103,7 +104,7 @@ def read(reading: Reading) -> Labels:
     listed = reading.images.ids or (find_images(beside) if beside.is_dir() else [])
     met = {*ids, *report.unlabelled}
     report.unlabelled += [image_id for image_id in listed if image_id not in met]
-    return gathering.labels()
+    return gathering.labels(reading.images.source)
 
 
 def _paths(path: Path) -> list[tuple[Path, str]]:

@@ -16,7 +16,8 @@ import numpy as np
 
 from simdetr.data import masks as mask_codes
 from simdetr.data.annotations import MAX_SIDE, Category, LabelError
-from simdetr.data.images import MAX_PIXELS
+from simdetr.data.images import MAX_PIXELS, ImageSource
+from simdetr.data.label_checks import settled_sizes
 from simdetr.data.label_formats.known_images import KnownImages
 from simdetr.data.label_report import LabelReport
 from simdetr.data.labels import Labels
@@ -24,6 +25,7 @@ from simdetr.data.labels import Labels
 Corners = Literal["voc", "zero", "shifted"]
 """How Pascal VOC's corners are counted, see `simdetr.data.label_formats.pascal_voc`."""
 
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
 _ROUNDING_PX = 0.1  # a box may leave the image by this much without being called wrong: tools write two decimals
 _SHOWN_CHARACTERS = 60
 
@@ -140,14 +142,19 @@ class Gathering:
             self.report.add("mask cannot be made, the box stands in", f"{where}: {error}")
             return None
 
-    def labels(self) -> Labels:
-        """All that was gathered; boxes are cut to their image, and those that cannot be used are dropped."""
+    def labels(self, source: ImageSource | None = None) -> Labels:
+        """All that was gathered; boxes are cut to their image, and those that cannot be used are dropped.
+
+        With a ``source``, the sizes that the file says are held against its images.
+        """
         owners = np.array(self._owners, np.int64)
         sizes = np.array(self._sizes, np.int64).reshape(-1, 2)
         full = np.array(self._boxes, np.float64).reshape(-1, 4)
-        limits = sizes[owners][:, [1, 0, 1, 0]] if len(owners) else np.zeros((0, 4), np.int64)
         finite = np.isfinite(full).all(1)
         full[~finite] = 0
+        if source is not None:
+            sizes = self._settled(sizes, owners, full, source)
+        limits = sizes[owners][:, [1, 0, 1, 0]] if len(owners) else np.zeros((0, 4), np.int64)
         boxes = np.clip(full, 0, limits).astype(np.float32)
         usable = finite & (boxes[:, 2:] > boxes[:, :2]).all(1)
         self._count("box is no number, dropped", ~finite)
@@ -176,6 +183,16 @@ class Gathering:
             masks=self._mask_column(kept, boxes, owners),
         )
         return self._without(labels, lost) if lost else labels
+
+    def _settled(self, sizes: IntArray, owners: IntArray, boxes: Any, source: ImageSource) -> IntArray:  # noqa: ANN401
+        """The sizes as `settled_sizes` has them; masks that were made for another size are gone."""
+        reach_hw = np.zeros((len(sizes), 2))
+        np.maximum.at(reach_hw, owners, boxes[:, [3, 2]])
+        settled = settled_sizes([*self._image_of], sizes, reach_hw, source, self.report)
+        turned = (settled != sizes).any(1)
+        self._masks = {row: code for row, code in self._masks.items() if not turned[owners[row]]}
+        self._sizes = [(height, width) for height, width in settled.tolist()]
+        return settled
 
     def _without(self, labels: Labels, lost: set[int]) -> Labels:
         for image in sorted(lost):

@@ -18,10 +18,11 @@ import yaml
 from simdetr.data import masks as mask_codes
 from simdetr.data.annotations import Category, LabelError
 from simdetr.data.images import IMAGE_SUFFIXES, ImageSource
-from simdetr.data.label_formats.known_images import KnownImages, stem_of
+from simdetr.data.label_formats.known_images import KnownImages
 from simdetr.data.label_formats.reading import Gathering, Reading, number, shown
 from simdetr.data.label_formats.shapes import around, one_outline
 from simdetr.data.labels import Labels
+from simdetr.data.spellings import stem_of
 from simdetr.data.storage import files_below
 
 YAML_SUFFIXES = (".yaml", ".yml")

@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 from PIL import Image
 
 from simdetr.data.images import ImageSource
-from simdetr.data.label_formats.known_images import KnownImages, shared_stems, stem_of
-
-
-@pytest.mark.parametrize(
-    ("ids", "written", "meant"),
-    [
-        (["a.jpg"], "a.jpg", "a.jpg"),
-        (["s/a.jpg"], "s\\a.jpg", "s/a.jpg"),
-        (["s/a.jpg"], "a.jpg", "s/a.jpg"),  # a folder left out
-        (["s/a.jpg", "t/a.jpg"], "a.jpg", None),  # which of them?
-        (["a.jpg"], "train/a.jpg", "a.jpg"),  # the folder that the images lie in
-        (["a.jpg"], "images/train/a.jpg", "a.jpg"),
-        (["a.jpg"], "val/a.jpg", None),  # another image of this name
-        (["a.jpg"], "C:\\Users\\me\\photos\\a.jpg", "a.jpg"),
-        (["a.jpg", "s/a.jpg"], "/home/me/s/a.jpg", "s/a.jpg"),
-        (["a.jpg"], "s3://bucket/photos/a.jpg", "a.jpg"),
-        (["ä.jpg"], "a\u0308.jpg", "ä.jpg"),
-        (["a.jpg"], "b.jpg", None),
-    ],
-)
-def test_names_of_other_tools(ids, written, meant):
-    assert KnownImages(ImageSource(Path("/data/images/train"), ids)).find(written) == meant
+from simdetr.data.label_formats.known_images import KnownImages
 
 
 def test_label_files_are_matched_without_ending_if_one_image_alone_fits():
@@ -55,8 +31,3 @@ def test_images_near_a_label_file(tmp_path):
     near = KnownImages.near(tmp_path / "set" / "Annotations", ["a.png", "b.png"])
     assert near.ids == ("a.png",) and near.sizes(["a.png"]) == [(2, 3)]
     assert not KnownImages.near(tmp_path / "set" / "Annotations", ["b.png", "c" * 5000, "d\0"])
-
-
-def test_stems():
-    assert stem_of("a.b/c") == "a.b/c" and stem_of("a.b/c.d.jpg") == "a.b/c.d" and stem_of("s/.jpg") == "s/.jpg"
-    assert shared_stems(["a.jpg", "s/a.jpg", "a.png"]) == [("a.jpg", "a.png")]

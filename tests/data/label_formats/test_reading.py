@@ -6,8 +6,10 @@ import math
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from simdetr.data.annotations import Category, LabelError
+from simdetr.data.images import ImageSource
 from simdetr.data.label_formats.reading import Gathering, number, shown, size_hw
 from simdetr.data.label_report import LabelReport
 
@@ -118,3 +120,28 @@ def test_sizes_are_whole_and_bounded():
 
 def test_quoted_values_are_short_and_on_one_line():
     assert shown("a\nb") == "'a\\nb'" and len(shown("x" * 1000)) == 60 and shown({"a": 1}) == "a dict"
+
+
+def test_sizes_before_a_turn_by_exif_are_the_images_own(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (60, 40)).save(tmp_path / name, exif=turned)  # shown 40 wide and 60 high
+    report = LabelReport(tmp_path / "labels.xml")
+    shapes = Gathering(report)
+    for name, box in {"a.jpg": (5, 5, 30, 58), "b.jpg": (0, 0, 40, 40)}.items():  # the first proves it
+        image = shapes.begin(name, (40, 60))
+        mask = shapes.mask_of([[0, 0, 9, 0, 9, 9]], image, name)
+        shapes.add(image, shapes.class_of("cat"), box, name, mask=mask)
+    labels = shapes.labels(ImageSource(tmp_path, ["a.jpg", "b.jpg"]))
+    assert labels.sizes_hw.tolist() == [[60, 40], [60, 40]] and labels.boxes_xyxy[0].tolist() == [5, 5, 30, 58]
+    assert labels.masks is None and not report.counts  # they were made at the other size
+    assert sum(report.notes.values()) == 2
+
+
+def test_labels_of_images_of_another_size_are_refused(tmp_path):
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg")
+    shapes = Gathering(LabelReport(tmp_path / "labels.xml"))
+    shapes.begin("a.jpg", (80, 120))
+    with pytest.raises(LabelError, match=r"labels are of an image of another size.*120×80 px, the image has 60×40"):
+        shapes.labels(ImageSource(tmp_path, ["a.jpg"]))
