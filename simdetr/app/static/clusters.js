@@ -1,0 +1,96 @@
+// Clusters: what the pretraining took to be kinds of things; people name, merge and split them.
+
+import { address, get, post, send } from "./api.js";
+import { button, complain, empty, h, put, toast } from "./elements.js";
+import { plural } from "./numbers.js";
+
+export class ClustersScreen {
+  #clusters = [];
+  #chosen = new Set();
+  #turn = 0;
+
+  constructor(app) {
+    this.app = app;
+    this.project = app.project;
+    this.merge = button("merge", "Merge the chosen", () => this.#act(() => post("/clusters/merge", { cluster_ids: [...this.#chosen] })), { disabled: true });
+    this.propose = button("propose", "Propose boxes of named clusters", () => this.#propose(), { kind: "primary", disabled: true });
+    this.embed = button("embed", "Find clusters", () => this.#embed());
+    this.trouble = h("div");
+    this.grid = h("ul.clusters", { testid: "clusters" });
+    this.element = h("div.page", { testid: "screen-clusters" }, h("div.page-head", {}, h("div", {}, h("h1", {}, "Clusters"), h("p.muted", {}, "Regions that look alike. Name a cluster to make its boxes proposals of a class; split it where it mixes kinds.")),
+      h("div.row", {}, this.embed, this.merge, this.propose)), this.trouble, this.grid);
+    this.onRuns = () => this.#watch();
+    app.runs.addEventListener("runs", this.onRuns);
+  }
+
+  leave() { this.app.runs.removeEventListener("runs", this.onRuns); }
+
+  async start() {
+    try {
+      this.#clusters = (await get(`/projects/${this.project.id}/clusters`)).clusters;
+      this.#paint();
+    } catch (error) { complain(this.trouble, error); }
+  }
+
+  #watch() {
+    const run = this.app.runs.runs.find((one) => one.kind === "embed");
+    const working = run?.state === "running" || run?.state === "queued";
+    this.embed.disabled = working;
+    this.embed.lastChild.textContent = working ? `Finding clusters, ${Math.round(run.progress * 100)} %` : "Find clusters";
+    if (run?.state === "done" && this.waiting === run.id) { this.waiting = null; this.start(); }
+    if (run?.state === "failed" && this.waiting === run.id) { this.waiting = null; complain(this.trouble, new Error(run.error ?? "The clustering failed.")); }
+  }
+
+  #paint() {
+    const turn = ++this.#turn;
+    this.#chosen = new Set([...this.#chosen].filter((id) => this.#clusters.some((one) => one.id === id)));
+    this.merge.disabled = this.#chosen.size < 2;
+    this.propose.disabled = !this.#clusters.some((one) => one.name);
+    put(this.grid, this.#clusters.map((one) => this.#card(one, turn)));
+    if (!this.#clusters.length) {
+      put(this.grid, h("li", {}, empty("No clusters yet", "They come from the pretraining that the app was started with (--run), or from embedding the images. Find clusters to begin.")));
+    }
+  }
+
+  #card(one, turn) {
+    const name = h("input", { value: one.name ?? "", placeholder: "Name this kind", dir: "auto", maxlength: 200, testid: "cluster-name", "aria-label": `Name of cluster ${one.id}` });
+    const chosen = h("input", { type: "checkbox", testid: "choose-cluster", "aria-label": `Choose cluster ${one.name ?? one.id}`, onchange: () => {
+      if (chosen.checked) this.#chosen.add(one.id); else this.#chosen.delete(one.id);
+      this.merge.disabled = this.#chosen.size < 2;
+      card.classList.toggle("chosen", chosen.checked);
+    } });
+    chosen.checked = this.#chosen.has(one.id);
+    const card = h("li.card.cluster", { testid: "cluster" },
+      h("img", { src: address(`/clusters/${one.id}/montage`, { rows: 2, columns: 5, turn }), alt: `Examples of cluster ${one.name ?? one.id}`, width: 400, height: 160, loading: "lazy" }),
+      h("form.row", { onsubmit: (event) => { event.preventDefault(); this.#act(() => send("PATCH", `/clusters/${one.id}`, { name: name.value }), card); } }, chosen, name, h("button.button", { testid: "name-cluster" }, "Name")),
+      h("div.row.between", {}, h("span.muted", {}, `${plural(one.boxes, "box", "boxes")} · ${one.members.length > 1 ? `${one.members.length} pseudo-classes` : `pseudo-class ${one.members[0] ?? one.id}`}`),
+        button("split", "Split in two", () => this.#act(() => post(`/clusters/${one.id}/split`, { parts: 2 }), card), { kind: "quiet" })));
+    return card;
+  }
+
+  async #act(work, place = this.trouble) {
+    complain(place, null);
+    try {
+      await work();
+      this.#chosen.clear();
+      await this.start();
+    } catch (error) { complain(place, error); }
+  }
+
+  async #embed() {
+    complain(this.trouble, null);
+    try {
+      const run = await post(`/projects/${this.project.id}/runs`, { kind: "embed", parameters: {} });
+      this.waiting = run.id;
+      this.app.runs.look();
+    } catch (error) { complain(this.trouble, error); }
+  }
+
+  async #propose() {
+    complain(this.trouble, null);
+    try {
+      const { boxes } = await post(`/projects/${this.project.id}/clusters/propose`);
+      toast(`${plural(boxes, "proposal")} to inspect on the Label screen.`);
+    } catch (error) { complain(this.trouble, error); }
+  }
+}
