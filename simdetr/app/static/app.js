@@ -82,7 +82,7 @@ class App {
   #show(name, screen, argument) {
     this.#screen = screen;
     this.#name = name;
-    this.main.className = name;
+    this.main.dataset.screen = name;
     this.#frame();
     put(this.main, screen.element);
     document.title = `${name === "projects" ? "Projects" : `${SCREENS[name][0]} · ${this.project.name}`} · simdetr`;
@@ -117,7 +117,7 @@ class App {
       h("a.brand", { href: "#/", testid: "home", "aria-label": "simdetr: projects" }, h("img", { src: "/static/icon.svg", alt: "", width: 22, height: 22 }), h("span", {}, "simdetr")),
       project && h("a.project-name", { href: "#/", testid: "project-name", dir: "auto", title: `${project.name}: all projects` }, project.name),
       project ? h("nav", { "aria-label": "Screens" }, Object.entries(SCREENS).map(([name, [title]]) => h("a.tab", {
-        href: `#/p/${project.id}/${name}`, testid: `tab-${name}`, "aria-current": name === this.#name ? "page" : null }, title))) : h("span.grow"),
+        href: `#/p/${project.id}/${name}`, testid: `tab-${name}`, "data-title": title, "aria-current": name === this.#name ? "page" : null }, title))) : h("span.grow"),
       this.pill,
       h("button.icon-button.who", { type: "button", testid: "author", title: "Who labels", "aria-label": who ? `Who labels: ${who}` : "Who labels", onclick: () => this.#askAuthor() },
         who ? h("span", { dir: "auto" }, [...who][0].toUpperCase()) : iconOf("person")),

@@ -125,12 +125,5 @@ export function toast(text, kind = "") {
 }
 
 export function status(name) {
-  return h(`span.status.${name}`, {}, name.replace("_", " "));
-}
-
-export function table(caption, heads, rows) {
-  return h("div.table", {}, h("table", {}, h("caption.unseen", {}, caption),
-    h("thead", {}, h("tr", {}, heads.map((head) => h("th", { scope: "col" }, head)))),
-    h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, place) =>
-      place ? h("td", {}, cell) : h("th", { scope: "row", dir: "auto" }, cell)))))));
+  return h(`span.status.${name}`, {}, name === "in_inspection" ? "open" : name);
 }

@@ -1,8 +1,10 @@
 // Stop?: how many errors are likely left among what nobody has looked at, and what the next images would buy.
 
-import { get } from "./api.js";
-import { button, complain, h, put, s } from "./elements.js";
-import { count, decimal, percent } from "./numbers.js";
+import { get, post } from "./api.js";
+import { button, complain, h, put, s, toast } from "./elements.js";
+import { count, decimal, percent, plural } from "./numbers.js";
+
+const AUDIT = 20;
 
 export class StopScreen {
   constructor(app) {
@@ -21,21 +23,34 @@ export class StopScreen {
     } catch (error) { complain(this.element, error); }
   }
 
+  // Images that chance chose say what the others are like; those that were chosen for being difficult do not.
+  async #audit() {
+    try {
+      const { images } = await post(`/projects/${this.app.project.id}/audit`, { images: AUDIT });
+      toast(`${plural(images, "image")} come first in the queue now.`);
+      this.app.go("label");
+    } catch (error) { complain(this.body.firstChild, error); }
+  }
+
   #show(found) {
     const left = found.errors_left;
     const tile = (name, value, note) => h("div", {}, h("dt", {}, name), h("dd", {}, value), note && h("dd.muted", {}, note));
     put(this.body, h("section.card.answer", {},
       left ? h("div", {}, h("p.huge", { testid: "errors-left" }, `${decimal(left.total, 0)} errors left`), h("p.muted", {}, `between ${decimal(left.low, 0)} and ${decimal(left.high, 0)}, at ${percent(left.confidence)}`), interval(left, found.left_detections),
-        h("p", {}, `${decimal(left.wrong, 0)} wrong boxes and ${decimal(left.missed, 0)} missed objects. ${left.basis}`)) : h("p.huge", {}, "Not known yet"),
-      h("p", { testid: "why" }, found.why)),
+        h("p", {}, `${decimal(left.wrong, 0)} wrong boxes and ${decimal(left.missed, 0)} missed objects. ${sentence(left.basis)}`)) : h("p.huge", {}, "Not known yet"),
+      h("p", { testid: "why" }, sentence(found.why)),
+      h("div.row", {}, button("audit", `Draw ${AUDIT} images at random to inspect`, () => this.#audit(), { kind: left ? "quiet" : "" }))),
     h("section.card", {}, h("h2", {}, "The next 20 images"), found.next_20
-      ? h("p", { testid: "next-20" }, `would find about ${decimal(found.next_20.errors_found, 1)} errors`, found.next_20.minutes === null ? "." : ` in about ${decimal(found.next_20.minutes, 0)} minutes of your time.`)
+      ? h("p", { testid: "next-20" }, `would find about ${decimal(found.next_20.errors_found, 1)} errors`, found.next_20.minutes === null ? "." : found.next_20.minutes < 1 ? " in less than a minute of your time."
+        : ` in about ${decimal(found.next_20.minutes, 0)} minutes of your time.`)
       : h("p.note", {}, "What they would buy is known once there are proposals left and some images were inspected."),
     h("div.row", {}, button("go-label", "Go on labelling", () => this.app.go("label"), { kind: "primary" }), button("go-export", "Stop and export", () => this.app.go("export")))),
     h("section.card.wide", {}, h("h2", {}, "What you did"), h("dl.facts.tiles", {}, tile("Inspected images", count(found.inspected)), tile("Accepted", count(found.accepted)), tile("Corrected", count(found.corrected)),
       tile("Rejected", count(found.rejected)), tile("Drawn", count(found.drawn)), tile("Images left", count(found.left_images)), tile("Proposals left", count(found.left_detections)))));
   }
 }
+
+const sentence = (text) => (text ? text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".") : "");
 
 function interval({ total, low, high }, most) {
   const end = Math.max(most, high, 1);

@@ -51,7 +51,7 @@ export class TrainScreen {
     this.#runs();
     try {
       const [project, { models }, { augmentations }, system] = await Promise.all([this.app.refresh(),
-        get(`/projects/${this.project.id}/models`), get("/augmentations"), get("/system")]);
+        get(`/projects/${this.project.id}/models`), get("/augmentations").catch(() => ({ augmentations: [] })), get("/system")]);
       this.project = project;
       this.system = system;
       this.#labelled = project.by_status.inspected;
@@ -78,6 +78,11 @@ export class TrainScreen {
       one.input = h("input", { type: "checkbox", checked: one.default, testid: `augment-${one.name}`, onchange: () => this.#preview() });
       return h("label.augmentation.check", {}, one.input, one.title || one.name);
     }
+    if (one.kind === "choice") {
+      one.input = h("select", { testid: `augment-${one.name}`, "aria-label": one.title || one.name, onchange: () => this.#preview() }, one.choices.map((choice) => h("option", {}, choice)));
+      one.input.value = one.default;
+      return h("div.augmentation", {}, h("span", {}, one.title || one.name), one.input);
+    }
     const shown = h("output", {}, one.default);
     one.input = h("input", { type: "range", min: one.least ?? 0, max: one.most ?? 1, step: (one.most ?? 1) > 2 ? 1 : 0.05, value: one.default, testid: `augment-${one.name}`,
       "aria-label": one.title || one.name, oninput: () => { shown.textContent = one.input.value; clearTimeout(this.typing); this.typing = setTimeout(() => this.#preview(), 300); } });
@@ -85,7 +90,7 @@ export class TrainScreen {
   }
 
   #chosen() {
-    return Object.fromEntries(this.#augmentations.map((one) => [one.name, one.kind === "switch" ? one.input.checked : Number(one.input.value)]));
+    return Object.fromEntries(this.#augmentations.map((one) => [one.name, one.kind === "switch" ? one.input.checked : one.kind === "choice" ? one.input.value : Number(one.input.value)]));
   }
 
   async #preview() {
