@@ -28,7 +28,7 @@ from simdetr.data.machine import prepare_openmp
 
 POSITIONAL = ("doctor", "import")
 """Commands whose required arguments stand without a name: `simdetr doctor DIR`."""
-FLAGS = ("--auto-batch", "--masks", "--verify")
+FLAGS = ("--auto-batch", "--masks", "--no_browser", "--verify")
 """Options that stand without a value and mean true."""
 LIGHTNING = ("fit", "validate", "test")
 COMMANDS: dict[str, str | dict[str, str]] = {
@@ -44,6 +44,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "compare": "pretrain.compare",
     "predict": "predict.predict",
     "autolabel": "labelling.autolabel",
+    "label": "labelling.label",
     "label-order": "labelling.label_order",
     "label-simulate": "labelling.label_simulate",
     "encoder": {"fit": "mine.fit"},
