@@ -1,6 +1,7 @@
 """The labelling app: a folder of images in, a page on which people label them and train, out.
 
-Its web framework is an extra (``pip install 'simdetr[app]'``) that nothing else of the package imports. In reading order:
+Its web framework is an extra (``pip install 'simdetr[app]'``) that nothing else of the package imports.
+In reading order:
 
     settings            what the app is started with
     tables              what is kept: projects, images, classes, boxes, runs, events

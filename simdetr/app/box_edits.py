@@ -91,7 +91,7 @@ def _stack(session: Session, image_id: int) -> UndoStack:
         .where(col(Event.image_id) == image_id, col(Event.kind) != EventKind.NOTE)
         .order_by(col(Event.id))
     )
-    return UndoStack.of(log.tuples())
+    return UndoStack.of(log)
 
 
 def claim_version(session: Session, image: Image, version: int) -> None:

@@ -37,7 +37,7 @@ def shown_classes(session: Session, project_id: int) -> list[ClassOut]:
         .group_by(col(BoxClass.id))
         .order_by(col(BoxClass.id))
     )
-    return [ClassOut.model_validate(row.model_dump() | {"boxes": count}) for row, count in rows.tuples()]
+    return [ClassOut.model_validate(row.model_dump() | {"boxes": count}) for row, count in rows]
 
 
 def add_class(session: Session, project_id: int, name: str, **chosen: Any) -> BoxClass:  # noqa: ANN401

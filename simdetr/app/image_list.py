@@ -127,7 +127,7 @@ def counts_by_status(session: Session, project_id: int) -> dict[ImageStatus, int
     rows = session.execute(
         select(col(Image.status), func.count()).where(col(Image.project_id) == project_id).group_by(col(Image.status))
     )
-    found = dict(rows.tuples().all())
+    found = dict(rows.all())
     return {status: found.get(status, 0) for status in ImageStatus}
 
 
@@ -141,7 +141,7 @@ def shown(session: Session, images: Sequence[Image]) -> list[ImageOut]:
             .where(col(Box.image_id).in_(ids[start : start + _SQL_VARIABLES]), col(Box.alive))
             .group_by(col(Box.image_id), col(Box.status))
         )
-        for image_id, status, count in rows.tuples():
+        for image_id, status, count in rows:
             counts[image_id][BoxStatus(status)] = count
     return [
         ImageOut(

@@ -112,9 +112,7 @@ def import_labels(engine: Engine, project_id: int, path: Path, wish: Wish, autho
     """
     with reading(engine) as session:
         ids = dict(
-            session.execute(select(col(Image.path), col(Image.id)).where(col(Image.project_id) == project_id))
-            .tuples()
-            .all()
+            session.execute(select(col(Image.path), col(Image.id)).where(col(Image.project_id) == project_id)).all()
         )
         root = Path(project_of(session, project_id).folder)
     try:

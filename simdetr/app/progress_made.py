@@ -107,7 +107,7 @@ def _verdicts(session: Session, own: ColumnElement[bool]) -> Counter[str]:
         .group_by(col(Box.status), col(Box.source))
     )
     found: Counter[str] = Counter()
-    for status, source, count in rows.tuples():
+    for status, source, count in rows:
         found[_verdict(status, source)] += count
     return found
 
@@ -188,7 +188,7 @@ def _next_batch(session: Session, own: ColumnElement[bool], left: int, errors: E
     ids = [row[0] for row in rows[:_NEXT]]
     found: Counter[str] = Counter()
     boxes = select(col(Box.status), col(Box.source)).where(col(Box.image_id).in_(ids), col(Box.alive))
-    for status, source in session.execute(boxes).tuples():
+    for status, source in session.execute(boxes):
         found[_verdict(status, source)] += 1
     per_image = (found["corrected"] + found["rejected"] + found["drawn"]) / len(ids)
     return NextBatch(errors_found=per_image * count, minutes=minutes)

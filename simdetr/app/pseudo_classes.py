@@ -176,6 +176,6 @@ def propose_named(engine: Engine, project_id: int, labels: Labels | None) -> Pro
             query = select(col(Image.path), col(Image.id)).where(
                 col(Image.project_id) == project_id, col(Image.path).in_(part.image_ids)
             )
-            ids = {path: image_id for path, image_id in session.execute(query).tuples() if image_id is not None}
+            ids = {path: image_id for path, image_id in session.execute(query) if image_id is not None}
             outcome.add(propose(session, part, ids, classes, source=BoxSource.DETECTOR))
     return outcome

@@ -48,7 +48,7 @@ def list_shots(desk: AtDesk, project_id: Id) -> ShotList:
             .join(Box, col(Box.id) == col(Shot.box_id))
             .where(col(Shot.project_id) == project_id, col(Box.alive))
             .order_by(col(Box.class_id), col(Shot.id))
-        ).tuples()
+        )
         return ShotList(
             shots=[ShotOut(id=shot.id or 0, box=shown_box(box), negative=shot.negative) for shot, box in rows]
         )

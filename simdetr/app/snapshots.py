@@ -190,7 +190,7 @@ def shots_of(session: Session, project: Project, *, negative: bool) -> Labels:
         .join(Image, col(Image.id) == col(Box.image_id))
         .where(col(Shot.project_id) == project.id, col(Shot.negative) == negative, col(Box.alive))
         .order_by(col(Image.id), col(Box.id))
-    ).tuples()
+    )
     made = []
     for _, group in groupby(pairs, key=lambda pair: pair[1].id):
         own = [pair for pair in group if pair[0].class_id in rows]

@@ -1,4 +1,4 @@
-"""What ``label``, ``autolabel``, ``label-order`` and ``label-simulate`` do: images in, labels out, by people and machines."""
+"""What ``label``, ``autolabel``, ``label-order`` and ``label-simulate`` do: labels, by people and by machines."""
 
 from __future__ import annotations
 
