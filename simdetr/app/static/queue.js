@@ -61,7 +61,7 @@ export class Queue {
       const found = await get(`/projects/${this.project.id}/queue`, { limit: PAGE });
       if (asked !== this.#asked) return;
       this.#images = found.images;
-      const order = found.order ? `Ordered by “${found.order.strategy}”.` : "In the order of their names.";
+      const order = found.order ? `Ordered by “${found.order.strategy}”.` : "Not ordered yet: as they were found.";
       this.note.textContent = found.left ? `${count(found.left)} to do. ${order}` : "";
     } else {
       const found = await this.#page(null);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from playwright.sync_api import Page, expect
 
 EDITOR = "[data-testid=editor]"
@@ -11,8 +13,11 @@ BOX = "[data-testid=box]"
 def opened(page: Page, address: str) -> None:
     """Open the Label screen and wait until the image is there."""
     page.goto(address)
+    image = re.search(r"/label/(\d+)$", address)
+    picture = re.compile(rf"/images/{image[1] if image else ''}.*file$")
+    expect(page.locator(f"{EDITOR} img")).to_have_attribute("src", picture)
     expect(page.get_by_test_id("cover")).to_be_hidden()
-    page.wait_for_function(f"document.querySelector('{EDITOR} img').complete")
+    page.eval_on_selector(f"{EDITOR} img", "img => img.decode()")  # to wait by polling is against the page's policy
 
 
 def zoom_to(page: Page, zoom: float) -> None:

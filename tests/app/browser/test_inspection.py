@@ -11,7 +11,7 @@ def test_twenty_images_are_inspected_by_keys_alone(page, serve):
     site = serve(photos=20)
     cat = site.add_class("cat")
     dog = site.add_class("dog")
-    images = [image["id"] for image in site.images()]
+    images = sorted(image["id"] for image in site.images())  # the order of the queue
     for image in images:
         site.propose(image, cat, [([20, 20, 120, 100], 0.9), ([200, 200, 300, 300], 0.6), ([5, 5, 30, 30], 0.1)])
     opened(page, site.screen("label"))
