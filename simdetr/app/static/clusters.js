@@ -14,31 +14,17 @@ export class ClustersScreen {
     this.project = app.project;
     this.merge = button("merge", "Merge the chosen", () => this.#act(() => post("/clusters/merge", { cluster_ids: [...this.#chosen] })), { disabled: true });
     this.propose = button("propose", "Propose boxes of named clusters", () => this.#propose(), { kind: "primary", disabled: true });
-    this.embed = button("embed", "Find clusters", () => this.#embed());
     this.trouble = h("div");
     this.grid = h("ul.clusters", { testid: "clusters" });
     this.element = h("div.page", { testid: "screen-clusters" }, h("div.page-head", {}, h("div", {}, h("h1", {}, "Clusters"), h("p.muted", {}, "Regions that look alike. Name a cluster to make its boxes proposals of a class; split it where it mixes kinds.")),
-      h("div.row", {}, this.embed, this.merge, this.propose)), this.trouble, this.grid);
-    this.onRuns = () => this.#watch();
-    app.runs.addEventListener("runs", this.onRuns);
+      h("div.row", {}, this.merge, this.propose)), this.trouble, this.grid);
   }
-
-  leave() { this.app.runs.removeEventListener("runs", this.onRuns); }
 
   async start() {
     try {
       this.#clusters = (await get(`/projects/${this.project.id}/clusters`)).clusters;
       this.#paint();
     } catch (error) { complain(this.trouble, error); }
-  }
-
-  #watch() {
-    const run = this.app.runs.runs.find((one) => one.kind === "embed");
-    const working = run?.state === "running" || run?.state === "queued";
-    this.embed.disabled = working;
-    this.embed.lastChild.textContent = working ? `Finding clusters, ${Math.round(run.progress * 100)} %` : "Find clusters";
-    if (run?.state === "done" && this.waiting === run.id) { this.waiting = null; this.start(); }
-    if (run?.state === "failed" && this.waiting === run.id) { this.waiting = null; complain(this.trouble, new Error(run.error ?? "The clustering failed.")); }
   }
 
   #paint() {
@@ -48,7 +34,7 @@ export class ClustersScreen {
     this.propose.disabled = !this.#clusters.some((one) => one.name);
     put(this.grid, this.#clusters.map((one) => this.#card(one, turn)));
     if (!this.#clusters.length) {
-      put(this.grid, h("li", {}, empty("No clusters yet", "They come from the pretraining that the app was started with (--run), or from embedding the images. Find clusters to begin.")));
+      put(this.grid, h("li", {}, empty("No clusters here", "They come with a pretraining: start `simdetr label` with --run and its folder, and the kinds that it told apart are shown here.")));
     }
   }
 
@@ -75,15 +61,6 @@ export class ClustersScreen {
       this.#chosen.clear();
       await this.start();
     } catch (error) { complain(place, error); }
-  }
-
-  async #embed() {
-    complain(this.trouble, null);
-    try {
-      const run = await post(`/projects/${this.project.id}/runs`, { kind: "embed", parameters: {} });
-      this.waiting = run.id;
-      this.app.runs.look();
-    } catch (error) { complain(this.trouble, error); }
   }
 
   async #propose() {

@@ -38,7 +38,8 @@ export class FewShotScreen {
       this.classes = new Map(classes.map((one) => [one.id, one]));
       put(this.init, models.map((one) => h("option", { value: one.id }, one.title || one.id)));
       this.#gallery(shots);
-      this.go.disabled = !shots.some((shot) => !shot.negative);
+      this.go.disabled = !models.length || !shots.some((shot) => !shot.negative);
+      if (!models.length) complain(this.form, new Error("There is no detector to start from yet: train one, or start `simdetr label` with --run and the folder of a pretraining."));
     } catch (error) { complain(this.form, error); }
     this.#watch();
   }

@@ -30,7 +30,10 @@ export function duration(seconds) {
 
 export const seconds = (from, to) => (from ? ((to ? new Date(to) : new Date()) - new Date(from)) / 1000 : null);
 
-export const clock = (time) => (time ? new Date(time).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }) : DASH);
+// Times are ISO 8601, or seconds since 1970 in the lines of a run.
+export const when = (time) => new Date(typeof time === "number" ? time * 1000 : time);
+
+export const clock = (time) => (time ? when(time).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }) : DASH);
 
 export const day = (time) =>
   (time ? new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }) : DASH);

@@ -4,10 +4,12 @@
 import { address, get, post } from "./api.js";
 import { lineChart } from "./charts.js";
 import { button, complain, empty, h, put, status } from "./elements.js";
-import { bytes, clock, count, DASH, decimal, duration, percent, seconds } from "./numbers.js";
+import { bytes, clock, count, DASH, decimal, duration, percent, seconds, when } from "./numbers.js";
 import { AT_WORK, KINDS, RunFeed } from "./runs.js";
 
 const LOG_ROWS = 200;
+const STRATEGIES = [["", "as fits best"], ["mixed", "unsure and unlike"], ["interleave", "clusters by turns"], ["entropy", "unsure first"], ["k_center", "unlike first"],
+  ["cluster", "cluster by cluster"], ["box_size", "large boxes first"], ["cluster_size", "large clusters first"], ["random", "by chance"]];
 
 export class ProgressScreen {
   #feed = null;
@@ -17,7 +19,11 @@ export class ProgressScreen {
     this.app = app;
     this.list = h("ul.runs.side-list", { testid: "runs", "aria-label": "Runs" });
     this.detail = h("div.run-detail", { testid: "run-detail" });
-    this.element = h("div.page.split", { testid: "screen-progress" }, h("aside", {}, h("h1", {}, "Runs"), this.list), this.detail);
+    this.strategy = h("select", { testid: "strategy", "aria-label": "How images are ordered" }, STRATEGIES.map(([value, text]) => h("option", { value }, text)));
+    this.starts = h("section.card.starts", { "aria-label": "Start a run" }, h("h2", {}, "Start"),
+      button("detect-all", "Detect on all images", () => this.#begin("detect", {}), { icon: "detect", title: "Boxes for every image that nobody has inspected" }),
+      this.strategy, button("order", "Order the queue", () => this.#begin("order", this.strategy.value ? { strategy: this.strategy.value } : {})));
+    this.element = h("div.page.split", { testid: "screen-progress" }, h("aside", {}, h("h1", {}, "Runs"), this.list, this.starts), this.detail);
     this.onRuns = () => this.#runs();
     app.runs.addEventListener("runs", this.onRuns);
   }
@@ -43,6 +49,15 @@ export class ProgressScreen {
   #runs() {
     put(this.list, this.app.runs.runs.map((run) => h("li", {}, h("a", { href: `#/p/${this.app.project.id}/progress/${run.id}`, testid: "run", "aria-current": run.id === this.#feed?.id ? "true" : null },
       h("b", {}, `${KINDS[run.kind]} ${run.id}`), status(run.state), h("span.muted", {}, run.state === "running" ? percent(run.progress) : run.position ? `${run.position}. in the queue` : clock(run.created))))));
+  }
+
+  async #begin(kind, parameters) {
+    complain(this.starts, null);
+    try {
+      const run = await post(`/projects/${this.app.project.id}/runs`, { kind, parameters });
+      await this.app.runs.look();
+      this.#follow(run.id);
+    } catch (error) { complain(this.starts, error); }
   }
 
   #follow(id) {
@@ -120,7 +135,7 @@ export class ProgressScreen {
     const lines = rows.filter((row) => row.step !== undefined).map((row) => ({ time: row.time, text: row.scores
       ? `step ${count(row.step)}: ${Object.entries(row.scores).map(([name, value]) => `${name} ${decimal(value)}`).join(", ")}`
       : `step ${count(row.step)} of ${count(row.total_steps)}: loss ${decimal(row.loss)}, ${Object.entries(row.losses ?? {}).map(([name, value]) => `${name} ${decimal(value)}`).join(", ")}` }));
-    const all = [...lines, ...this.#messages].sort((a, b) => (a.time < b.time ? -1 : 1)).slice(-LOG_ROWS);
+    const all = [...lines, ...this.#messages].sort((a, b) => when(a.time) - when(b.time)).slice(-LOG_ROWS);
     const atEnd = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 30;
     put(this.log, all.map((line) => h("li", {}, h("time", {}, clock(line.time)), line.text)),
       run.artefacts.includes("log") && h("li", {}, h("a", { href: address(`/runs/${run.id}/artefacts/log`), download: "" }, "The whole log")));
@@ -132,7 +147,11 @@ const duration2 = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${
 
 // The curves of a training: its loss, the parts of it, and the scores of validations.
 export function trainingCharts(rows) {
-  const steps = rows.filter((row) => row.step !== undefined && "loss" in row);
+  const steps = [];
+  for (const row of rows.filter((one) => one.step !== undefined && "loss" in one)) {
+    while (steps.length && steps.at(-1).step >= row.step) steps.pop(); // resumed from a step before
+    steps.push(row);
+  }
   const parts = [...new Set(steps.flatMap((row) => Object.keys(row.losses ?? {})))].slice(0, 6);
   const tested = rows.filter((row) => row.scores);
   const names = [...new Set(tested.flatMap((row) => Object.keys(row.scores)))].filter((name) => /^AP(50|75)?$/.test(name));

@@ -76,17 +76,17 @@ export class TrainScreen {
   #augmentation(one) {
     if (one.kind === "switch") {
       one.input = h("input", { type: "checkbox", checked: one.default, testid: `augment-${one.name}`, onchange: () => this.#preview() });
-      return h("label.augmentation.check", {}, one.input, one.title || one.name);
+      return h("label.augmentation.check", {}, one.input, titled(one));
     }
     if (one.kind === "choice") {
-      one.input = h("select", { testid: `augment-${one.name}`, "aria-label": one.title || one.name, onchange: () => this.#preview() }, one.choices.map((choice) => h("option", {}, choice)));
+      one.input = h("select", { testid: `augment-${one.name}`, "aria-label": titled(one), onchange: () => this.#preview() }, one.choices.map((choice) => h("option", {}, choice)));
       one.input.value = one.default;
-      return h("div.augmentation", {}, h("span", {}, one.title || one.name), one.input);
+      return h("div.augmentation", {}, h("span", {}, titled(one)), one.input);
     }
     const shown = h("output", {}, one.default);
     one.input = h("input", { type: "range", min: one.least ?? 0, max: one.most ?? 1, step: (one.most ?? 1) > 2 ? 1 : 0.05, value: one.default, testid: `augment-${one.name}`,
-      "aria-label": one.title || one.name, oninput: () => { shown.textContent = one.input.value; clearTimeout(this.typing); this.typing = setTimeout(() => this.#preview(), 300); } });
-    return h("div.augmentation", {}, h("span", {}, one.title || one.name), one.input, shown);
+      "aria-label": titled(one), oninput: () => { shown.textContent = one.input.value; clearTimeout(this.typing); this.typing = setTimeout(() => this.#preview(), 300); } });
+    return h("div.augmentation", {}, h("span", {}, titled(one)), one.input, shown);
   }
 
   #chosen() {
@@ -146,5 +146,10 @@ export class TrainScreen {
       }, { icon: "play" }) : null)) : h("li.note", {}, "None yet."));
   }
 }
+
+const titled = (one) => {
+  const title = one.title || one.name;
+  return title[0].toUpperCase() + title.slice(1);
+};
 
 const number = (testid, min, max, value, onchange) => h("input", { type: "number", min, max, value, required: true, testid, oninput: onchange });
