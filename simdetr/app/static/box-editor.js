@@ -25,6 +25,7 @@ class BoxEditor extends HTMLElement {
   #size = [1, 1];
   #view = { zoom: 1, x: 0, y: 0, fitted: true };
   #gesture = null;
+  #frame = null;
   #pointers = new Map();
   #made = 0;
   #frozen = true;
@@ -273,12 +274,13 @@ class BoxEditor extends HTMLElement {
   // ------------------------------------------------------------------------------------------------- pointers
 
   #stagePoint(event) {
-    const frame = this.stage.getBoundingClientRect();
+    const frame = this.#frame ?? this.stage.getBoundingClientRect();
     return [event.clientX - frame.left, event.clientY - frame.top];
   }
 
   #down(event) {
     if (this.#frozen) return;
+    this.#frame = this.stage.getBoundingClientRect(); // measured once for the whole drag
     const point = this.#stagePoint(event);
     this.#pointers.set(event.pointerId, point);
     this.stage.setPointerCapture(event.pointerId);
@@ -336,6 +338,7 @@ class BoxEditor extends HTMLElement {
 
   #up(event, cancelled = false) {
     this.#pointers.delete(event.pointerId);
+    if (!this.#pointers.size) this.#frame = null;
     const gesture = this.#gesture;
     if (!gesture) return;
     if (gesture.kind === "pinch" || gesture.kind === "pan") {

@@ -1,4 +1,4 @@
-// Numbers as people read them. What is not known is a dash, never a zero.
+// Numbers and sentences as people read them. What is not known is a dash, never a zero.
 
 export const DASH = "—";
 const known = (value) => typeof value === "number" && Number.isFinite(value);
@@ -44,3 +44,5 @@ export const short = (value) =>
     : Math.abs(value) >= 1e4 ? `${(value / 1e3).toFixed(1)} k` : count(value)) : DASH);
 
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
+
+export const sentence = (text) => (text ? text[0].toUpperCase() + text.slice(1) + (/[.!?…]$/.test(text) ? "" : ".") : "");

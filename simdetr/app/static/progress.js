@@ -4,7 +4,7 @@
 import { address, get, post } from "./api.js";
 import { lineChart } from "./charts.js";
 import { button, complain, empty, h, put, status } from "./elements.js";
-import { bytes, clock, count, DASH, decimal, duration, percent, seconds, when } from "./numbers.js";
+import { bytes, clock, count, DASH, decimal, duration, percent, seconds, sentence, when } from "./numbers.js";
 import { AT_WORK, KINDS, RunFeed } from "./runs.js";
 
 const LOG_ROWS = 200;
@@ -89,7 +89,7 @@ export class ProgressScreen {
     put(this.actions, this.#buttons(run));
     this.bar.value = run.progress;
     this.share.textContent = percent(run.progress, 0);
-    this.words.textContent = run.error ?? (run.position ? `Waits: ${run.position}. in the queue.` : run.message);
+    this.words.textContent = run.error ?? (run.position ? `Waits: ${run.position}. in the queue.` : sentence(run.message));
     this.words.className = run.error ? "run-words error" : "run-words";
     const last = rows.findLast((row) => row.step !== undefined && row.loss !== undefined) ?? {};
     this.#figures(run, last);

@@ -42,6 +42,8 @@ const ACTIONS = new Map(GROUPS.flatMap(([, rows]) => rows).filter(([, action]) =
 const OTHERS = { backspace: "remove", "ctrl+y": "redo", "=": "zoom-in", "/": "keys" };
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
+const parts = (key) => (key === "+" ? [key] : key.split("+"));
+
 // What a key asks for: {action, by} or {action, digit}; null if nothing.
 export function actionOf(event) {
   const arrow = ARROWS[event.key];
@@ -64,7 +66,7 @@ export function showKeys() {
   return dialog("Keys", (close) => h("div", {},
     h("div.keys", {}, GROUPS.map(([title, rows]) => h("section", {}, h("h3", {}, title),
       h("dl", {}, rows.map(([key, , words]) => h("div", {},
-        h("dt", {}, key.split("+").map((part, place) => [place ? " " : "", h("kbd", {}, part.length === 1 ? part.toUpperCase() : part)])),
+        h("dt", {}, parts(key).map((part, place) => [place ? " " : "", h("kbd", {}, part.length === 1 ? part.toUpperCase() : part)])),
         h("dd", {}, words))))))),
     h("div.row.end", {}, button("close-keys", "Close", () => close(null), { kind: "primary" }))),
   { wide: true, testid: "keys" });

@@ -2,7 +2,7 @@
 
 import { get, post } from "./api.js";
 import { button, complain, h, put, s, toast } from "./elements.js";
-import { count, decimal, percent, plural } from "./numbers.js";
+import { count, decimal, percent, plural, sentence } from "./numbers.js";
 
 const AUDIT = 20;
 
@@ -39,9 +39,9 @@ export class StopScreen {
       left ? h("div", {}, h("p.huge", { testid: "errors-left" }, `${decimal(left.total, 0)} errors left`), h("p.muted", {}, `between ${decimal(left.low, 0)} and ${decimal(left.high, 0)}, at ${percent(left.confidence)}`), interval(left, found.left_detections),
         h("p", {}, `${decimal(left.wrong, 0)} wrong boxes and ${decimal(left.missed, 0)} missed objects. ${sentence(left.basis)}`)) : h("p.huge", {}, "Not known yet"),
       h("p", { testid: "why" }, sentence(found.why)),
-      h("div.row", {}, button("audit", `Draw ${AUDIT} images at random to inspect`, () => this.#audit(), { kind: left ? "quiet" : "" }))),
+      h("div.row", {}, button("audit", `Draw ${AUDIT} images at random to inspect`, () => this.#audit()))),
     h("section.card", {}, h("h2", {}, "The next 20 images"), found.next_20
-      ? h("p", { testid: "next-20" }, `would find about ${decimal(found.next_20.errors_found, 1)} errors`, found.next_20.minutes === null ? "." : found.next_20.minutes < 1 ? " in less than a minute of your time."
+      ? h("p", { testid: "next-20" }, `Would find about ${decimal(found.next_20.errors_found, 1)} errors`, found.next_20.minutes === null ? "." : found.next_20.minutes < 1 ? " in less than a minute of your time."
         : ` in about ${decimal(found.next_20.minutes, 0)} minutes of your time.`)
       : h("p.note", {}, "What they would buy is known once there are proposals left and some images were inspected."),
     h("div.row", {}, button("go-label", "Go on labelling", () => this.app.go("label"), { kind: "primary" }), button("go-export", "Stop and export", () => this.app.go("export")))),
@@ -49,8 +49,6 @@ export class StopScreen {
       tile("Rejected", count(found.rejected)), tile("Drawn", count(found.drawn)), tile("Images left", count(found.left_images)), tile("Proposals left", count(found.left_detections)))));
   }
 }
-
-const sentence = (text) => (text ? text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".") : "");
 
 function interval({ total, low, high }, most) {
   const end = Math.max(most, high, 1);

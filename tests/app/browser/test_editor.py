@@ -115,3 +115,31 @@ def test_the_wheel_zooms_about_the_pointer_between_25_and_400_percent(page, serv
     expect(page.get_by_test_id("zoom")).to_have_text("25 %")
     page.keyboard.press("0")
     expect(page.get_by_test_id("zoom")).not_to_have_text("25 %")
+
+
+def test_two_fingers_zoom_and_one_draws(page, serve):
+    site = serve()
+    site.add_class("cat")
+    opened(page, site.screen("label"))
+    touch = page.context.new_cdp_session(page)
+    touch.send("Emulation.setTouchEmulationEnabled", {"enabled": True, "maxTouchPoints": 2})
+
+    def fingers(kind, *points):
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y, "id": n} for n, (x, y) in enumerate(points)]})
+
+    under = in_image(page, 630, 400)
+    fingers("touchStart", (600, 400))
+    fingers("touchStart", (600, 400), (660, 400))
+    for step in range(1, 6):
+        fingers("touchMove", (600 - 10 * step, 400), (660 + 10 * step, 400))
+    fingers("touchEnd")
+    width = in_image(page, 730, 400)[0] - in_image(page, 630, 400)[0]
+    assert in_image(page, 630, 400) == pytest.approx(under, abs=1.5)
+    assert width == pytest.approx(100 / (160 / 60) / 1.1375, rel=0.15)
+    expect(page.locator(BOX)).to_have_count(0)
+    fingers("touchStart", (500, 300))
+    for step in range(1, 6):
+        fingers("touchMove", (500 + 20 * step, 300 + 20 * step))
+    fingers("touchEnd")
+    expect(page.locator(BOX)).to_have_count(1)
+    saved(page)
