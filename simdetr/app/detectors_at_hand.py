@@ -11,11 +11,9 @@ from sqlalchemy import select
 from sqlmodel import Session, col
 
 from simdetr.app.refusals import Refusal, missing
-from simdetr.app.run_files import RunFiles
+from simdetr.app.run_files import RunFiles, detector_in
 from simdetr.app.settings import AppSettings
 from simdetr.app.tables import Project, Run, RunKind, RunState
-from simdetr.exchange.weights import is_saved
-from simdetr.training.run_folder import detector_folder
 
 START = "start"
 
@@ -74,7 +72,7 @@ def all_at_hand(session: Session, settings: AppSettings, project: Project) -> li
         if folder is not None:
             found.append(DetectorAtHand(f"run-{run.id}", folder, run))
     if settings.run is not None:
-        found.append(DetectorAtHand(START, detector_folder(settings.run).absolute()))
+        found.append(DetectorAtHand(START, detector_in(settings.run)))
     return found
 
 
@@ -90,11 +88,11 @@ def at_hand(session: Session, settings: AppSettings, project: Project, model: st
     if name == START:
         if settings.run is None:
             raise missing("detector", f"{START}: the app was started without --run")
-        return DetectorAtHand(START, detector_folder(settings.run).absolute())
+        return DetectorAtHand(START, detector_in(settings.run))
     run = session.get(Run, int(name.removeprefix("run-")))
     if run is None or run.project_id != project.id:
         raise missing("detector", name)
     folder = files_of(settings, run.project_id, run.id or 0).detector()
-    if folder is None or not is_saved(folder):
+    if folder is None:
         raise missing("detector", f"{name}: the run has not trained one")
     return DetectorAtHand(name, folder, run)

@@ -99,18 +99,21 @@ class Guard:
         return _JSON_MB << 20
 
     async def _hand_on(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
-        taken, begun = 0, False
+        taken, begun, over = 0, False, False
 
         async def counted() -> Message:
-            nonlocal taken
+            nonlocal taken, over
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > limit:
+            over = taken > limit
+            if over:
                 raise TooLargeError
             return message
 
         async def with_headers(message: Message) -> None:
             nonlocal begun
+            if over and not begun:  # what the app makes of half a body is nobody's concern
+                return
             if message["type"] == "http.response.start":
                 begun = True
                 there = {name for name, _ in message["headers"]}
@@ -120,8 +123,8 @@ class Guard:
         try:
             await self.app(scope, counted, with_headers)
         except TooLargeError:
-            if begun:
-                raise
+            pass
+        if over and not begun:
             await _answer(send, 413, f"expected at most {limit >> 20} MB at once; send fewer files")
 
 

@@ -243,7 +243,7 @@ def set_priorities(session: Session, project_id: int, rows: Sequence[tuple[int, 
     if rows:
         session.connection().execute(
             update(table)
-            .where(table.c.id == bindparam("b_id"), table.c.project_id == project_id)
+            .where(table.c.id == bindparam("b_id"), table.c.project_id == project_id, table.c.audit.is_(None))
             .values(place=bindparam("b_place"), reason=bindparam("b_reason"), flags=bindparam("b_flags")),
             [{"b_id": i, "b_place": -p, "b_reason": reason, "b_flags": flags} for i, p, reason, flags in rows],
         )

@@ -12,21 +12,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from simdetr import pipeline
 from simdetr.app.run_files import RunFiles
 from simdetr.data.images import open_images
 from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.machine import default_device
 from simdetr.data.storage import json_ready, write_json
 from simdetr.detectors.predictions import best_per_query
-from simdetr.evaluation.coco_metric import coco_metrics, per_class_ap
 from simdetr.exchange.weights import LoadedDetector, load_detector
-from simdetr.labelling import loop
-from simdetr.labelling.autolabel import AutolabelSettings, autolabel, encoder_for, fingerprint_of
-from simdetr.labelling.image_selection import SelectionSettings
-from simdetr.training.inference import predict
 from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, detect
-from simdetr.training.run_folder import detector_folder
 
 LOG = logging.getLogger(__name__)
 PART = 64
@@ -47,7 +40,8 @@ class LoadedOnce:
 
     def get(self, folder: Path) -> LoadedDetector:
         """The detector in a folder."""
-        key = fingerprint_of(folder)
+        weights = folder if folder.is_file() else folder / "model.safetensors"
+        key = f"{weights} {weights.stat().st_mtime_ns}"
         if self._loaded is None or key != self._key:
             self._loaded, self._key = load_detector(folder), key
         return self._loaded
@@ -77,6 +71,8 @@ def carry_out(files: RunFiles, loaded: LoadedOnce) -> dict[str, Any]:
 
 
 def _train(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
+    from simdetr import pipeline  # this and others here: a detection needs none of it, and is to begin at once
+
     asked = job["parameters"]
     validation: dict[str, Any] = {}
     if job["validated"]:
@@ -99,10 +95,12 @@ def _train(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
 
 def training_options(files: RunFiles, job: Mapping[str, Any], images: int) -> list[str]:
     """The options of a training; a user's own are over the app's."""
+    from simdetr.pipeline import SEEDS
+
     asked = job["parameters"]
     reporter = {"class_path": "simdetr.app.training_log.TrainingLog", "init_args": {"folder": str(files.path)}}
     options = [f"--trainer.callbacks={json.dumps([reporter])}", "--trainer.enable_progress_bar=false"]
-    options += [f"--{name}={asked['seed']}" for name in pipeline.SEEDS]
+    options += [f"--{name}={asked['seed']}" for name in SEEDS]
     chosen = {"data.batch_size": "batch_size", "model.lr": "lr", "trainer.max_steps": "max_steps"}
     if not job["config"]:  # a config of the user's is the recipe; what was not asked for follows it
         chosen |= {f"data.{name}": name for name in ("crop", "flip", "colour", "mosaic")}
@@ -122,6 +120,9 @@ def _yaml(value: object) -> str:
 
 def _scores(files: RunFiles, detector: Path, device: str) -> dict[str, Any]:
     """COCO's numbers on the images that were held out, and AP by class name."""
+    from simdetr.evaluation.coco_metric import coco_metrics, per_class_ap
+    from simdetr.training.inference import predict
+
     truth = read_labels(files.path / "val_labels.parquet")
     found = predict(open_images(files.path / "val_images.parquet"), detector, device=device)
     names = {category.id: category.name for category in truth.categories}
@@ -134,7 +135,7 @@ def _scores(files: RunFiles, detector: Path, device: str) -> dict[str, Any]:
 
 def _detect(files: RunFiles, job: dict[str, Any], once: LoadedOnce) -> dict[str, Any]:
     asked, source = job["parameters"], open_images(files.images)
-    loaded, device = once.get(detector_folder(job["model"])), job["device"] or default_device()
+    loaded, device = once.get(Path(job["model"])), job["device"] or default_device()
     total = len(source)
     for start in range(0, total, PART):
         part = files.parts / f"part-{start // PART:06d}.parquet"
@@ -154,6 +155,9 @@ def _detect(files: RunFiles, job: dict[str, Any], once: LoadedOnce) -> dict[str,
 
 
 def _order(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
+    from simdetr.labelling import loop
+    from simdetr.labelling.image_selection import SelectionSettings
+
     asked, source = job["parameters"], open_images(files.images)
     files.tell(done=0, total=len(source), unit="images", message="looking at the images")
     order = loop.label_order(
@@ -172,6 +176,8 @@ def _order(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
 
 def _encoder(detector: str) -> str | None:
     """The encoder of crops where a detector does not say what it was mined with; None where it does."""
+    from simdetr.labelling.autolabel import encoder_for
+
     try:
         encoder_for(None, detector)
     except (ValueError, OSError):
@@ -185,8 +191,11 @@ def _embed(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _autolabel(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
+    from simdetr.labelling.autolabel import AutolabelSettings, autolabel
+    from simdetr.pipeline import SEEDS
+
     asked = dict(job["parameters"])
-    options = [f"--{name}={asked['seed']}" for name in pipeline.SEEDS]
+    options = [f"--{name}={asked['seed']}" for name in SEEDS]
     reporter = {"class_path": "simdetr.app.training_log.TrainingLog", "init_args": {"folder": str(files.path)}}
     options += [f"--trainer.callbacks={json.dumps([reporter])}", "--trainer.enable_progress_bar=false"]
     if asked.get("max_steps") is not None:

@@ -12,7 +12,6 @@ import torch
 from fastapi import APIRouter, File, Query, Response, UploadFile
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse
-from torchvision import tv_tensors
 
 from simdetr.app import label_exchange, pseudo_classes
 from simdetr.app.box_edits import boxes_of, state_of
@@ -38,10 +37,7 @@ from simdetr.app.schemas import (
     Problem,
 )
 from simdetr.app.snapshots import fingerprint
-from simdetr.data.augmentation import train_transforms
-from simdetr.data.dataset import pixel_boxes
 from simdetr.data.images import UnreadableImageError, read_image
-from simdetr.reports.drawing import draw_boxes
 
 router = APIRouter(prefix="/api", responses={404: {"model": Problem}})
 CANNOT: dict[int | str, dict[str, Any]] = {409: {"model": Problem}}
@@ -210,6 +206,12 @@ def augmented(
     crop: bool = False,
 ) -> Response:
     """An image with its boxes as a training might see it, as a JPEG."""
+    from torchvision import tv_tensors  # these here: the server need not know them before
+
+    from simdetr.data.augmentation import train_transforms
+    from simdetr.data.dataset import pixel_boxes
+    from simdetr.reports.drawing import draw_boxes
+
     with reading(desk.engine) as session:
         image = image_of(session, image_id)
         record = record_of(project_of(session, image.project_id), image)

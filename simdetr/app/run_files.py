@@ -1,4 +1,7 @@
-"""The folder of a run: what the server asks for, what the worker tells and leaves; all of it plain JSON and Parquet."""
+"""The folder of a run: what the server asks for, what the worker tells and leaves; all of it plain JSON and Parquet.
+
+The server knows detectors and checkpoints by their files alone, so that it need not import what trains them.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simdetr.data.storage import atomic_path, write_json
-from simdetr.exchange.weights import is_saved
-from simdetr.training.train import RESUME
+
+RESUME = "resume.ckpt"
+_DETECTOR = ("config.json", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class RunFiles:
     def detector(self) -> Path | None:
         """The detector that it trained, if it has."""
         for folder in (self.training / "detector", self.autolabel / "retrained" / "detector"):
-            if is_saved(folder):
+            if has_detector(folder):
                 return folder
         return None
 
@@ -119,6 +123,26 @@ def _read_line(line: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def has_detector(folder: Path) -> bool:
+    """Whether a folder holds a whole detector."""
+    return all((folder / name).is_file() for name in _DETECTOR)
+
+
+def detector_in(path: Path) -> Path:
+    """The detector that a path means: itself, or the last one of a run's folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if path.is_file() or has_detector(path):
+        return path.absolute()
+    stages = sorted(path.glob("stage[0-9]*"), key=lambda stage: (len(stage.name), stage.name), reverse=True)
+    for folder in (path / "detector", *(stage / "detector" for stage in stages)):
+        if has_detector(folder):
+            return folder.absolute()
+    raise FileNotFoundError(f"run: expected a run folder, a detector folder or a checkpoint file, got {path}")
 
 
 def write_image_list(paths: Sequence[Path | str], target: Path) -> None:

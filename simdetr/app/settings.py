@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from simdetr.app.run_files import detector_in
 from simdetr.data.storage import is_url
 
 DATABASE_NAME = "labels.sqlite"
@@ -34,7 +35,7 @@ class AppSettings:
         max_pixels: Largest image that is taken.
 
     Raises:
-        FileNotFoundError: The images or the run do not exist.
+        FileNotFoundError: The images or labels do not exist, or the run has no detector.
         ValueError: A limit, port or token out of range, or images on another storage.
     """
 
@@ -57,8 +58,8 @@ class AppSettings:
                 raise ValueError(f"images: expected a folder or list on this machine, got {self.images}; copy them")
             if not self.images.exists():
                 raise FileNotFoundError(f"images: {self.images} does not exist; give a folder of images or a list file")
-        if self.run is not None and not self.run.exists():
-            raise FileNotFoundError(f"run: {self.run} does not exist; give a run folder, a detector or a checkpoint")
+        if self.run is not None:
+            detector_in(self.run)
         if self.labels is not None and not self.labels.exists():
             raise FileNotFoundError(f"labels: {self.labels} does not exist; give a file or folder of labels")
         if not 0 <= self.port <= 65_535:

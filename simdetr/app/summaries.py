@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from simdetr.exchange.weights import load_detector
-
 LOG = logging.getLogger(__name__)
 _SIDE = 640
 
@@ -45,15 +43,18 @@ def summary_of(folder: Path) -> ModelFacts:
 
 @lru_cache(maxsize=16)
 def _summary(folder: Path, stamps: tuple[int, ...]) -> ModelFacts:
+    from simdetr.exchange.weights import load_detector  # here: the server need not know detectors before
+
     loaded = load_detector(folder)
     detector = loaded.detector.cpu().eval()
     short = int(loaded.image_settings.get("short_side", _SIDE))
     size_hw = (short, min(int(loaded.image_settings.get("max_side", _SIDE)), round(short * 4 / 3)))
     parameters = list(detector.parameters())
+    trainable = sum(one.numel() for one in parameters if one.requires_grad)
     return ModelFacts(
         detector=type(detector).__name__,
         parameters=sum(one.numel() for one in parameters),
-        trainable=sum(one.numel() for one in parameters if one.requires_grad),
+        trainable=trainable,
         layers=sum(any(True for _ in one.parameters(recurse=False)) for one in detector.modules()),
         gflops=_gflops(detector, size_hw),
         image_size_hw=size_hw,
@@ -61,10 +62,11 @@ def _summary(folder: Path, stamps: tuple[int, ...]) -> ModelFacts:
 
 
 def _gflops(detector: torch.nn.Module, size_hw: tuple[int, int]) -> float | None:
+    detector.requires_grad_(False)  # the counter follows gradients, which inference has none of
     images = torch.zeros(1, 3, *size_hw)
     mask = torch.zeros(1, *size_hw, dtype=torch.bool)
     try:
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             detector(images, mask)
     except Exception as error:  # detectors of other libraries may hold operators that the counter does not know
         LOG.info("operations cannot be counted: %s", error)
