@@ -24,6 +24,8 @@ export class LabelScreen {
   #saver = null;
   #nudge = null;
   #moving = false;
+  #stale = false; // what is shown is older than the boxes, since a drag was going on
+  #drawnOn = null; // the image that the boxes are of
   #asked = 0;
 
   constructor(app) {
@@ -37,7 +39,7 @@ export class LabelScreen {
       pick: (id, gone) => this.#picked(id, gone), changed: (classes) => this.#classesChanged(classes) });
     this.element = h("div.label", { testid: "screen-label" }, h("h1.unseen", {}, "Label"), this.queue.element, this.#middle(), this.#right());
     this.editor.addEventListener("edit", (event) => this.#edited(event.detail));
-    this.editor.addEventListener("select", () => this.#selected());
+    this.editor.addEventListener("select", () => (this.#stale ? this.#paint() : this.#selected()));
     this.editor.addEventListener("view", (event) => { this.zoom.textContent = percent(event.detail.zoom); });
     this.onKey = (event) => this.#key(event);
     this.onKeyUp = (event) => this.#keyUp(event);
@@ -67,7 +69,7 @@ export class LabelScreen {
       iconButton("zoom-in", "plus", "Zoom in (+)", () => this.editor.zoomBy(1.25)),
       iconButton("zoom-fit", "fit", "Fit (0)", () => this.editor.fit()), h("span.gap"),
       this.model, this.detectButton, h("span.grow"),
-      h("span.score", { title: "Proposals below this score are hidden, and rejected when the image is saved as inspected" }, "Score ≥ ", this.score, this.scoreText), this.acceptAll);
+      h("span.score", { title: "Proposals below this score are hidden, and rejected when the image is saved as inspected" }, h("span.word", {}, "Score "), "≥ ", this.score, this.scoreText), this.acceptAll);
     this.notice = h("div.notice", { testid: "notice", hidden: true });
     this.cover = h("div.cover", { testid: "cover" }, h("p.muted", {}, "Loading…"));
     this.name = h("span.image-name", { testid: "image-name", dir: "auto" });
@@ -291,7 +293,9 @@ export class LabelScreen {
     this.redo.disabled = !sheet.can_redo;
     this.queue.mark(sheet.image);
     if (this.#nudge) return; // what is shown is newer, and will be written
-    this.#boxes = boxes.filter((box) => box.status !== "rejected");
+    const unnamed = this.#boxes.filter((box) => !box.class_id && this.#drawnOn === sheet.image.id);
+    this.#boxes = [...boxes.filter((box) => box.status !== "rejected"), ...unnamed];
+    this.#drawnOn = sheet.image.id;
     this.#paint();
     this.#fetchRejected(sheet);
   }
@@ -314,7 +318,8 @@ export class LabelScreen {
 
   #paint() {
     const shown = this.#boxes.filter((box) => this.#isShown(box));
-    if (!this.editor.busy) {
+    this.#stale = this.editor.busy;
+    if (!this.#stale) {
       this.editor.currentClass = this.picker.current;
       this.editor.boxes = [...this.#rejected, ...shown];
     }

@@ -54,9 +54,13 @@ def drag(page: Page, start: tuple[float, float], end: tuple[float, float]) -> No
 
 def corners(page: Page, place: int = 0) -> list[float]:
     """The corners of a drawn box, in image pixels, as they are in the document."""
-    return page.locator(f"{BOX}:not(.rejected) .edge").nth(place).evaluate(
-        "r => { const [x, y, w, h] = ['x', 'y', 'width', 'height'].map(n => Number(r.getAttribute(n)));"
-        " return [x, y, x + w, y + h] }"
+    return (
+        page.locator(f"{BOX}:not(.rejected) .edge")
+        .nth(place)
+        .evaluate(
+            "r => { const [x, y, w, h] = ['x', 'y', 'width', 'height'].map(n => Number(r.getAttribute(n)));"
+            " return [x, y, x + w, y + h] }"
+        )
     )
 
 

@@ -27,11 +27,11 @@ def test_names_of_any_script_come_through_every_format(page, serve, tmp_path):
     image = site.images()[0]["id"]
     opened(page, site.screen("label", image))
     for place, name in enumerate(NAMES):
+        page.keyboard.press("Escape")  # else the class would be the last box's
         page.keyboard.press("c")
         page.keyboard.type(name)
         page.keyboard.press("Enter")
         expect(page.get_by_test_id("class")).to_have_count(place + 1)
-        page.keyboard.press("Escape")
         drag(page, (20 + 200 * place, 50), (150 + 200 * place, 200))
         saved(page)
     assert {one["name"] for one in site.ask("GET", "/projects/1/classes")["classes"]} == set(NAMES)
@@ -60,7 +60,9 @@ def test_an_import_is_tried_before_it_changes_anything(page, serve, tmp_path):
     labels = {
         "images": [{"id": 1, "file_name": photo["name"], "width": 640, "height": 480}],
         "categories": [{"id": 1, "name": "кот"}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 20, 100, 80], "area": 8000, "iscrowd": 0}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 20, 100, 80], "area": 8000, "iscrowd": 0}
+        ],
     }
     path = tmp_path / "labels.json"
     path.write_text(json.dumps(labels), encoding="utf-8")
