@@ -18,6 +18,7 @@ from simdetr.app.image_list import image_of, project_of, shown
 from simdetr.app.picture_files import crop, for_browser, look_at, record_of, thumbnail
 from simdetr.app.refusals import Refusal, missing
 from simdetr.app.schemas import (
+    COMMON,
     AcceptAsked,
     BoxesAsked,
     BoxVersions,
@@ -41,7 +42,7 @@ from simdetr.app.schemas import (
 )
 from simdetr.app.tables import Box, BoxSource, BoxStatus, Event, Image, ImageStatus, Order, Project
 
-router = APIRouter(prefix="/api", responses={404: {"model": Problem}})
+router = APIRouter(prefix="/api", responses=COMMON)
 Limit = Annotated[int, Query(ge=1, le=500)]
 STALE: dict[int | str, dict[str, object]] = {409: {"model": Stale}}
 UNREADABLE: dict[int | str, dict[str, object]] = {415: {"model": Problem}}

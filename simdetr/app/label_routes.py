@@ -22,6 +22,7 @@ from simdetr.app.image_list import image_of, project_of
 from simdetr.app.picture_files import encoded, record_of
 from simdetr.app.refusals import Refusal, missing
 from simdetr.app.schemas import (
+    COMMON,
     Augmentation,
     AugmentationList,
     ClusterEdit,
@@ -39,7 +40,7 @@ from simdetr.app.schemas import (
 from simdetr.app.snapshots import fingerprint
 from simdetr.data.images import UnreadableImageError, read_image
 
-router = APIRouter(prefix="/api", responses={404: {"model": Problem}})
+router = APIRouter(prefix="/api", responses=COMMON)
 CANNOT: dict[int | str, dict[str, Any]] = {409: {"model": Problem}}
 BAD: dict[int | str, dict[str, Any]] = {400: {"model": Problem}}
 _SIDE_PX = 480

@@ -19,6 +19,7 @@ from simdetr.app.desk import AtDesk, Author
 from simdetr.app.image_list import project_of
 from simdetr.app.refusals import FieldRefusal, Refusal
 from simdetr.app.schemas import (
+    COMMON,
     ClassEdit,
     ClassInUse,
     ClassList,
@@ -37,7 +38,7 @@ from simdetr.app.tables import Box, BoxClass, BoxSource, BoxStatus, Event, Event
 from simdetr.app.tables import Run as RunRow
 from simdetr.data.machine import cores
 
-router = APIRouter(prefix="/api", responses={404: {"model": Problem}})
+router = APIRouter(prefix="/api", responses=COMMON)
 
 
 @router.get("/system")

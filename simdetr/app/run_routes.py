@@ -23,6 +23,7 @@ from simdetr.app.progress_made import draw, estimate_of
 from simdetr.app.refusals import missing
 from simdetr.app.run_queue import artefacts, run_of
 from simdetr.app.schemas import (
+    COMMON,
     AuditAsked,
     AuditOut,
     DetectAsked,
@@ -41,7 +42,7 @@ from simdetr.app.schemas import (
 from simdetr.app.summaries import summary_of
 from simdetr.app.tables import Project, Run, RunKind
 
-router = APIRouter(prefix="/api", responses={404: {"model": Problem}})
+router = APIRouter(prefix="/api", responses=COMMON)
 CANNOT: dict[int | str, dict[str, object]] = {409: {"model": Problem}}
 Model = Annotated[ModelId, InPath()]
 

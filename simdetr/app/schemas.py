@@ -41,6 +41,10 @@ class Problem(Shape):
     detail: str
 
 
+COMMON: dict[int | str, dict[str, Any]] = {400: {"model": Problem}, 404: {"model": Problem}}
+"""Answers that any request may get: its body cannot be read at all, or what it names is not there."""
+
+
 class ProjectOut(Shape):
     """A project, with how far it is."""
 

@@ -19,6 +19,7 @@ from simdetr.app.image_list import image_of, project_of
 from simdetr.app.refusals import Refusal, missing
 from simdetr.app.run_queue import ids_of_paths, run_of
 from simdetr.app.schemas import (
+    COMMON,
     CandidateOut,
     CandidatePage,
     Id,
@@ -32,7 +33,7 @@ from simdetr.app.schemas import (
 )
 from simdetr.app.tables import Box, BoxStatus, RunKind, Shot
 
-router = APIRouter(prefix="/api", responses={404: {"model": Problem}})
+router = APIRouter(prefix="/api", responses=COMMON)
 STAGES = ("correct", "verify", "source")
 """The last one first, which knows most."""
 _ABSTAINED = -1

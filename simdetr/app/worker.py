@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
@@ -82,16 +81,17 @@ class Worker:
 def main() -> None:
     """Do runs until the input ends."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    folders = _listen(sys.stdin)  # first: the app may be gone before all is imported
     from simdetr.app.jobs import LoadedOnce  # here: the app imports this module and needs no torch for it
 
     loaded = LoadedOnce()
-    for folder in _folders(sys.stdin):
-        do_one(RunFiles(Path(folder)), loaded)
+    while True:
+        do_one(RunFiles(Path(folders.get())), loaded)
 
 
-def _folders(stream: IO[str]) -> Iterator[str]:
-    """Lines of the input; when it ends while a run is at work, so does this process."""
-    queue: SimpleQueue[str | None] = SimpleQueue()
+def _listen(stream: IO[str]) -> SimpleQueue[str]:
+    """Lines of the input; when it ends so does this process, also while a run is at work."""
+    queue: SimpleQueue[str] = SimpleQueue()
 
     def listen() -> None:
         for line in stream:
@@ -99,8 +99,7 @@ def _folders(stream: IO[str]) -> Iterator[str]:
         os._exit(GONE)
 
     threading.Thread(target=listen, daemon=True).start()
-    while (folder := queue.get()) is not None:
-        yield folder
+    return queue
 
 
 def do_one(files: RunFiles, loaded: object) -> None:

@@ -19,6 +19,8 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 from simdetr.app.server import address_of
 from simdetr.app.settings import AppSettings
 
+OF_THE_FIRST = ("project_id", "image_id", "class_id", "box_id", "run_id")
+MODES = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
 CHECKS = [not_a_server_error, response_schema_conformance, status_code_conformance]
 
 
@@ -29,7 +31,14 @@ def schema(serve, small_detector):
     class_id = person.make_class()
     person.draw(1, (class_id, [0, 0, 20, 20]), (class_id, [5, 5, 30, 30]))
     person.ask("POST", "/projects/1/shots", {"box_id": 1}, 201)
-    return schemathesis.openapi.from_asgi("/api/openapi.json", person.client.app, headers={"host": "127.0.0.1"})
+    schema = schemathesis.openapi.from_asgi("/api/openapi.json", person.client.app, headers={"host": "127.0.0.1"})
+    schema.person = person
+    return schema
+
+
+def cases_of(operation):
+    """Requests that fit the document, and requests that do not."""
+    return hypothesis.strategies.one_of([operation.as_strategy(generation_mode=mode) for mode in MODES])
 
 
 def test_answers_are_as_the_document_says_whatever_is_sent(schema):
@@ -43,22 +52,22 @@ def test_answers_are_as_the_document_says_whatever_is_sent(schema):
         if time.monotonic() > deadline:
             break
 
-        @hypothesis.given(case=operation.as_strategy())
+        @hypothesis.given(case=cases_of(operation))
         @hypothesis.settings(
-            max_examples=6,
+            max_examples=8,
             database=None,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
         def ask(case):
-            for name in case.path_parameters:
-                if name in ("project_id", "image_id", "class_id", "box_id") and isinstance(
-                    case.path_parameters[name], int
-                ):
+            for name, value in case.path_parameters.items():
+                if name in OF_THE_FIRST and isinstance(value, int):
                     case.path_parameters[name] = 1
+            if isinstance(case.body, dict) and "version" in case.body and isinstance(case.body["version"], int):
+                case.body["version"] = schema.person.get("/images/1/boxes")["version"]
             answer = case.call_and_validate(checks=CHECKS, base_url="http://127.0.0.1")
-            answered.setdefault(operation.label, set()).add(answer.status_code)
+            answered.setdefault(case.operation.label, set()).add(answer.status_code)
 
         ask()
         tried.add(operation.label)
