@@ -30,7 +30,16 @@ from simdetr.data.machine import prepare_openmp
 
 POSITIONAL = ("convert", "doctor", "import")
 """Commands whose required arguments stand without a name: `simdetr doctor DIR`."""
-FLAGS = ("--auto-batch", "--link-images", "--link_images", "--masks", "--no_browser", "--overwrite", "--verify")
+FLAGS = (
+    "--auto-batch",
+    "--link-images",
+    "--link_images",
+    "--masks",
+    "--no-browser",
+    "--no_browser",
+    "--overwrite",
+    "--verify",
+)
 """Options that stand without a value and mean true."""
 LIGHTNING = ("fit", "validate", "test")
 COMMANDS: dict[str, str | dict[str, str]] = {
