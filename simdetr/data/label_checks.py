@@ -208,7 +208,7 @@ def check_are_pixels(
     if sizes_hw is not None:
         within &= ((sizes_hw == 0) | (sizes_hw > _FEW_PIXELS)).all(axis=1)
     count = int(within.sum())
-    if count >= _FEWEST_BOXES and count > _MANY * len(boxes_xywh):
+    if count > 1 and count > _MANY * len(boxes_xywh):
         raise LabelError(
             f"{report.path}: bbox looks like fractions of the image; COCO's are pixels: of {count} of "
             f"{len(boxes_xywh)} boxes all four numbers lie within 0 and 1, such as {_listed(boxes_xywh[within][0])}. "

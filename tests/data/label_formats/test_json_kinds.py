@@ -18,10 +18,10 @@ TASK = {"id": 1, "data": {"image": "a.jpg"}, "annotations": []}
         ([TASK], "label-studio", None),
         ([{"image": "a.jpg", "id": 1, "annotator": 1, "annotation_id": 2, "lead_time": 3.5}], "label-studio", None),
         ([{"image_id": 1, "category_id": 2, "bbox": [0, 0, 1, 1], "score": 1}], "results", None),
-        ({"version": 1, "shapes": []}, "other", "an object with the keys 'version', 'shapes'"),
-        ([{"a": 1}], "other", "a list of objects with the keys 'a'"),
-        ([], "other", "an empty list"),
-        (3, "other", "3"),
+        ({"version": 1, "shapes": []}, "other", "is JSON, an object with the keys 'version', 'shapes'"),
+        ([{"a": 1}], "other", "is JSON, a list of objects with the keys 'a'"),
+        ([], "other", "is JSON, an empty list"),
+        (3, "other", "is JSON, 3"),
     ],
 )
 def test_kinds(tmp_path, content, kind, said):
