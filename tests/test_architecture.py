@@ -15,7 +15,8 @@ import simdetr
 
 PACKAGE = Path(simdetr.__file__).parent
 TESTS = Path(__file__).parent
-MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "migrations" not in path.parts)
+"""All but the steps of the app's database, which are data."""
 
 ORDER = (
     "boxes",
@@ -31,6 +32,7 @@ ORDER = (
     "reports",
     "pipeline",
     "labelling",
+    "app",
     "commands",
 )
 """Folders and files of the root; each may import those before it."""

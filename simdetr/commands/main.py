@@ -32,7 +32,16 @@ from simdetr.data.machine import prepare_openmp
 
 POSITIONAL = ("convert", "doctor", "import")
 """Commands whose required arguments stand without a name: `simdetr doctor DIR`."""
-FLAGS = ("--auto-batch", "--link-images", "--link_images", "--masks", "--overwrite", "--verify")
+FLAGS = (
+    "--auto-batch",
+    "--link-images",
+    "--link_images",
+    "--masks",
+    "--no-browser",
+    "--no_browser",
+    "--overwrite",
+    "--verify",
+)
 """Options that stand without a value and mean true."""
 LIGHTNING = ("fit", "validate", "test")
 COMMANDS: dict[str, str | dict[str, str]] = {
@@ -49,6 +58,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "compare": "pretrain.compare",
     "predict": "predict.predict",
     "autolabel": "labelling.autolabel",
+    "label": "labelling.label",
     "label-order": "labelling.label_order",
     "label-simulate": "labelling.label_simulate",
     "encoder": {"fit": "mine.fit"},

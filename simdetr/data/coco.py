@@ -74,7 +74,7 @@ def read_coco(
     categories = _categories(content, problems)
     listed = _images(content, problems, images)
     found = _annotations(content["annotations"], listed, categories, problems)
-    check_are_pixels(found.boxes_xywh[~found.boxless], problems)
+    check_are_pixels(found.boxes_xywh[~found.boxless], problems, listed.sizes_hw[found.rows][~found.boxless])
     sizes_hw = _sizes(listed, found, images, problems)
     check_are_no_corners(found.boxes_xywh[~found.boxless], sizes_hw[found.rows][~found.boxless], problems)
     kept, boxes = _clipped(found, sizes_hw, problems)

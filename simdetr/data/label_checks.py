@@ -30,7 +30,8 @@ LOG = logging.getLogger(__name__)
 MAX_MISSING = 0.05
 """Share of the labelled images that may be missing, as of those that cannot be read."""
 _MANY = 0.5  # share of the boxes or images from which on the whole file is of another kind
-_FEWEST_CORNERS = 3  # boxes from which on a layout can be told
+_FEWEST_BOXES = 3  # from which on a layout can be told
+_FEW_PIXELS = 16  # a side of an image that may hold boxes of less than a pixel
 _LEAVES_PX, _LEAVES = 2.0, 0.02  # a box leaves its image by so many pixels and this part of its side
 _AREA_SLACK, _AREA_SLACK_PX = 1.05, 1.0  # an area may be larger than its box by rounding
 _AS_STORED = "boxes are of the image as it is stored, not as it is shown (EXIF turns it)"
@@ -194,13 +195,20 @@ def _size_difference(image_id: str, said_hw: Sequence[int], actual_hw: Sequence[
 # Which boxes
 
 
-def check_are_pixels(boxes_xywh: NDArray[np.float64], report: LabelReport) -> None:
-    """Refuse boxes [m, 4] that are parts of the image's sides, by a LabelError; a few among others are counted."""
+def check_are_pixels(
+    boxes_xywh: NDArray[np.float64], report: LabelReport, sizes_hw: NDArray[np.int64] | None = None
+) -> None:
+    """Refuse boxes [m, 4] that are parts of the image's sides, by a LabelError; a few among others are noted.
+
+    An image of few pixels may hold such a box: with sizes [m, 2], zero where unknown, its boxes are passed over.
+    """
     ends = boxes_xywh[:, :2] + boxes_xywh[:, 2:]
     within = (boxes_xywh >= 0).all(axis=1) & (boxes_xywh <= 1).all(axis=1) & (boxes_xywh[:, 2:] > 0).all(axis=1)
     within &= (ends <= 1.5).all(axis=1) & (boxes_xywh % 1 > 0).any(axis=1)  # also with the centre for the corner
+    if sizes_hw is not None:
+        within &= ((sizes_hw == 0) | (sizes_hw > _FEW_PIXELS)).all(axis=1)
     count = int(within.sum())
-    if count > _MANY * len(boxes_xywh):
+    if count >= _FEWEST_BOXES and count > _MANY * len(boxes_xywh):
         raise LabelError(
             f"{report.path}: bbox looks like fractions of the image; COCO's are pixels: of {count} of "
             f"{len(boxes_xywh)} boxes all four numbers lie within 0 and 1, such as {_listed(boxes_xywh[within][0])}. "
@@ -218,7 +226,7 @@ def check_are_no_corners(boxes: NDArray[np.float64], sizes_hw: NDArray[np.int64]
     limits = sizes_hw[:, ::-1] + np.maximum(_LEAVES_PX, _LEAVES * sizes_hw[:, ::-1])
     leaving = ((boxes[:, :2] + boxes[:, 2:]) > limits).any(axis=1)
     as_corners = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (boxes[:, 2:] <= limits).all(axis=1)
-    if len(boxes) >= _FEWEST_CORNERS and leaving.sum() > _MANY * len(boxes) and as_corners.all():
+    if len(boxes) >= _FEWEST_BOXES and leaving.sum() > _MANY * len(boxes) and as_corners.all():
         raise LabelError(
             f"{report.path}: bbox looks like corners [x0, y0, x1, y1]; COCO's are [x, y, width, height]: so read, "
             f"{int(leaving.sum())} of {len(boxes)} boxes leave their image, such as {_listed(boxes[leaving][0])}, and "
@@ -234,7 +242,7 @@ def areas_of_no_box(areas: NDArray[np.float64], box_areas: NDArray[np.float64]) 
     given = areas > 0
     wrong = given & ((areas > _AREA_SLACK * box_areas + _AREA_SLACK_PX) | ((areas < 1) & (box_areas > 4)))
     of_boxes = box_areas[given]
-    constant = given.sum() >= _FEWEST_CORNERS and np.ptp(areas[given]) == 0 and of_boxes.max() > 1.5 * of_boxes.min()
+    constant = given.sum() >= _FEWEST_BOXES and np.ptp(areas[given]) == 0 and of_boxes.max() > 1.5 * of_boxes.min()
     return given if constant else wrong
 
 

@@ -212,7 +212,7 @@ def _found_instead(path: Path) -> str:
     if not start:
         return "is an empty file"
     if start[:1] in b"{[":
-        return f"is JSON, {described(path)}"
+        return described(path)
     return f"begins with {shown(start[:40])}"
 
 

@@ -57,16 +57,13 @@ def train(training: Training, out: Path) -> DetectionData:
     if start is None and trainer.is_global_zero:
         shutil.rmtree(checkpoints, ignore_errors=True)
         (out / "quarantine.csv").unlink(missing_ok=True)
-    can_be_scored = data.val_labels is not None and not data.val_labels.crowd.all()
-    if data.val_labels is not None and not can_be_scored:
-        LOG.warning("the validation images have no objects: the last weights are kept")
     fit(trainer, training.model, data, start)
     if trainer.is_global_zero:
         detector = training.model.detector
         # resumed at its very end, a run has not passed the hook that puts averaged weights in place
         ended = start if trainer.global_step == start_step else None
         kept = checkpoints / BEST if (checkpoints / BEST).is_file() else ended
-        if can_be_scored and not (checkpoints / BEST).is_file():
+        if data.val_labels is not None and not (checkpoints / BEST).is_file():
             LOG.warning("no validation had an AP: the last weights are kept")
         if kept is not None:
             detector.load_state_dict(averaged_state(_read(kept)))

@@ -131,9 +131,9 @@ def test_masks_come_when_asked_for(image_folder):
     resized = DetectionDataset(source, labels, PLAIN(80, 120), masks=True)[0][1]["masks"]
     assert (resized.numpy() == pixels[1:].repeat(2, axis=1).repeat(2, axis=2)).all()
     assert "masks" not in DetectionDataset(source, labels, PLAIN(40, 60))[0][1]
-    with pytest.raises(LabelError, match="masks: the labels have none"):
+    with pytest.raises(LabelError, match="masks: expected labels with masks, got none"):
         DetectionDataset(source, labels_for(source), PLAIN(40, 60), masks=True)
-    with pytest.raises(LabelError, match="masks: the labels have none"):
+    with pytest.raises(LabelError, match="masks: expected labels with masks, got none"):
         DetectionDataset(source, None, PLAIN(40, 60), masks=True)
 
 

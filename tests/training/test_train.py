@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from simdetr.data.annotations import LabelError
 from simdetr.training.detection_task import DetectionTask
 from simdetr.training.run_folder import BEST
 from simdetr.training.train import train
@@ -151,21 +152,11 @@ def test_best_validated_weights_are_kept(recipe, tmp_path, validation, monkeypat
     assert largest_difference(tmp_path / "three", tmp_path / "two") == 0
 
 
-@pytest.fixture
-def objectless(scenes, tmp_path):
-    """Validation on the scenes with all of their boxes taken away."""
-    content = json.loads((scenes / "instances.json").read_text()) | {"annotations": []}
-    (tmp_path / "objectless.json").write_text(json.dumps(content))
-    return (f"--data.val_images={scenes}", f"--data.val_labels={tmp_path / 'objectless.json'}")
-
-
-def test_validation_without_objects_keeps_the_last_weights_and_says_so(recipe, tmp_path, objectless, caplog):
-    options = ("--data.label_fraction=0.34", "--trainer.max_steps=-1", "--trainer.max_epochs=2")
-    train(recipe(*options).training(tmp_path / "without"), tmp_path / "without")
-    assert "last weights" not in caplog.text
-    train(recipe(*options, *objectless).training(tmp_path / "with"), tmp_path / "with")
-    assert "the validation images have no objects: the last weights are kept" in caplog.text
-    assert largest_difference(tmp_path / "without", tmp_path / "with") == 0
+def test_validation_without_objects_is_refused_before_the_first_step(recipe, scenes, tmp_path):
+    objectless = tmp_path / "objectless.json"
+    objectless.write_text(json.dumps(json.loads((scenes / "instances.json").read_text()) | {"annotations": []}))
+    with pytest.raises(LabelError, match=r"objectless\.json: there is no usable box in it"):
+        recipe(f"--data.val_images={scenes}", f"--data.val_labels={objectless}").training(tmp_path / "out")
 
 
 def test_a_validation_that_never_scores_keeps_the_last_weights(recipe, tmp_path, validation, caplog, monkeypatch):

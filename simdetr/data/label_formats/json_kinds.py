@@ -33,15 +33,15 @@ def json_kind(path: Path) -> JsonKind:
 
 
 def described(path: Path) -> str:
-    """What a JSON file holds, in a few words."""
+    """What a JSON file is, in a few words."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        return f"no JSON ({shown(str(error))})"
+        return f"cannot be read as JSON: {shown(str(error))}"
     entry, kind = (content[0], "a list of objects") if isinstance(content, list) and content else (content, "an object")
     if isinstance(entry, dict):
-        return f"{kind} with the keys {', '.join(shown(key) for key in list(entry)[:_LISTED_KEYS]) or 'none'}"
-    return "an empty list" if content == [] else f"{shown(entry)}"
+        return f"is JSON, {kind} with the keys {', '.join(shown(key) for key in list(entry)[:_LISTED_KEYS]) or 'none'}"
+    return "is JSON, an empty list" if content == [] else f"is JSON, {shown(entry)}"
 
 
 def _head(path: Path) -> str:

@@ -1,0 +1,324 @@
+"""Labels of other tools in, labels for other tools out.
+
+An import never touches what people left: boxes that lie on one of the same class are left out, and what was proposed
+before gives way. A file that has problems changes nothing, unless it is asked to leave out what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+from sqlalchemy import Engine, select
+from sqlmodel import Session, col
+
+from simdetr.app import box_edits, box_life, snapshots
+from simdetr.app.box_life import BoxState, Change
+from simdetr.app.class_list import add_class
+from simdetr.app.database import reading, writing
+from simdetr.app.image_list import project_of
+from simdetr.app.picture_files import path_of
+from simdetr.app.refusals import Refusal
+from simdetr.app.schemas import ImportOut
+from simdetr.app.tables import BoxClass, BoxSource, BoxStatus, ClassKind, Image, ImageStatus
+from simdetr.data.annotations import LabelError
+from simdetr.data.coco import write_coco
+from simdetr.data.images import ImageSource
+from simdetr.data.label_files import FORMATS, read_with_report, write_labels
+from simdetr.data.labels import Labels
+from simdetr.data.storage import write_json
+
+WRITERS: dict[str, Callable[[Labels, Path], None]] = {"coco": write_coco, "simdetr": write_labels}
+ENDINGS = {"coco": "labels.json", "simdetr": "labels.parquet"}
+_CHUNK = 200
+_COPY = 1 << 20
+_MOST_FILES = 500_000
+_IDS = 500
+
+
+def formats() -> tuple[list[str], list[str]]:
+    """Names of the formats that are read, and of those that are written."""
+    return [kind.name for kind in FORMATS], list(WRITERS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In
+
+
+def received(name: str, stream: BinaryIO, folder: Path, max_bytes: int) -> Path:
+    """Keep a file of labels in a folder; a zip is unpacked there, but for what is named to lie elsewhere.
+
+    Raises:
+        Refusal: 413, it is too large; 400, it is a damaged zip, or one that tries tricks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = PurePosixPath(name).suffix.lower()
+    target = folder / f"labels{suffix if re.fullmatch(r'[.][a-z0-9]{1,8}', suffix) else ''}"
+    size = 0
+    with target.open("wb") as file:
+        while chunk := stream.read(_COPY):
+            size += len(chunk)
+            if size > max_bytes:
+                raise Refusal(413, f"the file is larger than {max_bytes >> 20} MB")
+            file.write(chunk)
+    if suffix != ".zip":
+        return target
+    unpacked = folder / "unpacked"
+    try:
+        with zipfile.ZipFile(target) as archive:
+            members = archive.infolist()
+            if len(members) > _MOST_FILES or sum(one.file_size for one in members) > 20 * max_bytes:
+                raise Refusal(413, "the zip holds too much")
+            for member in members:
+                path = member.filename.replace("\\", "/")
+                if path.startswith("/") or ".." in path.split("/") or re.match(r"^[a-zA-Z]:", path):
+                    raise Refusal(400, f"the path {member.filename!r} leads out of the zip")
+            archive.extractall(unpacked)  # links come out as plain files
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        raise Refusal(400, f"the zip cannot be read: {error}") from error
+    return unpacked
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What an import is to do.
+
+    Attributes:
+        dry_run: only report.
+        skip_bad: import what is right of a file that has problems.
+        proposed: the boxes become proposals, else what people drew.
+        keep_inspected: leave images alone that somebody has inspected.
+    """
+
+    dry_run: bool = False
+    skip_bad: bool = False
+    proposed: bool = False
+    keep_inspected: bool = False
+
+
+def import_labels(engine: Engine, project_id: int, path: Path, wish: Wish, author: str) -> ImportOut:
+    """Read a file of labels, and put its boxes on the images that it names.
+
+    Raises:
+        Refusal: 400, it cannot be read as any format.
+    """
+    with reading(engine) as session:
+        ids = dict(
+            session.execute(select(col(Image.path), col(Image.id)).where(col(Image.project_id) == project_id)).all()
+        )
+        root = Path(project_of(session, project_id).folder)
+    try:
+        labels, report = read_with_report(path, images=ImageSource(root, tuple(ids)))
+    except LabelError as error:
+        raise Refusal(400, str(error).replace(str(path), "the file")) from error
+    known = [row for row, name in enumerate(labels.image_ids) if name in ids]
+    strangers = len(labels) - len(known)
+    problems = report.lines()
+    if strangers:
+        first = next(name for name in labels.image_ids if name not in ids)
+        problems.append(f"{strangers} × image that the project does not have: {first}")
+    goes_on = not wish.dry_run and bool(known) and (wish.skip_bad or not problems)
+    if goes_on:
+        _put(engine, project_id, labels, known, ids, wish, author)
+    return ImportOut(
+        format=report.format,
+        images=len(known),
+        boxes=int(np.diff(labels.offsets)[known].sum()) if known else 0,
+        classes=[category.name for category in labels.categories],
+        unknown_images=strangers,
+        problems=problems,
+        notes=report.note_lines(),
+        imported=goes_on,
+    )
+
+
+def _put(
+    engine: Engine,
+    project_id: int,
+    labels: Labels,
+    rows: Sequence[int],
+    ids: dict[str, int | None],
+    wish: Wish,
+    author: str,
+) -> None:
+    with writing(engine) as session:
+        classes = _classes(session, project_id, labels)
+    for start in range(0, len(rows), _CHUNK):
+        with writing(engine) as session:
+            for row in rows[start : start + _CHUNK]:
+                image = session.get(Image, ids[labels.image_ids[row]])
+                if image is not None and not (wish.keep_inspected and image.status == ImageStatus.INSPECTED):
+                    _put_on(session, image, labels, row, classes, wish, author)
+
+
+def _classes(session: Session, project_id: int, labels: Labels) -> list[int]:
+    rows = session.scalars(select(BoxClass).where(col(BoxClass.project_id) == project_id, ~col(BoxClass.deleted))).all()
+    by_name = {row.name: row for row in rows}
+    found = []
+    for category in labels.categories:
+        name = category.name.strip()[:200] or f"class {category.id}"
+        if name not in by_name:
+            by_name[name] = add_class(session, project_id, name, kind=ClassKind.BASE)
+        found.append(by_name[name].id or 0)
+    return found
+
+
+def _put_on(
+    session: Session, image: Image, labels: Labels, row: int, classes: Sequence[int], wish: Wish, author: str
+) -> None:
+    own = labels.image(row)
+    image.height, image.width = own.size_hw
+    status = BoxStatus.PROPOSED if wish.proposed else BoxStatus.MANUAL
+    columns = zip(own.boxes_xyxy.tolist(), own.classes.tolist(), own.scores.tolist(), own.crowd.tolist(), strict=True)
+    found = [
+        BoxState(
+            None,
+            classes[class_],
+            (box[0], box[1], box[2], box[3]),
+            status,
+            BoxSource.IMPORT,
+            score=score if wish.proposed else None,
+            ignore=crowd,
+            author=author,
+        )
+        for box, class_, score, crowd in columns
+        if box[2] > box[0] and box[3] > box[1]
+    ]
+    existing = [box_edits.state_of(box) for box in box_edits.boxes_of(session, image.id or 0)]
+    dropped, added = box_life.proposed(existing, found)
+    after = ImageStatus(image.status)
+    if not wish.proposed:
+        after = ImageStatus.INSPECTED
+    else:
+        after = box_life.after_detection(after, len(added))
+    changes = [Change(box, None) for box in dropped] + [Change(None, box) for box in added]
+    if changes or after != image.status:
+        image.version += 1
+        box_edits.write(session, image, changes, after, "import", author)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export has written.
+
+    Attributes:
+        id: by which it is fetched.
+        path: the file.
+        images: how many.
+        boxes: how many.
+        notes: for people.
+        labels: what was written.
+    """
+
+    id: str
+    path: Path
+    images: int
+    boxes: int
+    notes: list[str]
+    labels: Labels
+
+
+def export_labels(
+    engine: Engine, project_id: int, kind: str, statuses: Sequence[BoxStatus], folder: Path, *, with_images: bool
+) -> Written:
+    """Write the labels of a project's inspected images as a file; with proposals those of others that have some too.
+
+    Raises:
+        Refusal: 400, the format is unknown; 409, there is nothing to write.
+    """
+    if kind not in WRITERS:
+        raise Refusal(400, f"format: expected one of {', '.join(WRITERS)}, got {kind!r}")
+    asked = [ImageStatus.INSPECTED]
+    if BoxStatus.PROPOSED in statuses:
+        asked += [ImageStatus.PROPOSED, ImageStatus.IN_INSPECTION]
+    boxes: list[BoxState] = []
+    with reading(engine) as session:
+        project = project_of(session, project_id)
+        labels = snapshots.labels_of(
+            session,
+            project,
+            snapshots.with_statuses(statuses),
+            statuses=asked,
+            name=lambda image: image.path,
+            rows_of=boxes,
+        )
+        paths = _paths(session, project_id, labels) if with_images else {}
+    if not len(labels):
+        raise Refusal(409, "no image is inspected yet, so that there is nothing to write")
+    name = secrets.token_hex(6)
+    target = folder / name / ENDINGS[kind]
+    target.parent.mkdir(parents=True)
+    WRITERS[kind](labels, target)
+    if kind == "coco":
+        _say_origins(target, boxes)
+    notes = []
+    if with_images:
+        target, lost = _with_images(target, paths)
+        notes += [f"{lost} images could not be read and are not in the zip"] if lost else []
+    ignored = int(labels.crowd.sum())
+    if ignored:
+        notes.append(f"{ignored} boxes are regions to ignore")
+    return Written(name, target, len(labels), len(boxes), notes, labels)
+
+
+def _say_origins(path: Path, boxes: Sequence[BoxState]) -> None:
+    """Where each box comes from, as one more member of its annotation; regions to ignore are no crowds."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for annotation, box in zip(content["annotations"], boxes, strict=True):
+        annotation["simdetr"] = {
+            "id": box.id,
+            "status": box.status.value,
+            "source": box.source.value,
+            "run_id": box.run_id,
+            "score": box.score,
+            "author": box.author,
+        }
+        if box.ignore:
+            annotation |= {"ignore": 1, "iscrowd": 1}
+        if box.status is not BoxStatus.PROPOSED:
+            del annotation["score"]
+    write_json(path, content)
+
+
+def _paths(session: Session, project_id: int, labels: Labels) -> dict[str, Path]:
+    project = project_of(session, project_id)
+    found: dict[str, Path] = {}
+    for start in range(0, len(labels), _IDS):
+        names = labels.image_ids[start : start + _IDS]
+        query = select(Image).where(col(Image.project_id) == project_id, col(Image.path).in_(names))
+        found |= {image.path: path_of(project, image) for image in session.scalars(query)}
+    return found
+
+
+def _with_images(labels: Path, paths: dict[str, Path]) -> tuple[Path, int]:
+    target, lost = labels.with_name("labels.zip"), 0
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        archive.write(labels, labels.name)
+        for name, path in paths.items():
+            try:
+                with path.open("rb") as source, archive.open(f"images/{name.lstrip('/')}", "w") as place:
+                    shutil.copyfileobj(source, place)
+            except OSError:
+                lost += 1
+    return target, lost
+
+
+def find_export(folder: Path, name: str) -> Path | None:
+    """The file of an export: the zip if there is one."""
+    place = folder / name
+    if not re.fullmatch("[0-9a-f]{12}", name) or not place.is_dir():
+        return None
+    files = sorted(place.iterdir(), key=lambda path: path.suffix != ".zip")
+    return next((path for path in files if path.is_file()), None)

@@ -1,0 +1,237 @@
+"""Requests about labels of other tools, pseudo-classes, and how images look in training."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Annotated, Any, Literal
+
+import torch
+from fastapi import APIRouter, File, Query, Response, UploadFile
+from fastapi import Path as InPath
+from fastapi.responses import FileResponse
+
+from simdetr.app import label_exchange, pseudo_classes
+from simdetr.app.box_edits import boxes_of, state_of
+from simdetr.app.box_life import truth
+from simdetr.app.database import reading, writing
+from simdetr.app.desk import AtDesk, Author, Desk
+from simdetr.app.image_list import image_of, project_of
+from simdetr.app.picture_files import encoded, record_of
+from simdetr.app.refusals import Refusal, missing
+from simdetr.app.schemas import (
+    COMMON,
+    Augmentation,
+    AugmentationList,
+    ClusterEdit,
+    ClusterList,
+    ClusterMerge,
+    ClusterOut,
+    Count,
+    ExportNew,
+    ExportOut,
+    FormatList,
+    Id,
+    ImportOut,
+    Problem,
+)
+from simdetr.app.snapshots import fingerprint
+from simdetr.data.images import UnreadableImageError, read_image
+
+router = APIRouter(prefix="/api", responses=COMMON)
+CANNOT: dict[int | str, dict[str, Any]] = {409: {"model": Problem}}
+BAD: dict[int | str, dict[str, Any]] = {400: {"model": Problem}}
+_SIDE_PX = 480
+_drawing = threading.Lock()  # the transforms draw from torch's own generator
+
+
+@router.get("/formats")
+def list_formats() -> FormatList:
+    """The formats of labels that are known."""
+    read, write = label_exchange.formats()
+    return FormatList(read=read, write=write)
+
+
+@router.post("/projects/{project_id}/imports", responses={**BAD, 413: {"model": Problem}})
+def import_file(
+    desk: AtDesk,
+    author: Author,
+    project_id: Id,
+    file: Annotated[UploadFile, File()],
+    dry_run: bool = False,
+    skip_bad: bool = False,
+    status: Annotated[Literal["manual", "proposed"], Query()] = "manual",
+) -> ImportOut:
+    """Read labels of another tool; with ``dry_run`` only to say what is in them."""
+    with reading(desk.engine) as session:
+        project_of(session, project_id)
+    folder = Path(mkdtemp(prefix=".import-", dir=desk.settings.out))
+    try:
+        path = label_exchange.received(file.filename or "labels", file.file, folder, desk.settings.max_upload_mb << 20)
+        wish = label_exchange.Wish(dry_run=dry_run, skip_bad=skip_bad, proposed=status == "proposed")
+        return label_exchange.import_labels(desk.engine, project_id, path, wish, author)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exports(desk: Desk, project_id: int) -> Path:
+    return desk.settings.out / "projects" / str(project_id) / "exports"
+
+
+@router.post("/projects/{project_id}/exports", status_code=201, responses={**BAD, **CANNOT})
+def export(desk: AtDesk, project_id: Id, asked: ExportNew) -> ExportOut:
+    """Write the labels for other tools."""
+    written = label_exchange.export_labels(
+        desk.engine, project_id, asked.format, asked.statuses, _exports(desk, project_id), with_images=asked.images
+    )
+    return ExportOut(
+        id=written.id,
+        format=asked.format,
+        images=written.images,
+        boxes=written.boxes,
+        notes=written.notes,
+        snapshot=fingerprint(written.labels),
+        download=f"/api/projects/{project_id}/exports/{written.id}/download",
+    )
+
+
+@router.get("/projects/{project_id}/exports/{export_id}/download", response_class=Response)
+def download_export(
+    desk: AtDesk, project_id: Id, export_id: Annotated[str, InPath(pattern="^[0-9a-f]{12}$")]
+) -> Response:
+    """The file of an export."""
+    found = label_exchange.find_export(_exports(desk, project_id), export_id)
+    if found is None:
+        raise missing("export", export_id)
+    return FileResponse(found, filename=found.name, media_type="application/octet-stream")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pseudo-classes
+
+
+@router.get("/projects/{project_id}/clusters")
+def list_clusters(desk: AtDesk, project_id: Id) -> ClusterList:
+    """The pseudo-classes of the pretraining, the largest first; none if the app was started without it."""
+    labels = pseudo_classes.labels_of_run(desk.settings.run)
+    with writing(desk.engine) as session:
+        project_of(session, project_id)
+        found = pseudo_classes.clusters_of(session, project_id, labels)
+        return ClusterList(clusters=[pseudo_classes.shown_cluster(session, cluster) for cluster in found])
+
+
+@router.patch("/clusters/{cluster_id}")
+def name_cluster(desk: AtDesk, cluster_id: Id, asked: ClusterEdit) -> ClusterOut:
+    """Give a cluster the name of a class, or take it away."""
+    with writing(desk.engine) as session:
+        cluster = pseudo_classes.cluster_of(session, cluster_id)
+        pseudo_classes.name_cluster(session, cluster, asked.name)
+        session.flush()
+        return pseudo_classes.shown_cluster(session, cluster)
+
+
+@router.post("/clusters/merge", responses=CANNOT)
+def merge_clusters(desk: AtDesk, asked: ClusterMerge) -> ClusterOut:
+    """Join clusters that are one kind."""
+    with writing(desk.engine) as session:
+        return pseudo_classes.shown_cluster(session, pseudo_classes.merge(session, asked.cluster_ids))
+
+
+@router.post("/clusters/{cluster_id}/split", responses=CANNOT)
+def split_cluster(desk: AtDesk, cluster_id: Id) -> ClusterList:
+    """Take a cluster apart into the pseudo-classes that it was joined from."""
+    labels = pseudo_classes.labels_of_run(desk.settings.run)
+    with writing(desk.engine) as session:
+        parts = pseudo_classes.split(session, pseudo_classes.cluster_of(session, cluster_id), labels)
+        return ClusterList(clusters=[pseudo_classes.shown_cluster(session, part) for part in parts])
+
+
+@router.get("/clusters/{cluster_id}/montage", response_class=Response)
+def cluster_montage(
+    desk: AtDesk,
+    cluster_id: Id,
+    rows: Annotated[int, Query(ge=1, le=10)] = 3,
+    columns: Annotated[int, Query(ge=1, le=12)] = 6,
+) -> Response:
+    """Crops of boxes of a cluster, as a JPEG."""
+    labels = pseudo_classes.labels_of_run(desk.settings.run)
+    with reading(desk.engine) as session:
+        cluster = pseudo_classes.cluster_of(session, cluster_id)
+        folder = Path(project_of(session, cluster.project_id).folder)
+    picture = pseudo_classes.montage(folder, cluster, labels, rows, columns)
+    headers = {"cache-control": "private, max-age=60"}
+    return Response(encoded(picture, "JPEG"), media_type="image/jpeg", headers=headers)
+
+
+@router.post("/projects/{project_id}/clusters/propose", responses=CANNOT)
+def propose_clusters(desk: AtDesk, project_id: Id) -> Count:
+    """Make proposals of the boxes of all clusters that have names."""
+    labels = pseudo_classes.labels_of_run(desk.settings.run)
+    return Count(boxes=pseudo_classes.propose_named(desk.engine, project_id, labels).boxes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Augmentation
+
+
+@router.get("/augmentations")
+def list_augmentations() -> AugmentationList:
+    """How images may be changed in training; the names are parameters of a training run."""
+    return AugmentationList(
+        augmentations=[
+            Augmentation(
+                name="colour",
+                title="brightness, contrast, saturation, hue, blur",
+                kind="choice",
+                default="light",
+                choices=["none", "light", "strong"],
+            ),
+            Augmentation(name="flip", title="mirror half of the images", kind="switch", default=True),
+            Augmentation(name="crop", title="crop half of the images", kind="switch", default=False),
+            Augmentation(
+                name="mosaic", title="part made of four images", kind="number", default=0.0, least=0.0, most=1.0
+            ),
+        ]
+    )
+
+
+@router.get("/images/{image_id}/augmented", response_class=Response, responses={415: {"model": Problem}})
+def augmented(
+    desk: AtDesk,
+    image_id: Id,
+    seed: Annotated[int, Query(ge=0, le=2**31)] = 0,
+    colour: Literal["none", "light", "strong"] = "light",
+    flip: bool = True,
+    crop: bool = False,
+) -> Response:
+    """An image with its boxes as a training might see it, as a JPEG."""
+    from torchvision import tv_tensors  # these here: the server need not know them before
+
+    from simdetr.data.augmentation import train_transforms
+    from simdetr.data.dataset import pixel_boxes
+    from simdetr.reports.drawing import draw_boxes
+
+    with reading(desk.engine) as session:
+        image = image_of(session, image_id)
+        record = record_of(project_of(session, image.project_id), image)
+        boxes = truth([state_of(box) for box in boxes_of(session, image_id)], with_proposed=True)
+    try:
+        pixels = read_image(record)
+    except UnreadableImageError as error:
+        raise Refusal(415, f"{record.id} cannot be read: {error.reason}") from error
+    transform = train_transforms(
+        [_SIDE_PX], 2 * _SIDE_PX, crop=crop, colour=colour, flip=flip, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+    )
+    target = {
+        "boxes": pixel_boxes(
+            torch.tensor([box.xyxy for box in boxes]).reshape(-1, 4), (pixels.shape[1], pixels.shape[2])
+        ),
+        "labels": torch.tensor([box.class_id for box in boxes], dtype=torch.int64),
+    }
+    with _drawing, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        changed, left = transform(tv_tensors.Image(pixels), target)
+    picture = draw_boxes((changed.clamp(0, 1) * 255).to(torch.uint8), left["boxes"])
+    return Response(encoded(picture, "JPEG"), media_type="image/jpeg")

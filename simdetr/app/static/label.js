@@ -1,0 +1,618 @@
+// The Label screen: queue, editor, classes, list of boxes.
+
+import { address, get, holder, post } from "./api.js";
+import "./box-editor.js";
+import { ClassPicker } from "./class-picker.js";
+import { chooseSide } from "./conflict.js";
+import { button, complain, dialog, empty, h, icon, iconButton, put, status, toast } from "./elements.js";
+import { count, decimal, percent, plural } from "./numbers.js";
+import { Queue } from "./queue.js";
+import { Saver, unsaved } from "./saving.js";
+import { actionOf, showKeys } from "./shortcuts.js";
+import { uploadPanel } from "./upload.js";
+
+const LEASE_MS = 240_000;
+const NUDGE_MS = 350; // arrow presses closer than this are one edit
+const POLL_MS = 400;
+const LEGEND = [["proposed", "Proposed"], ["inspected", "Accepted"], ["corrected", "Corrected"], ["manual", "Drawn"], ["rejected", "Rejected"]];
+const STATES = { saved: "Saved", saving: "Saving…", failed: "Not saved yet", conflict: "Changed elsewhere", refused: "Not saved" };
+
+export class LabelScreen {
+  #boxes = []; // all that are alive, hidden ones too, with keys
+  #rejected = [];
+  #sheet = null;
+  #saver = null;
+  #nudge = null;
+  #moving = false;
+  #stale = false; // what is shown is older than the boxes, since a drag was going on
+  #drawnOn = null; // the image that the boxes are of
+  #asked = 0;
+
+  constructor(app) {
+    this.app = app;
+    this.project = app.project;
+    this.minScore = Number(localStorage.getItem("simdetr.min_score") ?? 0.3);
+    this.editor = document.createElement("box-editor");
+    this.classes = new Map();
+    this.queue = new Queue(this.project, [], (id) => this.open(id));
+    this.picker = new ClassPicker(this.project.id, {
+      pick: (id, gone) => this.#picked(id, gone), changed: (classes) => this.#classesChanged(classes) });
+    this.element = h("div.label", { testid: "screen-label" }, h("h1.unseen", {}, "Label"), this.queue.element, this.#middle(), this.#right());
+    this.editor.addEventListener("edit", (event) => this.#edited(event.detail));
+    this.editor.addEventListener("select", () => (this.#stale ? this.#paint() : this.#selected()));
+    this.editor.addEventListener("view", (event) => { this.zoom.textContent = percent(event.detail.zoom); });
+    this.onKey = (event) => this.#key(event);
+    this.onKeyUp = (event) => this.#keyUp(event);
+    this.onHide = () => this.#release(true);
+    this.onUnload = (event) => { if (this.#saver?.pending || this.#nudge) event.preventDefault(); };
+    document.addEventListener("keydown", this.onKey);
+    document.addEventListener("keyup", this.onKeyUp);
+    window.addEventListener("pagehide", this.onHide);
+    window.addEventListener("beforeunload", this.onUnload);
+    this.lease = setInterval(() => this.#renew(), LEASE_MS);
+  }
+
+  // ------------------------------------------------------------------------------------------------- layout
+
+  #middle() {
+    this.zoom = h("output.zoom", { testid: "zoom", "aria-label": "Zoom" }, "100 %");
+    this.undo = iconButton("undo", "undo", "Undo (Ctrl Z)", () => this.do("undo"), { disabled: true });
+    this.redo = iconButton("redo", "redo", "Redo (Ctrl Shift Z)", () => this.do("redo"), { disabled: true });
+    this.model = h("select.model", { testid: "model", "aria-label": "Model that detects", hidden: true });
+    this.detectButton = button("detect", "Detect", () => this.do("detect"), { icon: "detect", title: "Detect on this image (D)" });
+    this.scoreText = h("output", { testid: "min-score-text" }, this.minScore.toFixed(2));
+    this.score = h("input", { type: "range", min: 0, max: 1, step: 0.05, value: this.minScore, testid: "min-score",
+      "aria-label": "Least score of the proposals that are shown", oninput: () => this.#setScore(Number(this.score.value)) });
+    this.acceptAll = button("accept-all", "Accept all", () => this.do("accept-all"), { title: "Accept all proposals that are shown (Shift A)" });
+    this.tools = h("div.toolbar", { role: "toolbar", "aria-label": "Tools of the editor" }, this.undo, this.redo, h("span.gap"),
+      iconButton("zoom-out", "minus", "Zoom out (-)", () => this.editor.zoomBy(1 / 1.25)), this.zoom,
+      iconButton("zoom-in", "plus", "Zoom in (+)", () => this.editor.zoomBy(1.25)),
+      iconButton("zoom-fit", "fit", "Fit (0)", () => this.editor.fit()), h("span.gap"),
+      this.model, this.detectButton, h("span.grow"),
+      h("span.score", { title: "Proposals below this score are hidden, and rejected when the image is saved as inspected" }, h("span.word", {}, "Score "), "≥ ", this.score, this.scoreText), this.acceptAll);
+    this.notice = h("div.notice", { testid: "notice", hidden: true });
+    this.cover = h("div.cover", { testid: "cover" }, h("p.muted", {}, "Loading…"));
+    this.name = h("span.image-name", { testid: "image-name", dir: "auto" });
+    this.facts = h("span.muted", { testid: "image-facts" });
+    this.saved = h("span.saved", { testid: "save-state", role: "status" }, "Saved");
+    this.foot = h("div.foot", {}, iconButton("previous-image", "previous", "The image before ([)", () => this.do("back")),
+      h("span.image", {}, this.name, this.facts), this.saved,
+      button("skip", "Skip", () => this.do("skip"), { key: "S" }),
+      button("inspected", "Inspected, next", () => this.do("inspected"), { kind: "primary", key: "↵" }));
+    return h("section.middle", { "aria-label": "Editor" }, this.tools, this.notice, h("div.canvas", {}, this.editor, this.cover), this.foot);
+  }
+
+  #right() {
+    this.boxCount = h("h2", { testid: "box-count" }, "Boxes");
+    this.boxList = h("ol.box-list", { testid: "box-list", "aria-label": "List of boxes" });
+    this.hiddenNote = h("p.note", { testid: "hidden-note" });
+    this.shots = h("div.row.shot-row", {},
+      button("add-shot", "Use as shot", () => this.#shot(false), { kind: "quiet", title: "The selected box is an example of its class for few-shot labelling" }),
+      button("add-negative", "Negative shot", () => this.#shot(true), { kind: "quiet", title: "The selected box looks like its class and is none" }));
+    const colours = h("select", { testid: "colour-by", "aria-label": "Colours by", onchange: () => { this.editor.dataset.colours = colours.value; } },
+      h("option", { value: "status" }, "by status"), h("option", { value: "class" }, "by class"));
+    return h("aside.right", { "aria-label": "Classes and boxes" }, this.picker.element,
+      h("section.panel.fill", { "aria-label": "Boxes" }, this.boxCount, this.boxList, this.hiddenNote, this.shots),
+      h("section.panel.legend-panel", { "aria-label": "Legend" }, h("div.panel-title", {}, h("h2", {}, "Colours"), colours),
+        h("ul.box-legend", { testid: "legend" }, LEGEND.map(([name, text]) => h("li", {}, h(`i.swatch.${name}`), text)))));
+  }
+
+  // ------------------------------------------------------------------------------------------------- coming and going
+
+  async start(argument) {
+    try {
+      await this.picker.load();
+      this.#models();
+      this.project = await this.app.refresh();
+      this.queue.progress(this.project);
+      if (!this.project.images) { this.#noImages(); return; }
+      await this.queue.load();
+      if (argument) await this.open(Number(argument));
+      else await this.#next(null);
+    } catch (error) {
+      this.#covered(empty("The images could not be listed", error.message, button("retry", "Try again", () => this.start(argument))));
+    }
+  }
+
+  // The address names another image: the back button of the browser, a link.
+  update(argument) {
+    const id = Number(argument);
+    if (id && id !== this.#sheet?.image.id) this.open(id);
+  }
+
+  async leave() {
+    document.removeEventListener("keydown", this.onKey);
+    document.removeEventListener("keyup", this.onKeyUp);
+    window.removeEventListener("beforeunload", this.onUnload);
+    window.removeEventListener("pagehide", this.onHide);
+    clearInterval(this.lease);
+    this.#asked = -1;
+    await this.#close();
+    this.app.banner(null);
+  }
+
+  async #close() {
+    this.#commit();
+    const saver = this.#saver;
+    const image = this.#sheet?.image.id;
+    if (!saver) return;
+    this.#saver = null;
+    saver.settled().then(() => post(`/images/${image}/release`, { holder })).catch(() => {});
+  }
+
+  #release(going) {
+    if (this.#sheet) post(`/images/${this.#sheet.image.id}/release`, { holder }, { keepalive: going }).catch(() => {});
+  }
+
+  #renew() {
+    if (this.#sheet && this.#saver) post(`/images/${this.#sheet.image.id}/open`, { holder }).catch(() => {});
+  }
+
+  async open(id, { anyway = false } = {}) {
+    if (this.#sheet?.image.id === id && this.#saver && !anyway) return;
+    const asked = ++this.#asked;
+    await this.#close();
+    this.#say(null);
+    try {
+      const sheet = anyway ? await get(`/images/${id}/boxes`) : await post(`/images/${id}/open`, { holder });
+      if (asked === this.#asked) this.#show(sheet);
+    } catch (error) {
+      if (asked !== this.#asked) return;
+      if (error.status === 409 && error.body?.lease) { this.#taken(id, error); return; }
+      this.#covered(empty("This image could not be opened", error.message, button("next-image", "Next image", () => this.#next(null))));
+    }
+  }
+
+  // The next image: of the queue, or of the filtered list.
+  async #next(after) {
+    const asked = ++this.#asked;
+    if (!this.queue.isQueue && after) {
+      const beside = this.queue.beside(after, 1);
+      if (beside) await this.open(beside.id);
+      else toast("This was the last image of the list.");
+      return;
+    }
+    const sheet = await post(`/projects/${this.project.id}/next`, { holder, ...(after ? { after } : {}) });
+    if (asked !== this.#asked) return;
+    if (sheet) this.#show(sheet);
+    else this.#finished();
+  }
+
+  #show(sheet) {
+    if (!sheet.image.width) {
+      this.#covered(empty("This image cannot be read", sheet.image.reason ?? "The file is damaged or is no image.",
+        button("next-image", "Next image", () => this.#next(null), { kind: "primary" })));
+      return;
+    }
+    const { image } = sheet;
+    const saver = new Saver(sheet, {
+      adopt: (now, boxes) => { if (this.#saver === saver) this.#adopt(now, boxes); },
+      state: (name, error) => this.#state(saver, name, error),
+      conflict: (mine, current) => chooseSide(image, mine, current.boxes, this.classes),
+    });
+    this.#saver = saver;
+    this.#rejected = [];
+    this.#sheet = sheet;
+    this.cover.hidden = true;
+    this.editor.load({ src: address(`/images/${image.id}/file`), alt: image.name, width: image.width, height: image.height });
+    this.name.textContent = image.name;
+    this.name.title = image.name;
+    this.facts.textContent = `${image.width} × ${image.height}`;
+    this.#adopt(sheet, saver.keyed(sheet.boxes));
+    this.#state(saver, "saved");
+    this.queue.current(this.#sheet.image);
+    this.app.address(`label/${image.id}`);
+    const inside = document.activeElement;
+    if (!inside || inside === document.body || !inside.closest?.("dialog, .left input, .left select, .right input")) this.editor.focus({ preventScroll: true });
+    this.#prefetch(image.id);
+    this.#restore(sheet, saver);
+  }
+
+  // Edits that a closed tab could not write are written now, or shown beside what came since.
+  async #restore(sheet, saver) {
+    const kept = unsaved(sheet.image.id);
+    if (!kept) return;
+    if (kept.version === sheet.version || await chooseSide(sheet.image, kept.boxes, sheet.boxes, this.classes) === "mine") {
+      const there = new Set(sheet.boxes.map((box) => box.id));
+      this.#boxes = kept.boxes.map((box) => ({ ...box, id: there.has(box.id) ? box.id : undefined, score: null }));
+      this.#paint();
+      saver.save(this.#boxes);
+      toast("An edit that was not saved before is back.");
+    }
+  }
+
+  #prefetch(id) {
+    const next = this.queue.images.find((image) => image.id !== id && ["new", "proposed", "in_inspection"].includes(image.status));
+    if (!next) return;
+    this.ahead = new Image();
+    this.ahead.src = address(`/images/${next.id}/file`);
+  }
+
+  // ------------------------------------------------------------------------------------------------- states
+
+  #covered(content) {
+    this.#sheet = null;
+    this.#saver = null;
+    this.editor.clear();
+    this.#boxes = [];
+    this.#rejected = [];
+    this.name.textContent = "";
+    this.facts.textContent = "";
+    this.cover.hidden = false;
+    put(this.cover, content);
+    this.#paint();
+  }
+
+  #noImages() {
+    const { indexing } = this.project;
+    this.#covered(indexing
+      ? empty("The folder is being read", "Its images come up here as soon as they are known.")
+      : h("section.empty", { testid: "empty" }, h("h2", {}, "No images yet"), h("p", {}, "Add some; they are copied into the app's folder and never leave this machine."),
+        uploadPanel(this.project, () => this.start())));
+    if (indexing) setTimeout(() => { if (this.#asked >= 0) this.start(); }, 1000);
+  }
+
+  #finished() {
+    this.app.refresh().then((project) => this.queue.progress(project)).catch(() => {});
+    const go = (screen) => () => this.app.go(screen);
+    this.#covered(empty("Nothing is left to do", "Every image was inspected or skipped. Train on them, see whether errors are left, or export the labels.",
+      button("go-train", "Train", go("train"), { kind: "primary" }), button("go-stop", "Errors left?", go("stop")), button("go-export", "Export", go("export"))));
+  }
+
+  #taken(id, error) {
+    const until = new Date(error.body.lease.until).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+    this.#covered(h("section.empty", { testid: "taken" }, h("h2", {}, "Somebody has this image open"),
+      h("p", {}, `Another tab or person holds it until ${until}. If both edit it, the second to save is asked whose boxes count.`),
+      h("div.row", {}, button("open-anyway", "Open it anyway", () => this.open(id, { anyway: true })),
+        button("next-image", "Next image", () => this.#next(null), { kind: "primary" }))));
+  }
+
+  #state(saver, name, error) {
+    if (saver !== this.#saver && name !== "failed") { if (name === "saved") this.app.banner(null); return; }
+    this.saved.textContent = STATES[name];
+    this.saved.dataset.state = name;
+    if (name === "failed") {
+      this.app.banner(`Your last edit is not saved yet. ${error.message} It is kept here and tried again.`,
+        button("retry-save", "Try now", () => saver.retry()));
+    } else if (name === "refused") this.#say(error);
+    else if (name === "saved") this.app.banner(null);
+  }
+
+  #say(error) {
+    this.notice.hidden = !error;
+    put(this.notice);
+    complain(this.notice, error);
+    if (error) this.notice.append(iconButton("close-notice", "reject", "Close this message", () => this.#say(null)));
+  }
+
+  // ------------------------------------------------------------------------------------------------- boxes
+
+  #adopt(sheet, boxes) {
+    this.#sheet = sheet;
+    this.undo.disabled = !sheet.can_undo;
+    this.redo.disabled = !sheet.can_redo;
+    this.queue.mark(sheet.image);
+    if (this.#nudge) return; // what is shown is newer, and will be written
+    const unnamed = this.#boxes.filter((box) => !box.class_id && this.#drawnOn === sheet.image.id);
+    this.#boxes = [...boxes.filter((box) => box.status !== "rejected"), ...unnamed];
+    this.#drawnOn = sheet.image.id;
+    this.#paint();
+    this.#fetchRejected(sheet);
+  }
+
+  async #fetchRejected(sheet) {
+    const here = () => this.#sheet?.image.id === sheet.image.id && this.#sheet.version === sheet.version;
+    if (!sheet.image.counts.rejected) {
+      this.#rejected = [];
+    } else {
+      const all = await get(`/images/${sheet.image.id}/boxes`, { rejected: true }).catch(() => null);
+      if (!all || !here()) return;
+      this.#rejected = all.boxes.filter((box) => box.status === "rejected").map((box) => ({ ...box, key: `r${box.id}` }));
+    }
+    this.#paint();
+  }
+
+  #isShown(box) {
+    return box.status !== "proposed" || box.score === null || box.score === undefined || box.score >= this.minScore;
+  }
+
+  #paint() {
+    const shown = this.#boxes.filter((box) => this.#isShown(box));
+    this.#stale = this.editor.busy;
+    if (!this.#stale) {
+      this.editor.currentClass = this.picker.current;
+      this.editor.boxes = [...this.#rejected, ...shown];
+    }
+    const hidden = this.#boxes.length - shown.length;
+    this.boxCount.textContent = shown.length ? plural(shown.length, "box", "boxes") : "Boxes";
+    this.hiddenNote.textContent = hidden ? `${plural(hidden, "proposal")} below ${this.minScore.toFixed(2)} hidden; rejected once the image is inspected.` : "";
+    this.acceptAll.disabled = !shown.some((box) => box.status === "proposed");
+    put(this.boxList, shown.map((box, place) => this.#row(box, place)),
+      !shown.length && this.#sheet ? h("li.note", {}, "No box. Drag on the image to draw one, or save it as inspected: then it shows no object.") : null);
+    this.#selected();
+  }
+
+  #row(box, place) {
+    const kind = this.classes.get(box.class_id);
+    const [x0, y0, x1, y1] = box.xyxy;
+    const chosen = box.key === this.editor.selected?.key;
+    return h(`li.box-row${chosen ? ".selected" : ""}`, { "data-key": box.key },
+      h("button.box-main", { type: "button", testid: "box-row", "aria-pressed": String(chosen), onclick: () => { this.editor.select(box.key); this.editor.focus(); } },
+        h("span.number", {}, place + 1), h(`i.swatch.${box.status}`), h("span.class-name", { dir: "auto" }, kind?.name ?? "Name it: C"),
+        h("span.muted", {}, box.ignore ? "ignored" : box.status === "proposed" ? decimal(box.score, 2) : box.status),
+        h("span.place", {}, `${x0.toFixed(1)}, ${y0.toFixed(1)}   ${(x1 - x0).toFixed(1)} × ${(y1 - y0).toFixed(1)}`)),
+      h("span.box-actions", {},
+        box.status === "proposed" ? iconButton("accept-box", "accept", `Accept box ${place + 1}`, () => this.#accept(box.key)) : null,
+        iconButton("remove-box", box.source === "user" ? "remove" : "reject", `${box.source === "user" ? "Remove" : "Reject"} box ${place + 1}`, () => this.#remove(box.key))));
+  }
+
+  #selected() {
+    const key = this.editor.selected?.key;
+    for (const row of this.boxList.children) {
+      const chosen = row.dataset.key !== undefined && row.dataset.key === key;
+      if (row.classList.contains("selected") !== chosen) {
+        row.classList.toggle("selected", chosen);
+        row.firstChild.setAttribute("aria-pressed", String(chosen));
+      }
+      if (chosen) row.scrollIntoView({ block: "nearest" });
+    }
+    const usable = Boolean(this.editor.selected?.id);
+    for (const one of this.shots.children) one.disabled = !usable;
+  }
+
+  #edited({ what, key }) {
+    const seen = this.editor.boxes.find((box) => box.key === key);
+    const box = this.#boxes.find((one) => one.key === key);
+    if (box) {
+      box.xyxy = [...seen.xyxy];
+      if (box.id) box.status = "corrected";
+    } else this.#boxes.push({ ...seen, class_id: this.picker.current });
+    this.#paint();
+    if (this.#boxes.some((one) => !one.class_id)) {
+      this.picker.focus();
+      toast("Name the box: type a class and press Enter.");
+      return;
+    }
+    if (this.keyed && what !== "draw") {
+      clearTimeout(this.#nudge);
+      this.#nudge = setTimeout(() => this.#commit(), NUDGE_MS);
+    } else this.#save();
+  }
+
+  #commit() {
+    if (!this.#nudge) return;
+    clearTimeout(this.#nudge);
+    this.#nudge = null;
+    this.#save();
+  }
+
+  #save(options) {
+    clearTimeout(this.#nudge);
+    this.#nudge = null;
+    return this.#saver?.save(this.#boxes, options);
+  }
+
+  #picked(id, gone) {
+    if (id !== null) {
+      const box = this.#find(this.editor.selected?.key);
+      for (const one of this.#boxes) if (!one.class_id) one.class_id = id;
+      if (box && (box.class_id !== id || !box.id)) {
+        if (box.id && box.class_id !== id) box.status = "corrected";
+        box.class_id = id;
+        this.#paint();
+        this.#save();
+      } else this.#paint();
+    } else if (gone) {
+      const image = this.#sheet?.image.id;
+      if (image) { this.#saver = null; this.open(image); }
+    }
+    this.editor.focus({ preventScroll: true });
+  }
+
+  #classesChanged(classes) {
+    this.classes = new Map(classes.map((one) => [one.id, one]));
+    this.editor.classes = this.classes;
+    this.queue.classes = classes;
+    if (this.#sheet) this.#paint();
+  }
+
+  #find(key) {
+    return this.#boxes.find((box) => box.key === key);
+  }
+
+  #accept(key) {
+    const box = this.#find(key);
+    if (!box) return;
+    if (box.status === "proposed") {
+      box.status = "inspected";
+      this.#paint();
+      this.#save();
+    }
+    this.#onward();
+  }
+
+  #remove(key) {
+    const place = this.#boxes.findIndex((box) => box.key === key);
+    if (place < 0) return;
+    const [box] = this.#boxes.splice(place, 1);
+    if (box.source !== "user" && box.id) this.#rejected.push({ ...box, status: "rejected", key: `r${box.id}` });
+    const next = this.#boxes.slice(place).concat(this.#boxes.slice(0, place)).find((one) => one.status === "proposed" && this.#isShown(one));
+    this.#paint();
+    if (next) this.editor.select(next.key);
+    this.#save();
+  }
+
+  // To the next box that nobody has looked at, if one is left.
+  #onward() {
+    if (this.#boxes.some((box) => box.status === "proposed" && this.#isShown(box))) {
+      this.editor.step(1, { only: (box) => box.status === "proposed" });
+    }
+  }
+
+  #setScore(score) {
+    this.minScore = score;
+    localStorage.setItem("simdetr.min_score", score);
+    this.scoreText.textContent = score.toFixed(2);
+    this.#paint();
+  }
+
+  async #shot(negative) {
+    const box = this.editor.selected;
+    if (!box?.id) return;
+    try {
+      await this.#saver?.settled();
+      await post(`/projects/${this.project.id}/shots`, { box_id: box.id, negative });
+      toast(negative ? "A negative shot more." : "A shot more.");
+    } catch (error) { this.#say(error); }
+  }
+
+  // ------------------------------------------------------------------------------------------------- actions
+
+  async do(action, details = {}) {
+    const editor = this.editor;
+    const key = editor.selected?.key;
+    if (action === "keys") { showKeys(); return; }
+    if (action === "find-class") { this.picker.focus(); return; }
+    if (!this.#sheet || this.#moving) return;
+    this.#say(null);
+    if (action !== "move" && action !== "resize") this.#commit();
+    switch (action) {
+      case "next-box": editor.step(1); break;
+      case "previous-box": editor.step(-1); break;
+      case "accept": if (key) this.#accept(key); else this.#onward(); break;
+      case "accept-all": this.#acceptShown(); break;
+      case "reject":
+      case "remove": if (key) this.#remove(key); break;
+      case "class": { const id = this.picker.byDigit(details.digit); if (id !== null) this.picker.choose(id); break; }
+      case "ignore": this.#ignore(key); break;
+      case "draw": editor.drawInView(); break;
+      case "move": if (key) { this.keyed = true; editor.nudge(...details.by); this.keyed = false; } else editor.panBy(-40 * Math.sign(details.by[0]), -40 * Math.sign(details.by[1])); break;
+      case "resize": this.keyed = true; editor.grow(...details.by); this.keyed = false; break;
+      case "escape": if (!editor.cancel()) editor.select(null); this.#paint(); break;
+      case "zoom-in": editor.zoomBy(1.25); break;
+      case "zoom-out": editor.zoomBy(1 / 1.25); break;
+      case "fit": editor.fit(); break;
+      case "undo": if (!this.undo.disabled || this.#saver.pending) this.#saver.write("POST", "/undo"); break;
+      case "redo": if (!this.redo.disabled) this.#saver.write("POST", "/redo"); break;
+      case "back": { const image = this.queue.beside(this.#sheet.image.id, -1); if (image) await this.open(image.id); break; }
+      case "detect": await this.#detect(); break;
+      case "skip": await this.#done(() => this.#saver.write("PUT", "/status", { status: "skipped" })); break;
+      case "inspected": await this.#inspected(); break;
+    }
+  }
+
+  #ignore(key) {
+    const box = this.#find(key);
+    if (!box) return;
+    box.ignore = !box.ignore;
+    if (box.id) box.status = "corrected";
+    this.#paint();
+    this.#save();
+  }
+
+  #acceptShown() {
+    const shown = this.#boxes.filter((box) => box.status === "proposed" && this.#isShown(box));
+    if (!shown.length) return;
+    for (const box of shown) box.status = "inspected";
+    this.#paint();
+    this.#save();
+  }
+
+  async #inspected() {
+    if (this.#boxes.some((box) => !box.class_id)) {
+      this.#say(new Error("A box has no class yet: type one (C) and press Enter, or remove the box."));
+      return;
+    }
+    const shown = this.#boxes.filter((box) => this.#isShown(box));
+    await this.#done(() => this.#saver.save(shown, { inspected: true }));
+  }
+
+  // Write that this image is done with, and show the next.
+  async #done(write) {
+    const { image } = this.#sheet;
+    this.#moving = true;
+    try {
+      const sheet = await write();
+      if (!sheet) return;
+      this.queue.mark(sheet.image);
+      await this.#next(image.id);
+      this.project = await this.app.refresh();
+      this.queue.progress(this.project);
+    } catch (error) {
+      this.#say(error);
+    } finally {
+      this.#moving = false;
+    }
+  }
+
+  async #detect() {
+    const { image } = this.#sheet;
+    const label = this.detectButton.lastChild;
+    this.detectButton.disabled = true;
+    label.textContent = "Detecting…";
+    try {
+      await this.#saver.settled();
+      let run = await post(`/images/${image.id}/detect`, this.model.value ? { model: this.model.value } : {});
+      while (run.state === "queued" || run.state === "running") {
+        if (run.position) label.textContent = `Waiting: ${run.position}`;
+        await new Promise((resolve) => setTimeout(resolve, POLL_MS));
+        ({ run } = await get(`/runs/${run.id}`, { since: 1e9 }));
+      }
+      if (run.state !== "done") throw new Error(run.error ?? run.message ?? "The detection did not finish.");
+      if (this.#sheet?.image.id !== image.id) return;
+      await this.#saver.settled();
+      await this.picker.load();
+      const sheet = await get(`/images/${image.id}/boxes`);
+      this.#saver.version = sheet.version;
+      this.#adopt(sheet, this.#saver.keyed(sheet.boxes));
+      const found = sheet.boxes.filter((box) => box.status === "proposed").length;
+      toast(found ? `${plural(found, "proposal")}.` : "The detector found nothing here.");
+    } catch (error) {
+      this.#say(error);
+    } finally {
+      this.detectButton.disabled = false;
+      label.textContent = "Detect";
+    }
+  }
+
+  async #models() {
+    const { models } = await get(`/projects/${this.project.id}/models`).catch(() => ({ models: [] }));
+    this.detectButton.disabled = !models.length;
+    if (!models.length) this.detectButton.title = "There is no detector yet: train one on what you label";
+    this.model.hidden = models.length < 2;
+    put(this.model, models.map((one) => h("option", { value: one.id }, one.title || one.id)));
+    this.model.value = models.find((one) => one.active)?.id ?? models[0]?.id ?? "";
+  }
+
+  // ------------------------------------------------------------------------------------------------- keys
+
+  #key(event) {
+    if (event.defaultPrevented || event.isComposing || document.querySelector("dialog[open]")) return;
+    const target = event.target;
+    if (target.closest?.("input:not([type=range]), textarea, select")) return;
+    const inEditor = target === this.editor || target === document.body;
+    if (event.key === " " || event.key === "Enter") {
+      if (!inEditor && target.closest?.("button, a, summary, input")) return;
+      event.preventDefault();
+      if (event.key === "Enter") { if (!event.repeat) this.do("inspected"); return; }
+      if (!event.repeat) { this.editor.panning = true; this.editor.panned = false; }
+      return;
+    }
+    if (event.key === "Tab" && target === this.editor) {
+      if (this.editor.step(event.shiftKey ? -1 : 1, { round: false })) event.preventDefault();
+      return;
+    }
+    const found = actionOf(event);
+    if (!found) return;
+    if (target.type === "range" && ["move", "resize"].includes(found.action)) return;
+    if (event.repeat && !["move", "resize", "zoom-in", "zoom-out", "undo", "redo", "next-box", "previous-box"].includes(found.action)) return;
+    event.preventDefault();
+    this.do(found.action, found);
+  }
+
+  #keyUp(event) {
+    if (event.key !== " " || !this.editor.panning) return;
+    this.editor.panning = false;
+    if (!this.editor.panned) this.do("inspected");
+  }
+}

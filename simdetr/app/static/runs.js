@@ -1,0 +1,84 @@
+// Runs of a project: asked for once, and every second only while one is at work.
+
+import { get } from "./api.js";
+
+const EVERY_MS = 1000;
+export const AT_WORK = new Set(["queued", "running"]);
+export const KINDS = { train: "Training", detect: "Detection", order: "Ordering", embed: "Clustering", autolabel: "Few labels to many" };
+
+export class RunWatch extends EventTarget {
+  runs = [];
+  #project = null;
+  #timer = null;
+
+  get active() {
+    return this.runs.find((run) => run.state === "running") ?? this.runs.findLast((run) => run.state === "queued") ?? null;
+  }
+
+  follow(project) {
+    this.stop();
+    this.#project = project;
+    this.look();
+  }
+
+  stop() {
+    clearTimeout(this.#timer);
+    this.#project = null;
+    this.runs = [];
+    this.dispatchEvent(new Event("runs"));
+  }
+
+  // Ask now; again after a second while a run is queued or running.
+  async look() {
+    clearTimeout(this.#timer);
+    const project = this.#project;
+    if (!project) return;
+    try {
+      const { runs } = await get(`/projects/${project}/runs`, { limit: 50 });
+      if (project !== this.#project) return;
+      this.runs = runs;
+      this.dispatchEvent(new Event("runs"));
+    } catch { /* the screens say it; the next look may work */ }
+    clearTimeout(this.#timer);
+    if (this.active) this.#timer = setTimeout(() => this.look(), EVERY_MS);
+  }
+}
+
+// Ask for a run and its metrics each second until it ends. `seen(run, rows)` gets all rows so far.
+export class RunFeed {
+  #rows = [];
+  #next = 0;
+  #ended = false;
+
+  constructor(id, seen, failed) {
+    this.id = id;
+    this.seen = seen;
+    this.failed = failed;
+    this.#look();
+  }
+
+  stop() {
+    this.#ended = true;
+    clearTimeout(this.timer);
+  }
+
+  again() {
+    clearTimeout(this.timer);
+    this.#look();
+  }
+
+  async #look() {
+    try {
+      const { run, metrics, next } = await get(`/runs/${this.id}`, { since: this.#next });
+      if (this.#ended) return;
+      this.#rows.push(...metrics.filter((row) => row.n >= this.#next || !this.#rows.length));
+      this.#next = next;
+      this.seen(run, this.#rows);
+      if (AT_WORK.has(run.state)) this.timer = setTimeout(() => this.#look(), EVERY_MS);
+    } catch (error) {
+      if (this.#ended) return;
+      this.failed(error);
+      if (error.passing) this.timer = setTimeout(() => this.#look(), 3 * EVERY_MS);
+    }
+  }
+}

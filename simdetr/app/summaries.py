@@ -1,0 +1,74 @@
+"""A detector's folder in, what it is made of out: counted and measured, never guessed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+LOG = logging.getLogger(__name__)
+_SIDE = 640
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a detector is made of.
+
+    Attributes:
+        detector: its class.
+        parameters: numbers that it has learned.
+        trainable: of these, the ones that a training changes.
+        layers: modules that hold parameters of their own.
+        gflops: of one image of ``image_size_hw``; None where it cannot be counted.
+        image_size_hw: pixels.
+    """
+
+    detector: str
+    parameters: int
+    trainable: int
+    layers: int
+    gflops: float | None
+    image_size_hw: tuple[int, int]
+
+
+def summary_of(folder: Path) -> ModelFacts:
+    """Count and measure a detector; the same one is measured once."""
+    stamps = tuple(sorted(path.stat().st_mtime_ns for path in ([folder] if folder.is_file() else folder.iterdir())))
+    return _summary(folder, stamps)
+
+
+@lru_cache(maxsize=16)
+def _summary(folder: Path, stamps: tuple[int, ...]) -> ModelFacts:
+    from simdetr.exchange.weights import load_detector  # here: the server need not know detectors before
+
+    loaded = load_detector(folder)
+    detector = loaded.detector.cpu().eval()
+    short = int(loaded.image_settings.get("short_side", _SIDE))
+    size_hw = (short, min(int(loaded.image_settings.get("max_side", _SIDE)), round(short * 4 / 3)))
+    parameters = list(detector.parameters())
+    trainable = sum(one.numel() for one in parameters if one.requires_grad)
+    return ModelFacts(
+        detector=type(detector).__name__,
+        parameters=sum(one.numel() for one in parameters),
+        trainable=trainable,
+        layers=sum(any(True for _ in one.parameters(recurse=False)) for one in detector.modules()),
+        gflops=_gflops(detector, size_hw),
+        image_size_hw=size_hw,
+    )
+
+
+def _gflops(detector: torch.nn.Module, size_hw: tuple[int, int]) -> float | None:
+    detector.requires_grad_(False)  # the counter follows gradients, which inference has none of
+    images = torch.zeros(1, 3, *size_hw)
+    mask = torch.zeros(1, *size_hw, dtype=torch.bool)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            detector(images, mask)
+    except Exception as error:  # detectors of other libraries may hold operators that the counter does not know
+        LOG.info("operations cannot be counted: %s", error)
+        return None
+    return float(counter.get_total_flops()) / 1e9

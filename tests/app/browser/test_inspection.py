@@ -1,0 +1,69 @@
+"""A person at work: without a mouse, through twenty images; classes of any script; names that look like markup."""
+
+from __future__ import annotations
+
+from playwright.sync_api import expect
+
+from tests.app.browser.stage import BOX, drag, opened, saved
+
+
+def test_twenty_images_are_inspected_by_keys_alone(page, serve):
+    site = serve(photos=20)
+    cat = site.add_class("cat")
+    dog = site.add_class("dog")
+    images = sorted(image["id"] for image in site.images())  # the order of the queue
+    for image in images:
+        site.propose(image, cat, [([20, 20, 120, 100], 0.9), ([200, 200, 300, 300], 0.6), ([5, 5, 30, 30], 0.1)])
+    opened(page, site.screen("label"))
+    for done in range(20):
+        expect(page.get_by_test_id("inspected-count")).to_contain_text(f"{done} of 20")
+        expect(page.locator(f"{BOX}.proposed")).to_have_count(2)  # the third is below the score that is shown
+        page.keyboard.press("n")
+        page.keyboard.press("a")
+        if done % 3 == 0:
+            page.keyboard.press("r")
+        elif done % 3 == 1:
+            page.keyboard.press("2")
+        page.keyboard.press("Enter" if done % 2 else "Space")
+    expect(page.get_by_test_id("cover")).to_contain_text("Nothing is left to do")
+    assert {image["status"] for image in site.images()} == {"inspected"}
+    for place, image in enumerate(images):
+        boxes = site.boxes(image, rejected=True)
+        second = [("rejected", cat), ("corrected", dog), ("inspected", cat)][place % 3]
+        assert [(box["status"], box["class_id"]) for box in boxes] == [("inspected", cat), second, ("rejected", cat)]
+
+
+def test_a_class_is_made_by_its_name_and_the_drawn_box_waits_for_it(page, serve):
+    site = serve()
+    image = site.images()[0]["id"]
+    opened(page, site.screen("label", image))
+    drag(page, (100, 100), (200, 200))
+    expect(page.get_by_test_id("class-input")).to_be_focused()
+    assert site.boxes(image) == []
+    page.keyboard.type("<img src=x onerror=alert(1)>")
+    page.keyboard.press("Enter")
+    saved(page)
+    expect(page.locator(".tag-name")).to_have_text("<img src=x onerror=alert(1)>")
+    expect(page.locator(BOX)).to_have_attribute("aria-label", "Box 1: <img src=x onerror=alert(1)>, manual")
+    assert page.locator("#main img[src=x]").count() == 0
+    assert len(site.boxes(image)) == 1
+
+
+def test_an_image_without_objects_is_inspected_and_a_skipped_one_is_not(page, serve):
+    site = serve(photos=3)
+    opened(page, site.screen("label"))
+    page.keyboard.press("Enter")
+    expect(page.get_by_test_id("inspected-count")).to_contain_text("1 of 3")
+    page.keyboard.press("s")
+    expect(page.get_by_test_id("inspected-count")).to_contain_text("1 skipped")
+    assert [image["status"] for image in site.images()] == ["inspected", "skipped", "in_inspection"]
+
+
+def test_the_question_mark_lists_the_keys_and_escape_ends_the_list(page, serve):
+    site = serve()
+    opened(page, site.screen("label"))
+    page.keyboard.press("?")
+    expect(page.get_by_test_id("keys")).to_contain_text("Save as inspected, next image")
+    page.keyboard.press("Enter")  # on its own button: closes, and inspects nothing
+    expect(page.get_by_test_id("keys")).to_have_count(0)
+    assert {image["status"] for image in site.images()} <= {"new", "in_inspection"}

@@ -1,0 +1,73 @@
+"""No edit is lost: two tabs, a server that fails, a tab that was closed too early."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.app.browser.stage import BOX, drag, opened, saved
+
+
+@pytest.mark.parametrize(("choice", "kept"), [("keep-mine", [100.0]), ("take-theirs", [400.0])])
+def test_the_second_of_two_tabs_is_asked_whose_boxes_count(page, context, serve, watch, choice, kept):
+    watch.expected += ["409"]
+    site = serve()
+    site.add_class("cat")
+    image = site.images()[0]["id"]
+    opened(page, site.screen("label", image))
+    other = context.new_page()
+    other.goto(site.screen("label", image))
+    expect(other.get_by_test_id("taken")).to_contain_text("Somebody has this image open")
+    other.get_by_test_id("open-anyway").click()
+    expect(other.get_by_test_id("cover")).to_be_hidden()
+    drag(other, (400, 300), (500, 400))
+    saved(other)
+    page.bring_to_front()
+    drag(page, (100, 100), (200, 200))
+    conflict = page.get_by_test_id("conflict")
+    expect(conflict).to_contain_text("This image was changed elsewhere")
+    expect(conflict.locator("rect")).to_have_count(2)
+    conflict.get_by_test_id(choice).click()
+    saved(page)
+    expect(page.locator(BOX)).to_have_count(1)
+    assert [box["xyxy"][0] for box in site.boxes(image)] == pytest.approx(kept, abs=1)
+
+
+def test_what_could_not_be_saved_is_kept_said_and_saved_later(page, context, serve, watch):
+    watch.expected += ["ERR_FAILED"]
+    site = serve()
+    site.add_class("cat")
+    image = site.images()[0]["id"]
+    opened(page, site.screen("label", image))
+    context.route("**/boxes", lambda route: route.abort() if route.request.method == "PUT" else route.continue_())
+    drag(page, (100, 100), (200, 200))
+    drag(page, (300, 100), (400, 200))
+    expect(page.get_by_test_id("banner")).to_contain_text("not saved yet")
+    expect(page.get_by_test_id("save-state")).to_have_text("Not saved yet")
+    expect(page.locator(BOX)).to_have_count(2)
+    assert site.boxes(image) == []
+    context.unroute("**/boxes")
+    page.get_by_test_id("retry-save").click()
+    saved(page)
+    expect(page.get_by_test_id("banner")).to_be_hidden()
+    assert [round(box["xyxy"][0]) for box in site.boxes(image)] == [100, 300]
+
+
+def test_an_edit_that_a_reload_cut_off_comes_back(page, context, serve, watch):
+    watch.expected += ["ERR_FAILED"]
+    site = serve()
+    site.add_class("cat")
+    image = site.images()[0]["id"]
+    opened(page, site.screen("label", image))
+    page.on("dialog", lambda dialog: dialog.accept())
+    context.route("**/boxes", lambda route: route.abort() if route.request.method == "PUT" else route.continue_())
+    drag(page, (100, 100), (200, 200))
+    expect(page.get_by_test_id("banner")).to_be_visible()
+    context.unroute("**/boxes")
+    context.route("**/boxes", lambda route: route.abort() if route.request.method == "PUT" else route.continue_())
+    page.reload()
+    context.unroute("**/boxes")
+    expect(page.locator(BOX)).to_have_count(1)
+    saved(page)
+    expect(page.get_by_test_id("banner")).to_be_hidden()
+    assert len(site.boxes(image)) == 1

@@ -1,0 +1,57 @@
+"""A training from the page: started, watched over a reload, and its detector used."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.app.browser.stage import opened
+
+TRAINS_MS = 240_000
+
+
+def labelled(site, images=4):
+    cat = site.add_class("고양이")
+    for image in site.images()[:images]:
+        sheet = site.ask("POST", f"/images/{image['id']}/open", {"holder": "test"})
+        body = {
+            "version": sheet["version"],
+            "boxes": [{"class_id": cat, "xyxy": [50, 50, 250, 200]}],
+            "inspected": True,
+        }
+        site.ask("PUT", f"/images/{image['id']}/boxes", body)
+
+
+@pytest.mark.slow
+def test_a_training_is_watched_live_over_a_reload_and_its_detector_is_used(page, serve, tiny_config, small_detector):
+    site = serve(photos=6, config=(str(tiny_config),), device="cpu", run=small_detector)
+    labelled(site)
+    page.goto(site.screen("train"))
+    expect(page.get_by_test_id("train-data")).to_contain_text("4 inspected images of 6")
+    expect(page.get_by_test_id("augmentation-preview").locator("img")).to_have_count(4)
+    expect(page.get_by_test_id("memory-estimate")).to_contain_text("before activations")
+    page.get_by_test_id("steps").fill("80")
+    page.get_by_test_id("start-training").click()
+    expect(page.get_by_test_id("run-steps")).to_have_text(re.compile(r"[1-9]\d? / 80"), timeout=TRAINS_MS)
+    page.reload()
+    expect(page.get_by_test_id("chart-loss").locator("path.curve")).to_have_count(1, timeout=TRAINS_MS)
+    expect(page.get_by_test_id("run-percent")).to_have_text("100 %", timeout=TRAINS_MS)
+    page.get_by_test_id("see-results").click(timeout=TRAINS_MS)
+    summary = page.get_by_test_id("model-summary")
+    expect(summary.locator("dd").nth(1)).to_have_text(re.compile(r"[1-9][\d,]{3,}"))
+    expect(summary).to_contain_text("고양이")
+    page.get_by_test_id("use-model").click()
+    expect(page.get_by_test_id("in-use")).to_be_visible()
+    assert site.ask("GET", "/projects/1")["active_model"] == "run-1"
+    opened(page, site.screen("label"))
+    page.keyboard.press("d")
+    expect(page.get_by_test_id("toast").last).to_contain_text(re.compile("proposal|nothing"), timeout=TRAINS_MS)
+
+
+def test_nothing_to_learn_from_is_said_before_anything_starts(page, serve):
+    site = serve()
+    page.goto(site.screen("train"))
+    expect(page.get_by_test_id("error")).to_contain_text("inspect some images on the Label screen first")
+    expect(page.get_by_test_id("start-training")).to_be_disabled()
