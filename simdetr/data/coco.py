@@ -80,12 +80,19 @@ def read_coco(
     kept, boxes = _clipped(found, sizes_hw, problems)
     sized = np.asarray((sizes_hw > 0).all(axis=1))
     kept = kept[sized[found.rows[kept]]]
-    left_out = ~sized | (listed.annotated & ~np.isin(np.arange(len(sizes_hw)), found.rows[kept]))
+    undecided = ~listed.annotated & _is_label_studios(content)
+    left_out = ~sized | undecided | (listed.annotated & ~np.isin(np.arange(len(sizes_hw)), found.rows[kept]))
     for row in np.flatnonzero(left_out).tolist():
-        problems.leave_out(listed.ids[row])
+        (problems.doubt if undecided[row] else problems.leave_out)(listed.ids[row])
     order = kept[np.argsort(found.rows[kept], kind="stable")]
     labels = _table(found, order, boxes[order], listed.ids, sizes_hw, left_out, categories, content, masks, problems)
     return (labels if image_ids is None else labels.select(image_ids)), problems
+
+
+def _is_label_studios(content: Mapping[str, Any]) -> bool:
+    """Whether Label Studio exported it, which gives images to tasks that nobody has touched."""
+    info = content.get("info")
+    return isinstance(info, dict) and info.get("contributor") == "Label Studio"
 
 
 def load_coco(path: Path) -> dict[str, Any]:

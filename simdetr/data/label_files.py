@@ -219,7 +219,7 @@ def _found_instead(path: Path) -> str:
 def format_named(name: str, argument: str = "format") -> LabelFormat:
     """The format of a name; a LabelError that lists all of them if there is none."""
     for kind in FORMATS:
-        if kind.name == name:
+        if kind.name == name.lower():
             return kind
     raise LabelError(f"{argument}: expected one of {', '.join(kind.name for kind in FORMATS)}, got {name!r}")
 

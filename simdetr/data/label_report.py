@@ -9,6 +9,10 @@ from pathlib import Path
 from simdetr.data.annotations import LabelError
 
 LEFT_OUT = "image of which no box can be used, left out: it would teach that it is empty"
+UNDECIDED = (
+    "image without boxes in Label Studio's export to another format, which has the tasks that nobody touched among "
+    "them, left out (its own JSON tells them from empty ones)"
+)
 _EXAMPLES_PER_KIND = 5
 
 
@@ -36,7 +40,7 @@ class LabelReport:
     notes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     unlabelled: list[str] = field(default_factory=list)
-    _counted: set[str] = field(default_factory=set, repr=False)  # those of them that are among the problems
+    _counted: set[str] = field(default_factory=set, repr=False)  # those of them that are counted by kind
 
     @property
     def total(self) -> int:
@@ -52,6 +56,12 @@ class LabelReport:
     def leave_out(self, image_id: str) -> None:
         """Count an image as unlabelled, since none of the boxes that the file has of it can be used."""
         self.add(LEFT_OUT, image_id)
+        self.unlabelled.append(image_id)
+        self._counted.add(image_id)
+
+    def doubt(self, image_id: str) -> None:
+        """Count an image without boxes as unlabelled, where the tool that wrote it so may never have shown it."""
+        self.note(UNDECIDED, image_id)
         self.unlabelled.append(image_id)
         self._counted.add(image_id)
 

@@ -1,17 +1,21 @@
 """File names as other tools wrote them in, ids of images out.
 
 Told apart are backslashes, Unicode forms, ``./``, folders that the name leaves out, and folders before the rest that
-are those the images lie in. A name that two images fit is of none.
+are those the images lie in. Names under which Label Studio serves an image, and calls it in its exports to COCO, YOLO
+and Pascal VOC, are the file behind them. A name that two images fit is of none.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from urllib.parse import unquote
 
 _ELSEWHERE = re.compile(r"/|[A-Za-z]:|[a-z0-9+]+://")  # a whole path of this or another machine, or a URL
 _SPLITS = ("train", "val", "test")
+_LOCAL_FILE = "?d="  # Label Studio's /data/local-files/?d=folder/a%20b.jpg
+_UPLOAD = re.compile(r"^(?:.*/)?[0-9a-f]{8}-([^/]+)$")  # its /data/upload/1/1a2b3c4d-a.jpg
 
 
 class Spellings:
@@ -34,6 +38,9 @@ class Spellings:
 
     def __call__(self, written: str) -> str | None:
         """The id of the one image that a name can mean."""
+        return next((found for name in _meant(written) if (found := self._found(name)) is not None), None)
+
+    def _found(self, written: str) -> str | None:
         name = _plain(written)
         if name not in self._ids:
             same_end = self._ends.get(name.rpartition("/")[2], [])
@@ -65,6 +72,16 @@ def shared_stems(image_ids: Iterable[str]) -> list[tuple[str, str]]:
     """Pairs of images whose paths differ by their ending alone: their label files would be one."""
     first: dict[str, str] = {}
     return [(first[stem], name) for name in image_ids if first.setdefault(stem := stem_of(name), name) != name]
+
+
+def _meant(written: str) -> Iterator[str]:
+    """A name as it stands, then the file that Label Studio means by it."""
+    yield written
+    _, mark, path = written.partition(_LOCAL_FILE)
+    if mark:
+        yield unquote(path).lstrip("/")
+    elif upload := _UPLOAD.match(written):
+        yield upload[1]
 
 
 def _plain(name: str) -> str:

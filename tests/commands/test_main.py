@@ -121,6 +121,23 @@ def test_wrong_arguments_exit_with_2(capsys):
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "usage", "said"),
+    [
+        (["convert"], "convert [--from FROM]", "the following arguments are required: PATH, OUT"),
+        (["convert", "report"], "convert [--from FROM]", "the following arguments are required: OUT"),
+        (["split", "--labels", "x"], "split --labels", "the following arguments are required: --out, --protocol"),
+        (["export", "labels", "--run=x"], "labels --run", "the following arguments are required: --stage, --out"),
+        (["convert", "a", "b", "--voc-corners", "1"], "convert [--from", "--voc_corners: expected one of voc, zero, s"),
+    ],
+)
+def test_wrong_arguments_are_named_as_they_are_typed_under_the_usage_of_their_command(words, usage, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and usage in error.splitlines()[0] and said in error.splitlines()[-1]
+
+
 def test_errors_of_loader_processes_are_one_line():
     message = (
         "Caught TooManyUnreadableError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"

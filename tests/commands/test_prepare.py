@@ -33,6 +33,17 @@ def test_split_writes_files_and_says_what_is_short(tmp_path, capsys):
     assert "expected a number in (0, 1], got 2" in capsys.readouterr().err
 
 
+def test_split_of_another_tools_labels_fits_the_images_that_lie_beside_them(scenes, tmp_path, capsys):
+    images = ["--images", str(scenes), "--link-images"]
+    main(["convert", str(scenes / "instances.json"), str(tmp_path / "y"), "--to", "yolo", *images])
+    few = ["--out", str(tmp_path / "few"), "--protocol", "shots", "--amounts", "[1]", "--seeds", "[0]"]
+    main(["split", "--labels", str(tmp_path / "y"), *few])
+    capsys.readouterr()
+    main(["doctor", str(tmp_path / "y" / "images"), "--labels", str(tmp_path / "few" / "shots-1-seed0.json")])
+    said = capsys.readouterr().out
+    assert "nothing here would stop a run" in said and "missing" not in said
+
+
 def changed(scenes, path, **changes):
     """The labels of the scenes with another content of some of their lists."""
     content = json.loads((scenes / "instances.json").read_text())

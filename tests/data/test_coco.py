@@ -537,3 +537,21 @@ def test_ids_and_crowds_stand_alike_where_they_are_read_alike():
     assert facts == [(10, 3, None), ("12", 3, 0), (99, 3, None)]
     assert [category["name"] for category in known["categories"]] == ["owl", "cat", "Dog", "17"]
     assert content["annotations"][0]["image_id"] == "10"  # a copy
+
+
+@pytest.mark.parametrize("contributor", ["Label Studio", "somebody else"])
+def test_an_image_without_boxes_of_label_studio_may_be_a_task_that_nobody_touched(tmp_path, contributor):
+    content = {
+        "info": {"contributor": contributor},
+        "images": [{"id": n, "file_name": f"{n}.jpg", "height": 20, "width": 30} for n in range(2)],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 0, "bbox": [1, 1, 5, 5]}],
+        "categories": [{"id": 0, "name": "cat"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    labels, report = read_coco(tmp_path / "a.json")
+    assert not report.counts
+    if contributor == "Label Studio":
+        assert labels.image_ids == ("1.jpg",) and report.unlabelled == ["0.jpg"]
+        assert report.note_lines()[0].startswith("1 × image without boxes in Label Studio's export to another format")
+    else:
+        assert labels.image_ids == ("0.jpg", "1.jpg") and not report.unlabelled

@@ -25,6 +25,11 @@ from simdetr.data.spellings import Spellings, shared_stems, stem_of
         (["a.jpg"], "photos/a.jpg", None),  # a folder beside, as far as anybody knows
         (["ä.jpg"], "a\u0308.jpg", "ä.jpg"),
         (["a.jpg"], "b.jpg", None),
+        (["s/a b.jpg"], "/data/local-files/?d=s/a%20b.jpg", "s/a b.jpg"),  # as Label Studio serves it
+        (["a.jpg"], "/data/upload/1/1a2b3c4d-a.jpg", "a.jpg"),
+        (["1a2b3c4d-a.jpg", "a.jpg"], "/data/upload/1/1a2b3c4d-a.jpg", "1a2b3c4d-a.jpg"),
+        (["a.jpg"], "1a2b3c4d-b.jpg", None),
+        (["a.jpg"], "front-a.jpg", None),
     ],
 )
 def test_names_of_other_tools(ids, written, meant):

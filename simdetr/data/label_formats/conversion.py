@@ -18,7 +18,7 @@ import numpy as np
 from simdetr.data.annotations import LINEAGE_COLUMNS, LabelError
 from simdetr.data.coco import load_coco
 from simdetr.data.images import ImageSource
-from simdetr.data.label_files import LabelFormat, format_for, format_named, format_of, read_with_report
+from simdetr.data.label_files import FORMATS, LabelFormat, format_for, format_named, format_of, read_with_report
 from simdetr.data.label_formats import yolo
 from simdetr.data.label_formats.known_images import KnownImages
 from simdetr.data.label_formats.reading import Corners, shown
@@ -29,6 +29,7 @@ from simdetr.data.spellings import shared_stems
 from simdetr.data.storage import is_url
 
 TOLERANCE_PX = 1e-3
+_FILE_SUFFIXES = {suffix for kind in FORMATS for suffix in kind.suffixes}
 _COCO_FIELDS = {
     "images": {"id", "file_name", "height", "width"},
     "annotations": {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "score", "segmentation", "keypoints"}
@@ -155,6 +156,8 @@ def convert(
 def _check_place(path: Path, out: Path, target: LabelFormat, *, overwrite: bool) -> None:
     if out.exists() and out.resolve() == path.resolve():
         raise LabelError(f"out: {out} is the file that is read; choose another place")
+    if target.is_folder and out.suffix.lower() in _FILE_SUFFIXES:
+        raise LabelError(f"out: {target.name} is a folder, and {out.name} is the name of a file; leave its ending out")
     if target.is_folder and out.is_file():
         raise LabelError(f"out: {target.name} is a folder, and {out} is a file; choose another place")
     if not target.is_folder and out.is_dir():
@@ -279,14 +282,14 @@ def _count_classes(labels: Labels, target: LabelFormat, changes: Counter[str]) -
 
 def _coco_extras(content: Mapping[str, Any], target: LabelFormat, *, with_masks: bool) -> Iterator[str]:
     """What stands in a COCO file beside what labels hold, one name for each time."""
-    for key in content.keys() - {"images", "annotations", "categories"}:
+    for key in sorted(content.keys() - {"images", "annotations", "categories"}):
         if content[key] and not (key == "info" and isinstance(content[key], dict) and "simdetr_stage" in content[key]):
             yield f"'{shown(key)[1:-1]}' of the COCO file"
     for name, known in _COCO_FIELDS.items():
         for place, entry in enumerate(content[name], start=1):
             if not isinstance(entry, dict):
                 continue
-            for key in entry.keys() - known:
+            for key in sorted(entry.keys() - known):
                 yield f"field '{shown(key)[1:-1]}' of {name}"
             if name != "categories" and target.name == "coco" and entry.get("id") != place:
                 yield f"id of {name}, numbered anew from 1"

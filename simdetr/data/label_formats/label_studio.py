@@ -82,8 +82,8 @@ def _task(entry: object, place: int, reading: Reading) -> _Task | None:
         return None
     size = size_hw(facts.get("height"), facts.get("width"))
     if is_plain:
-        skipped = not any(key in entry for key in ("annotation_id", "annotator"))
-        return _Task(name, size, None if skipped else list(_plain_results(entry)), where, _order(entry))
+        untouched = all(entry.get(key) is None for key in ("annotation_id", "annotator"))
+        return _Task(name, size, None if untouched else list(_plain_results(entry)), where, _order(entry))
     given = entry.get("annotations", entry.get("completions"))
     given = given if isinstance(given, list) else []
     finished = [one for one in given if isinstance(one, dict) and not one.get("was_cancelled")]

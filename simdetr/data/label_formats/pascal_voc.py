@@ -63,7 +63,7 @@ class _File:
     id: str  # by the file's place, with the ending of filename
     size: tuple[int, int] | None
     objects: list[_Object]
-    marked: bool
+    marked: bool  # its tool is known to count corners from 0
 
 
 def read(reading: Reading) -> Labels:
@@ -130,7 +130,7 @@ def _file(root: Element, path: Path, stem: str) -> _File:
         by_place or by_name or stem,
         size_hw(root.findtext("size/height"), root.findtext("size/width")),
         list(_objects(root, path.name)),
-        text_at(root, "source/annotation") == MARK,
+        text_at(root, "source/annotation") == MARK or text_at(root, "owner/name") == "Label Studio",
     )
 
 

@@ -6,6 +6,7 @@ so, it lies beside the image. An image without one is unlabelled, one with an em
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -258,7 +259,8 @@ def _labels(reading: Reading, classes: _Classes, folders: Sequence[_Folders]) ->
             else:
                 others[image_id] = text
     gathering = Gathering(report, [Category(place + 1, name) for place, name in classes.names.items()])
-    lines = _Lines(gathering, classes, reading.masks)
+    untouched = any(pair.labels is not None and _is_label_studios(Path(pair.labels)) for pair in folders)
+    lines = _Lines(gathering, classes, reading.masks, untouched)
     if own:
         beside = KnownImages(ImageSource(Path(root), tuple(own)))
         labelled = [name for name, text in own.items() if text is not None]
@@ -278,6 +280,16 @@ def _labels(reading: Reading, classes: _Classes, folders: Sequence[_Folders]) ->
             "the folder of images too (`--images`)"
         )
     return gathering.labels()
+
+
+def _is_label_studios(labels: Path) -> bool:
+    """Whether Label Studio exported it, which writes an empty file for a task that nobody has touched."""
+    try:
+        content = json.loads((labels.parent / "notes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    info = content.get("info") if isinstance(content, dict) else None
+    return isinstance(info, dict) and info.get("contributor") == "Label Studio"
 
 
 def _texts(pair: _Folders) -> dict[str, str]:
@@ -301,10 +313,11 @@ def _gather(lines: _Lines, ids: Sequence[str], sizes: Sequence[tuple[int, int] |
 
 
 class _Lines:
-    """The lines of text files -> shapes."""
+    """The lines of text files -> shapes; of ``untouched`` images there may be empty files."""
 
-    def __init__(self, gathering: Gathering, classes: _Classes, masks: bool) -> None:
+    def __init__(self, gathering: Gathering, classes: _Classes, masks: bool, untouched: bool) -> None:
         self.gathering = gathering
+        self._untouched = untouched
         self._index = {place: index for index, place in enumerate(classes.names)}
         self._keypoint_values = classes.keypoint_values
         self._masks = masks
@@ -317,6 +330,9 @@ class _Lines:
         except LabelError as error:
             report.add("label file that cannot be read, its image left out", f"{shown(path)}: {error}")
             report.unlabelled.append(image_id)
+            return
+        if self._untouched and not text.strip():
+            report.doubt(image_id)
             return
         image = self.gathering.begin(image_id, size)
         name = path.rpartition("/")[2]

@@ -148,8 +148,9 @@ def test_nothing_is_overwritten_unasked(rich, tmp_path):
         ("y", {}, "does not say its format; say it with --to"),
         ("y.json", {"target_format": "nonsense"}, "--to: expected one of simdetr, coco, yolo"),
         ("y.json", {"source_format": "nonsense"}, "--from: expected one of simdetr, coco, yolo"),
+        ("y.xml", {"target_format": "VOC"}, "voc is a folder, and y.xml is the name of a file; leave its ending out"),
         (".", {"target_format": "coco"}, "coco is one file, and .* is a folder"),
-        ("rich.parquet", {"target_format": "yolo", "overwrite": True}, "is the file that is read"),
+        ("rich.parquet", {"target_format": "simdetr", "overwrite": True}, "is the file that is read"),
     ],
 )
 def test_wishes_that_cannot_be_granted_are_refused_before_the_work(rich, tmp_path, out, choices, message):

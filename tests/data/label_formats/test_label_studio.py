@@ -156,6 +156,16 @@ def test_json_min(read):
     assert report.notes == {"annotation of another annotator, left out": 1}
 
 
+def test_json_min_has_tasks_that_nobody_touched(read):
+    """Label Studio writes them with an annotator and an annotation, of which there is none."""
+    tasks = [
+        {"image": "new.jpg", "width": 9, "height": 9, "id": 1, "annotator": None, "annotation_id": None},
+        {"image": "empty.jpg", "width": 9, "height": 9, "id": 2, "annotator": None, "annotation_id": 3},
+    ]
+    labels, report = read(tasks)
+    assert labels.image_ids == ("empty.jpg",) and report.unlabelled == ["new.jpg"]
+
+
 def test_labels_apart_from_their_shape_and_several_of_one(read):
     shape = {"id": "x", "type": "rectangle", "original_width": 200, "original_height": 100}
     shape["value"] = {"x": 10, "y": 20, "width": 30, "height": 40}

@@ -143,3 +143,9 @@ def test_polygons_make_masks(voc):
 def test_a_folder_without_xml_is_refused(tmp_path):
     with pytest.raises(LabelError, match="expected XML files of Pascal VOC"):
         read(tmp_path)
+
+
+def test_label_studios_corners_count_from_0(voc):
+    owner = "<owner><name>Label Studio</name></owner>"
+    labels, report = read(voc({"a": owner + SIZE + thing(11, 21, 30, 40)}))
+    assert labels.boxes_xyxy.tolist() == [[11, 21, 30, 40]] and not report.notes

@@ -241,3 +241,13 @@ def test_links_never_take_the_place_of_files(lay_out):
     assert yolo.link_images(labels, root / "y", source) == 1 and not (root / "photos" / "a.jpg").is_symlink()
     assert yolo.link_images(labels, root / "z", source) == 0
     assert (root / "z/images/a.jpg").read_text() == "another" and (root / "photos" / "a.jpg").stat().st_size
+
+
+def test_an_empty_file_of_label_studio_may_be_a_task_that_nobody_touched(lay_out):
+    notes = '{"info": {"contributor": "Label Studio"}}'
+    files = {"classes.txt": "cat\n", "images/a.jpg": None, "images/b.jpg": None, "notes.json": notes}
+    root = lay_out(files | {"labels/a.txt": BOX, "labels/b.txt": "\n"})
+    labels, report = read(root)
+    assert labels.image_ids == ("a.jpg",) and report.unlabelled == ["b.jpg"] and not report.counts
+    (root / "notes.json").write_text("{}")
+    assert read(root)[0].image_ids == ("a.jpg", "b.jpg")
