@@ -122,7 +122,7 @@ export class FewShotScreen {
       h(
         "section.card",
         {},
-        h("h3", { dir }, title, h("span.muted", {}, ` ${some.length}`)),
+        h("h2", { dir }, title, h("span.muted", {}, ` ${some.length}`)),
         h(
           "ul.crops",
           {},

@@ -717,7 +717,7 @@ export class LabelScreen {
       await this.#saver.settled();
       await this.picker.load();
       const sheet = await get(`/images/${image.id}/boxes`);
-      this.#saver.version = sheet.version;
+      this.#saver.know(sheet);
       this.#adopt(sheet, this.#saver.keyed(sheet.boxes));
       const found = sheet.boxes.filter((box) => box.status === "proposed").length;
       toast(found ? `${plural(found, "proposal")}.` : "The detector found nothing here.");

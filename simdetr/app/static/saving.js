@@ -18,9 +18,15 @@ export class Saver {
 
   constructor(sheet, hooks) {
     this.image = sheet.image.id;
-    this.version = sheet.version;
+    this.know(sheet);
     this.hooks = hooks;
     this.failures = 0;
+  }
+
+  // What the server has now, as far as this tab was told.
+  know(sheet) {
+    this.version = sheet.version;
+    this.known = sheet.boxes.filter((box) => box.status !== "rejected");
   }
 
   get pending() {
@@ -85,7 +91,7 @@ export class Saver {
       try {
         const sheet = await this.#request(op);
         this.failures = 0;
-        this.version = sheet.version;
+        this.know(sheet);
         if (op.kind === "boxes") this.#name(op, sheet);
         this.#ops.shift();
         this.#keep();
@@ -170,10 +176,14 @@ export class Saver {
       if (!this.#ops.length) this.#adopt(current);
       return;
     }
+    if (this.#isOnlyProposals(current)) {
+      this.#take(current);
+      return;
+    }
     const mine = this.#ops.findLast((one) => one.kind === "boxes");
     this.hooks.state("conflict", error);
     const choice = mine ? await this.hooks.conflict(mine.boxes, current) : "theirs";
-    this.version = current.version;
+    this.know(current);
     const dropped = this.#ops.splice(0);
     if (choice === "mine") {
       const there = new Set(current.boxes.map((box) => box.id));
@@ -185,6 +195,32 @@ export class Saver {
       for (const one of dropped) one.resolve(null);
       this.#adopt(current);
     }
+    this.#keep();
+  }
+
+  // Whether only a run wrote meanwhile: other proposals, and all that people left as it was. Images that were saved as
+  // inspected are not for this: nobody has seen what came.
+  #isOnlyProposals(current) {
+    const settled = (boxes) =>
+      JSON.stringify(
+        boxes
+          .filter((box) => !["proposed", "rejected"].includes(box.status))
+          .map((box) => [box.id, box.class_id, box.xyxy, box.ignore]),
+      );
+    return !this.#ops.some((op) => op.inspected) && settled(this.known) === settled(current.boxes);
+  }
+
+  // A run's proposals join the boxes that wait to be written; those that it took away go, unless a person used them.
+  #take(current) {
+    const before = new Set(this.known.map((box) => box.id));
+    const there = new Set(current.boxes.map((box) => box.id));
+    const added = this.keyed(current.boxes.filter((box) => box.status === "proposed" && !before.has(box.id)));
+    for (const op of this.#ops.filter((one) => one.kind === "boxes")) {
+      op.boxes = op.boxes.filter((box) => !box.id || there.has(box.id) || box.status !== "proposed");
+      for (const box of op.boxes) if (box.id && !there.has(box.id)) box.id = undefined;
+      op.boxes.push(...added.map((box) => ({ ...box, xyxy: [...box.xyxy] })));
+    }
+    this.know(current);
     this.#keep();
   }
 

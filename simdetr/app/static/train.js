@@ -101,7 +101,7 @@ export class TrainScreen {
         h(
           "p.muted",
           {},
-          "Every image is changed by chance each time it is seen; boxes go along. So few images do for more.",
+          "Every image is changed by chance each time it is seen; boxes go along. So a few are worth more.",
         ),
         this.changes,
         this.pictures,

@@ -106,6 +106,7 @@ class Site:
             assert found is not None
             found.status = ImageStatus.PROPOSED
             found.width, found.height = PHOTO_WH
+            found.version += 1
             session.commit()
 
     def screen(self, name: str, argument: object = "") -> str:
