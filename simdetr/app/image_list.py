@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sqlalchemy import Engine, and_, bindparam, delete, exists, func, insert, or_, select, update
+from sqlalchemy import Engine, and_, bindparam, delete, exists, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
@@ -22,7 +22,7 @@ from simdetr.app.database import writing
 from simdetr.app.refusals import FieldRefusal, missing
 from simdetr.app.schemas import ImageOut, LeaseOut
 from simdetr.app.settings import LEASE_S
-from simdetr.app.tables import Box, BoxStatus, Image, ImageStatus, Lease, Project, now
+from simdetr.app.tables import Box, BoxStatus, Image, ImageStatus, Lease, Project, Table, now
 from simdetr.data.images import IMAGE_SUFFIXES, open_images
 from simdetr.data.storage import files_below
 
@@ -88,11 +88,16 @@ def add_paths(engine: Engine, project_id: int, root: Path, paths: Iterable[str])
         rows = [{"project_id": project_id, "path": path, "bytes": _size(root / path)} for path in batch]
         defaults = {"status": ImageStatus.NEW.value, "place": 0.0, "flags": "", "version": 0, "uploaded": False}
         with writing(engine) as session:
-            make = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
-            statement = make(Image).on_conflict_do_nothing(index_elements=["project_id", "path"])
+            statement = _insert_if_new(engine.dialect.name, Image, ["project_id", "path"])
             session.connection().execute(statement, [row | defaults for row in rows])
         met += len(batch)
     return met
+
+
+def _insert_if_new(dialect: str, table: type[Table], unique: list[str]) -> Any:  # noqa: ANN401
+    """An insertion that leaves rows alone that are there, also those of another process at the same moment."""
+    make = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    return make(table).on_conflict_do_nothing(index_elements=unique)
 
 
 def _size(path: Path) -> int:
@@ -263,10 +268,12 @@ def take(session: Session, image_id: int, holder: str) -> bool:
     )
     if changed.rowcount:  # type: ignore[attr-defined]
         return True
-    if session.get(Lease, image_id) is not None:
-        return False
-    session.execute(insert(Lease).values(image_id=image_id, holder=holder, until=until))
-    return True
+    made = session.execute(
+        _insert_if_new(session.get_bind().dialect.name, Lease, ["image_id"]).values(
+            image_id=image_id, holder=holder, until=until
+        )
+    )
+    return bool(made.rowcount)  # type: ignore[attr-defined]
 
 
 def give_up(session: Session, image_id: int, holder: str) -> None:

@@ -183,7 +183,7 @@ class Box(Table, table=True):
 
     id: int | None = Field(default=None, primary_key=True)
     image_id: int = Field(foreign_key="image.id", ondelete="CASCADE")
-    class_id: int = Field(foreign_key="class.id", index=True)
+    class_id: int = Field(foreign_key="class.id", ondelete="CASCADE", index=True)
     x0: float
     y0: float
     x1: float

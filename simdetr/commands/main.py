@@ -28,7 +28,7 @@ from simdetr.data.machine import prepare_openmp
 
 POSITIONAL = ("doctor", "import")
 """Commands whose required arguments stand without a name: `simdetr doctor DIR`."""
-FLAGS = ("--auto-batch", "--masks", "--no_browser", "--verify")
+FLAGS = ("--auto-batch", "--masks", "--no-browser", "--no_browser", "--verify")
 """Options that stand without a value and mean true."""
 LIGHTNING = ("fit", "validate", "test")
 COMMANDS: dict[str, str | dict[str, str]] = {

@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import col
 
 from simdetr.app.database import open_database, reading, writing
-from simdetr.app.tables import Image, Project, Table
+from simdetr.app.tables import Box, BoxClass, Cluster, Event, Image, Lease, Project, Run, Shot, Table, now
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -63,6 +63,29 @@ def test_rows_of_what_is_not_there_are_refused_and_go_with_what_they_belong_to(e
         session.delete(session.scalar(select(Project).where(col(Project.name) == "p")))
     with reading(engine) as session:
         assert session.scalar(select(Image)) is None
+
+
+def test_a_project_goes_with_all_that_is_in_it(engine):
+    with writing(engine) as session:
+        project = Project(name="p", folder="/a")
+        session.add(project)
+        session.flush()
+        image, own = Image(project_id=project.id, path="a.png"), BoxClass(project_id=project.id, name="c")
+        session.add_all([image, own])
+        session.flush()
+        box = Box(image_id=image.id, class_id=own.id, x0=0, y0=0, x1=1, y1=1)
+        session.add_all([box, Run(project_id=project.id, kind="train")])
+        session.flush()
+        session.add_all(
+            [Shot(project_id=project.id, box_id=box.id), Lease(image_id=image.id, holder="me", until=now())]
+        )
+        session.add(Cluster(project_id=project.id, class_id=own.id, members=[1]))
+        session.add(Event(project_id=project.id, image_id=image.id, kind="edit", what="save"))
+    with writing(engine) as session:
+        session.delete(session.scalars(select(Project)).one())
+    with reading(engine) as session:
+        for table in Table.metadata.sorted_tables:
+            assert session.execute(select(table)).all() == [], table.name
 
 
 def test_ids_are_never_used_again(engine):

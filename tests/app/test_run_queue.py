@@ -147,3 +147,31 @@ def test_two_apps_do_not_work_in_one_folder(serve, own_scenes, tmp_path):
     with pytest.raises(RuntimeError, match="another `simdetr label` works"), TestClient(other):
         pass
     other.state.desk.close()
+
+
+@pytest.mark.slow
+def test_an_order_reaches_the_queue_and_shots_become_labels(serve, tiny_config, truth_of):
+    person = serve(config=(str(tiny_config),), device="cpu")
+    label_all(person, truth_of, 3)
+    trained = person.run("train", max_steps=2)
+    assert trained["state"] == "done", trained["error"]
+
+    ordered = person.run("order", strategy="box_size")
+    assert ordered["state"] == "done", ordered["error"]
+    queue = person.get("/projects/1/queue")
+    assert (queue["order"]["run_id"], queue["order"]["strategy"]) == (ordered["id"], "box_size")
+    assert len(queue["images"]) == 3 and all(image["reason"] for image in queue["images"])
+    priorities = [image["priority"] for image in queue["images"]]
+    assert priorities == sorted(priorities, reverse=True)
+
+    for image in person.images()[:2]:
+        for box in person.get(f"/images/{image['id']}/boxes")["boxes"]:
+            person.ask("POST", "/projects/1/shots", {"box_id": box["id"]}, 201)
+    options = {"score_rule": "absolute", "min_score": 0.0, "max_steps": 2, "background_shots": 0, "corrector": "none"}
+    run = person.run("autolabel", **options)
+    if run["state"] == "failed":  # two steps may have learned nothing that the votes agree with
+        assert "was kept" in run["error"]
+    stages = person.get(f"/runs/{run['id']}/stages")["stages"]
+    assert [row["stage"] for row in stages] == ["source", "verify", "correct"]
+    candidates = person.get(f"/runs/{run['id']}/candidates", limit=5)["candidates"]
+    assert candidates and all(row["why"] for row in candidates)

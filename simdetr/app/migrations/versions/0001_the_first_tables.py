@@ -133,7 +133,7 @@ def upgrade() -> None:
         sa.Column("alive", sa.Boolean(), nullable=False),
         sa.Column("author", sa.String(), nullable=False),
         sa.Column("time", sa.DateTime(timezone=True), nullable=False),
-        sa.ForeignKeyConstraint(["class_id"], ["class.id"], name=op.f("fk_box_class_id_class")),
+        sa.ForeignKeyConstraint(["class_id"], ["class.id"], name=op.f("fk_box_class_id_class"), ondelete="CASCADE"),
         sa.ForeignKeyConstraint(["image_id"], ["image.id"], name=op.f("fk_box_image_id_image"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_box")),
         sqlite_autoincrement=True,
