@@ -8,7 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import expect
 
-from tests.app.browser.conftest import draw_photos
+from tests.app.browser.photos import draw_photos
 from tests.app.browser.stage import drag, opened, saved
 
 NAMES = ("고양이", "كلب بني", "猫 <b>&amp;</b>")
