@@ -284,7 +284,10 @@ export function trainingCharts(rows) {
     steps.push(row);
   }
   const parts = [...new Set(steps.flatMap((row) => Object.keys(row.losses ?? {})))].slice(0, 6);
-  const tested = rows.filter((row) => row.scores);
+  const tested = rows
+    .filter((row) => row.scores)
+    .map((row) => ({ ...row, step: row.step ?? steps.at(-1)?.step })) // the last ones come after the last step
+    .filter((row) => row.step !== undefined);
   const names = [...new Set(tested.flatMap((row) => Object.keys(row.scores)))].filter((name) =>
     /^AP(50|75)?$/.test(name),
   );

@@ -30,6 +30,15 @@ export class TrainScreen {
       testid: "learning-rate",
     });
     this.seed = number("seed", 0, 2 ** 31 - 1, 0, () => this.#preview());
+    this.kept = h("input", {
+      type: "number",
+      min: 0,
+      max: 0.5,
+      step: 0.05,
+      value: 0.2,
+      required: true,
+      testid: "validate-on",
+    });
     this.proposed = h("input", {
       type: "checkbox",
       testid: "with-proposed",
@@ -91,7 +100,17 @@ export class TrainScreen {
           "details",
           {},
           h("summary", {}, "More"),
-          h("div.columns", {}, field("Learning rate", this.rate), field("Seed", this.seed)),
+          h(
+            "div.columns",
+            {},
+            field("Learning rate", this.rate),
+            field("Seed", this.seed),
+            field(
+              "Kept for measuring",
+              this.kept,
+              "A part of the inspected images that is not trained on; it must be five or more to be measured by.",
+            ),
+          ),
         ),
       ),
       h(
@@ -291,6 +310,7 @@ export class TrainScreen {
     const parameters = {
       init: this.init.value || null,
       max_steps: Number(this.steps.value),
+      validate_on: Number(this.kept.value),
       batch_size: Number(this.batch.value),
       seed: Number(this.seed.value),
       with_proposed: this.proposed.checked,
