@@ -32,7 +32,10 @@ export async function ask(method, path, { json, form, query, keepalive } = {}) {
   let answer;
   try {
     answer = await fetch(address(path, query), {
-      method, headers, keepalive, body: form ?? (json === undefined ? undefined : JSON.stringify(json)),
+      method,
+      headers,
+      keepalive,
+      body: form ?? (json === undefined ? undefined : JSON.stringify(json)),
     });
   } catch {
     throw new ApiError(0, "The server does not answer. Is `simdetr label` still running?");
@@ -53,9 +56,12 @@ function words(status, body) {
   const detail = body?.detail;
   if (typeof detail === "string") return detail[0].toUpperCase() + detail.slice(1);
   if (Array.isArray(detail)) {
-    return detail.map((one) => `${one.loc.filter((part) => part !== "body" && part !== "query").join(" › ")}: ${one.msg}`).join("; ");
+    return detail
+      .map((one) => `${one.loc.filter((part) => part !== "body" && part !== "query").join(" › ")}: ${one.msg}`)
+      .join("; ");
   }
-  if (status === 401) return "This page needs the token that `simdetr label` printed: open the address with ?token=… again.";
+  if (status === 401)
+    return "This page needs the token that `simdetr label` printed: open the address with ?token=… again.";
   return `The server refused (${status}).`;
 }
 
@@ -63,7 +69,7 @@ export function address(path, query) {
   const pairs = new URLSearchParams();
   for (const [name, value] of Object.entries(query ?? {})) {
     for (const one of Array.isArray(value) ? value : [value]) {
-      if (one !== null && one !== undefined && one !== "") pairs.append(name, one);
+      if (one !== null && one !== undefined) pairs.append(name, one);
     }
   }
   const text = pairs.toString();

@@ -41,7 +41,10 @@ class App {
     window.addEventListener("hashchange", () => this.route());
     document.addEventListener("keydown", (event) => {
       const writing = event.target.closest?.("input, textarea, select");
-      if (event.key === "?" && !writing && this.#name !== "label") { event.preventDefault(); showKeys(); }
+      if (event.key === "?" && !writing && this.#name !== "label") {
+        event.preventDefault();
+        showKeys();
+      }
     });
     this.#frame();
   }
@@ -49,10 +52,14 @@ class App {
   // ------------------------------------------------------------------------------------------------- routes
 
   async route() {
-    const [, project, name = "label", argument = ""] = location.hash.match(/^#\/p\/(\d+)(?:\/([a-z]+))?(?:\/(.+))?$/) ?? [];
+    const [, project, name = "label", argument = ""] =
+      location.hash.match(/^#\/p\/(\d+)(?:\/([a-z]+))?(?:\/(.+))?$/) ?? [];
     const turn = ++this.#turn;
     const same = project ? Number(project) === this.project?.id && name === this.#name : this.#name === "projects";
-    if (same && this.#screen) { this.#screen.update?.(argument); return; }
+    if (same && this.#screen) {
+      this.#screen.update?.(argument);
+      return;
+    }
     await this.#screen?.leave?.();
     this.#screen = null;
     if (turn !== this.#turn) return;
@@ -74,8 +81,15 @@ class App {
       this.#name = null;
       this.project = null;
       this.#frame();
-      put(this.main, empty(error.status === 404 ? "There is no such project" : "The page could not be shown", error.message,
-        h("a.button.primary", { href: "#/", testid: "to-projects" }, "Projects"), button("retry", "Try again", () => this.route())));
+      put(
+        this.main,
+        empty(
+          error.status === 404 ? "There is no such project" : "The page could not be shown",
+          error.message,
+          h("a.button.primary", { href: "#/", testid: "to-projects" }, "Projects"),
+          button("retry", "Try again", () => this.route()),
+        ),
+      );
     }
   }
 
@@ -113,16 +127,59 @@ class App {
     const { project } = this;
     this.pill = h("a.pill", { testid: "run-pill", hidden: true });
     const who = author();
-    put(this.header,
-      h("a.brand", { href: "#/", testid: "home", "aria-label": "simdetr: projects" }, h("img", { src: "/static/icon.svg", alt: "", width: 22, height: 22 }), h("span", {}, "simdetr")),
-      project && h("a.project-name", { href: "#/", testid: "project-name", dir: "auto", title: `${project.name}: all projects` }, project.name),
-      project ? h("nav", { "aria-label": "Screens" }, Object.entries(SCREENS).map(([name, [title]]) => h("a.tab", {
-        href: `#/p/${project.id}/${name}`, testid: `tab-${name}`, "data-title": title, "aria-current": name === this.#name ? "page" : null }, title))) : h("span.grow"),
+    put(
+      this.header,
+      h(
+        "a.brand",
+        { href: "#/", testid: "home", "aria-label": "simdetr: projects" },
+        h("img", { src: "/static/icon.svg", alt: "", width: 22, height: 22 }),
+        h("span", {}, "simdetr"),
+      ),
+      project &&
+        h(
+          "a.project-name",
+          { href: "#/", testid: "project-name", dir: "auto", title: `${project.name}: all projects` },
+          project.name,
+        ),
+      project
+        ? h(
+            "nav",
+            { "aria-label": "Screens" },
+            Object.entries(SCREENS).map(([name, [title]]) =>
+              h(
+                "a.tab",
+                {
+                  href: `#/p/${project.id}/${name}`,
+                  testid: `tab-${name}`,
+                  "data-title": title,
+                  "aria-current": name === this.#name ? "page" : null,
+                },
+                title,
+              ),
+            ),
+          )
+        : h("span.grow"),
       this.pill,
-      h("button.icon-button.who", { type: "button", testid: "author", title: "Who labels", "aria-label": who ? `Who labels: ${who}` : "Who labels", onclick: () => this.#askAuthor() },
-        who ? h("span", { dir: "auto" }, [...who][0].toUpperCase()) : iconOf("person")),
-      iconButton("theme", dark() ? "sun" : "moon", dark() ? "Light colours" : "Dark colours", () => this.#switchTheme()),
-      h("button.icon-button", { type: "button", testid: "help", title: "Keys (?)", "aria-label": "Keys", onclick: () => showKeys() }, "?"));
+      h(
+        "button.icon-button.who",
+        {
+          type: "button",
+          testid: "author",
+          title: "Who labels",
+          "aria-label": who ? `Who labels: ${who}` : "Who labels",
+          onclick: () => this.#askAuthor(),
+        },
+        who ? h("span", { dir: "auto" }, [...who][0].toUpperCase()) : iconOf("person"),
+      ),
+      iconButton("theme", dark() ? "sun" : "moon", dark() ? "Light colours" : "Dark colours", () =>
+        this.#switchTheme(),
+      ),
+      h(
+        "button.icon-button",
+        { type: "button", testid: "help", title: "Keys (?)", "aria-label": "Keys", onclick: () => showKeys() },
+        "?",
+      ),
+    );
     this.#pill();
   }
 
@@ -145,9 +202,22 @@ class App {
   async #askAuthor() {
     const name = await dialog("Who labels?", (close) => {
       const input = h("input", { value: author(), dir: "auto", maxlength: 100, testid: "author-name" });
-      return h("form", { onsubmit: (event) => { event.preventDefault(); close(input.value.trim()); } },
+      return h(
+        "form",
+        {
+          onsubmit: (event) => {
+            event.preventDefault();
+            close(input.value.trim());
+          },
+        },
         field("Name", input, "Kept with every box that you draw, accept or correct. It stays in this browser."),
-        h("div.row.end", {}, button("cancel", "Cancel", () => close(null)), h("button.button.primary", { testid: "save-author" }, "Save")));
+        h(
+          "div.row.end",
+          {},
+          button("cancel", "Cancel", () => close(null)),
+          h("button.button.primary", { testid: "save-author" }, "Save"),
+        ),
+      );
     });
     if (name === null) return;
     localStorage.setItem("simdetr.author", name);

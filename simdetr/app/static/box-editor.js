@@ -1,7 +1,9 @@
 // <box-editor>: an image with boxes that are drawn, moved and resized. It knows nothing of the server.
 //
-// Coordinates are image pixels as floats. Everything that follows the pointer is done in its own event, so that a box is
-// where the pointer is in the same frame. A click selects (again: the box beneath); a drag on the selected box moves it,
+// Coordinates are image pixels as floats. Everything that follows the pointer is done in its own event, so that a
+// box is
+// where the pointer is in the same frame. A click selects (again: the box beneath); a drag on the selected box moves
+// it,
 // on a handle resizes it, anywhere else draws.
 //
 // Events: "edit" {what, key} after a change, "select" {key}, "view" {zoom}.
@@ -15,7 +17,16 @@ const MOST_ZOOM = 4;
 const CLICK_PX = 3;
 const REACH_PX = { mouse: 8, pen: 12, touch: 20 };
 const LEAST_BOX_PX = 2;
-const CURSORS = { nw: "nwse-resize", se: "nwse-resize", ne: "nesw-resize", sw: "nesw-resize", n: "ns-resize", s: "ns-resize", e: "ew-resize", w: "ew-resize" };
+const CURSORS = {
+  nw: "nwse-resize",
+  se: "nwse-resize",
+  ne: "nesw-resize",
+  sw: "nesw-resize",
+  n: "ns-resize",
+  s: "ns-resize",
+  e: "ew-resize",
+  w: "ew-resize",
+};
 
 class BoxEditor extends HTMLElement {
   #boxes = [];
@@ -42,8 +53,13 @@ class BoxEditor extends HTMLElement {
     this.picture = h("img", { alt: "", draggable: "false" });
     this.list = s("g", { role: "listbox", "aria-label": "Boxes" });
     this.rubber = s("rect.rubber", { visibility: "hidden" });
-    this.grips = s("g.grips", {}, Object.keys(HANDLES).map((name) =>
-      s("rect.grip", { width: 9, height: 9, rx: 2, "data-testid": `handle-${name}` })));
+    this.grips = s(
+      "g.grips",
+      {},
+      Object.keys(HANDLES).map((name) =>
+        s("rect.grip", { width: 9, height: 9, rx: 2, "data-testid": `handle-${name}` }),
+      ),
+    );
     this.scaled = s("g", {}, this.list, this.rubber);
     this.tags = h("div.tags", { "aria-hidden": "true" });
     this.guides = h("div.guides", { "aria-hidden": "true" }, h("i"), h("i"));
@@ -179,7 +195,11 @@ class BoxEditor extends HTMLElement {
     const gesture = this.#gesture;
     if (!gesture) return false;
     const box = this.#find(gesture.key);
-    if (box && gesture.before) { box.xyxy = gesture.before; this.#place(box); this.#grip(); }
+    if (box && gesture.before) {
+      box.xyxy = gesture.before;
+      this.#place(box);
+      this.#grip();
+    }
     this.rubber?.setAttribute("visibility", "hidden");
     this.#gesture = null;
     return true;
@@ -188,7 +208,15 @@ class BoxEditor extends HTMLElement {
   #add(xyxy) {
     if (xyxy[2] - xyxy[0] < LEAST_BOX_PX || xyxy[3] - xyxy[1] < LEAST_BOX_PX) return;
     const key = `n${++this.#made}-${Date.now()}`;
-    this.#boxes.push({ key, class_id: this.currentClass, xyxy, status: "manual", source: "user", score: null, ignore: false });
+    this.#boxes.push({
+      key,
+      class_id: this.currentClass,
+      xyxy,
+      status: "manual",
+      source: "user",
+      score: null,
+      ignore: false,
+    });
     this.#selected = key;
     this.#paint();
     this.#tell("select", { key });
@@ -254,7 +282,13 @@ class BoxEditor extends HTMLElement {
     const { zoom, x, y } = this.#view;
     const margin = 24;
     const shift = (low, high, room) =>
-      (high - low > room - 2 * margin ? 0 : low < margin ? margin - low : high > room - margin ? room - margin - high : 0);
+      high - low > room - 2 * margin
+        ? 0
+        : low < margin
+          ? margin - low
+          : high > room - margin
+            ? room - margin - high
+            : 0;
     const dx = shift(x0 * zoom + x, x1 * zoom + x, width);
     const dy = shift(y0 * zoom + y, y1 * zoom + y, height);
     if ((dx || dy) && !this.#view.fitted) this.panBy(dx, dy);
@@ -268,7 +302,10 @@ class BoxEditor extends HTMLElement {
       return;
     }
     const pixels = event.deltaMode ? event.deltaY * 33 : event.deltaY;
-    this.zoomBy(Math.exp(-Math.max(-240, Math.min(240, pixels)) * (event.ctrlKey ? 0.01 : 0.0016)), this.#stagePoint(event));
+    this.zoomBy(
+      Math.exp(-Math.max(-240, Math.min(240, pixels)) * (event.ctrlKey ? 0.01 : 0.0016)),
+      this.#stagePoint(event),
+    );
   }
 
   // ------------------------------------------------------------------------------------------------- pointers
@@ -311,13 +348,19 @@ class BoxEditor extends HTMLElement {
     const point = this.#stagePoint(event);
     if (this.#pointers.has(event.pointerId)) this.#pointers.set(event.pointerId, point);
     const gesture = this.#gesture;
-    if (!gesture) { this.#hover(event, point); return; }
+    if (!gesture) {
+      this.#hover(event, point);
+      return;
+    }
     if (gesture.kind === "pan") {
       this.panBy(point[0] - gesture.last[0], point[1] - gesture.last[1]);
       gesture.last = point;
       return;
     }
-    if (gesture.kind === "pinch") { this.#pinchOn(gesture); return; }
+    if (gesture.kind === "pinch") {
+      this.#pinchOn(gesture);
+      return;
+    }
     if (!gesture.going && Math.hypot(point[0] - gesture.point[0], point[1] - gesture.point[1]) < CLICK_PX) return;
     gesture.going = true;
     const at = this.#at(...point);
@@ -330,8 +373,10 @@ class BoxEditor extends HTMLElement {
       return;
     }
     const box = this.#find(gesture.key);
-    box.xyxy = gesture.kind === "move" ? moved(gesture.before, dx, dy, ...this.#size)
-      : pulled(gesture.before, gesture.handle, dx, dy, ...this.#size);
+    box.xyxy =
+      gesture.kind === "move"
+        ? moved(gesture.before, dx, dy, ...this.#size)
+        : pulled(gesture.before, gesture.handle, dx, dy, ...this.#size);
     this.#place(box);
     this.#grip();
   }
@@ -345,21 +390,32 @@ class BoxEditor extends HTMLElement {
       if (!this.#pointers.size || gesture.kind === "pan") this.#gesture = null;
       return;
     }
-    if (cancelled) { this.cancel(); return; }
+    if (cancelled) {
+      this.cancel();
+      return;
+    }
     this.#gesture = null;
     this.rubber.setAttribute("visibility", "hidden");
-    if (!gesture.going) { this.#click(gesture.start); return; }
-    if (gesture.kind === "draw") { this.#add(gesture.xyxy); return; }
+    if (!gesture.going) {
+      this.#click(gesture.start);
+      return;
+    }
+    if (gesture.kind === "draw") {
+      this.#add(gesture.xyxy);
+      return;
+    }
     const box = this.#find(gesture.key);
     if (area(box.xyxy) < LEAST_BOX_PX) box.xyxy = gesture.before;
     this.#place(box);
     this.#grip();
-    if (!same(box.xyxy, gesture.before)) this.#tell("edit", { what: gesture.kind === "move" ? "move" : "resize", key: box.key });
+    if (!same(box.xyxy, gesture.before))
+      this.#tell("edit", { what: gesture.kind === "move" ? "move" : "resize", key: box.key });
   }
 
   // The smallest box there; where one of them is selected, the next larger.
   #click(at) {
-    const there = this.#live().filter((box) => contains(box.xyxy, at, 4 / this.#view.zoom))
+    const there = this.#live()
+      .filter((box) => contains(box.xyxy, at, 4 / this.#view.zoom))
       .sort((a, b) => area(a.xyxy) - area(b.xyxy));
     const place = there.findIndex((box) => box.key === this.#selected);
     this.select(there.length ? there[(place + 1) % there.length].key : null, { reveal: false });
@@ -383,8 +439,13 @@ class BoxEditor extends HTMLElement {
     const at = this.#at(...point);
     const box = this.selected;
     const handle = box && handleAt(box.xyxy, at, REACH_PX.mouse / this.#view.zoom);
-    this.stage.style.cursor = this.panning ? "grab" : handle ? CURSORS[handle]
-      : box && contains(box.xyxy, at) ? "move" : "crosshair";
+    this.stage.style.cursor = this.panning
+      ? "grab"
+      : handle
+        ? CURSORS[handle]
+        : box && contains(box.xyxy, at)
+          ? "move"
+          : "crosshair";
     this.#guide(event.pointerType, point);
   }
 
@@ -408,8 +469,10 @@ class BoxEditor extends HTMLElement {
       const kind = this.#classes.get(box.class_id);
       const chosen = box.key === this.#selected;
       const rejected = box.status === "rejected";
-      const label = `${rejected ? "Rejected box" : `Box ${++number}`}: ${kind?.name ?? "no class yet"}, ${box.status}`
-        + (box.score === null || box.score === undefined ? "" : `, ${percent(box.score)}`) + (box.ignore ? ", ignored" : "");
+      const label =
+        `${rejected ? "Rejected box" : `Box ${++number}`}: ${kind?.name ?? "no class yet"}, ${box.status}` +
+        (box.score === null || box.score === undefined ? "" : `, ${percent(box.score)}`) +
+        (box.ignore ? ", ignored" : "");
       group.setAttribute("class", `box ${box.status}${chosen ? " selected" : ""}${box.ignore ? " ignored" : ""}`);
       group.style.setProperty("--class", kind?.colour ?? "var(--muted)");
       group.setAttribute("aria-selected", chosen);
@@ -418,11 +481,16 @@ class BoxEditor extends HTMLElement {
       tag.className = `tag ${box.status}${chosen ? " selected" : ""}`;
       dot.style.background = kind?.colour ?? "transparent";
       name.textContent = kind?.name ?? "?";
-      score.textContent = box.score === null || box.score === undefined || box.status !== "proposed" ? "" : box.score.toFixed(2);
+      score.textContent =
+        box.score === null || box.score === undefined || box.status !== "proposed" ? "" : box.score.toFixed(2);
       this.#place(box);
     }
     for (const [key, { group, tag }] of this.#nodes) {
-      if (!seen.has(key)) { group.remove(); tag.remove(); this.#nodes.delete(key); }
+      if (!seen.has(key)) {
+        group.remove();
+        tag.remove();
+        this.#nodes.delete(key);
+      }
     }
     this.tags.classList.toggle("crowded", this.#live().length > 40);
     if (this.#selected) {

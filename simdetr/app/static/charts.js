@@ -21,12 +21,19 @@ export function lineChart({ title, xName, series, most, testid }) {
     figure.append(h("p.chart-empty", {}, "No value yet."));
     return figure;
   }
-  const x = scale(points.map((point) => point[0]), LEFT, WIDTH - RIGHT, false);
+  const x = scale(
+    points.map((point) => point[0]),
+    LEFT,
+    WIDTH - RIGHT,
+    false,
+  );
   const y = scale(points.map((point) => point[1]).concat(0, most ?? []), HEIGHT - BOTTOM, TOP, true);
   const picture = s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": spoken(title, shown) });
   for (const tick of y.ticks) {
-    picture.append(s("line.grid", { x1: LEFT, x2: WIDTH - RIGHT, y1: y.at(tick), y2: y.at(tick) }),
-      s("text", { x: LEFT - 6, y: y.at(tick) + 3.5, "text-anchor": "end" }, tidy(tick)));
+    picture.append(
+      s("line.grid", { x1: LEFT, x2: WIDTH - RIGHT, y1: y.at(tick), y2: y.at(tick) }),
+      s("text", { x: LEFT - 6, y: y.at(tick) + 3.5, "text-anchor": "end" }, tidy(tick)),
+    );
   }
   for (const tick of x.ticks) {
     picture.append(s("text", { x: x.at(tick), y: HEIGHT - 8, "text-anchor": "middle" }, count(tick)));
@@ -36,9 +43,24 @@ export function lineChart({ title, xName, series, most, testid }) {
   const cross = s("line.cross", { y1: TOP, y2: HEIGHT - BOTTOM, x1: -9, x2: -9 });
   picture.append(cross);
   picture.addEventListener("pointermove", (event) => read(event, picture, x, shown, cross, reading, xName));
-  figure.append(picture, h("div.legend", {}, shown.map((one) => h("span", {},
-    h("i", { style: { background: one.colour } }), h("span", { dir: "auto" }, one.name), " ",
-    h("b", {}, decimal(last(one.points)))))), reading);
+  figure.append(
+    picture,
+    h(
+      "div.legend",
+      {},
+      shown.map((one) =>
+        h(
+          "span",
+          {},
+          h("i", { style: { background: one.colour } }),
+          h("span", { dir: "auto" }, one.name),
+          " ",
+          h("b", {}, decimal(last(one.points))),
+        ),
+      ),
+    ),
+    reading,
+  );
   return figure;
 }
 
@@ -47,14 +69,18 @@ function curve(one, x, y) {
   let path = "";
   let pen = false;
   for (const [px, py] of one.points) {
-    if (!Number.isFinite(py)) { pen = false; continue; }
+    if (!Number.isFinite(py)) {
+      pen = false;
+      continue;
+    }
     path += `${pen ? "L" : "M"}${x.at(px).toFixed(1)} ${y.at(py).toFixed(1)}`;
     pen = true;
   }
   parts.push(s("path.curve", { d: path, style: { stroke: one.colour } }));
   if (one.points.length < 25) {
     for (const [px, py] of one.points) {
-      if (Number.isFinite(py)) parts.push(s("circle", { cx: x.at(px), cy: y.at(py), r: 2.5, style: { fill: one.colour } }));
+      if (Number.isFinite(py))
+        parts.push(s("circle", { cx: x.at(px), cy: y.at(py), r: 2.5, style: { fill: one.colour } }));
     }
   }
   return parts;
@@ -76,7 +102,10 @@ function scale(values, start, end, nice) {
   let high = Math.max(...values);
   if (low === high) high = low + (Math.abs(low) || 1);
   const step = roundStep((high - low) / 4);
-  if (nice) { low = Math.floor(low / step) * step; high = Math.ceil(high / step) * step; }
+  if (nice) {
+    low = Math.floor(low / step) * step;
+    high = Math.ceil(high / step) * step;
+  }
   const at = (value) => start + ((value - low) / (high - low)) * (end - start);
   const ticks = [];
   for (let tick = Math.ceil(low / step) * step; tick <= high + step / 1e6; tick += step) ticks.push(tick);
@@ -90,12 +119,22 @@ function roundStep(raw) {
 
 const tidy = (value) => String(Number(value.toPrecision(3)));
 const last = (points) => points.findLast((point) => Number.isFinite(point[1]))?.[1] ?? null;
-const spoken = (title, shown) => `${title}: ${shown.map((one) => `${one.name} ${decimal(last(one.points))}`).join(", ")}`;
+const spoken = (title, shown) =>
+  `${title}: ${shown.map((one) => `${one.name} ${decimal(last(one.points))}`).join(", ")}`;
 
 // Bars of shares from 0 to 1, one row each: [{name, share, text}].
 export function bars(rows) {
-  return h("ul.bars", {}, rows.map((row) => h("li", {},
-    h("span.bar-name", { dir: "auto" }, row.name),
-    h("span.bar", {}, h("span", { style: { width: `${Math.max(0, Math.min(1, row.share || 0)) * 100}%` } })),
-    h("span.bar-value", {}, row.text))));
+  return h(
+    "ul.bars",
+    {},
+    rows.map((row) =>
+      h(
+        "li",
+        {},
+        h("span.bar-name", { dir: "auto" }, row.name),
+        h("span.bar", {}, h("span", { style: { width: `${Math.max(0, Math.min(1, row.share || 0)) * 100}%` } })),
+        h("span.bar-value", {}, row.text),
+      ),
+    ),
+  );
 }

@@ -14,10 +14,23 @@ export class ClassPicker {
     this.pick = pick;
     this.changed = changed;
     this.list = h("ul.classes", { testid: "classes", "aria-label": "Classes" });
-    this.input = h("input", { placeholder: "Find or add a class", testid: "class-input", dir: "auto", maxlength: 200, autocomplete: "off",
-      "aria-label": "Find or add a class", oninput: () => this.#paint(), onkeydown: (event) => this.#key(event) });
-    this.element = h("section.panel", { "aria-label": "Class" }, h("div.panel-title", {}, h("h2", {}, "Classes"), h("kbd", {}, "C")),
-      this.input, this.list);
+    this.input = h("input", {
+      placeholder: "Find or add a class",
+      testid: "class-input",
+      dir: "auto",
+      maxlength: 200,
+      autocomplete: "off",
+      "aria-label": "Find or add a class",
+      oninput: () => this.#paint(),
+      onkeydown: (event) => this.#key(event),
+    });
+    this.element = h(
+      "section.panel",
+      { "aria-label": "Class" },
+      h("div.panel-title", {}, h("h2", {}, "Classes"), h("kbd", {}, "C")),
+      this.input,
+      this.list,
+    );
   }
 
   async load() {
@@ -59,7 +72,11 @@ export class ClassPicker {
 
   async #key(event) {
     if (event.isComposing) return; // an input method is at work: Enter is its own
-    if (event.key === "Escape") { this.input.value = ""; this.#paint(); this.pick(null); }
+    if (event.key === "Escape") {
+      this.input.value = "";
+      this.#paint();
+      this.pick(null);
+    }
     if (event.key !== "Enter") return;
     event.preventDefault();
     event.stopPropagation();
@@ -95,44 +112,106 @@ export class ClassPicker {
   #paint() {
     const found = this.#found();
     const typed = this.input.value.trim();
-    put(this.list, found.map((one) => h("li", {},
-      h("button.class", { type: "button", testid: "class", "aria-pressed": String(one.id === this.#current), title: one.name, onclick: () => this.choose(one.id) },
-        h("i", { style: { background: one.colour } }), h("span.class-name", { dir: "auto" }, one.name),
-        h("span.muted", {}, count(one.boxes)), this.#digit(one) && h("kbd", {}, this.#digit(one))),
-      iconButton("edit-class", "edit", `Edit class ${one.name}`, () => this.#edit(one)))),
-    !found.length && typed ? h("li.note", {}, "Enter adds ", h("b", { dir: "auto" }, typed)) : null,
-    !this.#classes.length && !typed ? h("li.note", {}, "No class yet: type a name above and press Enter.") : null);
+    put(
+      this.list,
+      found.map((one) =>
+        h(
+          "li",
+          {},
+          h(
+            "button.class",
+            {
+              type: "button",
+              testid: "class",
+              "aria-pressed": String(one.id === this.#current),
+              title: one.name,
+              onclick: () => this.choose(one.id),
+            },
+            h("i", { style: { background: one.colour } }),
+            h("span.class-name", { dir: "auto" }, one.name),
+            h("span.muted", {}, count(one.boxes)),
+            this.#digit(one) && h("kbd", {}, this.#digit(one)),
+          ),
+          iconButton("edit-class", "edit", `Edit class ${one.name}`, () => this.#edit(one)),
+        ),
+      ),
+      !found.length && typed ? h("li.note", {}, "Enter adds ", h("b", { dir: "auto" }, typed)) : null,
+      !this.#classes.length && !typed ? h("li.note", {}, "No class yet: type a name above and press Enter.") : null,
+    );
   }
 
   #edit(kind) {
     return dialog("Edit class", (close) => {
       const name = h("input", { value: kind.name, dir: "auto", maxlength: 200, testid: "class-name" });
       const colour = h("input", { type: "color", value: kind.colour, testid: "class-colour" });
-      const key = h("select", { testid: "class-shortcut", value: "" }, h("option", { value: "" }, "By place"), [..."123456789"].map((digit) => h("option", {}, digit)));
+      const key = h(
+        "select",
+        { testid: "class-shortcut", value: "" },
+        h("option", { value: "" }, "By place"),
+        [..."123456789"].map((digit) => h("option", {}, digit)),
+      );
       key.value = kind.shortcut ?? "";
       const others = this.#classes.filter((one) => one.id !== kind.id);
-      const target = h("select", { dir: "auto", testid: "class-target" }, h("option", { value: "" }, "Reject its boxes"),
-        others.map((one) => h("option", { value: one.id }, `Make them ${one.name}`)));
-      const removal = h("fieldset", {}, h("legend", {}, "Delete"),
-        kind.boxes ? field(`What becomes of its ${plural(kind.boxes, "box", "boxes")}`, target) : null);
-      const form = h("form", { onsubmit: async (event) => {
-        event.preventDefault();
-        try {
-          await send("PATCH", `/classes/${kind.id}`, { name: name.value, colour: colour.value, shortcut: key.value || null });
-          await this.load();
-          close(true);
-        } catch (error) { complain(form, error); }
-      } }, field("Name", name), h("div.columns", {}, field("Colour", colour), field("Key", key)), removal,
-      h("div.row.end", {}, button("cancel", "Cancel", () => close(null)), h("button.button.primary", { testid: "save-class" }, "Save")));
-      removal.append(button("delete-class", "Delete class", async () => {
-        try {
-          const query = target.value ? `?target=${target.value}` : kind.boxes ? "?reject=true" : "";
-          await send("DELETE", `/classes/${kind.id}${query}`);
-          await this.load();
-          close("deleted");
-        } catch (error) { complain(removal, error instanceof ApiError ? error : new Error("The class could not be deleted.")); }
-      }, { kind: "danger" }));
+      const target = h(
+        "select",
+        { dir: "auto", testid: "class-target" },
+        h("option", { value: "" }, "Reject its boxes"),
+        others.map((one) => h("option", { value: one.id }, `Make them ${one.name}`)),
+      );
+      const removal = h(
+        "fieldset",
+        {},
+        h("legend", {}, "Delete"),
+        kind.boxes ? field(`What becomes of its ${plural(kind.boxes, "box", "boxes")}`, target) : null,
+      );
+      const form = h(
+        "form",
+        {
+          onsubmit: async (event) => {
+            event.preventDefault();
+            try {
+              await send("PATCH", `/classes/${kind.id}`, {
+                name: name.value,
+                colour: colour.value,
+                shortcut: key.value || null,
+              });
+              await this.load();
+              close(true);
+            } catch (error) {
+              complain(form, error);
+            }
+          },
+        },
+        field("Name", name),
+        h("div.columns", {}, field("Colour", colour), field("Key", key)),
+        removal,
+        h(
+          "div.row.end",
+          {},
+          button("cancel", "Cancel", () => close(null)),
+          h("button.button.primary", { testid: "save-class" }, "Save"),
+        ),
+      );
+      removal.append(
+        button(
+          "delete-class",
+          "Delete class",
+          async () => {
+            try {
+              const query = target.value ? `?target=${target.value}` : kind.boxes ? "?reject=true" : "";
+              await send("DELETE", `/classes/${kind.id}${query}`);
+              await this.load();
+              close("deleted");
+            } catch (error) {
+              complain(removal, error instanceof ApiError ? error : new Error("The class could not be deleted."));
+            }
+          },
+          { kind: "danger" },
+        ),
+      );
       return form;
-    }).then((done) => { if (done === "deleted") this.pick(null, true); });
+    }).then((done) => {
+      if (done === "deleted") this.pick(null, true);
+    });
   }
 }

@@ -12,19 +12,49 @@ export class ClustersScreen {
   constructor(app) {
     this.app = app;
     this.project = app.project;
-    this.merge = button("merge", "Merge the chosen", () => this.#act(() => post("/clusters/merge", { cluster_ids: [...this.#chosen] })), { disabled: true });
-    this.propose = button("propose", "Propose boxes of named clusters", () => this.#propose(), { kind: "primary", disabled: true });
+    this.merge = button(
+      "merge",
+      "Merge the chosen",
+      () => this.#act(() => post("/clusters/merge", { cluster_ids: [...this.#chosen] })),
+      { disabled: true },
+    );
+    this.propose = button("propose", "Propose boxes of named clusters", () => this.#propose(), {
+      kind: "primary",
+      disabled: true,
+    });
     this.trouble = h("div");
     this.grid = h("ul.clusters", { testid: "clusters" });
-    this.element = h("div.page", { testid: "screen-clusters" }, h("div.page-head", {}, h("div", {}, h("h1", {}, "Clusters"), h("p.muted", {}, "Regions that look alike. Name a cluster to make its boxes proposals of a class; split it where it mixes kinds.")),
-      h("div.row", {}, this.merge, this.propose)), this.trouble, this.grid);
+    this.element = h(
+      "div.page",
+      { testid: "screen-clusters" },
+      h(
+        "div.page-head",
+        {},
+        h(
+          "div",
+          {},
+          h("h1", {}, "Clusters"),
+          h(
+            "p.muted",
+            {},
+            "Regions that look alike. Name a cluster to make its boxes proposals of a class; split it " +
+              "where it mixes kinds.",
+          ),
+        ),
+        h("div.row", {}, this.merge, this.propose),
+      ),
+      this.trouble,
+      this.grid,
+    );
   }
 
   async start() {
     try {
       this.#clusters = (await get(`/projects/${this.project.id}/clusters`)).clusters;
       this.#paint();
-    } catch (error) { complain(this.trouble, error); }
+    } catch (error) {
+      complain(this.trouble, error);
+    }
   }
 
   #paint() {
@@ -32,25 +62,82 @@ export class ClustersScreen {
     this.#chosen = new Set([...this.#chosen].filter((id) => this.#clusters.some((one) => one.id === id)));
     this.merge.disabled = this.#chosen.size < 2;
     this.propose.disabled = !this.#clusters.some((one) => one.name);
-    put(this.grid, this.#clusters.map((one) => this.#card(one, turn)));
+    put(
+      this.grid,
+      this.#clusters.map((one) => this.#card(one, turn)),
+    );
     if (!this.#clusters.length) {
-      put(this.grid, h("li", {}, empty("No clusters here", "They come with a pretraining: start `simdetr label` with --run and its folder, and the kinds that it told apart are shown here.")));
+      put(
+        this.grid,
+        h(
+          "li",
+          {},
+          empty(
+            "No clusters here",
+            "They come with a pretraining: start `simdetr label` with --run and its folder, and the " +
+              "kinds that it told apart are shown here.",
+          ),
+        ),
+      );
     }
   }
 
   #card(one, turn) {
-    const name = h("input", { value: one.name ?? "", placeholder: "Name this kind", dir: "auto", maxlength: 200, testid: "cluster-name", "aria-label": `Name of cluster ${one.id}` });
-    const chosen = h("input", { type: "checkbox", testid: "choose-cluster", "aria-label": `Choose cluster ${one.name ?? one.id}`, onchange: () => {
-      if (chosen.checked) this.#chosen.add(one.id); else this.#chosen.delete(one.id);
-      this.merge.disabled = this.#chosen.size < 2;
-      card.classList.toggle("chosen", chosen.checked);
-    } });
+    const name = h("input", {
+      value: one.name ?? "",
+      placeholder: "Name this kind",
+      dir: "auto",
+      maxlength: 200,
+      testid: "cluster-name",
+      "aria-label": `Name of cluster ${one.id}`,
+    });
+    const chosen = h("input", {
+      type: "checkbox",
+      testid: "choose-cluster",
+      "aria-label": `Choose cluster ${one.name ?? one.id}`,
+      onchange: () => {
+        if (chosen.checked) this.#chosen.add(one.id);
+        else this.#chosen.delete(one.id);
+        this.merge.disabled = this.#chosen.size < 2;
+        card.classList.toggle("chosen", chosen.checked);
+      },
+    });
     chosen.checked = this.#chosen.has(one.id);
-    const card = h("li.card.cluster", { testid: "cluster" },
-      h("img", { src: address(`/clusters/${one.id}/montage`, { rows: 2, columns: 5, turn }), alt: `Examples of cluster ${one.name ?? one.id}`, width: 400, height: 160, loading: "lazy" }),
-      h("form.row", { onsubmit: (event) => { event.preventDefault(); this.#act(() => send("PATCH", `/clusters/${one.id}`, { name: name.value }), card); } }, chosen, name, h("button.button", { testid: "name-cluster" }, "Name")),
-      h("div.row.between", {}, h("span.muted", {}, `${plural(one.boxes, "box", "boxes")} · ${one.members.length > 1 ? `${one.members.length} pseudo-classes` : `pseudo-class ${one.members[0] ?? one.id}`}`),
-        button("split", "Split in two", () => this.#act(() => post(`/clusters/${one.id}/split`, { parts: 2 }), card), { kind: "quiet" })));
+    const card = h(
+      "li.card.cluster",
+      { testid: "cluster" },
+      h("img", {
+        src: address(`/clusters/${one.id}/montage`, { rows: 2, columns: 5, turn }),
+        alt: `Examples of cluster ${one.name ?? one.id}`,
+        width: 400,
+        height: 160,
+        loading: "lazy",
+      }),
+      h(
+        "form.row",
+        {
+          onsubmit: (event) => {
+            event.preventDefault();
+            this.#act(() => send("PATCH", `/clusters/${one.id}`, { name: name.value }), card);
+          },
+        },
+        chosen,
+        name,
+        h("button.button", { testid: "name-cluster" }, "Name"),
+      ),
+      h(
+        "div.row.between",
+        {},
+        h(
+          "span.muted",
+          {},
+          `${plural(one.boxes, "box", "boxes")} · ${one.members.length > 1 ? `${one.members.length} pseudo-classes` : `pseudo-class ${one.members[0] ?? one.id}`}`,
+        ),
+        button("split", "Split in two", () => this.#act(() => post(`/clusters/${one.id}/split`, { parts: 2 }), card), {
+          kind: "quiet",
+        }),
+      ),
+    );
     return card;
   }
 
@@ -60,7 +147,9 @@ export class ClustersScreen {
       await work();
       this.#chosen.clear();
       await this.start();
-    } catch (error) { complain(place, error); }
+    } catch (error) {
+      complain(place, error);
+    }
   }
 
   async #propose() {
@@ -68,6 +157,8 @@ export class ClustersScreen {
     try {
       const { boxes } = await post(`/projects/${this.project.id}/clusters/propose`);
       toast(`${plural(boxes, "proposal")} to inspect on the Label screen.`);
-    } catch (error) { complain(this.trouble, error); }
+    } catch (error) {
+      complain(this.trouble, error);
+    }
   }
 }

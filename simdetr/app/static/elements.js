@@ -32,7 +32,9 @@ function fill(element, attributes, children) {
 }
 
 const nodes = (children) =>
-  children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false)
+  children
+    .flat(Infinity)
+    .filter((child) => child !== null && child !== undefined && child !== false)
     .map((child) => (child instanceof Node ? child : document.createTextNode(String(child))));
 
 export function put(element, ...children) {
@@ -50,7 +52,9 @@ const SHAPES = {
   plus: "M8 3.500v9M3.500 8h9",
   minus: "M3.500 8h9",
   fit: "M3 6V3h3m4 0h3v3m0 4v3h-3m-4 0H3v-3",
-  sun: "M8 5.500a2.500 2.500 0 1 0 0 5 2.500 2.500 0 0 0 0-5M8 1.500v1.600m0 9.800v1.600M1.500 8h1.600m9.800 0h1.600M3.400 3.400l1.100 1.100m7 7 1.100 1.100m0-9.200-1.100 1.100m-7 7-1.100 1.100",
+  sun:
+    "M8 5.500a2.500 2.500 0 1 0 0 5 2.500 2.500 0 0 0 0-5M8 1.500v1.600m0 9.800v1.600M1.500 " +
+    "8h1.600m9.800 0h1.600M3.400 3.400l1.100 1.100m7 7 1.100 1.100m0-9.200-1.100 1.100m-7 7-1.100 1.100",
   moon: "M13 9.500A5.500 5.500 0 0 1 6.500 3 5.500 5.500 0 1 0 13 9.500",
   person: "M8 8a2.500 2.500 0 1 0 0-5 2.500 2.500 0 0 0 0 5m-5 5.500c.6-2.700 2.500-4 5-4s4.400 1.300 5 4",
   next: "m6 3.500 4.500 4.500L6 12.500",
@@ -69,18 +73,32 @@ export function icon(name) {
 
 export function button(testid, text, onclick, options = {}) {
   const { icon: shape, kind = "", title, key, ...rest } = options;
-  return h(`button.button${kind ? "." + kind : ""}`, { type: "button", testid, title, onclick, ...rest },
-    shape && icon(shape), text && h("span", {}, text), key && h("kbd", {}, key));
+  return h(
+    `button.button${kind ? "." + kind : ""}`,
+    { type: "button", testid, title, onclick, ...rest },
+    shape && icon(shape),
+    text && h("span", {}, text),
+    key && h("kbd", {}, key),
+  );
 }
 
 export function iconButton(testid, shape, label, onclick, options = {}) {
-  return h("button.icon-button", { type: "button", testid, "aria-label": label, title: label, onclick, ...options }, icon(shape));
+  return h(
+    "button.icon-button",
+    { type: "button", testid, "aria-label": label, title: label, onclick, ...options },
+    icon(shape),
+  );
 }
 
 // A screen that has nothing yet says what to do next.
 export function empty(title, text, ...actions) {
-  return h("section.empty", { testid: "empty" }, h("h2", {}, title), h("p", {}, text),
-    actions.length ? h("div.row", {}, actions) : null);
+  return h(
+    "section.empty",
+    { testid: "empty" },
+    h("h2", {}, title),
+    h("p", {}, text),
+    actions.length ? h("div.row", {}, actions) : null,
+  );
 }
 
 export function field(label, input, note) {
@@ -107,10 +125,19 @@ export function dialog(title, build, options = {}) {
   return new Promise((resolve) => {
     const titleId = `d${++field.count}`;
     let result = null;
-    const box = h(`dialog${options.wide ? ".wide" : ""}`, { "aria-labelledby": titleId, testid: options.testid ?? "dialog" });
-    const close = (value) => { result = value; box.close(); };
+    const box = h(`dialog${options.wide ? ".wide" : ""}`, {
+      "aria-labelledby": titleId,
+      testid: options.testid ?? "dialog",
+    });
+    const close = (value) => {
+      result = value;
+      box.close();
+    };
     box.append(h("h2", { id: titleId }, title), build(close, box));
-    box.addEventListener("close", () => { box.remove(); resolve(result); });
+    box.addEventListener("close", () => {
+      box.remove();
+      resolve(result);
+    });
     if (options.must) box.addEventListener("cancel", (event) => event.preventDefault());
     document.body.append(box);
     box.showModal();

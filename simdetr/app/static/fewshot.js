@@ -5,7 +5,14 @@ import { button, complain, empty, field, h, put } from "./elements.js";
 import { count, decimal, DASH, percent } from "./numbers.js";
 import { AT_WORK } from "./runs.js";
 
-const RULES = [["agreement", "votes agree with the detector"], ["precision", "measured on left-out shots"], ["per_class_top", "the best per shot"], ["absolute", "a fixed score"]];
+const RULES = [
+  ["agreement", "votes agree with the detector"],
+  ["precision", "measured on left-out shots"],
+  ["per_class_top", "the best per shot"],
+  ["absolute", "a fixed score"],
+];
+
+const REASON_OF = { all: undefined, kept: "" };
 
 export class FewShotScreen {
   #run = null;
@@ -14,61 +21,170 @@ export class FewShotScreen {
     this.app = app;
     this.project = app.project;
     this.shots = h("div.shots", { testid: "shots" });
-    this.rule = h("select", { testid: "score-rule" }, RULES.map(([value, text]) => h("option", { value }, text)));
+    this.rule = h(
+      "select",
+      { testid: "score-rule" },
+      RULES.map(([value, text]) => h("option", { value }, text)),
+    );
     this.init = h("select", { testid: "fewshot-init" });
     this.go = h("button.button.primary", { testid: "start-autolabel" }, "Label all from these");
-    this.form = h("form.card.fewshot-form", { onsubmit: (event) => { event.preventDefault(); this.#begin(); } }, h("h2", {}, "From few labels to many"),
-      h("p.muted", {}, "The detector learns the shots and looks at all images; crops are compared with the shots, which vote; what is kept becomes proposals."),
-      h("div.columns", {}, field("Start from", this.init), field("A detection is a candidate if", this.rule)), h("div.row", {}, this.go));
+    this.form = h(
+      "form.card.fewshot-form",
+      {
+        onsubmit: (event) => {
+          event.preventDefault();
+          this.#begin();
+        },
+      },
+      h("h2", {}, "From few labels to many"),
+      h(
+        "p.muted",
+        {},
+        "The detector learns the shots and looks at all images; crops are compared with the shots, which " +
+          "vote; what is kept becomes proposals.",
+      ),
+      h("div.columns", {}, field("Start from", this.init), field("A detection is a candidate if", this.rule)),
+      h("div.row", {}, this.go),
+    );
     this.stages = h("div.stages", { testid: "stages" });
-    this.reason = h("select", { testid: "reason", "aria-label": "Which candidates", onchange: () => this.#candidates() });
+    this.reason = h("select", {
+      testid: "reason",
+      "aria-label": "Which candidates",
+      onchange: () => this.#candidates(),
+    });
     this.candidates = h("ul.candidates", { testid: "candidates" });
     this.more = h("div.row");
-    this.result = h("section", { hidden: true }, h("h2", {}, "What became of every detection"), this.stages, h("div.row", {}, "Show ", this.reason), this.candidates, this.more);
-    this.element = h("div.page", { testid: "screen-fewshot" }, h("h1", {}, "Few-shot"), h("div.two.wide-left", {}, h("section", {}, this.shots), this.form), this.result);
+    this.result = h(
+      "section",
+      { hidden: true },
+      h("h2", {}, "What became of every detection"),
+      this.stages,
+      h("div.row", {}, "Show ", this.reason),
+      this.candidates,
+      this.more,
+    );
+    this.element = h(
+      "div.page",
+      { testid: "screen-fewshot" },
+      h("h1", {}, "Few-shot"),
+      h("div.two.wide-left", {}, h("section", {}, this.shots), this.form),
+      this.result,
+    );
     this.onRuns = () => this.#watch();
     app.runs.addEventListener("runs", this.onRuns);
   }
 
-  leave() { this.app.runs.removeEventListener("runs", this.onRuns); }
+  leave() {
+    this.app.runs.removeEventListener("runs", this.onRuns);
+  }
 
   async start() {
     try {
-      const [{ shots }, { classes }, { models }] = await Promise.all([get(`/projects/${this.project.id}/shots`), get(`/projects/${this.project.id}/classes`), get(`/projects/${this.project.id}/models`)]);
+      const [{ shots }, { classes }, { models }] = await Promise.all([
+        get(`/projects/${this.project.id}/shots`),
+        get(`/projects/${this.project.id}/classes`),
+        get(`/projects/${this.project.id}/models`),
+      ]);
       this.classes = new Map(classes.map((one) => [one.id, one]));
-      put(this.init, models.map((one) => h("option", { value: one.id }, one.title || one.id)));
+      put(
+        this.init,
+        models.map((one) => h("option", { value: one.id }, one.title || one.id)),
+      );
       this.#gallery(shots);
       this.go.disabled = !models.length || !shots.some((shot) => !shot.negative);
-      if (!models.length) complain(this.form, new Error("There is no detector to start from yet: train one, or start `simdetr label` with --run and the folder of a pretraining."));
-    } catch (error) { complain(this.form, error); }
+      if (!models.length)
+        complain(
+          this.form,
+          new Error(
+            "There is no detector to start from yet: train one, or start `simdetr label` with --run and " +
+              "the folder of a pretraining.",
+          ),
+        );
+    } catch (error) {
+      complain(this.form, error);
+    }
     this.#watch();
   }
 
   #gallery(shots) {
     if (!shots.length) {
-      put(this.shots, empty("No shots yet", "On the Label screen, select a box and “Use as shot”. Ten good examples of every class are a good start.", button("go-label", "To the Label screen", () => this.app.go("label"), { kind: "primary" })));
+      put(
+        this.shots,
+        empty(
+          "No shots yet",
+          "On the Label screen, select a box and “Use as shot”. Ten good examples of every class are a good start.",
+          button("go-label", "To the Label screen", () => this.app.go("label"), { kind: "primary" }),
+        ),
+      );
       return;
     }
-    const group = (title, some, dir) => h("section.card", {}, h("h3", { dir }, title, h("span.muted", {}, ` ${some.length}`)), h("ul.crops", {}, some.map((shot) => h("li", { testid: "shot" },
-      h("img", { src: address(`/boxes/${shot.box.id}/crop`, { size: 128 }), alt: `Shot of ${this.classes.get(shot.box.class_id)?.name ?? "a class"}`, width: 80, height: 80, loading: "lazy" }),
-      h("button.crop-remove", { type: "button", testid: "remove-shot", "aria-label": "Take this shot away", title: "Take this shot away", onclick: () => this.#remove(shot) }, "×")))));
+    const group = (title, some, dir) =>
+      h(
+        "section.card",
+        {},
+        h("h2", { dir }, title, h("span.muted", {}, ` ${some.length}`)),
+        h(
+          "ul.crops",
+          {},
+          some.map((shot) =>
+            h(
+              "li",
+              { testid: "shot" },
+              h("img", {
+                src: address(`/boxes/${shot.box.id}/crop`, { size: 128 }),
+                alt: `Shot of ${this.classes.get(shot.box.class_id)?.name ?? "a class"}`,
+                width: 80,
+                height: 80,
+                loading: "lazy",
+              }),
+              h(
+                "button.crop-remove",
+                {
+                  type: "button",
+                  testid: "remove-shot",
+                  "aria-label": "Take this shot away",
+                  title: "Take this shot away",
+                  onclick: () => this.#remove(shot),
+                },
+                "×",
+              ),
+            ),
+          ),
+        ),
+      );
     const good = shots.filter((shot) => !shot.negative);
     const bad = shots.filter((shot) => shot.negative);
-    put(this.shots, [...this.classes.values()].map((one) => [one, good.filter((shot) => shot.box.class_id === one.id)]).filter(([, some]) => some.length).map(([one, some]) => group(one.name, some, "auto")),
-      bad.length ? group("Looks like one, and is none", bad) : null);
+    put(
+      this.shots,
+      [...this.classes.values()]
+        .map((one) => [one, good.filter((shot) => shot.box.class_id === one.id)])
+        .filter(([, some]) => some.length)
+        .map(([one, some]) => group(one.name, some, "auto")),
+      bad.length ? group("Looks like one, and is none", bad) : null,
+    );
   }
 
   async #remove(shot) {
-    try { await ask("DELETE", `/shots/${shot.id}`); await this.start(); } catch (error) { complain(this.shots, error); }
+    try {
+      await ask("DELETE", `/shots/${shot.id}`);
+      await this.start();
+    } catch (error) {
+      complain(this.shots, error);
+    }
   }
 
   async #begin() {
     complain(this.form, null);
     try {
-      const run = await post(`/projects/${this.project.id}/runs`, { kind: "autolabel", parameters: { score_rule: this.rule.value, ...(this.init.value ? { init: this.init.value } : {}) } });
+      const run = await post(`/projects/${this.project.id}/runs`, {
+        kind: "autolabel",
+        parameters: { score_rule: this.rule.value, ...(this.init.value ? { init: this.init.value } : {}) },
+      });
       this.app.runs.look();
       this.app.go("progress", run.id);
-    } catch (error) { complain(this.form, error); }
+    } catch (error) {
+      complain(this.form, error);
+    }
   }
 
   async #watch() {
@@ -81,36 +197,104 @@ export class FewShotScreen {
     this.result.hidden = false;
     try {
       const { stages } = await get(`/runs/${run.id}/stages`);
-      put(this.stages, stages.map(({ stage, counts, quality }, place) => h("section.card.stage-card", {}, h("h3", {}, `${place + 1}. ${stage}`),
-        h("dl.settings", {}, Object.entries(counts).map(([name, value]) => h("div", {}, h("dt", {}, name.replaceAll("_", " ")), h("dd", {}, count(value)))),
-          Object.entries(quality ?? {}).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, decimal(value, 2))))))));
+      put(
+        this.stages,
+        stages.map(({ stage, counts, quality }, place) =>
+          h(
+            "section.card.stage-card",
+            {},
+            h("h3", {}, `${place + 1}. ${stage}`),
+            h(
+              "dl.settings",
+              {},
+              Object.entries(counts).map(([name, value]) =>
+                h("div", {}, h("dt", {}, name.replaceAll("_", " ")), h("dd", {}, count(value))),
+              ),
+              Object.entries(quality ?? {}).map(([name, value]) =>
+                h("div", {}, h("dt", {}, name), h("dd", {}, decimal(value, 2))),
+              ),
+            ),
+          ),
+        ),
+      );
       const reasons = new Set(stages.flatMap((one) => Object.keys(one.counts)).filter((name) => name !== "kept"));
       const chosen = this.reason.value;
-      put(this.reason, h("option", { value: "" }, "all candidates"), h("option", { value: "kept" }, "kept"), [...reasons].map((name) => h("option", { value: name }, name.replaceAll("_", " "))));
-      this.reason.value = chosen;
-      if (!stages.length) put(this.stages, h("p.note", {}, AT_WORK.has(run.state) ? "The first stage is at work." : run.error ?? "No stage was finished."));
+      put(
+        this.reason,
+        h("option", { value: "all" }, "all candidates"),
+        h("option", { value: "kept" }, "kept"),
+        [...reasons].map((name) => h("option", { value: name }, name.replaceAll("_", " "))),
+      );
+      this.reason.value = chosen || "all";
+      if (!stages.length)
+        put(
+          this.stages,
+          h(
+            "p.note",
+            {},
+            AT_WORK.has(run.state) ? "The first stage is at work." : (run.error ?? "No stage was finished."),
+          ),
+        );
       await this.#candidates();
-    } catch (error) { complain(this.result, error); }
+    } catch (error) {
+      complain(this.result, error);
+    }
   }
 
   async #candidates(after) {
     complain(this.result, null);
     try {
-      const { candidates, next } = await get(`/runs/${this.#run.id}/candidates`, { reason: this.reason.value, limit: 24, after });
+      const { candidates, next } = await get(`/runs/${this.#run.id}/candidates`, {
+        reason: this.reason.value in REASON_OF ? REASON_OF[this.reason.value] : this.reason.value,
+        limit: 24,
+        after,
+      });
       const items = candidates.map((one) => this.#candidate(one));
-      if (after) this.candidates.append(...items); else put(this.candidates, items);
+      if (after) this.candidates.append(...items);
+      else put(this.candidates, items);
       if (!items.length && !after) put(this.candidates, h("li.note", {}, "None."));
       put(this.more, next === null ? null : button("more-candidates", "More", () => this.#candidates(next)));
-    } catch (error) { complain(this.result, error); }
+    } catch (error) {
+      complain(this.result, error);
+    }
   }
 
   #candidate(one) {
     const kept = !one.reason;
     const name = one.class_name ?? one.class;
-    return h("li.card.candidate", { testid: "candidate" },
-      one.image_id ? h("a", { href: `#/p/${this.project.id}/label/${one.image_id}` }, h("img", { src: address(`/images/${one.image_id}/thumbnail`, { size: 256 }), alt: one.image, width: 150, height: 100, loading: "lazy" })) : null,
-      h("p", {}, h("b", { dir: "auto" }, name), ` ${decimal(one.score, 2)}`), h(`span.status.${kept ? "inspected" : "rejected"}`, {}, kept ? "kept" : one.reason.replaceAll("_", " ")),
-      h("p.muted", { dir: "auto" }, one.why || (one.vote ? `the shots say ${one.vote}, by ${decimal(one.margin, 2)}` : DASH)),
-      one.nearest.length ? h("p.muted", {}, `nearest: ${one.nearest.slice(0, 3).map((near) => `shot ${near.shot} ${percent(near.similarity)}`).join(", ")}`) : null);
+    return h(
+      "li.card.candidate",
+      { testid: "candidate" },
+      one.image_id
+        ? h(
+            "a",
+            { href: `#/p/${this.project.id}/label/${one.image_id}` },
+            h("img", {
+              src: address(`/images/${one.image_id}/thumbnail`, { size: 256 }),
+              alt: one.image,
+              width: 150,
+              height: 100,
+              loading: "lazy",
+            }),
+          )
+        : null,
+      h("p", {}, h("b", { dir: "auto" }, name), ` ${decimal(one.score, 2)}`),
+      h(`span.status.${kept ? "inspected" : "rejected"}`, {}, kept ? "kept" : one.reason.replaceAll("_", " ")),
+      h(
+        "p.muted",
+        { dir: "auto" },
+        one.why || (one.vote ? `the shots say ${one.vote}, by ${decimal(one.margin, 2)}` : DASH),
+      ),
+      one.nearest.length
+        ? h(
+            "p.muted",
+            {},
+            `nearest: ${one.nearest
+              .slice(0, 3)
+              .map((near) => `shot ${near.shot} ${percent(near.similarity)}`)
+              .join(", ")}`,
+          )
+        : null,
+    );
   }
 }

@@ -1,7 +1,14 @@
 // Boxes as [x0, y0, x1, y1] in image pixels, floats. Nothing here rounds.
 
 export const HANDLES = {
-  nw: [0, 0], n: [0.5, 0], ne: [1, 0], e: [1, 0.5], se: [1, 1], s: [0.5, 1], sw: [0, 1], w: [0, 0.5],
+  nw: [0, 0],
+  n: [0.5, 0],
+  ne: [1, 0],
+  e: [1, 0.5],
+  se: [1, 1],
+  s: [0.5, 1],
+  sw: [0, 1],
+  w: [0, 0.5],
 };
 
 const between = (value, least, most) => Math.min(Math.max(value, least), most);
@@ -48,7 +55,10 @@ export function handleAt([x0, y0, x1, y1], [x, y], reach) {
   let best = reach;
   for (const [name, [fx, fy]] of Object.entries(HANDLES)) {
     const distance = Math.hypot(x - (x0 + fx * (x1 - x0)), y - (y0 + fy * (y1 - y0)));
-    if (distance <= best) { best = distance; found = name; }
+    if (distance <= best) {
+      best = distance;
+      found = name;
+    }
   }
   return found;
 }

@@ -4,8 +4,9 @@ import { address, get, holder, post } from "./api.js";
 import "./box-editor.js";
 import { ClassPicker } from "./class-picker.js";
 import { chooseSide } from "./conflict.js";
-import { button, complain, dialog, empty, h, icon, iconButton, put, status, toast } from "./elements.js";
-import { count, decimal, percent, plural } from "./numbers.js";
+import { button, complain, empty, h, iconButton, put, toast } from "./elements.js";
+import { middle, right } from "./label-parts.js";
+import { decimal, percent, plural } from "./numbers.js";
 import { Queue } from "./queue.js";
 import { Saver, unsaved } from "./saving.js";
 import { actionOf, showKeys } from "./shortcuts.js";
@@ -14,8 +15,13 @@ import { uploadPanel } from "./upload.js";
 const LEASE_MS = 240_000;
 const NUDGE_MS = 350; // arrow presses closer than this are one edit
 const POLL_MS = 400;
-const LEGEND = [["proposed", "Proposed"], ["inspected", "Accepted"], ["corrected", "Corrected"], ["manual", "Drawn"], ["rejected", "Rejected"]];
-const STATES = { saved: "Saved", saving: "Saving…", failed: "Not saved yet", conflict: "Changed elsewhere", refused: "Not saved" };
+const STATES = {
+  saved: "Saved",
+  saving: "Saving…",
+  failed: "Not saved yet",
+  conflict: "Changed elsewhere",
+  refused: "Not saved",
+};
 
 export class LabelScreen {
   #boxes = []; // all that are alive, hidden ones too, with keys
@@ -36,65 +42,33 @@ export class LabelScreen {
     this.classes = new Map();
     this.queue = new Queue(this.project, [], (id) => this.open(id));
     this.picker = new ClassPicker(this.project.id, {
-      pick: (id, gone) => this.#picked(id, gone), changed: (classes) => this.#classesChanged(classes) });
-    this.element = h("div.label", { testid: "screen-label" }, h("h1.unseen", {}, "Label"), this.queue.element, this.#middle(), this.#right());
+      pick: (id, gone) => this.#picked(id, gone),
+      changed: (classes) => this.#classesChanged(classes),
+    });
+    this.element = h(
+      "div.label",
+      { testid: "screen-label" },
+      h("h1.unseen", {}, "Label"),
+      this.queue.element,
+      middle(this),
+      right(this),
+    );
     this.editor.addEventListener("edit", (event) => this.#edited(event.detail));
     this.editor.addEventListener("select", () => (this.#stale ? this.#paint() : this.#selected()));
-    this.editor.addEventListener("view", (event) => { this.zoom.textContent = percent(event.detail.zoom); });
+    this.editor.addEventListener("view", (event) => {
+      this.zoom.textContent = percent(event.detail.zoom);
+    });
     this.onKey = (event) => this.#key(event);
     this.onKeyUp = (event) => this.#keyUp(event);
     this.onHide = () => this.#release(true);
-    this.onUnload = (event) => { if (this.#saver?.pending || this.#nudge) event.preventDefault(); };
+    this.onUnload = (event) => {
+      if (this.#saver?.pending || this.#nudge) event.preventDefault();
+    };
     document.addEventListener("keydown", this.onKey);
     document.addEventListener("keyup", this.onKeyUp);
     window.addEventListener("pagehide", this.onHide);
     window.addEventListener("beforeunload", this.onUnload);
     this.lease = setInterval(() => this.#renew(), LEASE_MS);
-  }
-
-  // ------------------------------------------------------------------------------------------------- layout
-
-  #middle() {
-    this.zoom = h("output.zoom", { testid: "zoom", "aria-label": "Zoom" }, "100 %");
-    this.undo = iconButton("undo", "undo", "Undo (Ctrl Z)", () => this.do("undo"), { disabled: true });
-    this.redo = iconButton("redo", "redo", "Redo (Ctrl Shift Z)", () => this.do("redo"), { disabled: true });
-    this.model = h("select.model", { testid: "model", "aria-label": "Model that detects", hidden: true });
-    this.detectButton = button("detect", "Detect", () => this.do("detect"), { icon: "detect", title: "Detect on this image (D)" });
-    this.scoreText = h("output", { testid: "min-score-text" }, this.minScore.toFixed(2));
-    this.score = h("input", { type: "range", min: 0, max: 1, step: 0.05, value: this.minScore, testid: "min-score",
-      "aria-label": "Least score of the proposals that are shown", oninput: () => this.#setScore(Number(this.score.value)) });
-    this.acceptAll = button("accept-all", "Accept all", () => this.do("accept-all"), { title: "Accept all proposals that are shown (Shift A)" });
-    this.tools = h("div.toolbar", { role: "toolbar", "aria-label": "Tools of the editor" }, this.undo, this.redo, h("span.gap"),
-      iconButton("zoom-out", "minus", "Zoom out (-)", () => this.editor.zoomBy(1 / 1.25)), this.zoom,
-      iconButton("zoom-in", "plus", "Zoom in (+)", () => this.editor.zoomBy(1.25)),
-      iconButton("zoom-fit", "fit", "Fit (0)", () => this.editor.fit()), h("span.gap"),
-      this.model, this.detectButton, h("span.grow"),
-      h("span.score", { title: "Proposals below this score are hidden, and rejected when the image is saved as inspected" }, h("span.word", {}, "Score "), "≥ ", this.score, this.scoreText), this.acceptAll);
-    this.notice = h("div.notice", { testid: "notice", hidden: true });
-    this.cover = h("div.cover", { testid: "cover" }, h("p.muted", {}, "Loading…"));
-    this.name = h("span.image-name", { testid: "image-name", dir: "auto" });
-    this.facts = h("span.muted", { testid: "image-facts" });
-    this.saved = h("span.saved", { testid: "save-state", role: "status" }, "Saved");
-    this.foot = h("div.foot", {}, iconButton("previous-image", "previous", "The image before ([)", () => this.do("back")),
-      h("span.image", {}, this.name, this.facts), this.saved,
-      button("skip", "Skip", () => this.do("skip"), { key: "S" }),
-      button("inspected", "Inspected, next", () => this.do("inspected"), { kind: "primary", key: "↵" }));
-    return h("section.middle", { "aria-label": "Editor" }, this.tools, this.notice, h("div.canvas", {}, this.editor, this.cover), this.foot);
-  }
-
-  #right() {
-    this.boxCount = h("h2", { testid: "box-count" }, "Boxes");
-    this.boxList = h("ol.box-list", { testid: "box-list", "aria-label": "List of boxes" });
-    this.hiddenNote = h("p.note", { testid: "hidden-note" });
-    this.shots = h("div.row.shot-row", {},
-      button("add-shot", "Use as shot", () => this.#shot(false), { kind: "quiet", title: "The selected box is an example of its class for few-shot labelling" }),
-      button("add-negative", "Negative shot", () => this.#shot(true), { kind: "quiet", title: "The selected box looks like its class and is none" }));
-    const colours = h("select", { testid: "colour-by", "aria-label": "Colours by", onchange: () => { this.editor.dataset.colours = colours.value; } },
-      h("option", { value: "status" }, "by status"), h("option", { value: "class" }, "by class"));
-    return h("aside.right", { "aria-label": "Classes and boxes" }, this.picker.element,
-      h("section.panel.fill", { "aria-label": "Boxes" }, this.boxCount, this.boxList, this.hiddenNote, this.shots),
-      h("section.panel.legend-panel", { "aria-label": "Legend" }, h("div.panel-title", {}, h("h2", {}, "Colours"), colours),
-        h("ul.box-legend", { testid: "legend" }, LEGEND.map(([name, text]) => h("li", {}, h(`i.swatch.${name}`), text)))));
   }
 
   // ------------------------------------------------------------------------------------------------- coming and going
@@ -105,12 +79,21 @@ export class LabelScreen {
       this.#models();
       this.project = await this.app.refresh();
       this.queue.progress(this.project);
-      if (!this.project.images) { this.#noImages(); return; }
+      if (!this.project.images) {
+        this.#noImages();
+        return;
+      }
       await this.queue.load();
       if (argument) await this.open(Number(argument));
       else await this.#next(null);
     } catch (error) {
-      this.#covered(empty("The images could not be listed", error.message, button("retry", "Try again", () => this.start(argument))));
+      this.#covered(
+        empty(
+          "The images could not be listed",
+          error.message,
+          button("retry", "Try again", () => this.start(argument)),
+        ),
+      );
     }
   }
 
@@ -137,7 +120,10 @@ export class LabelScreen {
     const image = this.#sheet?.image.id;
     if (!saver) return;
     this.#saver = null;
-    saver.settled().then(() => post(`/images/${image}/release`, { holder })).catch(() => {});
+    saver
+      .settled()
+      .then(() => post(`/images/${image}/release`, { holder }))
+      .catch(() => {});
   }
 
   #release(going) {
@@ -158,8 +144,17 @@ export class LabelScreen {
       if (asked === this.#asked) this.#show(sheet);
     } catch (error) {
       if (asked !== this.#asked) return;
-      if (error.status === 409 && error.body?.lease) { this.#taken(id, error); return; }
-      this.#covered(empty("This image could not be opened", error.message, button("next-image", "Next image", () => this.#next(null))));
+      if (error.status === 409 && error.body?.lease) {
+        this.#taken(id, error);
+        return;
+      }
+      this.#covered(
+        empty(
+          "This image could not be opened",
+          error.message,
+          button("next-image", "Next image", () => this.#next(null)),
+        ),
+      );
     }
   }
 
@@ -180,13 +175,20 @@ export class LabelScreen {
 
   #show(sheet) {
     if (!sheet.image.width) {
-      this.#covered(empty("This image cannot be read", sheet.image.reason ?? "The file is damaged or is no image.",
-        button("next-image", "Next image", () => this.#next(null), { kind: "primary" })));
+      this.#covered(
+        empty(
+          "This image cannot be read",
+          sheet.image.reason ?? "The file is damaged or is no image.",
+          button("next-image", "Next image", () => this.#next(null), { kind: "primary" }),
+        ),
+      );
       return;
     }
     const { image } = sheet;
     const saver = new Saver(sheet, {
-      adopt: (now, boxes) => { if (this.#saver === saver) this.#adopt(now, boxes); },
+      adopt: (now, boxes) => {
+        if (this.#saver === saver) this.#adopt(now, boxes);
+      },
       state: (name, error) => this.#state(saver, name, error),
       conflict: (mine, current) => chooseSide(image, mine, current.boxes, this.classes),
     });
@@ -194,7 +196,12 @@ export class LabelScreen {
     this.#rejected = [];
     this.#sheet = sheet;
     this.cover.hidden = true;
-    this.editor.load({ src: address(`/images/${image.id}/file`), alt: image.name, width: image.width, height: image.height });
+    this.editor.load({
+      src: address(`/images/${image.id}/file`),
+      alt: image.name,
+      width: image.width,
+      height: image.height,
+    });
     this.name.textContent = image.name;
     this.name.title = image.name;
     this.facts.textContent = `${image.width} × ${image.height}`;
@@ -203,7 +210,8 @@ export class LabelScreen {
     this.queue.current(this.#sheet.image);
     this.app.address(`label/${image.id}`);
     const inside = document.activeElement;
-    if (!inside || inside === document.body || !inside.closest?.("dialog, .left input, .left select, .right input")) this.editor.focus({ preventScroll: true });
+    if (!inside || inside === document.body || !inside.closest?.("dialog, .left input, .left select, .right input"))
+      this.editor.focus({ preventScroll: true });
     this.#prefetch(image.id);
     this.#restore(sheet, saver);
   }
@@ -212,7 +220,10 @@ export class LabelScreen {
   async #restore(sheet, saver) {
     const kept = unsaved(sheet.image.id);
     if (!kept) return;
-    if (kept.version === sheet.version || await chooseSide(sheet.image, kept.boxes, sheet.boxes, this.classes) === "mine") {
+    if (
+      kept.version === sheet.version ||
+      (await chooseSide(sheet.image, kept.boxes, sheet.boxes, this.classes)) === "mine"
+    ) {
       const there = new Set(sheet.boxes.map((box) => box.id));
       this.#boxes = kept.boxes.map((box) => ({ ...box, id: there.has(box.id) ? box.id : undefined, score: null }));
       this.#paint();
@@ -222,7 +233,9 @@ export class LabelScreen {
   }
 
   #prefetch(id) {
-    const next = this.queue.images.find((image) => image.id !== id && ["new", "proposed", "in_inspection"].includes(image.status));
+    const next = this.queue.images.find(
+      (image) => image.id !== id && ["new", "proposed", "in_inspection"].includes(image.status),
+    );
     if (!next) return;
     this.ahead = new Image();
     this.ahead.src = address(`/images/${next.id}/file`);
@@ -245,35 +258,75 @@ export class LabelScreen {
 
   #noImages() {
     const { indexing } = this.project;
-    this.#covered(indexing
-      ? empty("The folder is being read", "Its images come up here as soon as they are known.")
-      : h("section.empty", { testid: "empty" }, h("h2", {}, "No images yet"), h("p", {}, "Add some; they are copied into the app's folder and never leave this machine."),
-        uploadPanel(this.project, () => this.start())));
-    if (indexing) setTimeout(() => { if (this.#asked >= 0) this.start(); }, 1000);
+    this.#covered(
+      indexing
+        ? empty("The folder is being read", "Its images come up here as soon as they are known.")
+        : h(
+            "section.empty",
+            { testid: "empty" },
+            h("h2", {}, "No images yet"),
+            h("p", {}, "Add some; they are copied into the app's folder and never leave this machine."),
+            uploadPanel(this.project, () => this.start()),
+          ),
+    );
+    if (indexing)
+      setTimeout(() => {
+        if (this.#asked >= 0) this.start();
+      }, 1000);
   }
 
   #finished() {
-    this.app.refresh().then((project) => this.queue.progress(project)).catch(() => {});
+    this.app
+      .refresh()
+      .then((project) => this.queue.progress(project))
+      .catch(() => {});
     const go = (screen) => () => this.app.go(screen);
-    this.#covered(empty("Nothing is left to do", "Every image was inspected or skipped. Train on them, see whether errors are left, or export the labels.",
-      button("go-train", "Train", go("train"), { kind: "primary" }), button("go-stop", "Errors left?", go("stop")), button("go-export", "Export", go("export"))));
+    this.#covered(
+      empty(
+        "Nothing is left to do",
+        "Every image was inspected or skipped. Train on them, see whether errors are left, or export the labels.",
+        button("go-train", "Train", go("train"), { kind: "primary" }),
+        button("go-stop", "Errors left?", go("stop")),
+        button("go-export", "Export", go("export")),
+      ),
+    );
   }
 
   #taken(id, error) {
     const until = new Date(error.body.lease.until).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
-    this.#covered(h("section.empty", { testid: "taken" }, h("h2", {}, "Somebody has this image open"),
-      h("p", {}, `Another tab or person holds it until ${until}. If both edit it, the second to save is asked whose boxes count.`),
-      h("div.row", {}, button("open-anyway", "Open it anyway", () => this.open(id, { anyway: true })),
-        button("next-image", "Next image", () => this.#next(null), { kind: "primary" }))));
+    this.#covered(
+      h(
+        "section.empty",
+        { testid: "taken" },
+        h("h2", {}, "Somebody has this image open"),
+        h(
+          "p",
+          {},
+          `Another tab or person holds it until ${until}. If both edit it, the second to save is asked ` +
+            `whose boxes count.`,
+        ),
+        h(
+          "div.row",
+          {},
+          button("open-anyway", "Open it anyway", () => this.open(id, { anyway: true })),
+          button("next-image", "Next image", () => this.#next(null), { kind: "primary" }),
+        ),
+      ),
+    );
   }
 
   #state(saver, name, error) {
-    if (saver !== this.#saver && name !== "failed") { if (name === "saved") this.app.banner(null); return; }
+    if (saver !== this.#saver && name !== "failed") {
+      if (name === "saved") this.app.banner(null);
+      return;
+    }
     this.saved.textContent = STATES[name];
     this.saved.dataset.state = name;
     if (name === "failed") {
-      this.app.banner(`Your last edit is not saved yet. ${error.message} It is kept here and tried again.`,
-        button("retry-save", "Try now", () => saver.retry()));
+      this.app.banner(
+        `Your last edit is not saved yet. ${error.message} It is kept here and tried again.`,
+        button("retry-save", "Try now", () => saver.retry()),
+      );
     } else if (name === "refused") this.#say(error);
     else if (name === "saved") this.app.banner(null);
   }
@@ -307,7 +360,9 @@ export class LabelScreen {
     } else {
       const all = await get(`/images/${sheet.image.id}/boxes`, { rejected: true }).catch(() => null);
       if (!all || !here()) return;
-      this.#rejected = all.boxes.filter((box) => box.status === "rejected").map((box) => ({ ...box, key: `r${box.id}` }));
+      this.#rejected = all.boxes
+        .filter((box) => box.status === "rejected")
+        .map((box) => ({ ...box, key: `r${box.id}` }));
     }
     this.#paint();
   }
@@ -325,10 +380,17 @@ export class LabelScreen {
     }
     const hidden = this.#boxes.length - shown.length;
     this.boxCount.textContent = shown.length ? plural(shown.length, "box", "boxes") : "Boxes";
-    this.hiddenNote.textContent = hidden ? `${plural(hidden, "proposal")} below ${this.minScore.toFixed(2)} hidden; rejected once the image is inspected.` : "";
+    this.hiddenNote.textContent = hidden
+      ? `${plural(hidden, "proposal")} below ${this.minScore.toFixed(2)} hidden; rejected once the image is inspected.`
+      : "";
     this.acceptAll.disabled = !shown.some((box) => box.status === "proposed");
-    put(this.boxList, shown.map((box, place) => this.#row(box, place)),
-      !shown.length && this.#sheet ? h("li.note", {}, "No box. Drag on the image to draw one, or save it as inspected: then it shows no object.") : null);
+    put(
+      this.boxList,
+      shown.map((box, place) => this.#row(box, place)),
+      !shown.length && this.#sheet
+        ? h("li.note", {}, "No box. Drag on the image to draw one, or save it as inspected: then it shows no object.")
+        : null,
+    );
     this.#selected();
   }
 
@@ -336,14 +398,40 @@ export class LabelScreen {
     const kind = this.classes.get(box.class_id);
     const [x0, y0, x1, y1] = box.xyxy;
     const chosen = box.key === this.editor.selected?.key;
-    return h(`li.box-row${chosen ? ".selected" : ""}`, { "data-key": box.key },
-      h("button.box-main", { type: "button", testid: "box-row", "aria-pressed": String(chosen), onclick: () => { this.editor.select(box.key); this.editor.focus(); } },
-        h("span.number", {}, place + 1), h(`i.swatch.${box.status}`), h("span.class-name", { dir: "auto" }, kind?.name ?? "Name it: C"),
+    return h(
+      `li.box-row${chosen ? ".selected" : ""}`,
+      { "data-key": box.key },
+      h(
+        "button.box-main",
+        {
+          type: "button",
+          testid: "box-row",
+          "aria-pressed": String(chosen),
+          onclick: () => {
+            this.editor.select(box.key);
+            this.editor.focus();
+          },
+        },
+        h("span.number", {}, place + 1),
+        h(`i.swatch.${box.status}`),
+        h("span.class-name", { dir: "auto" }, kind?.name ?? "Name it: C"),
         h("span.muted", {}, box.ignore ? "ignored" : box.status === "proposed" ? decimal(box.score, 2) : box.status),
-        h("span.place", {}, `${x0.toFixed(1)}, ${y0.toFixed(1)}   ${(x1 - x0).toFixed(1)} × ${(y1 - y0).toFixed(1)}`)),
-      h("span.box-actions", {},
-        box.status === "proposed" ? iconButton("accept-box", "accept", `Accept box ${place + 1}`, () => this.#accept(box.key)) : null,
-        iconButton("remove-box", box.source === "user" ? "remove" : "reject", `${box.source === "user" ? "Remove" : "Reject"} box ${place + 1}`, () => this.#remove(box.key))));
+        h("span.place", {}, `${x0.toFixed(1)}, ${y0.toFixed(1)}   ${(x1 - x0).toFixed(1)} × ${(y1 - y0).toFixed(1)}`),
+      ),
+      h(
+        "span.box-actions",
+        {},
+        box.status === "proposed"
+          ? iconButton("accept-box", "accept", `Accept box ${place + 1}`, () => this.#accept(box.key))
+          : null,
+        iconButton(
+          "remove-box",
+          box.source === "user" ? "remove" : "reject",
+          `${box.source === "user" ? "Remove" : "Reject"} box ${place + 1}`,
+          () => this.#remove(box.key),
+        ),
+      ),
+    );
   }
 
   #selected() {
@@ -404,7 +492,10 @@ export class LabelScreen {
       } else this.#paint();
     } else if (gone) {
       const image = this.#sheet?.image.id;
-      if (image) { this.#saver = null; this.open(image); }
+      if (image) {
+        this.#saver = null;
+        this.open(image);
+      }
     }
     this.editor.focus({ preventScroll: true });
   }
@@ -436,7 +527,10 @@ export class LabelScreen {
     if (place < 0) return;
     const [box] = this.#boxes.splice(place, 1);
     if (box.source !== "user" && box.id) this.#rejected.push({ ...box, status: "rejected", key: `r${box.id}` });
-    const next = this.#boxes.slice(place).concat(this.#boxes.slice(0, place)).find((one) => one.status === "proposed" && this.#isShown(one));
+    const next = this.#boxes
+      .slice(place)
+      .concat(this.#boxes.slice(0, place))
+      .find((one) => one.status === "proposed" && this.#isShown(one));
     this.#paint();
     if (next) this.editor.select(next.key);
     this.#save();
@@ -449,21 +543,23 @@ export class LabelScreen {
     }
   }
 
-  #setScore(score) {
+  setScore(score) {
     this.minScore = score;
     localStorage.setItem("simdetr.min_score", score);
     this.scoreText.textContent = score.toFixed(2);
     this.#paint();
   }
 
-  async #shot(negative) {
+  async shot(negative) {
     const box = this.editor.selected;
     if (!box?.id) return;
     try {
       await this.#saver?.settled();
       await post(`/projects/${this.project.id}/shots`, { box_id: box.id, negative });
       toast(negative ? "A negative shot more." : "A shot more.");
-    } catch (error) { this.#say(error); }
+    } catch (error) {
+      this.#say(error);
+    }
   }
 
   // ------------------------------------------------------------------------------------------------- actions
@@ -471,33 +567,91 @@ export class LabelScreen {
   async do(action, details = {}) {
     const editor = this.editor;
     const key = editor.selected?.key;
-    if (action === "keys") { showKeys(); return; }
-    if (action === "find-class") { this.picker.focus(); return; }
+    if (action === "keys") {
+      showKeys();
+      return;
+    }
+    if (action === "find-class") {
+      this.picker.focus();
+      return;
+    }
     if (!this.#sheet || this.#moving) return;
     this.#say(null);
     if (action !== "move" && action !== "resize") this.#commit();
     switch (action) {
-      case "next-box": editor.step(1); break;
-      case "previous-box": editor.step(-1); break;
-      case "accept": if (key) this.#accept(key); else this.#onward(); break;
-      case "accept-all": this.#acceptShown(); break;
+      case "next-box":
+        editor.step(1);
+        break;
+      case "previous-box":
+        editor.step(-1);
+        break;
+      case "accept":
+        if (key) this.#accept(key);
+        else this.#onward();
+        break;
+      case "accept-all":
+        this.#acceptShown();
+        break;
       case "reject":
-      case "remove": if (key) this.#remove(key); break;
-      case "class": { const id = this.picker.byDigit(details.digit); if (id !== null) this.picker.choose(id); break; }
-      case "ignore": this.#ignore(key); break;
-      case "draw": editor.drawInView(); break;
-      case "move": if (key) { this.keyed = true; editor.nudge(...details.by); this.keyed = false; } else editor.panBy(-40 * Math.sign(details.by[0]), -40 * Math.sign(details.by[1])); break;
-      case "resize": this.keyed = true; editor.grow(...details.by); this.keyed = false; break;
-      case "escape": if (!editor.cancel()) editor.select(null); this.#paint(); break;
-      case "zoom-in": editor.zoomBy(1.25); break;
-      case "zoom-out": editor.zoomBy(1 / 1.25); break;
-      case "fit": editor.fit(); break;
-      case "undo": if (!this.undo.disabled || this.#saver.pending) this.#saver.write("POST", "/undo"); break;
-      case "redo": if (!this.redo.disabled) this.#saver.write("POST", "/redo"); break;
-      case "back": { const image = this.queue.beside(this.#sheet.image.id, -1); if (image) await this.open(image.id); break; }
-      case "detect": await this.#detect(); break;
-      case "skip": await this.#done(() => this.#saver.write("PUT", "/status", { status: "skipped" })); break;
-      case "inspected": await this.#inspected(); break;
+      case "remove":
+        if (key) this.#remove(key);
+        break;
+      case "class": {
+        const id = this.picker.byDigit(details.digit);
+        if (id !== null) this.picker.choose(id);
+        break;
+      }
+      case "ignore":
+        this.#ignore(key);
+        break;
+      case "draw":
+        editor.drawInView();
+        break;
+      case "move":
+        if (key) {
+          this.keyed = true;
+          editor.nudge(...details.by);
+          this.keyed = false;
+        } else editor.panBy(-40 * Math.sign(details.by[0]), -40 * Math.sign(details.by[1]));
+        break;
+      case "resize":
+        this.keyed = true;
+        editor.grow(...details.by);
+        this.keyed = false;
+        break;
+      case "escape":
+        if (!editor.cancel()) editor.select(null);
+        this.#paint();
+        break;
+      case "zoom-in":
+        editor.zoomBy(1.25);
+        break;
+      case "zoom-out":
+        editor.zoomBy(1 / 1.25);
+        break;
+      case "fit":
+        editor.fit();
+        break;
+      case "undo":
+        if (!this.undo.disabled || this.#saver.pending) this.#saver.write("POST", "/undo");
+        break;
+      case "redo":
+        if (!this.redo.disabled) this.#saver.write("POST", "/redo");
+        break;
+      case "back": {
+        const image = this.queue.beside(this.#sheet.image.id, -1);
+        if (image) await this.open(image.id);
+        break;
+      }
+      case "detect":
+        await this.#detect();
+        break;
+      case "skip":
+        await this.#done(() => this.#saver.write("PUT", "/status", { status: "skipped" }));
+        break;
+      case "inspected":
+        await this.#inspected();
+        break;
     }
   }
 
@@ -563,7 +717,7 @@ export class LabelScreen {
       await this.#saver.settled();
       await this.picker.load();
       const sheet = await get(`/images/${image.id}/boxes`);
-      this.#saver.version = sheet.version;
+      this.#saver.know(sheet);
       this.#adopt(sheet, this.#saver.keyed(sheet.boxes));
       const found = sheet.boxes.filter((box) => box.status === "proposed").length;
       toast(found ? `${plural(found, "proposal")}.` : "The detector found nothing here.");
@@ -580,7 +734,10 @@ export class LabelScreen {
     this.detectButton.disabled = !models.length;
     if (!models.length) this.detectButton.title = "There is no detector yet: train one on what you label";
     this.model.hidden = models.length < 2;
-    put(this.model, models.map((one) => h("option", { value: one.id }, one.title || one.id)));
+    put(
+      this.model,
+      models.map((one) => h("option", { value: one.id }, one.title || one.id)),
+    );
     this.model.value = models.find((one) => one.active)?.id ?? models[0]?.id ?? "";
   }
 
@@ -594,8 +751,14 @@ export class LabelScreen {
     if (event.key === " " || event.key === "Enter") {
       if (!inEditor && target.closest?.("button, a, summary, input")) return;
       event.preventDefault();
-      if (event.key === "Enter") { if (!event.repeat) this.do("inspected"); return; }
-      if (!event.repeat) { this.editor.panning = true; this.editor.panned = false; }
+      if (event.key === "Enter") {
+        if (!event.repeat) this.do("inspected");
+        return;
+      }
+      if (!event.repeat) {
+        this.editor.panning = true;
+        this.editor.panned = false;
+      }
       return;
     }
     if (event.key === "Tab" && target === this.editor) {
@@ -605,7 +768,11 @@ export class LabelScreen {
     const found = actionOf(event);
     if (!found) return;
     if (target.type === "range" && ["move", "resize"].includes(found.action)) return;
-    if (event.repeat && !["move", "resize", "zoom-in", "zoom-out", "undo", "redo", "next-box", "previous-box"].includes(found.action)) return;
+    if (
+      event.repeat &&
+      !["move", "resize", "zoom-in", "zoom-out", "undo", "redo", "next-box", "previous-box"].includes(found.action)
+    )
+      return;
     event.preventDefault();
     this.do(found.action, found);
   }

@@ -17,7 +17,10 @@ export function bytes(value) {
   if (!known(value)) return DASH;
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let place = 0;
-  while (value >= 1024 && place < units.length - 1) { value /= 1024; place += 1; }
+  while (value >= 1024 && place < units.length - 1) {
+    value /= 1024;
+    place += 1;
+  }
   return `${value.toFixed(place && value < 10 ? 1 : 0)} ${units[place]}`;
 }
 
@@ -33,16 +36,24 @@ export const seconds = (from, to) => (from ? ((to ? new Date(to) : new Date()) -
 // Times are ISO 8601, or seconds since 1970 in the lines of a run.
 export const when = (time) => new Date(typeof time === "number" ? time * 1000 : time);
 
-export const clock = (time) => (time ? when(time).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }) : DASH);
+export const clock = (time) =>
+  time ? when(time).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }) : DASH;
 
 export const day = (time) =>
-  (time ? new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }) : DASH);
+  time ? new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }) : DASH;
 
 export const short = (value) =>
-  (known(value) ? (Math.abs(value) >= 1e9 ? `${(value / 1e9).toFixed(2)} G`
-    : Math.abs(value) >= 1e6 ? `${(value / 1e6).toFixed(2)} M`
-    : Math.abs(value) >= 1e4 ? `${(value / 1e3).toFixed(1)} k` : count(value)) : DASH);
+  known(value)
+    ? Math.abs(value) >= 1e9
+      ? `${(value / 1e9).toFixed(2)} G`
+      : Math.abs(value) >= 1e6
+        ? `${(value / 1e6).toFixed(2)} M`
+        : Math.abs(value) >= 1e4
+          ? `${(value / 1e3).toFixed(1)} k`
+          : count(value)
+    : DASH;
 
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 
-export const sentence = (text) => (text ? text[0].toUpperCase() + text.slice(1) + (/[.!?…]$/.test(text) ? "" : ".") : "");
+export const sentence = (text) =>
+  text ? text[0].toUpperCase() + text.slice(1) + (/[.!?…]$/.test(text) ? "" : ".") : "";

@@ -8,8 +8,17 @@ import { bytes, clock, count, DASH, decimal, duration, percent, seconds, sentenc
 import { AT_WORK, KINDS, RunFeed } from "./runs.js";
 
 const LOG_ROWS = 200;
-const STRATEGIES = [["", "as fits best"], ["mixed", "unsure and unlike"], ["interleave", "clusters by turns"], ["entropy", "unsure first"], ["k_center", "unlike first"],
-  ["cluster", "cluster by cluster"], ["box_size", "large boxes first"], ["cluster_size", "large clusters first"], ["random", "by chance"]];
+const STRATEGIES = [
+  ["", "as fits best"],
+  ["mixed", "unsure and unlike"],
+  ["interleave", "clusters by turns"],
+  ["entropy", "unsure first"],
+  ["k_center", "unlike first"],
+  ["cluster", "cluster by cluster"],
+  ["box_size", "large boxes first"],
+  ["cluster_size", "large clusters first"],
+  ["random", "by chance"],
+];
 
 export class ProgressScreen {
   #feed = null;
@@ -19,11 +28,30 @@ export class ProgressScreen {
     this.app = app;
     this.list = h("ul.runs.side-list", { testid: "runs", "aria-label": "Runs" });
     this.detail = h("div.run-detail", { testid: "run-detail" });
-    this.strategy = h("select", { testid: "strategy", "aria-label": "How images are ordered" }, STRATEGIES.map(([value, text]) => h("option", { value }, text)));
-    this.starts = h("section.card.starts", { "aria-label": "Start a run" }, h("h2", {}, "Start"),
-      button("detect-all", "Detect on all images", () => this.#begin("detect", {}), { icon: "detect", title: "Boxes for every image that nobody has inspected" }),
-      this.strategy, button("order", "Order the queue", () => this.#begin("order", this.strategy.value ? { strategy: this.strategy.value } : {})));
-    this.element = h("div.page.split", { testid: "screen-progress" }, h("aside", {}, h("h1", {}, "Runs"), this.list, this.starts), this.detail);
+    this.strategy = h(
+      "select",
+      { testid: "strategy", "aria-label": "How images are ordered" },
+      STRATEGIES.map(([value, text]) => h("option", { value }, text)),
+    );
+    this.starts = h(
+      "section.card.starts",
+      { "aria-label": "Start a run" },
+      h("h2", {}, "Start"),
+      button("detect-all", "Detect on all images", () => this.#begin("detect", {}), {
+        icon: "detect",
+        title: "Boxes for every image that nobody has inspected",
+      }),
+      this.strategy,
+      button("order", "Order the queue", () =>
+        this.#begin("order", this.strategy.value ? { strategy: this.strategy.value } : {}),
+      ),
+    );
+    this.element = h(
+      "div.page.split",
+      { testid: "screen-progress" },
+      h("aside", {}, h("h1", {}, "Runs"), this.list, this.starts),
+      this.detail,
+    );
     this.onRuns = () => this.#runs();
     app.runs.addEventListener("runs", this.onRuns);
   }
@@ -34,12 +62,20 @@ export class ProgressScreen {
     const run = Number(argument) || this.app.runs.active?.id || this.app.runs.runs[0]?.id;
     if (run) this.#follow(run);
     else {
-      put(this.detail, empty("No run yet", "Trainings, detections and orderings show up here, with their curves and their log.",
-        h("a.button.primary", { href: `#/p/${this.app.project.id}/train`, testid: "go-train" }, "Start a training")));
+      put(
+        this.detail,
+        empty(
+          "No run yet",
+          "Trainings, detections and orderings show up here, with their curves and their log.",
+          h("a.button.primary", { href: `#/p/${this.app.project.id}/train`, testid: "go-train" }, "Start a training"),
+        ),
+      );
     }
   }
 
-  update(argument) { if (Number(argument) && Number(argument) !== this.#feed?.id) this.#follow(Number(argument)); }
+  update(argument) {
+    if (Number(argument) && Number(argument) !== this.#feed?.id) this.#follow(Number(argument));
+  }
 
   leave() {
     this.#feed?.stop();
@@ -47,8 +83,34 @@ export class ProgressScreen {
   }
 
   #runs() {
-    put(this.list, this.app.runs.runs.map((run) => h("li", {}, h("a", { href: `#/p/${this.app.project.id}/progress/${run.id}`, testid: "run", "aria-current": run.id === this.#feed?.id ? "true" : null },
-      h("b", {}, `${KINDS[run.kind]} ${run.id}`), status(run.state), h("span.muted", {}, run.state === "running" ? percent(run.progress) : run.position ? `${run.position}. in the queue` : clock(run.created))))));
+    put(
+      this.list,
+      this.app.runs.runs.map((run) =>
+        h(
+          "li",
+          {},
+          h(
+            "a",
+            {
+              href: `#/p/${this.app.project.id}/progress/${run.id}`,
+              testid: "run",
+              "aria-current": run.id === this.#feed?.id ? "true" : null,
+            },
+            h("b", {}, `${KINDS[run.kind]} ${run.id}`),
+            status(run.state),
+            h(
+              "span.muted",
+              {},
+              run.state === "running"
+                ? percent(run.progress)
+                : run.position
+                  ? `${run.position}. in the queue`
+                  : clock(run.created),
+            ),
+          ),
+        ),
+      ),
+    );
   }
 
   async #begin(kind, parameters) {
@@ -57,14 +119,20 @@ export class ProgressScreen {
       const run = await post(`/projects/${this.app.project.id}/runs`, { kind, parameters });
       await this.app.runs.look();
       this.#follow(run.id);
-    } catch (error) { complain(this.starts, error); }
+    } catch (error) {
+      complain(this.starts, error);
+    }
   }
 
   #follow(id) {
     this.#feed?.stop();
     this.#messages = [];
     this.#build();
-    this.#feed = new RunFeed(id, (run, rows) => this.#seen(run, rows), (error) => complain(this.detail, error));
+    this.#feed = new RunFeed(
+      id,
+      (run, rows) => this.#seen(run, rows),
+      (error) => complain(this.detail, error),
+    );
     this.#runs();
     this.app.address(`progress/${id}`);
   }
@@ -79,8 +147,17 @@ export class ProgressScreen {
     this.charts = h("div.charts", { testid: "run-charts" });
     this.log = h("ol.log", { testid: "run-log", tabindex: 0, "aria-label": "Log" });
     this.settings = h("dl.settings");
-    put(this.detail, h("div.page-head", {}, this.title, this.actions), h("div.progress-line", {}, this.bar, this.share), this.words, this.facts, this.charts,
-      h("h3", {}, "Log"), this.log, h("details", {}, h("summary", {}, "Settings of this run"), this.settings));
+    put(
+      this.detail,
+      h("div.page-head", {}, this.title, this.actions),
+      h("div.progress-line", {}, this.bar, this.share),
+      this.words,
+      this.facts,
+      this.charts,
+      h("h3", {}, "Log"),
+      this.log,
+      h("details", {}, h("summary", {}, "Settings of this run"), this.settings),
+    );
   }
 
   async #seen(run, rows) {
@@ -89,27 +166,53 @@ export class ProgressScreen {
     put(this.actions, this.#buttons(run));
     this.bar.value = run.progress;
     this.share.textContent = percent(run.progress, 0);
-    this.words.textContent = run.error ?? (run.position ? `Waits: ${run.position}. in the queue.` : sentence(run.message));
+    this.words.textContent =
+      run.error ?? (run.position ? `Waits: ${run.position}. in the queue.` : sentence(run.message));
     this.words.className = run.error ? "run-words error" : "run-words";
     const last = rows.findLast((row) => row.step !== undefined && row.loss !== undefined) ?? {};
     this.#figures(run, last);
     this.#curves(rows);
     this.#write(run, rows);
-    put(this.settings, Object.entries(run.parameters).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value)))),
-      run.snapshot && h("div", {}, h("dt", {}, "snapshot of the labels"), h("dd", {}, run.snapshot)));
+    put(
+      this.settings,
+      Object.entries(run.parameters).map(([name, value]) =>
+        h("div", {}, h("dt", {}, name), h("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value))),
+      ),
+      run.snapshot && h("div", {}, h("dt", {}, "snapshot of the labels"), h("dd", {}, run.snapshot)),
+    );
     if (AT_WORK.has(run.state)) this.machine = await get("/system").catch(() => this.machine);
     if (!AT_WORK.has(run.state)) this.app.runs.look();
   }
 
   #buttons(run) {
     const act = (what) => async () => {
-      try { await post(`/runs/${run.id}/${what}`); this.#feed.again(); this.app.runs.look(); } catch (error) { complain(this.detail, error); }
+      try {
+        await post(`/runs/${run.id}/${what}`);
+        this.#feed.again();
+        this.app.runs.look();
+      } catch (error) {
+        complain(this.detail, error);
+      }
     };
-    return [AT_WORK.has(run.state) ? button("cancel-run", "Cancel", act("cancel"), { icon: "stop" }) : null,
-      run.resumable && !AT_WORK.has(run.state) ? button("resume-run", "Resume", act("resume"), { icon: "play", kind: "primary" }) : null,
-      run.state === "done" && run.kind === "train" ? h("a.button.primary", { href: `#/p/${this.app.project.id}/results/run-${run.id}`, testid: "see-results" }, "Results") : null,
-      run.state === "done" && run.kind === "autolabel" ? h("a.button.primary", { href: `#/p/${this.app.project.id}/fewshot`, testid: "see-fewshot" }, "Candidates") : null,
-      run.state === "done" && ["detect", "order"].includes(run.kind) ? h("a.button.primary", { href: `#/p/${this.app.project.id}/label`, testid: "see-queue" }, "To the queue") : null];
+    return [
+      AT_WORK.has(run.state) ? button("cancel-run", "Cancel", act("cancel"), { icon: "stop" }) : null,
+      run.resumable && !AT_WORK.has(run.state)
+        ? button("resume-run", "Resume", act("resume"), { icon: "play", kind: "primary" })
+        : null,
+      run.state === "done" && run.kind === "train"
+        ? h(
+            "a.button.primary",
+            { href: `#/p/${this.app.project.id}/results/run-${run.id}`, testid: "see-results" },
+            "Results",
+          )
+        : null,
+      run.state === "done" && run.kind === "autolabel"
+        ? h("a.button.primary", { href: `#/p/${this.app.project.id}/fewshot`, testid: "see-fewshot" }, "Candidates")
+        : null,
+      run.state === "done" && ["detect", "order"].includes(run.kind)
+        ? h("a.button.primary", { href: `#/p/${this.app.project.id}/label`, testid: "see-queue" }, "To the queue")
+        : null,
+    ];
   }
 
   #figures(run, last) {
@@ -117,13 +220,25 @@ export class ProgressScreen {
     const left = run.state === "running" && run.progress > 0.02 ? (took / run.progress) * (1 - run.progress) : null;
     const device = this.machine?.devices[0];
     const fact = (name, value, testid) => h("div", {}, h("dt", {}, name), h("dd", { testid }, value));
-    put(this.facts, fact(run.unit ? run.unit[0].toUpperCase() + run.unit.slice(1) : "Done", `${count(run.done)} / ${run.total ? count(run.total) : DASH}`, "run-steps"),
-      run.kind === "train" ? fact("Epoch", count(last.epoch)) : null, run.kind === "train" ? fact("Loss", decimal(last.loss)) : null,
-      run.kind === "train" ? fact("Learning rate", decimal(last.lr, 5)) : null, last.seconds_per_step ? fact("A step", duration2(last.seconds_per_step)) : null,
-      fact("Took", duration(took)), left === null ? null : fact("Left, about", duration(left)),
+    put(
+      this.facts,
+      fact(
+        run.unit ? run.unit[0].toUpperCase() + run.unit.slice(1) : "Done",
+        `${count(run.done)} / ${run.total ? count(run.total) : DASH}`,
+        "run-steps",
+      ),
+      run.kind === "train" ? fact("Epoch", count(last.epoch)) : null,
+      run.kind === "train" ? fact("Loss", decimal(last.loss)) : null,
+      run.kind === "train" ? fact("Learning rate", decimal(last.lr, 5)) : null,
+      last.seconds_per_step ? fact("A step", duration2(last.seconds_per_step)) : null,
+      fact("Took", duration(took)),
+      left === null ? null : fact("Left, about", duration(left)),
       last.memory ? fact("Memory of the run", bytes(last.memory)) : null,
       this.machine && AT_WORK.has(run.state) ? fact("Processor", `${Math.round(this.machine.cpu_percent)} %`) : null,
-      device && AT_WORK.has(run.state) ? fact("Device memory", `${bytes(device.memory_used)} of ${bytes(device.memory_total)}`) : null);
+      device && AT_WORK.has(run.state)
+        ? fact("Device memory", `${bytes(device.memory_used)} of ${bytes(device.memory_total)}`)
+        : null,
+    );
   }
 
   #curves(rows) {
@@ -131,14 +246,30 @@ export class ProgressScreen {
   }
 
   #write(run, rows) {
-    if (run.message && this.#messages.at(-1)?.text !== run.message) this.#messages.push({ time: new Date().toISOString(), text: run.message });
-    const lines = rows.filter((row) => row.step !== undefined).map((row) => ({ time: row.time, text: row.scores
-      ? `step ${count(row.step)}: ${Object.entries(row.scores).map(([name, value]) => `${name} ${decimal(value)}`).join(", ")}`
-      : `step ${count(row.step)} of ${count(row.total_steps)}: loss ${decimal(row.loss)}, ${Object.entries(row.losses ?? {}).map(([name, value]) => `${name} ${decimal(value)}`).join(", ")}` }));
+    if (run.message && this.#messages.at(-1)?.text !== run.message)
+      this.#messages.push({ time: new Date().toISOString(), text: run.message });
+    const lines = rows
+      .filter((row) => row.step !== undefined)
+      .map((row) => ({
+        time: row.time,
+        text: row.scores
+          ? `step ${count(row.step)}: ${Object.entries(row.scores)
+              .map(([name, value]) => `${name} ${decimal(value)}`)
+              .join(", ")}`
+          : `step ${count(row.step)} of ${count(row.total_steps)}: loss ${decimal(row.loss)}, ${Object.entries(
+              row.losses ?? {},
+            )
+              .map(([name, value]) => `${name} ${decimal(value)}`)
+              .join(", ")}`,
+      }));
     const all = [...lines, ...this.#messages].sort((a, b) => when(a.time) - when(b.time)).slice(-LOG_ROWS);
     const atEnd = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 30;
-    put(this.log, all.map((line) => h("li", {}, h("time", {}, clock(line.time)), line.text)),
-      run.artefacts.includes("log") && h("li", {}, h("a", { href: address(`/runs/${run.id}/artefacts/log`), download: "" }, "The whole log")));
+    put(
+      this.log,
+      all.map((line) => h("li", {}, h("time", {}, clock(line.time)), line.text)),
+      run.artefacts.includes("log") &&
+        h("li", {}, h("a", { href: address(`/runs/${run.id}/artefacts/log`), download: "" }, "The whole log")),
+    );
     if (atEnd) this.log.scrollTop = this.log.scrollHeight;
   }
 }
@@ -153,17 +284,43 @@ export function trainingCharts(rows) {
     steps.push(row);
   }
   const parts = [...new Set(steps.flatMap((row) => Object.keys(row.losses ?? {})))].slice(0, 6);
-  const tested = rows.filter((row) => row.scores);
-  const names = [...new Set(tested.flatMap((row) => Object.keys(row.scores)))].filter((name) => /^AP(50|75)?$/.test(name));
+  const tested = rows
+    .filter((row) => row.scores)
+    .map((row) => ({ ...row, step: row.step ?? steps.at(-1)?.step })) // the last ones come after the last step
+    .filter((row) => row.step !== undefined);
+  const names = [...new Set(tested.flatMap((row) => Object.keys(row.scores)))].filter((name) =>
+    /^AP(50|75)?$/.test(name),
+  );
   const curves = [];
-  if (steps.length) curves.push(lineChart({ title: "Loss", xName: "step", testid: "chart-loss", series: [{ name: "loss", points: steps.map((row) => [row.step, row.loss]) }] }));
+  if (steps.length)
+    curves.push(
+      lineChart({
+        title: "Loss",
+        xName: "step",
+        testid: "chart-loss",
+        series: [{ name: "loss", points: steps.map((row) => [row.step, row.loss]) }],
+      }),
+    );
   if (parts.length) {
-    curves.push(lineChart({ title: "Parts of the loss", xName: "step", testid: "chart-losses",
-      series: parts.map((name) => ({ name, points: steps.map((row) => [row.step, row.losses?.[name] ?? null]) })) }));
+    curves.push(
+      lineChart({
+        title: "Parts of the loss",
+        xName: "step",
+        testid: "chart-losses",
+        series: parts.map((name) => ({ name, points: steps.map((row) => [row.step, row.losses?.[name] ?? null]) })),
+      }),
+    );
   }
   if (names.length) {
-    curves.push(lineChart({ title: "Average precision", xName: "step", most: 1, testid: "chart-scores",
-      series: names.map((name) => ({ name, points: tested.map((row) => [row.step, row.scores[name]]) })) }));
+    curves.push(
+      lineChart({
+        title: "Average precision",
+        xName: "step",
+        most: 1,
+        testid: "chart-scores",
+        series: names.map((name) => ({ name, points: tested.map((row) => [row.step, row.scores[name]]) })),
+      }),
+    );
   }
   return curves;
 }

@@ -4,9 +4,24 @@ import { address, get } from "./api.js";
 import { button, h, put, status } from "./elements.js";
 import { count, decimal, plural } from "./numbers.js";
 
-const VIEWS = [["queue", "To do, by priority"], ["", "All images"], ["proposed", "With proposals"], ["new", "New"],
-  ["in_inspection", "Open"], ["inspected", "Inspected"], ["skipped", "Skipped"], ["unreadable", "Unreadable"]];
-const SOURCES = [["", "Any source"], ["user", "Drawn"], ["detector", "Detector"], ["lvc", "Few-shot"], ["wsol", "Localised"], ["import", "Imported"]];
+const VIEWS = [
+  ["queue", "To do, by priority"],
+  ["", "All images"],
+  ["proposed", "With proposals"],
+  ["new", "New"],
+  ["in_inspection", "Open"],
+  ["inspected", "Inspected"],
+  ["skipped", "Skipped"],
+  ["unreadable", "Unreadable"],
+];
+const SOURCES = [
+  ["", "Any source"],
+  ["user", "Drawn"],
+  ["detector", "Detector"],
+  ["lvc", "Few-shot"],
+  ["wsol", "Localised"],
+  ["import", "Imported"],
+];
 const PAGE = 40;
 
 const options = (rows) => rows.map(([value, text]) => h("option", { value }, text));
@@ -21,18 +36,51 @@ export class Queue {
   constructor(project, classes, open) {
     this.project = project;
     this.open = open;
-    this.view = h("select", { testid: "filter-status", "aria-label": "Which images", onchange: () => this.load() }, options(VIEWS));
-    this.source = h("select", { testid: "filter-source", "aria-label": "Source of boxes", onchange: () => this.load() }, options(SOURCES));
-    this.kind = h("select", { testid: "filter-class", "aria-label": "Class of boxes", dir: "auto", onchange: () => this.load() });
-    this.search = h("input", { type: "search", placeholder: "Name contains…", testid: "filter-search", "aria-label": "Name contains",
-      oninput: () => { clearTimeout(this.typing); this.typing = setTimeout(() => this.load(), 250); } });
-    this.more = h("details.filters", { testid: "filters" }, h("summary", {}, "Filter"), this.search, this.kind, this.source);
+    this.view = h(
+      "select",
+      { testid: "filter-status", "aria-label": "Which images", onchange: () => this.load() },
+      options(VIEWS),
+    );
+    this.source = h(
+      "select",
+      { testid: "filter-source", "aria-label": "Source of boxes", onchange: () => this.load() },
+      options(SOURCES),
+    );
+    this.kind = h("select", {
+      testid: "filter-class",
+      "aria-label": "Class of boxes",
+      dir: "auto",
+      onchange: () => this.load(),
+    });
+    this.search = h("input", {
+      type: "search",
+      placeholder: "Name contains…",
+      testid: "filter-search",
+      "aria-label": "Name contains",
+      oninput: () => {
+        clearTimeout(this.typing);
+        this.typing = setTimeout(() => this.load(), 250);
+      },
+    });
+    this.more = h(
+      "details.filters",
+      { testid: "filters" },
+      h("summary", {}, "Filter"),
+      this.search,
+      this.kind,
+      this.source,
+    );
     this.list = h("ol.queue", { testid: "queue", "aria-label": "Images" });
     this.note = h("p.note", { testid: "queue-note" });
     this.bar = h("progress", { max: 1, value: 0, "aria-label": "Images inspected" });
     this.done = h("p.done", { testid: "inspected-count" });
-    this.element = h("aside.left", { "aria-label": "Queue" },
-      h("div.panel-head", {}, this.done, this.bar, this.view, this.more), this.list, this.note);
+    this.element = h(
+      "aside.left",
+      { "aria-label": "Queue" },
+      h("div.panel-head", {}, this.done, this.bar, this.view, this.more),
+      this.list,
+      this.note,
+    );
     this.classes = classes;
   }
 
@@ -75,8 +123,14 @@ export class Queue {
 
   #page(after) {
     const wanted = this.view.value === "queue" ? ["new", "proposed", "in_inspection"] : this.view.value || null;
-    return get(`/projects/${this.project.id}/images`, { status: wanted, class_id: this.kind.value,
-      source: this.source.value, search: this.search.value.trim(), limit: PAGE, after });
+    return get(`/projects/${this.project.id}/images`, {
+      status: wanted,
+      class_id: this.kind.value || null,
+      source: this.source.value || null,
+      search: this.search.value.trim() || null,
+      limit: PAGE,
+      after,
+    });
   }
 
   async #append() {
@@ -89,7 +143,12 @@ export class Queue {
   progress(project) {
     const { inspected, skipped } = project.by_status;
     this.bar.value = project.images ? inspected / project.images : 0;
-    put(this.done, h("b", {}, count(inspected)), ` of ${plural(project.images, "image")} inspected`, skipped ? `, ${count(skipped)} skipped` : "");
+    put(
+      this.done,
+      h("b", {}, count(inspected)),
+      ` of ${plural(project.images, "image")} inspected`,
+      skipped ? `, ${count(skipped)} skipped` : "",
+    );
   }
 
   // The image after or before this one in the list; null at its end.
@@ -120,20 +179,57 @@ export class Queue {
   }
 
   #paint() {
-    put(this.list, this.#images.map((image) => this.#item(image)),
-      this.#next && h("li", {}, button("load-more", "More", () => this.#append(), { kind: "quiet" })));
+    put(
+      this.list,
+      this.#images.map((image) => this.#item(image)),
+      this.#next &&
+        h(
+          "li",
+          {},
+          button("load-more", "More", () => this.#append(), { kind: "quiet" }),
+        ),
+    );
   }
 
   #item(image) {
-    const boxes = Object.entries(image.counts).reduce((sum, [name, number]) => sum + (name === "rejected" ? 0 : number), 0);
-    return h("li", {}, h("button.queue-item", { type: "button", testid: "queue-item", "data-image": image.id, title: image.reason ?? image.name,
-      "aria-current": image.id === this.#current ? "true" : null, onclick: () => this.open(image.id) },
-    h("img", { src: address(`/images/${image.id}/thumbnail`, { size: 128 }), alt: "", loading: "lazy", width: 64, height: 48 }),
-    h("span.queue-text", {},
-      h("span.queue-name", { dir: "auto" }, image.name),
-      h("span.queue-line", {}, status(image.status),
-        boxes ? h("span", {}, plural(boxes, "box", "boxes")) : null,
-        image.priority === null ? null : h("span.priority", { title: "Priority" }, decimal(image.priority, 2))),
-      h("span.queue-reason", { dir: "auto" }, image.reason ?? ""))));
+    const boxes = Object.entries(image.counts).reduce(
+      (sum, [name, number]) => sum + (name === "rejected" ? 0 : number),
+      0,
+    );
+    return h(
+      "li",
+      {},
+      h(
+        "button.queue-item",
+        {
+          type: "button",
+          testid: "queue-item",
+          "data-image": image.id,
+          title: image.reason ?? image.name,
+          "aria-current": image.id === this.#current ? "true" : null,
+          onclick: () => this.open(image.id),
+        },
+        h("img", {
+          src: address(`/images/${image.id}/thumbnail`, { size: 128 }),
+          alt: "",
+          loading: "lazy",
+          width: 64,
+          height: 48,
+        }),
+        h(
+          "span.queue-text",
+          {},
+          h("span.queue-name", { dir: "auto" }, image.name),
+          h(
+            "span.queue-line",
+            {},
+            status(image.status),
+            boxes ? h("span", {}, plural(boxes, "box", "boxes")) : null,
+            image.priority === null ? null : h("span.priority", { title: "Priority" }, decimal(image.priority, 2)),
+          ),
+          h("span.queue-reason", { dir: "auto" }, image.reason ?? ""),
+        ),
+      ),
+    );
   }
 }

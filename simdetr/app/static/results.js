@@ -15,28 +15,69 @@ export class ResultsScreen {
     this.base = `/projects/${app.project.id}/models`;
     this.list = h("ul.runs.side-list", { testid: "models", "aria-label": "Models" });
     this.detail = h("div.run-detail", { testid: "model-detail" });
-    this.element = h("div.page.split", { testid: "screen-results" }, h("aside", {}, h("h1", {}, "Models"), this.list), this.detail);
+    this.element = h(
+      "div.page.split",
+      { testid: "screen-results" },
+      h("aside", {}, h("h1", {}, "Models"), this.list),
+      this.detail,
+    );
   }
 
   async start(argument) {
     try {
       this.#models = (await get(this.base)).models;
       this.#paint();
-      const wanted = this.#models.find((one) => one.id === argument) ?? this.#models.find((one) => one.active) ?? this.#models[0];
+      const wanted =
+        this.#models.find((one) => one.id === argument) ?? this.#models.find((one) => one.active) ?? this.#models[0];
       if (wanted) await this.#show(wanted.id);
       else {
-        put(this.detail, empty("No model yet", "A training makes one from the images that you inspected. Its curves and scores come up here.",
-          h("a.button.primary", { href: `#/p/${this.app.project.id}/train`, testid: "go-train" }, "Train")));
+        put(
+          this.detail,
+          empty(
+            "No model yet",
+            "A training makes one from the images that you inspected. Its curves and scores come up here.",
+            h("a.button.primary", { href: `#/p/${this.app.project.id}/train`, testid: "go-train" }, "Train"),
+          ),
+        );
       }
-    } catch (error) { complain(this.detail, error); }
+    } catch (error) {
+      complain(this.detail, error);
+    }
   }
 
-  update(argument) { if (argument && argument !== this.#shown) this.#show(argument); }
+  update(argument) {
+    if (argument && argument !== this.#shown) this.#show(argument);
+  }
 
   #paint() {
-    put(this.list, this.#models.map((one) => h("li", {}, h("a", { href: `#/p/${this.app.project.id}/results/${one.id}`, testid: "model-link", "aria-current": one.id === this.#shown ? "true" : null },
-      h("b", {}, one.title || one.id), one.active ? h("span.status.inspected", {}, "in use") : null,
-      h("span.muted", {}, one.scores?.AP !== undefined && one.scores.AP !== null ? `AP ${decimal(one.scores.AP)}` : one.created ? day(one.created) : "")))));
+    put(
+      this.list,
+      this.#models.map((one) =>
+        h(
+          "li",
+          {},
+          h(
+            "a",
+            {
+              href: `#/p/${this.app.project.id}/results/${one.id}`,
+              testid: "model-link",
+              "aria-current": one.id === this.#shown ? "true" : null,
+            },
+            h("b", {}, one.title || one.id),
+            one.active ? h("span.status.inspected", {}, "in use") : null,
+            h(
+              "span.muted",
+              {},
+              one.scores?.AP !== undefined && one.scores.AP !== null
+                ? `AP ${decimal(one.scores.AP)}`
+                : one.created
+                  ? day(one.created)
+                  : "",
+            ),
+          ),
+        ),
+      ),
+    );
   }
 
   async #show(id) {
@@ -44,29 +85,79 @@ export class ResultsScreen {
     this.#paint();
     this.app.address(`results/${id}`);
     const model = this.#models.find((one) => one.id === id);
-    if (!model) { put(this.detail, empty("There is no such model", "It may have been deleted. Choose one on the left.")); return; }
+    if (!model) {
+      put(this.detail, empty("There is no such model", "It may have been deleted. Choose one on the left."));
+      return;
+    }
     const trouble = h("div");
     const summary = h("section.card", { testid: "model-summary" }, h("h3", {}, "Model"), h("p.muted", {}, "Counting…"));
     const curves = h("div.charts", { testid: "model-curves" });
     const classes = h("section.card", { testid: "per-class" }, h("h3", {}, "By class"));
-    const scores = h("dl.facts.tiles", { testid: "model-scores" }, Object.entries(model.scores ?? {}).slice(0, 8)
-      .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, decimal(value)))));
-    put(this.detail, h("div.page-head", {}, h("h2.run-title", {}, model.title || model.id), h("div.row", {},
-      model.active ? h("span.status.inspected", { testid: "in-use" }, "in use") : button("use-model", "Use this model", () => this.#use(model, trouble), { kind: "primary" }),
-      h("a.button", { href: address(`${this.base}/${model.id}/download`), download: "", testid: "download-model" }, "Download"))),
-    trouble, scores, curves, h("div.two", {}, classes, summary));
+    const scores = h(
+      "dl.facts.tiles",
+      { testid: "model-scores" },
+      Object.entries(model.scores ?? {})
+        .slice(0, 8)
+        .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, decimal(value)))),
+    );
+    put(
+      this.detail,
+      h(
+        "div.page-head",
+        {},
+        h("h2.run-title", {}, model.title || model.id),
+        h(
+          "div.row",
+          {},
+          model.active
+            ? h("span.status.inspected", { testid: "in-use" }, "in use")
+            : button("use-model", "Use this model", () => this.#use(model, trouble), { kind: "primary" }),
+          h(
+            "a.button",
+            { href: address(`${this.base}/${model.id}/download`), download: "", testid: "download-model" },
+            "Download",
+          ),
+        ),
+      ),
+      trouble,
+      scores,
+      curves,
+      h("div.two", {}, classes, summary),
+    );
     await Promise.all([this.#summary(model, summary), this.#curves(model, curves, classes)]);
   }
 
   async #summary(model, place) {
     try {
       const found = await get(`${this.base}/${model.id}`);
-      const rows = [["Detector", found.detector ?? DASH], ["Parameters", count(found.parameters)], ["of these trained", count(found.trainable)], ["Layers", count(found.layers)],
-        ["GFLOPs an image", found.gflops === null ? DASH : decimal(found.gflops, 2)], ["Image size", found.image_size.join(" × ")], ["Classes", model.classes.join(", ") || DASH], ["Snapshot of the labels", found.snapshot ?? DASH]];
-      put(place, h("h3", {}, "Model"), h("dl.settings", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", { dir: "auto", title: String(value) }, value)))),
-        found.configuration && h("details", {}, h("summary", {}, "Configuration"), h("pre", { tabindex: 0 }, found.configuration)));
+      const rows = [
+        ["Detector", found.detector ?? DASH],
+        ["Parameters", count(found.parameters)],
+        ["of these trained", count(found.trainable)],
+        ["Layers", count(found.layers)],
+        ["GFLOPs an image", found.gflops === null ? DASH : decimal(found.gflops, 2)],
+        ["Image size", found.image_size.join(" × ")],
+        ["Classes", model.classes.join(", ") || DASH],
+        ["Snapshot of the labels", found.snapshot ?? DASH],
+      ];
+      put(
+        place,
+        h("h3", {}, "Model"),
+        h(
+          "dl.settings",
+          {},
+          rows.map(([name, value]) =>
+            h("div", {}, h("dt", {}, name), h("dd", { dir: "auto", title: String(value) }, value)),
+          ),
+        ),
+        found.configuration &&
+          h("details", {}, h("summary", {}, "Configuration"), h("pre", { tabindex: 0 }, found.configuration)),
+      );
       place.title = `${short(found.parameters)} parameters`;
-    } catch (error) { put(place, h("h3", {}, "Model")); complain(place, error); }
+    } catch (error) {
+      put(place, h("h3", {}, "Model"));
+      complain(place, error);
+    }
   }
 
   async #curves(model, curves, classes) {
@@ -80,10 +171,24 @@ export class ResultsScreen {
       const charts = trainingCharts(metrics);
       put(curves, charts.length ? charts : h("p.note", {}, "This training left no curves."));
       const last = metrics.findLast((row) => row.per_class && Object.keys(row.per_class).length);
-      const rows = Object.entries(last?.per_class ?? {}).map(([name, value]) => [name, typeof value === "object" ? value?.AP : value]);
-      put(classes, h("h3", {}, "Average precision by class"), rows.length ? bars(rows.map(([name, share]) => ({ name, share, text: decimal(share) })))
-        : h("p.note", {}, "This training was not measured by class: that needs inspected images that are kept for validation."));
-    } catch (error) { complain(curves, error); }
+      const rows = Object.entries(last?.per_class ?? {}).map(([name, value]) => [
+        name,
+        typeof value === "object" ? value?.AP : value,
+      ]);
+      put(
+        classes,
+        h("h3", {}, "Average precision by class"),
+        rows.length
+          ? bars(rows.map(([name, share]) => ({ name, share, text: decimal(share) })))
+          : h(
+              "p.note",
+              {},
+              "This training was not measured by class: that needs inspected images that are kept for validation.",
+            ),
+      );
+    } catch (error) {
+      complain(curves, error);
+    }
   }
 
   async #use(model, trouble) {
@@ -91,6 +196,8 @@ export class ResultsScreen {
       await post(`${this.base}/${model.id}/activate`);
       toast("The next detections are this model's.");
       await this.start(model.id);
-    } catch (error) { complain(trouble, error); }
+    } catch (error) {
+      complain(trouble, error);
+    }
   }
 }

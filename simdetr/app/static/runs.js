@@ -4,7 +4,13 @@ import { get } from "./api.js";
 
 const EVERY_MS = 1000;
 export const AT_WORK = new Set(["queued", "running"]);
-export const KINDS = { train: "Training", detect: "Detection", order: "Ordering", embed: "Clustering", autolabel: "Few labels to many" };
+export const KINDS = {
+  train: "Training",
+  detect: "Detection",
+  order: "Ordering",
+  embed: "Clustering",
+  autolabel: "Few labels to many",
+};
 
 export class RunWatch extends EventTarget {
   runs = [];
@@ -12,7 +18,9 @@ export class RunWatch extends EventTarget {
   #timer = null;
 
   get active() {
-    return this.runs.find((run) => run.state === "running") ?? this.runs.findLast((run) => run.state === "queued") ?? null;
+    return (
+      this.runs.find((run) => run.state === "running") ?? this.runs.findLast((run) => run.state === "queued") ?? null
+    );
   }
 
   follow(project) {
@@ -38,7 +46,9 @@ export class RunWatch extends EventTarget {
       if (project !== this.#project) return;
       this.runs = runs;
       this.dispatchEvent(new Event("runs"));
-    } catch { /* the screens say it; the next look may work */ }
+    } catch {
+      /* the screens say it; the next look may work */
+    }
     clearTimeout(this.#timer);
     if (this.active) this.#timer = setTimeout(() => this.look(), EVERY_MS);
   }

@@ -6,7 +6,8 @@ import { ask, holder } from "./api.js";
 const WAITS_MS = [1000, 2000, 4000, 8000];
 const ORPHAN_MS = 20_000; // unsaved edits of a tab that was closed
 
-// Of one image that is open. `hooks`: {adopt(sheet, boxes), state(name, error), conflict(mine, current) -> "mine"/"theirs"}.
+// Of one image that is open. `hooks`: {adopt(sheet, boxes), state(name, error), conflict(mine, current) ->
+// "mine"/"theirs"}.
 export class Saver {
   #ops = [];
   #running = null;
@@ -17,9 +18,15 @@ export class Saver {
 
   constructor(sheet, hooks) {
     this.image = sheet.image.id;
-    this.version = sheet.version;
+    this.know(sheet);
     this.hooks = hooks;
     this.failures = 0;
+  }
+
+  // What the server has now, as far as this tab was told.
+  know(sheet) {
+    this.version = sheet.version;
+    this.known = sheet.boxes.filter((box) => box.status !== "rejected");
   }
 
   get pending() {
@@ -33,13 +40,21 @@ export class Saver {
 
   // Write the boxes as they are now; rejected ones and those without a class are left out.
   save(boxes, { inspected = false } = {}) {
-    const kept = boxes.filter((box) => box.status !== "rejected" && box.class_id)
-      .map(({ key, id, class_id, xyxy, ignore, status }) =>
-        ({ key, id: id ?? this.#ids.get(key), class_id, xyxy: [...xyxy], ignore, status }));
+    const kept = boxes
+      .filter((box) => box.status !== "rejected" && box.class_id)
+      .map(({ key, id, class_id, xyxy, ignore, status }) => ({
+        key,
+        id: id ?? this.#ids.get(key),
+        class_id,
+        xyxy: [...xyxy],
+        ignore,
+        status,
+      }));
     return this.#add({ kind: "boxes", boxes: kept, inspected });
   }
 
-  // Write a change that is not made of boxes: ["POST", "/undo"], ["PUT", "/status", {status}], ["POST", "/accept", {...}].
+  // Write a change that is not made of boxes: ["POST", "/undo"], ["PUT", "/status", {status}], ["POST", "/accept",
+  // {...}].
   write(method, path, json = {}) {
     return this.#add({ kind: "write", method, path, json });
   }
@@ -49,7 +64,9 @@ export class Saver {
       this.#ops.push({ ...op, resolve });
       this.#keep();
       this.hooks.state("saving");
-      this.#running ??= this.#run().finally(() => { this.#running = null; });
+      this.#running ??= this.#run().finally(() => {
+        this.#running = null;
+      });
     });
   }
 
@@ -74,7 +91,7 @@ export class Saver {
       try {
         const sheet = await this.#request(op);
         this.failures = 0;
-        this.version = sheet.version;
+        this.know(sheet);
         if (op.kind === "boxes") this.#name(op, sheet);
         this.#ops.shift();
         this.#keep();
@@ -91,10 +108,15 @@ export class Saver {
     const base = `/images/${this.image}`;
     if (op.kind === "write") return ask(op.method, base + op.path, { json: { ...op.json, version: this.version } });
     const boxes = op.boxes.map(({ id, class_id, xyxy, ignore, status }) => ({
-      ...(id ? { id } : {}), class_id, xyxy, ignore: Boolean(ignore),
+      ...(id ? { id } : {}),
+      class_id,
+      xyxy,
+      ignore: Boolean(ignore),
       ...(id && status === "inspected" ? { status } : {}),
     }));
-    return ask("PUT", `${base}/boxes`, { json: { version: this.version, boxes, ...(op.inspected ? { inspected: true } : {}) } });
+    return ask("PUT", `${base}/boxes`, {
+      json: { version: this.version, boxes, ...(op.inspected ? { inspected: true } : {}) },
+    });
   }
 
   // New boxes learn their ids: those of the answer that were unknown, each the nearest to what was sent.
@@ -102,8 +124,9 @@ export class Saver {
     const known = new Set(op.boxes.map((box) => box.id).filter(Boolean));
     const unknown = sheet.boxes.filter((box) => !known.has(box.id));
     for (const sent of op.boxes.filter((box) => !box.id)) {
-      const far = (box) => (box.class_id === sent.class_id ? 0 : 1e6)
-        + box.xyxy.reduce((sum, value, place) => sum + Math.abs(value - sent.xyxy[place]), 0);
+      const far = (box) =>
+        (box.class_id === sent.class_id ? 0 : 1e6) +
+        box.xyxy.reduce((sum, value, place) => sum + Math.abs(value - sent.xyxy[place]), 0);
       unknown.sort((a, b) => far(a) - far(b));
       const found = unknown.shift();
       if (!found) break;
@@ -125,7 +148,10 @@ export class Saver {
     } else if (error.passing || error.status === 401) {
       this.hooks.state("failed", error);
       const wait = WAITS_MS[Math.min(this.failures++, WAITS_MS.length - 1)];
-      await new Promise((resolve) => { this.#wake = resolve; setTimeout(resolve, wait); });
+      await new Promise((resolve) => {
+        this.#wake = resolve;
+        setTimeout(resolve, wait);
+      });
     } else {
       // The server will never take this one: say so, and show what it has.
       this.#ops.shift();
@@ -133,7 +159,11 @@ export class Saver {
       this.hooks.state("refused", error);
       if (!this.#ops.length) {
         this.#keep();
-        try { this.#adopt(await ask("GET", `/images/${this.image}/boxes`)); } catch { /* the next write will say */ }
+        try {
+          this.#adopt(await ask("GET", `/images/${this.image}/boxes`));
+        } catch {
+          /* the next write will say */
+        }
       }
     }
   }
@@ -146,10 +176,14 @@ export class Saver {
       if (!this.#ops.length) this.#adopt(current);
       return;
     }
+    if (this.#isOnlyProposals(current)) {
+      this.#take(current);
+      return;
+    }
     const mine = this.#ops.findLast((one) => one.kind === "boxes");
     this.hooks.state("conflict", error);
     const choice = mine ? await this.hooks.conflict(mine.boxes, current) : "theirs";
-    this.version = current.version;
+    this.know(current);
     const dropped = this.#ops.splice(0);
     if (choice === "mine") {
       const there = new Set(current.boxes.map((box) => box.id));
@@ -164,13 +198,47 @@ export class Saver {
     this.#keep();
   }
 
+  // Whether only a run wrote meanwhile: other proposals, and all that people left as it was. Images that were saved as
+  // inspected are not for this: nobody has seen what came.
+  #isOnlyProposals(current) {
+    const settled = (boxes) =>
+      JSON.stringify(
+        boxes
+          .filter((box) => !["proposed", "rejected"].includes(box.status))
+          .map((box) => [box.id, box.class_id, box.xyxy, box.ignore]),
+      );
+    return !this.#ops.some((op) => op.inspected) && settled(this.known) === settled(current.boxes);
+  }
+
+  // A run's proposals join the boxes that wait to be written; those that it took away go, unless a person used them.
+  #take(current) {
+    const before = new Set(this.known.map((box) => box.id));
+    const there = new Set(current.boxes.map((box) => box.id));
+    const added = this.keyed(current.boxes.filter((box) => box.status === "proposed" && !before.has(box.id)));
+    for (const op of this.#ops.filter((one) => one.kind === "boxes")) {
+      op.boxes = op.boxes.filter((box) => !box.id || there.has(box.id) || box.status !== "proposed");
+      for (const box of op.boxes) if (box.id && !there.has(box.id)) box.id = undefined;
+      op.boxes.push(...added.map((box) => ({ ...box, xyxy: [...box.xyxy] })));
+    }
+    this.know(current);
+    this.#keep();
+  }
+
   #keep() {
     const last = this.#ops.findLast((op) => op.kind === "boxes");
     const name = storageName(this.image);
     try {
-      if (!last) { localStorage.removeItem(name); return; }
-      localStorage.setItem(name, JSON.stringify({ version: this.version, boxes: last.boxes, holder, time: Date.now() }));
-    } catch { /* full or forbidden storage: the edit is still in this tab */ }
+      if (!last) {
+        localStorage.removeItem(name);
+        return;
+      }
+      localStorage.setItem(
+        name,
+        JSON.stringify({ version: this.version, boxes: last.boxes, holder, time: Date.now() }),
+      );
+    } catch {
+      /* full or forbidden storage: the edit is still in this tab */
+    }
   }
 }
 

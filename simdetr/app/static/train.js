@@ -18,11 +18,44 @@ export class TrainScreen {
     this.init = h("select", { testid: "init", onchange: () => this.#estimate() });
     this.epochs = number("epochs", 1, 10_000, 30, () => this.#fromEpochs());
     this.steps = number("steps", 1, 1_000_000, 400, () => this.#fromSteps());
-    this.batch = number("batch-size", 1, 512, 4, () => { this.#fromEpochs(); this.#estimate(); });
-    this.rate = h("input", { type: "number", min: 0, step: "any", placeholder: "as configured", testid: "learning-rate" });
+    this.batch = number("batch-size", 1, 512, 4, () => {
+      this.#fromEpochs();
+      this.#estimate();
+    });
+    this.rate = h("input", {
+      type: "number",
+      min: 0,
+      step: "any",
+      placeholder: "as configured",
+      testid: "learning-rate",
+    });
     this.seed = number("seed", 0, 2 ** 31 - 1, 0, () => this.#preview());
-    this.proposed = h("input", { type: "checkbox", testid: "with-proposed", onchange: () => { this.minScore.disabled = !this.proposed.checked; } });
-    this.minScore = h("input", { type: "number", min: 0, max: 1, step: 0.05, value: 0.5, disabled: true, testid: "proposed-score", "aria-label": "Least score of proposals that count" });
+    this.kept = h("input", {
+      type: "number",
+      min: 0,
+      max: 0.5,
+      step: 0.05,
+      value: 0.2,
+      required: true,
+      testid: "validate-on",
+    });
+    this.proposed = h("input", {
+      type: "checkbox",
+      testid: "with-proposed",
+      onchange: () => {
+        this.minScore.disabled = !this.proposed.checked;
+      },
+    });
+    this.minScore = h("input", {
+      type: "number",
+      min: 0,
+      max: 1,
+      step: 0.05,
+      value: 0.5,
+      disabled: true,
+      testid: "proposed-score",
+      "aria-label": "Least score of proposals that count",
+    });
     this.device = h("p.fact", { testid: "device" }, "…");
     this.need = h("p.fact", { testid: "memory-estimate" }, "…");
     this.data = h("p.lead", { testid: "train-data" }, "…");
@@ -30,44 +63,140 @@ export class TrainScreen {
     this.pictures = h("div.previews", { testid: "augmentation-preview" });
     this.past = h("ul.runs", { testid: "past-runs" });
     this.startButton = h("button.button.primary.big", { testid: "start-training" }, "Start training");
-    this.form = h("form.train-form", { testid: "train-form", onsubmit: (event) => { event.preventDefault(); this.#begin(); } },
-      h("section.card", {}, h("h2", {}, "What it learns from"), this.data,
+    this.form = h(
+      "form.train-form",
+      {
+        testid: "train-form",
+        onsubmit: (event) => {
+          event.preventDefault();
+          this.#begin();
+        },
+      },
+      h(
+        "section.card",
+        {},
+        h("h2", {}, "What it learns from"),
+        this.data,
         field("Start from", this.init, "The pretrained detector learns from few labels; scratch needs many."),
-        h("div.field.check", {}, h("label", {}, this.proposed, " Proposals count as labels from a score of "), this.minScore)),
-      h("section.card", {}, h("h2", {}, "How long"),
-        h("div.columns", {}, field("Epochs", this.epochs), field("Steps", this.steps), field("Images per step", this.batch)),
-        h("details", {}, h("summary", {}, "More"), h("div.columns", {}, field("Learning rate", this.rate), field("Seed", this.seed)))),
-      h("section.card.wide", {}, h("h2", {}, "Changes of the images"), h("p.muted", {}, "Every image is changed by chance each time it is seen; boxes go along. So few images do for more."),
-        this.changes, this.pictures),
-      h("section.card.wide.go", {}, h("dl.facts", {}, h("div", {}, h("dt", {}, "Device"), h("dd", {}, this.device)), h("div", {}, h("dt", {}, "Memory, at least"), h("dd", {}, this.need))), this.startButton));
-    this.element = h("div.page", { testid: "screen-train" }, h("h1", {}, "Train"), this.form, h("section", {}, h("h2", {}, "Trainings so far"), this.past));
+        h(
+          "div.field.check",
+          {},
+          h("label", {}, this.proposed, " Proposals count as labels from a score of "),
+          this.minScore,
+        ),
+      ),
+      h(
+        "section.card",
+        {},
+        h("h2", {}, "How long"),
+        h(
+          "div.columns",
+          {},
+          field("Epochs", this.epochs),
+          field("Steps", this.steps),
+          field("Images per step", this.batch),
+        ),
+        h(
+          "details",
+          {},
+          h("summary", {}, "More"),
+          h(
+            "div.columns",
+            {},
+            field("Learning rate", this.rate),
+            field("Seed", this.seed),
+            field(
+              "Kept for measuring",
+              this.kept,
+              "A part of the inspected images that is not trained on; it must be five or more to be measured by.",
+            ),
+          ),
+        ),
+      ),
+      h(
+        "section.card.wide",
+        {},
+        h("h2", {}, "Changes of the images"),
+        h(
+          "p.muted",
+          {},
+          "Every image is changed by chance each time it is seen; boxes go along. So a few are worth more.",
+        ),
+        this.changes,
+        this.pictures,
+      ),
+      h(
+        "section.card.wide.go",
+        {},
+        h(
+          "dl.facts",
+          {},
+          h("div", {}, h("dt", {}, "Device"), h("dd", {}, this.device)),
+          h("div", {}, h("dt", {}, "Memory, at least"), h("dd", {}, this.need)),
+        ),
+        this.startButton,
+      ),
+    );
+    this.element = h(
+      "div.page",
+      { testid: "screen-train" },
+      h("h1", {}, "Train"),
+      this.form,
+      h("section", {}, h("h2", {}, "Trainings so far"), this.past),
+    );
     this.onRuns = () => this.#runs();
     app.runs.addEventListener("runs", this.onRuns);
   }
 
-  leave() { this.app.runs.removeEventListener("runs", this.onRuns); }
+  leave() {
+    this.app.runs.removeEventListener("runs", this.onRuns);
+  }
 
   async start() {
     this.#runs();
     try {
-      const [project, { models }, { augmentations }, system] = await Promise.all([this.app.refresh(),
-        get(`/projects/${this.project.id}/models`), get("/augmentations").catch(() => ({ augmentations: [] })), get("/system")]);
+      const [project, { models }, { augmentations }, system] = await Promise.all([
+        this.app.refresh(),
+        get(`/projects/${this.project.id}/models`),
+        get("/augmentations").catch(() => ({ augmentations: [] })),
+        get("/system"),
+      ]);
       this.project = project;
       this.system = system;
       this.#labelled = project.by_status.inspected;
-      put(this.data, h("b", {}, plural(this.#labelled, "inspected image")), ` of ${count(project.images)}. Those that show nothing count as empty; images that nobody inspected are left out.`);
-      put(this.init, models.map((one) => h("option", { value: one.id }, `${one.title || one.id}${one.active ? " (in use)" : ""}`)), h("option", { value: "" }, "Scratch: no weights"));
+      put(
+        this.data,
+        h("b", {}, plural(this.#labelled, "inspected image")),
+        ` of ${count(project.images)}. Those that show nothing count as empty; images that nobody ` +
+          `inspected are left out.`,
+      );
+      put(
+        this.init,
+        models.map((one) => h("option", { value: one.id }, `${one.title || one.id}${one.active ? " (in use)" : ""}`)),
+        h("option", { value: "" }, "Scratch: no weights"),
+      );
       this.init.value = models.find((one) => one.id === "start")?.id ?? models[0]?.id ?? "";
-      const chip = system.devices.find((one) => one.name === project.default_device) ?? system.devices.find((one) => project.default_device.startsWith(one.name));
-      this.device.textContent = chip ? `${chip.title || chip.name}, ${bytes(chip.memory_total - chip.memory_used)} free` : `${project.default_device}: ${plural(system.cores, "core")}`;
+      const chip =
+        system.devices.find((one) => one.name === project.default_device) ??
+        system.devices.find((one) => project.default_device.startsWith(one.name));
+      this.device.textContent = chip
+        ? `${chip.title || chip.name}, ${bytes(chip.memory_total - chip.memory_used)} free`
+        : `${project.default_device}: ${plural(system.cores, "core")}`;
       this.free = chip ? chip.memory_total - chip.memory_used : system.memory_total - system.memory_used;
       this.#augmentations = augmentations;
-      put(this.changes, augmentations.map((one) => this.#augmentation(one)));
+      put(
+        this.changes,
+        augmentations.map((one) => this.#augmentation(one)),
+      );
       this.#fromEpochs();
       this.#estimate();
       this.#preview();
       this.startButton.disabled = !this.#labelled;
-      if (!this.#labelled) complain(this.form.lastChild, new Error("Nothing to learn from yet: inspect some images on the Label screen first."));
+      if (!this.#labelled)
+        complain(
+          this.form.lastChild,
+          new Error("Nothing to learn from yet: inspect some images on the Label screen first."),
+        );
     } catch (error) {
       complain(this.form, error);
     }
@@ -75,58 +204,120 @@ export class TrainScreen {
 
   #augmentation(one) {
     if (one.kind === "switch") {
-      one.input = h("input", { type: "checkbox", checked: one.default, testid: `augment-${one.name}`, onchange: () => this.#preview() });
+      one.input = h("input", {
+        type: "checkbox",
+        checked: one.default,
+        testid: `augment-${one.name}`,
+        onchange: () => this.#preview(),
+      });
       return h("label.augmentation.check", {}, one.input, titled(one));
     }
     if (one.kind === "choice") {
-      one.input = h("select", { testid: `augment-${one.name}`, "aria-label": titled(one), onchange: () => this.#preview() }, one.choices.map((choice) => h("option", {}, choice)));
+      one.input = h(
+        "select",
+        { testid: `augment-${one.name}`, "aria-label": titled(one), onchange: () => this.#preview() },
+        one.choices.map((choice) => h("option", {}, choice)),
+      );
       one.input.value = one.default;
       return h("div.augmentation", {}, h("span", {}, titled(one)), one.input);
     }
     const shown = h("output", {}, one.default);
-    one.input = h("input", { type: "range", min: one.least ?? 0, max: one.most ?? 1, step: (one.most ?? 1) > 2 ? 1 : 0.05, value: one.default, testid: `augment-${one.name}`,
-      "aria-label": titled(one), oninput: () => { shown.textContent = one.input.value; clearTimeout(this.typing); this.typing = setTimeout(() => this.#preview(), 300); } });
+    one.input = h("input", {
+      type: "range",
+      min: one.least ?? 0,
+      max: one.most ?? 1,
+      step: (one.most ?? 1) > 2 ? 1 : 0.05,
+      value: one.default,
+      testid: `augment-${one.name}`,
+      "aria-label": titled(one),
+      oninput: () => {
+        shown.textContent = one.input.value;
+        clearTimeout(this.typing);
+        this.typing = setTimeout(() => this.#preview(), 300);
+      },
+    });
     return h("div.augmentation", {}, h("span", {}, titled(one)), one.input, shown);
   }
 
   #chosen() {
-    return Object.fromEntries(this.#augmentations.map((one) => [one.name, one.kind === "switch" ? one.input.checked : one.kind === "choice" ? one.input.value : Number(one.input.value)]));
+    return Object.fromEntries(
+      this.#augmentations.map((one) => [
+        one.name,
+        one.kind === "switch" ? one.input.checked : one.kind === "choice" ? one.input.value : Number(one.input.value),
+      ]),
+    );
   }
 
   async #preview() {
     if (!this.example) {
-      const { images } = await get(`/projects/${this.project.id}/images`, { status: "inspected", limit: 20 }).catch(() => ({ images: [] }));
+      const { images } = await get(`/projects/${this.project.id}/images`, { status: "inspected", limit: 20 }).catch(
+        () => ({ images: [] }),
+      );
       this.example = images.find((image) => Object.values(image.counts).some(Boolean)) ?? images[0];
     }
-    if (!this.example) { put(this.pictures, h("p.note", {}, "A preview comes up here once an image is inspected.")); return; }
+    if (!this.example) {
+      put(this.pictures, h("p.note", {}, "A preview comes up here once an image is inspected."));
+      return;
+    }
     const seed = Number(this.seed.value);
-    put(this.pictures, Array.from({ length: PREVIEWS }, (_, place) => h("img", {
-      src: address(`/images/${this.example.id}/augmented`, { ...this.#chosen(), seed: seed + place }), alt: `Example ${place + 1} of changed images, with boxes`, width: 240, height: 180,
-      onerror: (event) => event.target.remove() })));
+    put(
+      this.pictures,
+      Array.from({ length: PREVIEWS }, (_, place) =>
+        h("img", {
+          src: address(`/images/${this.example.id}/augmented`, { ...this.#chosen(), seed: seed + place }),
+          alt: `Example ${place + 1} of changed images, with boxes`,
+          width: 240,
+          height: 180,
+          onerror: (event) => event.target.remove(),
+        }),
+      ),
+    );
   }
 
-  #perEpoch() { return Math.max(1, Math.ceil(this.#labelled / Math.max(1, Number(this.batch.value)))); }
+  #perEpoch() {
+    return Math.max(1, Math.ceil(this.#labelled / Math.max(1, Number(this.batch.value))));
+  }
 
-  #fromEpochs() { this.steps.value = Math.max(1, Number(this.epochs.value) * this.#perEpoch()); }
+  #fromEpochs() {
+    this.steps.value = Math.max(1, Number(this.epochs.value) * this.#perEpoch());
+  }
 
-  #fromSteps() { this.epochs.value = Math.max(1, Math.round(Number(this.steps.value) / this.#perEpoch())); }
+  #fromSteps() {
+    this.epochs.value = Math.max(1, Math.round(Number(this.steps.value) / this.#perEpoch()));
+  }
 
   async #estimate() {
-    if (!this.init.value) { this.need.textContent = "known once it runs"; return; }
+    if (!this.init.value) {
+      this.need.textContent = "known once it runs";
+      return;
+    }
     try {
-      const { parameters, image_size: [height, width] } = await get(`/projects/${this.project.id}/models/${this.init.value}`);
+      const {
+        parameters,
+        image_size: [height, width],
+      } = await get(`/projects/${this.project.id}/models/${this.init.value}`);
       const pixels = Number(this.batch.value) * height * width * 3 * 4;
       const need = parameters * BYTES_PER_PARAMETER + pixels;
       this.need.textContent = `${bytes(need)} before activations; ${bytes(this.free)} free`;
       this.need.classList.toggle("bad", need > this.free);
-    } catch { this.need.textContent = "unknown"; }
+    } catch {
+      this.need.textContent = "unknown";
+    }
   }
 
   async #begin() {
     complain(this.form.lastChild, null);
-    const parameters = { init: this.init.value || null, max_steps: Number(this.steps.value), batch_size: Number(this.batch.value), seed: Number(this.seed.value),
-      with_proposed: this.proposed.checked, ...(this.proposed.checked ? { min_score: Number(this.minScore.value) } : {}),
-      ...(this.rate.value ? { lr: Number(this.rate.value) } : {}), ...this.#chosen() };
+    const parameters = {
+      init: this.init.value || null,
+      max_steps: Number(this.steps.value),
+      validate_on: Number(this.kept.value),
+      batch_size: Number(this.batch.value),
+      seed: Number(this.seed.value),
+      with_proposed: this.proposed.checked,
+      ...(this.proposed.checked ? { min_score: Number(this.minScore.value) } : {}),
+      ...(this.rate.value ? { lr: Number(this.rate.value) } : {}),
+      ...this.#chosen(),
+    };
     this.startButton.disabled = true;
     try {
       const run = await post(`/projects/${this.project.id}/runs`, { kind: "train", parameters });
@@ -134,16 +325,48 @@ export class TrainScreen {
       this.app.go("progress", run.id);
     } catch (error) {
       complain(this.form.lastChild, error);
-    } finally { this.startButton.disabled = false; }
+    } finally {
+      this.startButton.disabled = false;
+    }
   }
 
   #runs() {
     const runs = this.app.runs.runs.filter((run) => run.kind === "train");
-    put(this.past, runs.length ? runs.map((run) => h("li", {}, h("a", { href: `#/p/${this.project.id}/progress/${run.id}`, testid: "past-run" }, `${KINDS[run.kind]} ${run.id}`), status(run.state),
-      h("span.muted", {}, `${count(run.done)} of ${count(run.total)} ${run.unit}`), h("span.muted", {}, day(run.created)),
-      run.resumable ? button("resume", "Resume", async () => {
-        try { await post(`/runs/${run.id}/resume`); this.app.runs.look(); this.app.go("progress", run.id); } catch (error) { complain(this.past, error); }
-      }, { icon: "play" }) : null)) : h("li.note", {}, "None yet."));
+    put(
+      this.past,
+      runs.length
+        ? runs.map((run) =>
+            h(
+              "li",
+              {},
+              h(
+                "a",
+                { href: `#/p/${this.project.id}/progress/${run.id}`, testid: "past-run" },
+                `${KINDS[run.kind]} ${run.id}`,
+              ),
+              status(run.state),
+              h("span.muted", {}, `${count(run.done)} of ${count(run.total)} ${run.unit}`),
+              h("span.muted", {}, day(run.created)),
+              run.resumable
+                ? button(
+                    "resume",
+                    "Resume",
+                    async () => {
+                      try {
+                        await post(`/runs/${run.id}/resume`);
+                        this.app.runs.look();
+                        this.app.go("progress", run.id);
+                      } catch (error) {
+                        complain(this.past, error);
+                      }
+                    },
+                    { icon: "play" },
+                  )
+                : null,
+            ),
+          )
+        : h("li.note", {}, "None yet."),
+    );
   }
 }
 
@@ -152,4 +375,5 @@ const titled = (one) => {
   return title[0].toUpperCase() + title.slice(1);
 };
 
-const number = (testid, min, max, value, onchange) => h("input", { type: "number", min, max, value, required: true, testid, oninput: onchange });
+const number = (testid, min, max, value, onchange) =>
+  h("input", { type: "number", min, max, value, required: true, testid, oninput: onchange });

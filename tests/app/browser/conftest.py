@@ -16,20 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
 import pytest
 import uvicorn
-from PIL import Image as Pictures
 from sqlmodel import Session
 
 from simdetr.app.server import create_app
 from simdetr.app.settings import AppSettings
 from simdetr.app.tables import Box, BoxSource, BoxStatus, Image, ImageStatus
+from tests.app.browser.photos import PHOTO_WH, draw_photos
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ON_CI = os.environ.get("CI") == "true"
 START_S = 60
-PHOTO_WH = (640, 480)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -106,6 +104,7 @@ class Site:
             assert found is not None
             found.status = ImageStatus.PROPOSED
             found.width, found.height = PHOTO_WH
+            found.version += 1
             session.commit()
 
     def screen(self, name: str, argument: object = "") -> str:
@@ -143,19 +142,6 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Site]]:
     for server, thread in running:
         server.should_exit = True
         thread.join(30)
-
-
-def draw_photos(folder: Path, count: int) -> None:
-    """Images of a coloured ground with two rectangles, each another."""
-    folder.mkdir()
-    width, height = PHOTO_WH
-    for number in range(count):
-        rng = np.random.default_rng(number)
-        pixels = np.full((height, width, 3), rng.integers(60, 180, 3), np.uint8)
-        for _ in range(2):
-            x, y = rng.integers(0, width - 200), rng.integers(0, height - 160)
-            pixels[y : y + 120, x : x + 160] = rng.integers(0, 255, 3)
-        Pictures.fromarray(pixels).save(folder / f"{number:03d}.jpg", quality=90)
 
 
 @dataclass

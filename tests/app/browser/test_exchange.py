@@ -8,7 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import expect
 
-from tests.app.browser.conftest import draw_photos
+from tests.app.browser.photos import draw_photos
 from tests.app.browser.stage import drag, opened, saved
 
 NAMES = ("고양이", "كلب بني", "猫 <b>&amp;</b>")
@@ -44,6 +44,7 @@ def test_names_of_any_script_come_through_every_format(page, serve, tmp_path):
         page.get_by_test_id("export-format").select_option(name)
         with page.expect_response("**/exports"):
             page.get_by_test_id("export").click()
+        expect(page.get_by_test_id("download-export")).to_have_attribute("data-format", name)
         expect(page.get_by_test_id("export-report")).to_contain_text("3 boxes on 1 image")
         with page.expect_download() as download:
             page.get_by_test_id("download-export").click()

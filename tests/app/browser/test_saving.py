@@ -71,3 +71,19 @@ def test_an_edit_that_a_reload_cut_off_comes_back(page, context, serve, watch):
     saved(page)
     expect(page.get_by_test_id("banner")).to_be_hidden()
     assert len(site.boxes(image)) == 1
+
+
+def test_proposals_that_a_run_wrote_meanwhile_join_what_is_being_drawn(page, serve, watch):
+    watch.expected += ["409"]
+    site = serve()
+    cat = site.add_class("cat")
+    image = site.images()[0]["id"]
+    site.propose(image, cat, [([10, 10, 60, 60], 0.9)])
+    opened(page, site.screen("label", image))
+    expect(page.locator(BOX)).to_have_count(1)
+    site.propose(image, cat, [([300, 300, 360, 360], 0.8)])
+    drag(page, (100, 100), (200, 200))
+    saved(page)
+    expect(page.locator(BOX)).to_have_count(3)
+    expect(page.get_by_test_id("conflict")).to_have_count(0)
+    assert [box["status"] for box in site.boxes(image)] == ["proposed", "proposed", "manual"]

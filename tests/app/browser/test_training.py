@@ -12,7 +12,7 @@ from tests.app.browser.stage import opened
 TRAINS_MS = 240_000
 
 
-def labelled(site, images=4):
+def labelled(site, images=10):
     cat = site.add_class("고양이")
     for image in site.images()[:images]:
         sheet = site.ask("POST", f"/images/{image['id']}/open", {"holder": "test"})
@@ -26,13 +26,15 @@ def labelled(site, images=4):
 
 @pytest.mark.slow
 def test_a_training_is_watched_live_over_a_reload_and_its_detector_is_used(page, serve, tiny_config, small_detector):
-    site = serve(photos=6, config=(str(tiny_config),), device="cpu", run=small_detector)
+    site = serve(photos=12, config=(str(tiny_config),), device="cpu", run=small_detector)
     labelled(site)
     page.goto(site.screen("train"))
-    expect(page.get_by_test_id("train-data")).to_contain_text("4 inspected images of 6")
+    expect(page.get_by_test_id("train-data")).to_contain_text("10 inspected images of 12")
     expect(page.get_by_test_id("augmentation-preview").locator("img")).to_have_count(4)
     expect(page.get_by_test_id("memory-estimate")).to_contain_text("before activations")
     page.get_by_test_id("steps").fill("80")
+    page.get_by_text("More", exact=True).click()
+    page.get_by_test_id("validate-on").fill("0.5")
     page.get_by_test_id("start-training").click()
     expect(page.get_by_test_id("run-steps")).to_have_text(re.compile(r"[1-9]\d? / 80"), timeout=TRAINS_MS)
     page.reload()
@@ -42,6 +44,8 @@ def test_a_training_is_watched_live_over_a_reload_and_its_detector_is_used(page,
     summary = page.get_by_test_id("model-summary")
     expect(summary.locator("dd").nth(1)).to_have_text(re.compile(r"[1-9][\d,]{3,}"))
     expect(summary).to_contain_text("고양이")
+    expect(page.get_by_test_id("model-scores")).to_contain_text("AP")
+    expect(page.get_by_test_id("per-class")).to_contain_text("고양이")
     page.get_by_test_id("use-model").click()
     expect(page.get_by_test_id("in-use")).to_be_visible()
     assert site.ask("GET", "/projects/1")["active_model"] == "run-1"
