@@ -241,8 +241,8 @@ def areas_of_no_box(areas: NDArray[np.float64], box_areas: NDArray[np.float64]) 
     """
     given = areas > 0
     wrong = given & ((areas > _AREA_SLACK * box_areas + _AREA_SLACK_PX) | ((areas < 1) & (box_areas > 4)))
-    of_boxes = box_areas[given]
-    constant = given.sum() >= _FEWEST_BOXES and np.ptp(areas[given]) == 0 and of_boxes.max() > 1.5 * of_boxes.min()
+    of_boxes = box_areas[given & (box_areas > 0)]
+    constant = len(of_boxes) >= _FEWEST_BOXES and np.ptp(areas[given]) == 0 and of_boxes.max() > 1.5 * of_boxes.min()
     return given if constant else wrong
 
 

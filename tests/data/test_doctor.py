@@ -128,7 +128,7 @@ FRACTIONS, CORNERS = (0.1, 0.2, 0.3, 0.4), (30, 20, 55, 35)
 STOPPING = {
     "every one of its 20 boxes is a crowd": (TWENTY, [box(n, n) | CROWD for n in range(1, 21)]),
     "there is no usable box": (TWENTY, [box(n, n, category_id=7) for n in range(1, 21)]),
-    "bbox looks like fractions of the image; COCO's are pixels": (TWENTY, [box(1, 1, 1, FRACTIONS)]),
+    "bbox looks like fractions of the image; COCO's are pixels": (TWENTY, [box(n, n, 1, FRACTIONS) for n in (1, 2)]),
     "bbox looks like corners": (TWENTY, [box(n, n, 1, CORNERS) for n in range(1, 4)]),
     "2 of its 22 images are not in": ([*TWENTY, entry(21, "x.png"), entry(22, "y.png")], [box(1, 1)]),
     "labels are of an image of another size": ([entry(n, f"{n:03d}.png", 400, 600) for n in (1, 2)], [box(1, 1)]),
