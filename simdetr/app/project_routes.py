@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import psutil
-import torch
 from fastapi import APIRouter, Query
 from sqlalchemy import func, select, update
 from sqlmodel import Session, col
@@ -36,7 +35,7 @@ from simdetr.app.schemas import (
 )
 from simdetr.app.tables import Box, BoxClass, BoxSource, BoxStatus, Event, EventKind, Image, Project, RunState
 from simdetr.app.tables import Run as RunRow
-from simdetr.data.machine import cores
+from simdetr.data.machine import cores, may_have_gpu
 
 router = APIRouter(prefix="/api", responses=COMMON)
 
@@ -60,6 +59,10 @@ def system(desk: AtDesk) -> SystemOut:
 
 
 def _devices() -> list[Device]:
+    if not may_have_gpu():
+        return []
+    import torch  # here: without a GPU the server needs none of it
+
     found = []
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)

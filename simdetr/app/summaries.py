@@ -6,9 +6,10 @@ import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+if TYPE_CHECKING:
+    from torch import nn
 
 LOG = logging.getLogger(__name__)
 _SIDE = 640
@@ -61,7 +62,10 @@ def _summary(folder: Path, stamps: tuple[int, ...]) -> ModelFacts:
     )
 
 
-def _gflops(detector: torch.nn.Module, size_hw: tuple[int, int]) -> float | None:
+def _gflops(detector: nn.Module, size_hw: tuple[int, int]) -> float | None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     detector.requires_grad_(False)  # the counter follows gradients, which inference has none of
     images = torch.zeros(1, 3, *size_hw)
     mask = torch.zeros(1, *size_hw, dtype=torch.bool)

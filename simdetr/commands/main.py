@@ -58,7 +58,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "compare": "pretrain.compare",
     "predict": "predict.predict",
     "autolabel": "labelling.autolabel",
-    "label": "labelling.label",
+    "label": "app.label",
     "label-order": "labelling.label_order",
     "label-simulate": "labelling.label_simulate",
     "encoder": {"fit": "mine.fit"},
