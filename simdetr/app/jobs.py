@@ -66,6 +66,7 @@ def carry_out(files: RunFiles, loaded: LoadedOnce) -> dict[str, Any]:
         "order": _order,
         "embed": _embed,
         "autolabel": _autolabel,
+        "mine": _mine,
     }
     return kinds[job["kind"]](files, job)
 
@@ -138,7 +139,7 @@ def _detect(files: RunFiles, job: dict[str, Any], once: LoadedOnce) -> dict[str,
     loaded, device = once.get(Path(job["model"])), job["device"] or default_device()
     total = len(source)
     for start in range(0, total, PART):
-        part = files.parts / f"part-{start // PART:06d}.parquet"
+        part = files.part(start // PART)
         ids = source.ids[start : start + PART]
         if not part.is_file():
             settings = InferenceSettings.of(
@@ -152,6 +153,12 @@ def _detect(files: RunFiles, job: dict[str, Any], once: LoadedOnce) -> dict[str,
             write_labels(found, part)
         files.tell(done=min(start + PART, total), total=total, unit="images")
     return {"message": f"looked at {total:,} images"}
+
+
+def _mine(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
+    from simdetr.app.first_proposals import propose_first
+
+    return propose_first(files, job)
 
 
 def _order(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:

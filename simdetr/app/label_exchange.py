@@ -253,6 +253,7 @@ def export_labels(
             statuses=asked,
             name=lambda image: image.path,
             rows_of=boxes,
+            with_unnamed=BoxStatus.PROPOSED in statuses,
         )
         paths = _paths(session, project_id, labels) if with_images else {}
     if not len(labels):

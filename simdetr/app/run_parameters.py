@@ -136,12 +136,25 @@ class AutolabelParameters(Asked):
     options: Annotated[list[Option], Field(max_length=100)] = Field(default_factory=list)
 
 
+class MineParameters(Asked):
+    """Proposals from the images alone, before there is a detector.
+
+    Attributes:
+        max_boxes: most boxes per image.
+        image_ids: the images; all that are new, proposed or open, in the order of the queue, if left out.
+    """
+
+    max_boxes: Annotated[int, Field(ge=1, le=100)] = 10
+    image_ids: Annotated[list[Id], Field(max_length=100_000)] = Field(default_factory=list)
+
+
 OF_KIND: dict[RunKind, type[Asked]] = {
     RunKind.TRAIN: TrainParameters,
     RunKind.DETECT: DetectParameters,
     RunKind.ORDER: OrderParameters,
     RunKind.EMBED: EmbedParameters,
     RunKind.AUTOLABEL: AutolabelParameters,
+    RunKind.MINE: MineParameters,
 }
 
 

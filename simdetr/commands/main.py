@@ -39,6 +39,7 @@ FLAGS = (
     "--masks",
     "--no-browser",
     "--no_browser",
+    "--no_propose",
     "--overwrite",
     "--verify",
 )

@@ -121,6 +121,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Site]]:
         if photos:
             draw_photos(folder, photos)
             settings.setdefault("images", folder)
+        settings.setdefault("propose", False)
         app = create_app(AppSettings(out=tmp_path / "out", port=0, **settings))
         app.state.desk.wait_for_index()
         server = uvicorn.Server(
