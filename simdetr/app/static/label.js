@@ -546,7 +546,7 @@ export class LabelScreen {
 
   #classesChanged(classes) {
     this.classes = new Map(classes.map((one) => [one.id, one]));
-    this.editor.classes = new Map(classes.map((one) => [one.id, isUnnamed(one) ? { ...one, name: "?" } : one]));
+    this.editor.classes = new Map(classes.filter((one) => !isUnnamed(one)).map((one) => [one.id, one]));
     this.queue.classes = classes;
     if (this.#sheet) this.#paint();
   }
