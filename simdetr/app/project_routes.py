@@ -34,7 +34,18 @@ from simdetr.app.schemas import (
     ProjectOut,
     SystemOut,
 )
-from simdetr.app.tables import Box, BoxClass, ClassKind, BoxSource, BoxStatus, Event, EventKind, Image, Project, RunState
+from simdetr.app.tables import (
+    Box,
+    BoxClass,
+    ClassKind,
+    BoxSource,
+    BoxStatus,
+    Event,
+    EventKind,
+    Image,
+    Project,
+    RunState,
+)
 from simdetr.app.tables import Run as RunRow
 from simdetr.data.machine import cores
 

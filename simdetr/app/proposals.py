@@ -149,7 +149,9 @@ def propose(
         if image.id in held and not even_open and (source is not BoxSource.MINED or standing):
             outcome.open += 1
             continue
-        if source is BoxSource.MINED and any(b.status is BoxStatus.PROPOSED and not box_life.is_hint(b) for b in standing):
+        if source is BoxSource.MINED and any(
+            b.status is BoxStatus.PROPOSED and not box_life.is_hint(b) for b in standing
+        ):
             outcome.suppressed += len(labels.of(labels.image_ids[wanted[image.id]]))
             continue
         own = labels.image(wanted[image.id])

@@ -108,7 +108,9 @@ def test_mining_leaves_the_proposals_of_a_detector_and_waits_for_other_runs(serv
     mine = person.ask("POST", "/projects/1/runs", {"kind": "mine", "parameters": {}}, 201)
     other = person.ask("POST", "/projects/1/runs", {"kind": "detect", "parameters": {"min_score": 0.0}}, 201)
     assert person.wait(mine["id"])["state"] == person.wait(other["id"])["state"] == "done"
-    sources = {box["source"] for image in person.images() for box in person.get(f"/images/{image['id']}/boxes")["boxes"]}
+    sources = {
+        box["source"] for image in person.images() for box in person.get(f"/images/{image['id']}/boxes")["boxes"]
+    }
     assert sources == {"detector"} and detection["state"] == "done"
 
 
