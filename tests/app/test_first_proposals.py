@@ -30,7 +30,7 @@ def mining(own_scenes, tmp_path, monkeypatch):
 
 
 def test_the_first_part_is_small_and_no_image_is_left_out():
-    assert parts_of(3) == [range(0, 3)]
+    assert parts_of(3) == [range(3)]
     assert [len(part) for part in parts_of(50)] == [4, 16, 16, 14]
     assert [place for part in parts_of(21) for place in part] == list(range(21))
 
