@@ -19,6 +19,7 @@ In reading order:
     run_parameters      what runs may be told
     run_files           the folder of a run
     training_log        a training -> lines for the page
+    first_proposals     images alone -> boxes of no name yet
     jobs                what a worker does for each kind of run
     worker              the process that does the runs
     detectors_at_hand   the detectors that a project can use

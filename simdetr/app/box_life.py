@@ -3,9 +3,11 @@
     (none) -> manual        drawn by a person
     (none) -> proposed      found by a machine
     proposed -> inspected   accepted as it is
+    proposed, mined -> inspected    given its class, at its place
     any but rejected -> corrected   class, place or flag changed; the version before is kept
     found by a machine -> rejected  also after it was accepted or corrected; back by undo alone
     drawn by a person -> removed    as if it had never been
+    proposed, mined -> removed      not taken up
 
 Only what people looked at is truth: inspected, corrected, manual. No run touches these, nor what was rejected.
 Letters: E existing boxes, N new ones.
@@ -98,22 +100,35 @@ def accept(box: BoxState, author: str) -> BoxState:
     return replace(box, status=BoxStatus.INSPECTED, author=author)
 
 
+def is_hint(box: BoxState) -> bool:
+    """Whether a box is no more than a place to look at: mined, of no class that anybody or anything named."""
+    return box.source is BoxSource.MINED and box.status is BoxStatus.PROPOSED
+
+
 def correct(box: BoxState, class_id: int, xyxy: Corners, ignore: bool, author: str) -> BoxState:
-    """A box of another class, place or flag; the same box where nothing changes."""
+    """A box of another class, place or flag; the same box where nothing changes.
+
+    A mined one that is given its class is as it was proposed: nothing had named it.
+    """
     if (class_id, xyxy, ignore) == (box.class_id, box.xyxy, box.ignore):
         return box
     if box.status is BoxStatus.REJECTED:
         raise TransitionError(f"box {box.id} was rejected; undo that, or draw it anew")
+    if is_hint(box) and (xyxy, ignore) == (box.xyxy, box.ignore):
+        return replace(box, class_id=class_id, status=BoxStatus.INSPECTED, author=author)
     return replace(
         box, class_id=class_id, xyxy=xyxy, ignore=ignore, status=BoxStatus.CORRECTED, parent_id=box.id, author=author
     )
 
 
 def reject(box: BoxState, author: str) -> BoxState | None:
-    """A box that a person takes away: rejected if a machine found it, None (removed) if a person drew it."""
+    """A box that a person takes away: rejected if a machine found it, None (removed) if a person drew it.
+
+    One that was mined and not taken up is removed too: it had claimed nothing.
+    """
     if box.status is BoxStatus.REJECTED:
         return box
-    if box.source is BoxSource.USER:
+    if box.source is BoxSource.USER or is_hint(box):
         return None
     return replace(box, status=BoxStatus.REJECTED, author=author)
 

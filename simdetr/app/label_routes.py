@@ -192,6 +192,13 @@ def list_augmentations() -> AugmentationList:
             Augmentation(
                 name="mosaic", title="part made of four images", kind="number", default=0.0, least=0.0, most=1.0
             ),
+            Augmentation(
+                name="rotation", title="rotate, degrees at most", kind="number", default=0.0, least=0.0, most=30.0
+            ),
+            Augmentation(
+                name="brightness", title="brighter or darker, at most", kind="number", default=0.0, least=0.0, most=0.3
+            ),
+            Augmentation(name="noise", title="noise, at most", kind="number", default=0.0, least=0.0, most=0.2),
         ]
     )
 
@@ -204,6 +211,9 @@ def augmented(
     colour: Literal["none", "light", "strong"] = "light",
     flip: bool = True,
     crop: bool = False,
+    rotation: Annotated[float, Query(ge=0, le=180)] = 0.0,
+    brightness: Annotated[float, Query(ge=0, le=1)] = 0.0,
+    noise: Annotated[float, Query(ge=0, le=1)] = 0.0,
 ) -> Response:
     """An image with its boxes as a training might see it, as a JPEG."""
     import torch  # these here: the server need not know them before
@@ -222,7 +232,16 @@ def augmented(
     except UnreadableImageError as error:
         raise Refusal(415, f"{record.id} cannot be read: {error.reason}") from error
     transform = train_transforms(
-        [_SIDE_PX], 2 * _SIDE_PX, crop=crop, colour=colour, flip=flip, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+        [_SIDE_PX],
+        2 * _SIDE_PX,
+        crop=crop,
+        colour=colour,
+        flip=flip,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        rotation=rotation,
+        brightness=brightness,
+        noise=noise,
     )
     target = {
         "boxes": pixel_boxes(

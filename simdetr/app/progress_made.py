@@ -154,6 +154,7 @@ def _scores_left(session: Session, own: ColumnElement[bool]) -> list[float]:
         select(col(Box.score))
         .join(Image, col(Image.id) == col(Box.image_id))
         .where(own, col(Image.status).in_(OPEN), col(Box.alive), col(Box.status) == BoxStatus.PROPOSED)
+        .where(col(Box.source) != BoxSource.MINED)
     )
     return [min(max(score, 0.0), 1.0) for score in rows if score is not None]
 

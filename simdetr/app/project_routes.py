@@ -33,7 +33,18 @@ from simdetr.app.schemas import (
     ProjectOut,
     SystemOut,
 )
-from simdetr.app.tables import Box, BoxClass, BoxSource, BoxStatus, Event, EventKind, Image, Project, RunState
+from simdetr.app.tables import (
+    Box,
+    BoxClass,
+    BoxSource,
+    BoxStatus,
+    ClassKind,
+    Event,
+    EventKind,
+    Image,
+    Project,
+    RunState,
+)
 from simdetr.app.tables import Run as RunRow
 from simdetr.data.machine import cores, may_have_gpu
 
@@ -191,6 +202,8 @@ def edit_class(desk: AtDesk, class_id: Id, asked: ClassEdit) -> ClassOut:
             )
             if other is not None and other != class_id:
                 raise Refusal(409, f"another class has the {name} {given[name]!r}")
+        if given.get("name") not in (None, found.name) and found.kind == ClassKind.PSEUDO:
+            found.kind = ClassKind.NOVEL.value  # it has a name now
         found.sqlmodel_update({k: v for k, v in given.items() if v is not None or k == "shortcut"})
         session.flush()
         return next(row for row in shown_classes(session, found.project_id) if row.id == class_id)

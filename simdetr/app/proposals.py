@@ -126,7 +126,8 @@ def propose(
         class_ids: its classes by the rows of the labels' categories; boxes of others are left out.
         source: who found them.
         run_id: the run that did.
-        even_open: also on images that somebody has open.
+        even_open: also on images that somebody has open. What is mined comes on those anyway while they have no box,
+            and on no image that has proposals of anything else.
     """
     outcome = Proposed()
     wanted = {image_ids[name]: row for row, name in enumerate(labels.image_ids) if name in image_ids}
@@ -144,8 +145,14 @@ def propose(
         if image.status in (ImageStatus.INSPECTED, ImageStatus.SKIPPED) and not even_open:
             outcome.seen += 1
             continue
-        if image.id in held and not even_open:
+        standing = there.get(image.id, [])
+        if image.id in held and not even_open and (source is not BoxSource.MINED or standing):
             outcome.open += 1
+            continue
+        if source is BoxSource.MINED and any(
+            b.status is BoxStatus.PROPOSED and not box_life.is_hint(b) for b in standing
+        ):
+            outcome.suppressed += len(labels.of(labels.image_ids[wanted[image.id]]))
             continue
         own = labels.image(wanted[image.id])
         image.height, image.width = own.size_hw
@@ -163,7 +170,7 @@ def propose(
             for box, class_, score in zip(own.boxes_xyxy, own.classes, own.scores, strict=True)
             if int(class_) in class_ids and box[2] > box[0] and box[3] > box[1]
         ]
-        dropped, added = box_life.proposed(there.get(image.id, []), found)
+        dropped, added = box_life.proposed(standing, found)
         outcome.suppressed += len(found) - len(added)
         image.status = box_life.after_detection(ImageStatus(image.status), len(added)).value
         if not dropped and not added:

@@ -63,6 +63,15 @@ class RunFiles:
         """Detections, a part for some images each."""
         return self.path / "parts"
 
+    def part(self, number: int) -> Path:
+        """One of them."""
+        return self.parts / f"part-{number:06d}.parquet"
+
+    @property
+    def make_way(self) -> Path:
+        """It is there where a run that can wait is to let others through."""
+        return self.path / "make_way"
+
     @property
     def training(self) -> Path:
         """The folder of its training."""

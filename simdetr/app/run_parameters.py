@@ -16,7 +16,7 @@ _TRAINER = (
 )
 _TUNABLE = (
     r"model\.(lr|backbone_lr|new_lr|weight_decay|schedule|warmup_steps|channels_last)",
-    r"data\.(batch_size|num_workers|short_sides|max_side|crop|flip|colour|mosaic|num_queries|min_score|score_power|seed)",
+    r"data\.(batch_size|num_workers|short_sides|max_side|crop|flip|colour|mosaic|rotation|noise|brightness|num_queries|min_score|score_power|seed)",
     rf"trainer\.({_TRAINER})",
     r"self_training\.checkpoint_every_steps",
 )
@@ -39,6 +39,9 @@ class TrainParameters(Asked):
         flip: mirror half of the images.
         crop: crop half of the images.
         mosaic: part of the samples that are made of four images.
+        rotation: largest angle in degrees by which images are rotated.
+        noise: largest deviation of added noise, as a part of the range of the values.
+        brightness: largest part by which images become brighter or darker.
         with_proposed: proposals of inspected and proposed images count as objects too.
         min_score: of these, from this score on.
         validate_on: part of the inspected images that the detector is measured on and does not see; none where this is
@@ -55,6 +58,9 @@ class TrainParameters(Asked):
     flip: bool = True
     crop: bool = False
     mosaic: Score = 0.0
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    noise: Score = 0.0
+    brightness: Score = 0.0
     with_proposed: bool = False
     min_score: Score = 0.5
     validate_on: Annotated[float, Field(ge=0, le=0.5)] = 0.2
@@ -136,12 +142,25 @@ class AutolabelParameters(Asked):
     options: Annotated[list[Option], Field(max_length=100)] = Field(default_factory=list)
 
 
+class MineParameters(Asked):
+    """Proposals from the images alone, before there is a detector.
+
+    Attributes:
+        max_boxes: most boxes per image.
+        image_ids: the images; all that are new, proposed or open, in the order of the queue, if left out.
+    """
+
+    max_boxes: Annotated[int, Field(ge=1, le=100)] = 10
+    image_ids: Annotated[list[Id], Field(max_length=100_000)] = Field(default_factory=list)
+
+
 OF_KIND: dict[RunKind, type[Asked]] = {
     RunKind.TRAIN: TrainParameters,
     RunKind.DETECT: DetectParameters,
     RunKind.ORDER: OrderParameters,
     RunKind.EMBED: EmbedParameters,
     RunKind.AUTOLABEL: AutolabelParameters,
+    RunKind.MINE: MineParameters,
 }
 
 

@@ -75,7 +75,10 @@ class RunQueue:
             ) from None
         with writing(self.engine) as session:
             for run in session.scalars(select(Run).where(col(Run.state) == RunState.RUNNING)):
-                self._fail(run, STOPPED)
+                if run.kind == RunKind.MINE:
+                    run.state = RunState.QUEUED.value  # nobody asked for it: it goes on by itself
+                else:
+                    self._fail(run, STOPPED)
         self._thread = threading.Thread(target=self._work, name="runs", daemon=True)
         self._thread.start()
 
@@ -125,7 +128,7 @@ class RunQueue:
                 raise Refusal(409, "no image is inspected yet; inspect some, then train")
             if asked["init"] not in (None, "active"):
                 at_hand(session, self.settings, project, asked["init"])
-        else:
+        elif kind is not RunKind.MINE:
             at_hand(session, self.settings, project, asked.get("model") or asked.get("init"))
         if kind is RunKind.AUTOLABEL and not len(snapshots.shots_of(session, project, negative=False)):
             raise Refusal(409, "there is no shot; make boxes stand for their classes first")
@@ -205,6 +208,7 @@ class RunQueue:
         if files is None:
             return
         files.outcome.unlink(missing_ok=True)
+        files.make_way.unlink(missing_ok=True)
         read = len(files.told())
         try:
             self.worker.begin(files.path)
@@ -229,9 +233,17 @@ class RunQueue:
                 return
             if self._closing.is_set():
                 self.worker.stop()
-                self._end(run_id, RunState.FAILED, error=_go_on(STOPPED, files))
+                if not self._can_wait(run_id):
+                    self._end(run_id, RunState.FAILED, error=_go_on(STOPPED, files))
                 return
+            if self._next() is not None and not files.make_way.is_file() and self._can_wait(run_id):
+                files.make_way.touch()
             self._closing.wait(POLL_S)
+
+    def _can_wait(self, run_id: int) -> bool:
+        """Whether a run lets others through, and goes on by itself when the app does."""
+        with reading(self.engine) as session:
+            return session.scalar(select(col(Run.kind)).where(col(Run.id) == run_id)) == RunKind.MINE
 
     def _prepare(self, run_id: int) -> RunFiles | None:
         with writing(self.engine) as session:
@@ -261,6 +273,9 @@ class RunQueue:
         }
         if kind is RunKind.TRAIN:
             return self._training_job(session, project, TrainParameters(**asked), files, job)
+        if kind is RunKind.MINE:
+            _list_images(session, project, files, asked["image_ids"], OPEN, as_queued=True)
+            return job, None
         model = at_hand(session, self.settings, project, asked.get("model") or asked.get("init"))
         job |= {"model": str(model.folder), "model_id": model.id}
         if kind is RunKind.DETECT:
@@ -331,12 +346,13 @@ class RunQueue:
         with reading(self.engine) as session:
             run = session.get(Run, run_id)
             taken = 0 if run is None else run.ingested
-        while (part := files.parts / f"part-{taken:06d}.parquet").is_file():
+        source = BoxSource.MINED if run is not None and run.kind == RunKind.MINE else BoxSource.DETECTOR
+        while (part := files.part(taken)).is_file():
             labels = read_labels(part)
             with writing(self.engine) as session:
                 run = session.get(Run, run_id)
                 assert run is not None
-                outcome = self._propose(session, run, files, labels, BoxSource.DETECTOR)
+                outcome = self._propose(session, run, files, labels, source)
                 taken += 1
                 run.ingested = taken
                 files.tell(proposed=outcome.boxes, images=outcome.images, kept_away=outcome.suppressed + outcome.open)
@@ -359,17 +375,23 @@ class RunQueue:
             run = session.get(Run, run_id)
             if run is None:
                 return
+            if ended.get("unfinished"):
+                run.turn = (session.scalar(select(func.max(Run.turn))) or 0) + 1
+                run.state, run.message = RunState.QUEUED, f"{message}; goes on after the other runs"
+                return
             project = project_of(session, run.project_id)
             if run.kind == RunKind.ORDER:
                 self._take_order(session, project, run, files, str(ended.get("strategy", "")))
             elif run.kind == RunKind.AUTOLABEL:
                 labels = read_labels(files.autolabel / "labels.json")
                 message += "; " + self._propose(session, run, files, labels, BoxSource.LVC).text()
-            elif run.kind == RunKind.DETECT:
+            elif run.kind in (RunKind.DETECT, RunKind.MINE):
                 rows = [row for row in files.told() if "proposed" in row]
                 message += f": {sum(row['proposed'] for row in rows):,} proposals"
             if run.kind in (RunKind.TRAIN, RunKind.AUTOLABEL) and project.active_model is None:
                 project.active_model = f"run-{run.id}"
+            if run.kind in (RunKind.TRAIN, RunKind.AUTOLABEL):
+                _end_mining(session, run.project_id)
         self._end(run_id, RunState.DONE, message=message)
 
     def _take_order(self, session: Session, project: Project, run: Run, files: RunFiles, strategy: str) -> None:
@@ -425,10 +447,25 @@ def artefacts(files: RunFiles) -> dict[str, Path]:
     return kept if detector is None else kept | {"detector": detector}
 
 
+def _end_mining(session: Session, project_id: int) -> None:
+    """There is a detector now, whose detections say more."""
+    session.execute(
+        update(Run)
+        .where(col(Run.project_id) == project_id, col(Run.kind) == RunKind.MINE, col(Run.state) == RunState.QUEUED)
+        .values(state=RunState.CANCELLED.value, ended=now(), message="there is a detector now: let it detect")
+    )
+
+
 def _list_images(
-    session: Session, project: Project, files: RunFiles, image_ids: Sequence[int], statuses: Sequence[ImageStatus]
+    session: Session,
+    project: Project,
+    files: RunFiles,
+    image_ids: Sequence[int],
+    statuses: Sequence[ImageStatus],
+    *,
+    as_queued: bool = False,
 ) -> None:
-    """Write the list of the images of a run: those named, or all of some statuses."""
+    """Write the list of the images of a run: those named, or all of some statuses, by id or in the queue's order."""
     assert project.id is not None
     if image_ids:
         images: list[Image] = []
@@ -438,6 +475,10 @@ def _list_images(
             )
             images += session.scalars(query.order_by(col(Image.id)))
         paths = [path_of(project, image).as_posix() for image in images]
+    elif as_queued:
+        query = select(Image).where(col(Image.project_id) == project.id, col(Image.status).in_(statuses))
+        ordered = session.scalars(query.order_by(col(Image.place), col(Image.id)).execution_options(yield_per=_ROWS))
+        paths = [path_of(project, image).as_posix() for image in ordered]
     else:
         paths = [path_of(project, image).as_posix() for image in snapshots.images_with(session, project.id, statuses)]
     if not paths:

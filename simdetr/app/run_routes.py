@@ -80,11 +80,15 @@ def start_run(desk: AtDesk, project_id: Id, asked: RunNew) -> RunOut:
 
 @router.post("/images/{image_id}/detect", status_code=201, responses=CANNOT)
 def detect_one(desk: AtDesk, image_id: Id, asked: DetectAsked) -> RunOut:
-    """Queue a detection on one image, before all others."""
+    """Queue a detection on one image, before all others; without a detector its boxes are mined."""
     with writing(desk.engine) as session:
         image = image_of(session, image_id)
-        values = {"model": asked.model, "min_score": asked.min_score, "image_ids": [image_id]}
-        run = desk.runs.ask(session, image.project_id, RunKind.DETECT, values, first=True)
+        kind, values = RunKind.DETECT, dict[str, object](image_ids=[image_id])
+        if asked.model is None and project_of(session, image.project_id).active_model is None:
+            kind = RunKind.MINE
+        else:
+            values |= {"model": asked.model, "min_score": asked.min_score}
+        run = desk.runs.ask(session, image.project_id, kind, values, first=True)
         shown = desk.runs.shown(session, run)
     desk.runs.wake()
     return shown

@@ -30,6 +30,7 @@ class AppSettings:
         token: What every request has to know; None makes one up where one is needed.
         database: URL of another database than ``out``/labels.sqlite, such as ``postgresql+psycopg://me@host/labels``.
         config: YAML files of the trainings; a recipe for few labels without any.
+        propose: Where there is no detector, propose boxes that are mined from the images themselves.
         device: Torch device of the runs; the GPU if there is one.
         max_upload_mb: Largest file that is taken.
         max_pixels: Largest image that is taken.
@@ -48,6 +49,7 @@ class AppSettings:
     token: str | None = None
     database: str | None = None
     config: tuple[str, ...] = ()
+    propose: bool = True
     device: str | None = None
     max_upload_mb: int = 200
     max_pixels: int = 100_000_000

@@ -19,7 +19,7 @@ from simdetr.app import box_life
 from simdetr.app.box_edits import state_of
 from simdetr.app.box_life import BoxState
 from simdetr.app.picture_files import look_at, path_of
-from simdetr.app.tables import Box, BoxClass, BoxStatus, Image, ImageStatus, Project, RejectedAs, Shot
+from simdetr.app.tables import Box, BoxClass, BoxStatus, ClassKind, Image, ImageStatus, Project, RejectedAs, Shot
 from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.labels import Labels
 from simdetr.data.protocols import hash_order
@@ -41,13 +41,16 @@ class Chosen:
 Choice = Callable[[Sequence[BoxState]], Chosen]
 
 
-def categories_of(session: Session, project_id: int) -> tuple[Category, ...]:
-    """The classes of a project by their ids, which stay the same when classes come and go."""
-    rows = session.scalars(
-        select(BoxClass)
-        .where(col(BoxClass.project_id) == project_id, ~col(BoxClass.deleted))
-        .order_by(col(BoxClass.id))
-    )
+def categories_of(session: Session, project_id: int, *, with_unnamed: bool = False) -> tuple[Category, ...]:
+    """The classes of a project by their ids, which stay the same when classes come and go.
+
+    The class of what nobody named is none where people left no box in it, unless it is asked for.
+    """
+    query = select(BoxClass).where(col(BoxClass.project_id) == project_id, ~col(BoxClass.deleted))
+    if not with_unnamed:
+        used = select(col(Box.class_id)).where(col(Box.alive), col(Box.status).in_(box_life.TRUTH))
+        query = query.where((col(BoxClass.kind) != ClassKind.PSEUDO) | col(BoxClass.id).in_(used))
+    rows = session.scalars(query.order_by(col(BoxClass.id)))
     return tuple(Category(row.id or 0, row.name) for row in rows)
 
 
@@ -102,6 +105,7 @@ def labels_of(
     statuses: Collection[ImageStatus] = (ImageStatus.INSPECTED,),
     name: Callable[[Image], str] | None = None,
     rows_of: list[BoxState] | None = None,
+    with_unnamed: bool = False,
 ) -> Labels:
     """The labels of the images of some statuses.
 
@@ -112,9 +116,10 @@ def labels_of(
         statuses: of the images; those that cannot be read are left out.
         name: ids of the labels' images; by default their paths on this machine, as lists of images have them.
         rows_of: gets the box behind every row of the labels.
+        with_unnamed: boxes of the class of what nobody named are among them.
     """
     assert project.id is not None
-    categories = categories_of(session, project.id)
+    categories = categories_of(session, project.id, with_unnamed=with_unnamed)
     rows = {category.id: row for row, category in enumerate(categories)}
     own_name = name or (lambda image: path_of(project, image).as_posix())
     made, batch = [], []

@@ -52,6 +52,7 @@ class BoxSource(StrEnum):
     LVC = "lvc"
     WSOL = "wsol"
     IMPORT = "import"
+    MINED = "mined"
 
 
 class ClassKind(StrEnum):
@@ -70,6 +71,7 @@ class RunKind(StrEnum):
     ORDER = "order"
     EMBED = "embed"
     AUTOLABEL = "autolabel"
+    MINE = "mine"
 
 
 class RunState(StrEnum):

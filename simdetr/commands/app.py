@@ -17,6 +17,7 @@ def label(
     database: str | None = None,
     device: str | None = None,
     no_browser: bool = False,
+    no_propose: bool = False,
     max_upload_mb: int = 200,
 ) -> None:
     """Label images on a page of the browser, with proposals of a detector that learns from it.
@@ -35,6 +36,7 @@ def label(
         database: URL of another database than ``labels.sqlite`` in ``--out``.
         device: Torch device of the runs; the GPU if there is one.
         no_browser: Do not open the page.
+        no_propose: Do not mine the images for proposals where there is no detector.
         max_upload_mb: Largest file that is taken.
     """
     try:
@@ -55,6 +57,7 @@ def label(
         token=token,
         database=database,
         config=config,
+        propose=not no_propose,
         device=device,
         max_upload_mb=max_upload_mb,
     )

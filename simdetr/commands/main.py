@@ -39,6 +39,8 @@ FLAGS = (
     "--masks",
     "--no-browser",
     "--no_browser",
+    "--no-propose",
+    "--no_propose",
     "--overwrite",
     "--verify",
 )

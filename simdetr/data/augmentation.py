@@ -5,11 +5,13 @@
 Sources: multi-scale resize, flip and crop of Deformable DETR (Zhu et al. 2021, appendix); strong colour changes of US
 2025/0265826 [0066], [0068] at the strength of MoCo v2 (Chen et al. 2020, section 3); mosaics [0065]-[0067]: images are
 put side by side, some of them at a lower resolution, so that their boxes shrink; without it a detector that is
-pretrained on pictures of single large objects does not learn to find small ones.
+pretrained on pictures of single large objects does not learn to find small ones. Boxes of rotated images hold what an
+ellipse in the box before takes: "Towards Rotation Invariance in Object Detection" (Kalra et al. 2021).
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -118,6 +120,74 @@ class RandomMirror(nn.Module):
         )
 
 
+class RandomTurn(nn.Module):
+    """Rotate about the middle by an angle that is drawn; what comes in from outside is grey, what leaves is cut.
+
+    A box that holds all of a rotated box would be far larger than its object, which seldom fills the corners. The new
+    box holds the rotated ellipse that touches the four sides of the old one.
+
+    Args:
+        most_degrees: largest angle, to either side.
+    """
+
+    def __init__(self, most_degrees: float) -> None:
+        super().__init__()
+        if not 0 <= most_degrees <= 180:
+            raise ValueError(f"rotation: expected 0 to 180 degrees, got {most_degrees}")
+        self.most_degrees = float(most_degrees)
+
+    def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Rotate all alike."""
+        degrees = float(torch.rand(()) * 2 - 1) * self.most_degrees
+        height, width = F.get_size(image)
+        middle, (sine, cosine) = torch.tensor([width / 2, height / 2]), _sine_cosine(degrees)
+        turn = torch.tensor([[cosine, sine], [-sine, cosine]])  # counter-clockwise, where y points down
+
+        def move(points: Tensor) -> Tensor:
+            return (points - middle) @ turn.T + middle
+
+        def change(value: Any) -> Any:  # noqa: ANN401
+            if isinstance(value, tv_tensors.BoundingBoxes):
+                return tv_tensors.wrap(_turned(value.as_subclass(Tensor), move, turn), like=value)
+            fill = None if isinstance(value, tv_tensors.Mask) else list(map(float, _FILL_RGB))
+            smooth = F.InterpolationMode.NEAREST if fill is None else F.InterpolationMode.BILINEAR
+            return F.rotate(value, degrees, interpolation=smooth, fill=fill)
+
+        return _on_all(image, target, change, move)
+
+
+def _sine_cosine(degrees: float) -> tuple[float, float]:
+    return math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+
+
+def _turned(boxes: Tensor, move: Callable[[Tensor], Tensor], turn: Tensor) -> Tensor:
+    """Boxes [T, 4] around the rotated ellipses in them."""
+    middles, halves = move((boxes[:, :2] + boxes[:, 2:]) / 2), (boxes[:, 2:] - boxes[:, :2]) / 2
+    sides = (halves**2 @ (turn**2).T).sqrt()
+    return torch.cat([middles - sides, middles + sides], dim=1)
+
+
+class RandomNoise(nn.Module):
+    """Add noise to every value, of a normal distribution whose deviation is drawn.
+
+    Args:
+        most: largest deviation, as a part of the range of the values.
+    """
+
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        if not 0 <= most <= 1:
+            raise ValueError(f"noise: expected 0 (none) to 1 (the whole range), got {most}")
+        self.most = float(most)
+
+    def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Change the image alone."""
+        whole = 1.0 if image.is_floating_point() else 255.0
+        noise = torch.randn(image.shape) * (float(torch.rand(())) * self.most * whole)
+        noisy = (image.as_subclass(Tensor) + noise).clamp(0, whole).to(image.dtype)
+        return tv_tensors.wrap(noisy, like=image), target
+
+
 class DropSmallBoxes(nn.Module):
     """Leave out boxes below one pixel with their labels, masks and points; landmarks that never had a box stay."""
 
@@ -148,6 +218,10 @@ def train_transforms(
     flip: bool = True,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    *,
+    rotation: float = 0.0,
+    noise: float = 0.0,
+    brightness: float = 0.0,
 ) -> nn.Module:
     """Augmentation for training.
 
@@ -159,6 +233,9 @@ def train_transforms(
         flip: mirror half of the images.
         mean: channel means of the normalisation.
         std: channel deviations of the normalisation.
+        rotation: largest angle in degrees, to either side.
+        noise: largest deviation of added noise, as a part of the range of the values.
+        brightness: largest part by which an image becomes brighter or darker, beside the colour changes.
     """
     largest = max(short_sides, default=0)
     resize: nn.Module = ResizeShortSide(short_sides, max_side)
@@ -166,7 +243,11 @@ def train_transforms(
         before = ResizeShortSide([round(part * largest) for part in _CROP_SHORT_SIDES], _MAX_CROP_ASPECT * largest)
         window = RandomSizeCrop(*(round(part * largest) for part in _CROP_SIDES))
         resize = v2.RandomChoice([resize, v2.Compose([before, window, resize])])
-    steps = [*([RandomMirror(0.5)] if flip else []), resize, *_colour_changes(colour)]
+    if not 0 <= brightness <= 1:
+        raise ValueError(f"brightness: expected 0 (as it is) to 1 (from black to twice as bright), got {brightness}")
+    steps = [*([RandomMirror(0.5)] if flip else []), resize, *([RandomTurn(rotation)] if rotation else [])]
+    steps += [*([v2.ColorJitter(brightness=brightness)] if brightness else []), *_colour_changes(colour)]
+    steps += [RandomNoise(noise)] if noise else []
     composed: nn.Module = v2.Compose([*steps, *_preparation(mean, std)])
     return composed
 

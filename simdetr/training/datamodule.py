@@ -123,6 +123,10 @@ class DetectionData(pl.LightningDataModule):
         flip: Mirror half of the training images; False where left and right make classes.
         colour: Strength of the colour augmentation.
         mosaic: Probability that a training sample is a mosaic of four images.
+        rotation: Largest angle in degrees by which training images are rotated, to either side; their boxes grow as
+            ellipses in them do.
+        noise: Largest deviation of noise that is added, as a part of the range of the values.
+        brightness: Largest part by which training images become brighter or darker, beside ``colour``.
         label_fraction: Part of the labelled images to train on, drawn as `simdetr split` draws it.
         seed: Seed of order, subset and augmentation.
         strict: Turn problems in label files into errors.
@@ -164,6 +168,9 @@ class DetectionData(pl.LightningDataModule):
         flip: bool = True,
         colour: Literal["none", "light", "strong"] = "light",
         mosaic: float = 0.0,
+        rotation: float = 0.0,
+        noise: float = 0.0,
+        brightness: float = 0.0,
         label_fraction: float = 1.0,
         seed: int = 0,
         strict: bool = False,
@@ -185,6 +192,7 @@ class DetectionData(pl.LightningDataModule):
         self._images = (short_sides, max_side, mean, std)
         self.follow({})
         self.crop, self.flip, self.colour, self.mosaic = crop, flip, colour, mosaic
+        self._changes = {"rotation": rotation, "noise": noise, "brightness": brightness}
         self._samples: DetectionDataset | Mosaic | WithUnlabelled
         self._loader: ResumableLoader | None = None
         self._val_loader: DataLoader[Any] | None = None
@@ -300,7 +308,14 @@ class DetectionData(pl.LightningDataModule):
 
     def _new_loader(self) -> ResumableLoader:
         transform = train_transforms(
-            self.short_sides, self.max_side, self.crop, self.colour, self.flip, mean=self.mean, std=self.std
+            self.short_sides,
+            self.max_side,
+            self.crop,
+            self.colour,
+            self.flip,
+            mean=self.mean,
+            std=self.std,
+            **self._changes,
         )
         quarantine = None
         if self.trainer is not None:

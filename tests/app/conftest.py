@@ -72,7 +72,7 @@ def serve(own_scenes: Path, tmp_path: Path) -> Iterator[Callable[..., Person]]:
 
     def start(**changes: Any) -> Person:
         close()
-        chosen = {"images": own_scenes / "images", "out": tmp_path / "out", **changes}
+        chosen = {"images": own_scenes / "images", "out": tmp_path / "out", "propose": False, **changes}
         settings = AppSettings(**chosen)
         app = create_app(settings)
         client = TestClient(app, base_url="http://127.0.0.1", headers={"x-author": "ann"})

@@ -15,7 +15,7 @@ from simdetr.app.settings import AppSettings
 
 @pytest.fixture
 def client(own_scenes, tmp_path):
-    settings = AppSettings(images=own_scenes / "images", out=tmp_path / "out", token="t" * 20)
+    settings = AppSettings(images=own_scenes / "images", out=tmp_path / "out", token="t" * 20, propose=False)
     app = create_app(settings)
     app.state.desk.wait_for_index()
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))

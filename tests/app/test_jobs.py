@@ -47,9 +47,12 @@ def test_a_detector_is_loaded_once_until_its_file_changes(small_detector):
 
 
 def test_options_of_a_training_are_the_persons_over_the_apps(tmp_path):
-    asked = TrainParameters(max_steps=100, lr=0.001, colour="none", options=["--model.lr=0.5"]).model_dump()
+    asked = TrainParameters(
+        max_steps=100, rotation=15, lr=0.001, colour="none", options=["--model.lr=0.5"]
+    ).model_dump()
     job = {"parameters": asked, "config": [], "device": "cpu", "validated": True}
     options = training_options(RunFiles(tmp_path), job, images=16)
+    assert {"--data.rotation=15.0", "--data.noise=0.0"} <= set(options)
     assert options[-1] == "--model.lr=0.5" and options.index("--model.lr=0.001") < len(options) - 1
     assert {"--trainer.max_steps=100", "--data.colour=none", "--data.flip=true"} <= set(options)
     assert "--trainer.check_val_every_n_epoch=5" in options  # of fifty epochs

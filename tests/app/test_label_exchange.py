@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 
 import pytest
+
+from simdetr.data.label_files import FORMATS
 
 
 def send(person, name, content, code=200, **query):
@@ -68,6 +71,7 @@ def test_an_import_leaves_what_people_drew_and_can_be_undone(person, coco):
 
 def test_a_file_with_problems_changes_nothing_unless_it_is_asked_to(person, coco):
     coco["annotations"][0]["bbox"] = [0, 0, -5, 5]
+    coco["annotations"][0].pop("area", None)
     coco["images"].append({"id": 99, "file_name": "stranger.png", "width": 9, "height": 9})
     found = send(person, "labels.json", json.dumps(coco))
     assert not found["imported"] and found["unknown_images"] == 1 and len(found["problems"]) == 2
@@ -98,6 +102,65 @@ def test_images_go_with_the_labels_if_asked(person):
         assert sorted(archive.namelist()) == [f"images/{image['name']}", "labels.json"]
         content = json.loads(archive.read("labels.json"))
     assert [row["name"] for row in content["categories"]] == ["점"] and len(content["images"]) == 1
+
+
+@pytest.mark.parametrize("kind", [one.name for one in FORMATS])
+def test_labels_go_out_in_every_format_and_come_back_the_same(serve, tmp_path, kind):
+    person = serve()
+    classes = {name: person.make_class(name) for name in ("חתול", "شجرة", "细胞", "고양이", "unused")}
+    first, second, empty, opened, untouched = person.images()[:5]
+    person.draw(first["id"], (classes["חתול"], [1.25, 2, 20, 30]), (classes["شجرة"], [5, 5, 40.5, 41]))
+    person.draw(second["id"], (classes["细胞"], [0, 0, 9, 9]), (classes["고양이"], [10, 10, 30, 20]))
+    person.draw(empty["id"])
+    person.ask("POST", f"/images/{opened['id']}/open", {"holder": "a tab"})
+    made = person.ask("POST", "/projects/1/exports", {"format": kind}, 201)
+    assert (made["images"], made["boxes"]) == (3, 4)
+    if kind in ("voc", "label-studio", "csv"):
+        assert f"changed or lost: 1 × class without boxes, which {kind} does not hold" in made["notes"]
+    answer = person.client.get(made["download"])
+    name = re.findall('filename="(.*)"', answer.headers["content-disposition"])[0]
+    assert name.endswith(".zip") == (kind in ("yolo", "voc"))
+
+    def seen(who):
+        names = {row["id"]: row["name"] for row in who.get("/projects/1/classes")["classes"]}
+        return {
+            image["name"]: (
+                image["status"] == "inspected",
+                [
+                    (names[box["class_id"]], [round(value, 2) for value in box["xyxy"]], box["status"])
+                    for box in who.get(f"/images/{image['id']}/boxes")["boxes"]
+                ],
+            )
+            for image in who.images()
+        }
+
+    before = seen(person)
+    other = serve(out=tmp_path / "other")
+    found = send(other, name, answer.content)
+    assert (found["format"], found["problems"], found["imported"]) == (kind, [], True)
+    after = seen(other)
+    assert after == before
+    assert after[empty["name"]] == (True, [])
+    assert not after[opened["name"]][0] and not after[untouched["name"]][0]
+
+
+def test_what_nobody_saw_is_no_empty_image_where_proposals_go_out_too(person, coco):
+    person.draw(person.images()[0]["id"])
+    person.ask("POST", f"/images/{person.images()[1]['id']}/open", {"holder": "a tab"})
+    made = person.ask("POST", "/projects/1/exports", {"statuses": ["proposed", "manual"]}, 201)
+    out = json.loads(person.client.get(made["download"]).content)
+    assert [row["file_name"] for row in out["images"]] == [person.images()[0]["name"]]
+
+
+def test_regions_to_ignore_are_said_to_be_lost_where_a_format_has_none(person):
+    class_id, image = person.make_class(), person.images()[0]
+    person.draw(image["id"], (class_id, [0, 0, 9, 9]), (class_id, [20, 20, 30, 30]))
+    sheet = person.get(f"/images/{image['id']}/boxes")
+    boxes = [{"id": box["id"], "class_id": class_id, "xyxy": box["xyxy"]} for box in sheet["boxes"]]
+    boxes[1]["ignore"] = True
+    person.ask("PUT", f"/images/{image['id']}/boxes", {"version": sheet["version"], "boxes": boxes, "inspected": True})
+    made = person.ask("POST", "/projects/1/exports", {"format": "yolo"}, 201)
+    assert made["boxes"] == 1 and "changed or lost: 1 × crowd, which yolo does not know: left out" in made["notes"]
 
 
 def test_nothing_inspected_is_nothing_to_write(person):

@@ -31,6 +31,17 @@ def test_augmentations_are_parameters_of_a_training(person):
         assert field.default == row["default"]
 
 
+def test_rotation_noise_and_brightness_are_previewed_and_off_by_default(person):
+    person.draw(1, (person.make_class(), [10, 10, 40, 40]))
+    plain = {"colour": "none", "flip": False}
+    first = pixels(person.get("/images/1/augmented", seed=3, **plain))
+    for name, most in (("rotation", 30), ("noise", 0.2), ("brightness", 0.3)):
+        assert (first == pixels(person.get("/images/1/augmented", seed=3, **plain, **{name: 0}))).all()
+        assert np.abs(first - pixels(person.get("/images/1/augmented", seed=3, **plain, **{name: most}))).mean() > 1
+    rows = {row["name"]: row for row in person.get("/augmentations")["augmentations"]}
+    assert [rows[name]["most"] for name in ("rotation", "noise", "brightness")] == [30, 0.2, 0.3]
+
+
 def test_formats_are_told(person):
     found = person.get("/formats")
-    assert "coco" in found["read"] and "coco" in found["write"]
+    assert set(found["read"]) == set(found["write"]) and found["write"][0] == "coco"

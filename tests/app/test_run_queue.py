@@ -143,7 +143,7 @@ def test_two_apps_do_not_work_in_one_folder(serve, own_scenes, tmp_path):
     from simdetr.app.settings import AppSettings
 
     serve()
-    other = create_app(AppSettings(images=own_scenes / "images", out=tmp_path / "out"))
+    other = create_app(AppSettings(images=own_scenes / "images", out=tmp_path / "out", propose=False))
     with pytest.raises(RuntimeError, match="another `simdetr label` works"), TestClient(other):
         pass
     other.state.desk.close()

@@ -20,7 +20,9 @@ from simdetr.data.augmentation import (
     Mosaic,
     Placement,
     RandomMirror,
+    RandomNoise,
     RandomSizeCrop,
+    RandomTurn,
     ResizeShortSide,
     compose_tiles,
     eval_transforms,
@@ -218,6 +220,84 @@ def test_colour_strength_orders_the_changes_and_never_moves_boxes():
 def test_boxes_below_one_pixel_are_dropped_with_their_labels():
     _, target = eval_transforms(40, 60)(*scene(80, 120, [[0, 0, 40, 40], [50, 50, 51, 70], [60, 20, 64, 24]]))
     assert target["labels"].tolist() == [0, 2] and target["boxes"].tolist() == [[0, 0, 20, 20], [30, 10, 32, 12]]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_boxes_masks_and_points_turn_with_ellipses_that_fill_their_boxes(seed):
+    rows, columns = torch.meshgrid(torch.arange(120) + 0.5, torch.arange(160) + 0.5, indexing="ij")
+    boxes = torch.tensor([[40.0, 30, 100, 54], [90, 60, 120, 90]])
+    image, masks = torch.zeros(3, 120, 160, dtype=torch.uint8), torch.zeros(2, 120, 160, dtype=torch.uint8)
+    for label, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+        x, y = (columns - (x0 + x1) / 2) / ((x1 - x0) / 2), (rows - (y0 + y1) / 2) / ((y1 - y0) / 2)
+        masks[label] = x**2 + y**2 <= 1
+        image[label] = 255 * masks[label]
+    target = {
+        "boxes": pixel_boxes(boxes, (120, 160)),
+        "labels": torch.arange(2),
+        "masks": tv_tensors.Mask(masks),
+        "points": (boxes[:, :2] + boxes[:, 2:]) / 2,
+    }
+    torch.manual_seed(seed)
+    turned, changed = RandomTurn(30)(tv_tensors.Image(image), target)
+    assert turned.shape == image.shape and turned.dtype == torch.uint8
+    for label, (box, point) in enumerate(zip(changed["boxes"], changed["points"], strict=True)):
+        drawn = drawn_box(turned / 255, label)
+        assert (box - drawn).abs().max() <= 1.5
+        assert (point - (drawn[:2] + drawn[2:]) / 2).abs().max() <= 1.5
+        found = torch.nonzero(changed["masks"][label])
+        assert (found.float().mean(0).flip(0) + 0.5 - point).abs().max() <= 1.5
+    assert not torch.allclose(changed["boxes"].as_subclass(torch.Tensor), boxes)
+    corners = turned[:, [0, 0, -1, -1], [0, -1, 0, -1]].float().mean(1)
+    assert (corners > 0).any()  # grey came in from outside
+
+
+def test_turning_covers_both_sides_and_keeps_within_its_angle():
+    torch.manual_seed(0)
+    right = {"boxes": pixel_boxes(torch.zeros(0, 4), (64, 64)), "points": torch.tensor([[64.0, 32.0]])}
+    image = tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8))
+    points = torch.cat([RandomTurn(20)(image, right)[1]["points"] for _ in range(80)]) - 32
+    angles = torch.rad2deg(torch.atan2(-points[:, 1], points[:, 0]))
+    assert angles.abs().max() <= 20.001 and angles.min() < -15 and angles.max() > 15
+    assert torch.allclose(points.norm(dim=1), torch.tensor(32.0))
+
+
+def test_noise_stays_in_range_and_below_its_deviation():
+    torch.manual_seed(0)
+    grey = tv_tensors.Image(torch.full((3, 60, 60), 128, dtype=torch.uint8))
+    spreads = [float(RandomNoise(0.1)(grey, {})[0].float().std()) for _ in range(60)]
+    assert max(spreads) < 0.1 * 255 * 1.1 and min(spreads) < 3 and max(spreads) > 18
+    white = RandomNoise(1.0)(tv_tensors.Image(torch.ones(3, 9, 9)), {})[0]
+    assert type(white) is tv_tensors.Image and 0 <= white.min() and white.max() <= 1
+
+
+def test_changes_that_are_off_draw_nothing_and_wrong_ones_are_refused():
+    for seed in range(5):
+        torch.manual_seed(seed)
+        before, target = train_transforms([64, 80], 160)(*scene(80, 120, BOXES))
+        torch.manual_seed(seed)
+        off = train_transforms([64, 80], 160, rotation=0, noise=0, brightness=0)
+        after, same = off(*scene(80, 120, BOXES))
+        assert torch.equal(before, after) and torch.equal(target["boxes"], same["boxes"])
+    names = [type(step).__name__ for step in off.transforms]
+    assert "RandomTurn" not in names and "RandomNoise" not in names
+    for wrong in ({"rotation": 181}, {"noise": 2}, {"brightness": -0.1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            train_transforms([64], 80, **wrong)
+
+
+def test_brightness_keeps_within_its_part_and_boxes_turn_through_everything():
+    plain = {"crop": False, "flip": False, "colour": "none", "mean": (0, 0, 0), "std": (1, 1, 1)}
+    grey = tv_tensors.Image(torch.full((3, 64, 64), 100, dtype=torch.uint8))
+    none = {"boxes": pixel_boxes(torch.zeros(0, 4), (64, 64)), "labels": torch.zeros(0, dtype=torch.int64)}
+    torch.manual_seed(0)
+    shades = [float(train_transforms([64], 64, **plain, brightness=0.3)(grey, none)[0].mean()) for _ in range(60)]
+    assert 69 / 255 <= min(shades) < 80 / 255 and 120 / 255 < max(shades) <= 131 / 255
+    for seed in range(10):
+        torch.manual_seed(seed)
+        everything = train_transforms([64, 96], 160, rotation=30, noise=0.1, brightness=0.3)
+        image, target = everything(*masked_scene())
+        assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
+        assert (target["boxes"] >= 0).all() and torch.isfinite(image).all()
 
 
 def test_transforms_are_picklable():

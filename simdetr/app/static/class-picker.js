@@ -4,6 +4,9 @@ import { ApiError, get, post, send } from "./api.js";
 import { button, complain, dialog, field, h, iconButton, put } from "./elements.js";
 import { count, plural } from "./numbers.js";
 
+// Whether a class is that of boxes that nobody has named yet.
+export const isUnnamed = (kind) => kind?.kind === "pseudo";
+
 export class ClassPicker {
   #classes = [];
   #current = null;
@@ -37,11 +40,17 @@ export class ClassPicker {
     this.#take((await get(`/projects/${this.project}/classes`)).classes);
   }
 
-  #take(classes) {
+  // A class that stands for "no name yet" comes last, has no digit, and is never the current one.
+  #take(all) {
+    const classes = [...all.filter((one) => !isUnnamed(one)), ...all.filter(isUnnamed)];
     this.#classes = classes;
-    if (!classes.some((one) => one.id === this.#current)) this.#current = classes[0]?.id ?? null;
+    if (!this.#named().some((one) => one.id === this.#current)) this.#current = this.#named()[0]?.id ?? null;
     this.#paint();
     this.changed(classes);
+  }
+
+  #named() {
+    return this.#classes.filter((one) => !isUnnamed(one));
   }
 
   get current() {
@@ -60,9 +69,10 @@ export class ClassPicker {
 
   #digit(kind) {
     if (kind.shortcut) return kind.shortcut;
+    if (isUnnamed(kind)) return null;
     const taken = new Set(this.#classes.map((one) => one.shortcut).filter(Boolean));
     const free = [..."123456789"].filter((digit) => !taken.has(digit));
-    return free[this.#classes.filter((one) => !one.shortcut).indexOf(kind)] ?? null;
+    return free[this.#named().filter((one) => !one.shortcut).indexOf(kind)] ?? null;
   }
 
   focus() {
@@ -84,7 +94,11 @@ export class ClassPicker {
     if (!name) return;
     complain(this.element, null);
     const exact = this.#classes.find((one) => one.name === name);
-    const found = exact ?? this.#found()[0];
+    if (isUnnamed(exact)) {
+      await send("PATCH", `/classes/${exact.id}`, { kind: "novel" }).catch((error) => complain(this.element, error));
+      await this.load();
+    }
+    const found = exact ?? this.#found().find((one) => !isUnnamed(one));
     const whole = exact || (found && found.name.toLowerCase() === name.toLowerCase());
     try {
       const chosen = whole ? found : await post(`/projects/${this.project}/classes`, { name });
@@ -125,10 +139,11 @@ export class ClassPicker {
               testid: "class",
               "aria-pressed": String(one.id === this.#current),
               title: one.name,
+              disabled: isUnnamed(one),
               onclick: () => this.choose(one.id),
             },
             h("i", { style: { background: one.colour } }),
-            h("span.class-name", { dir: "auto" }, one.name),
+            h("span.class-name", { dir: "auto" }, isUnnamed(one) ? "no name yet" : one.name),
             h("span.muted", {}, count(one.boxes)),
             this.#digit(one) && h("kbd", {}, this.#digit(one)),
           ),
@@ -136,7 +151,7 @@ export class ClassPicker {
         ),
       ),
       !found.length && typed ? h("li.note", {}, "Enter adds ", h("b", { dir: "auto" }, typed)) : null,
-      !this.#classes.length && !typed ? h("li.note", {}, "No class yet: type a name above and press Enter.") : null,
+      !this.#named().length && !typed ? h("li.note", {}, "No class yet: type a name above and press Enter.") : null,
     );
   }
 

@@ -12,7 +12,15 @@ const STATUSES = [
   ["proposed", "Proposed, with scores", false],
   ["rejected", "Rejected", false],
 ];
-const NAMES = { coco: "COCO", yolo: "YOLO", voc: "Pascal VOC", csv: "CSV" };
+const NAMES = {
+  coco: "COCO",
+  yolo: "YOLO",
+  voc: "Pascal VOC",
+  csv: "CSV",
+  cvat: "CVAT",
+  "label-studio": "Label Studio",
+  simdetr: "Parquet of simdetr",
+};
 const named = (name) => NAMES[name] ?? name;
 
 export class ExchangeScreen {

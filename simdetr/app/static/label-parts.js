@@ -87,6 +87,7 @@ export function middle(screen) {
 export function right(screen) {
   screen.boxCount = h("h2", { testid: "box-count" }, "Boxes");
   screen.boxList = h("ol.box-list", { testid: "box-list", "aria-label": "List of boxes" });
+  screen.miningNote = h("p.note", { testid: "mining-note", hidden: true });
   screen.hiddenNote = h("p.note", { testid: "hidden-note" });
   screen.shots = h(
     "div.row.shot-row",
@@ -122,6 +123,7 @@ export function right(screen) {
       screen.boxCount,
       screen.boxList,
       screen.hiddenNote,
+      screen.miningNote,
       screen.shots,
     ),
     h(

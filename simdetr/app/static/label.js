@@ -2,12 +2,13 @@
 
 import { address, get, holder, post } from "./api.js";
 import "./box-editor.js";
-import { ClassPicker } from "./class-picker.js";
+import { ClassPicker, isUnnamed } from "./class-picker.js";
 import { chooseSide } from "./conflict.js";
 import { button, complain, empty, h, iconButton, put, toast } from "./elements.js";
 import { middle, right } from "./label-parts.js";
-import { decimal, percent, plural } from "./numbers.js";
+import { count, decimal, percent, plural } from "./numbers.js";
 import { Queue } from "./queue.js";
+import { AT_WORK } from "./runs.js";
 import { Saver, unsaved } from "./saving.js";
 import { actionOf, showKeys } from "./shortcuts.js";
 import { uploadPanel } from "./upload.js";
@@ -15,6 +16,7 @@ import { uploadPanel } from "./upload.js";
 const LEASE_MS = 240_000;
 const NUDGE_MS = 350; // arrow presses closer than this are one edit
 const POLL_MS = 400;
+const LOOK_MS = 1500; // for proposals of a run that is at work
 const STATES = {
   saved: "Saved",
   saving: "Saving…",
@@ -69,6 +71,7 @@ export class LabelScreen {
     window.addEventListener("pagehide", this.onHide);
     window.addEventListener("beforeunload", this.onUnload);
     this.lease = setInterval(() => this.#renew(), LEASE_MS);
+    this.looking = setInterval(() => this.#look(), LOOK_MS);
   }
 
   // ------------------------------------------------------------------------------------------------- coming and going
@@ -109,6 +112,7 @@ export class LabelScreen {
     window.removeEventListener("beforeunload", this.onUnload);
     window.removeEventListener("pagehide", this.onHide);
     clearInterval(this.lease);
+    clearInterval(this.looking);
     this.#asked = -1;
     await this.#close();
     this.app.banner(null);
@@ -132,6 +136,41 @@ export class LabelScreen {
 
   #renew() {
     if (this.#sheet && this.#saver) post(`/images/${this.#sheet.image.id}/open`, { holder }).catch(() => {});
+  }
+
+  // Proposals of a run that mines come while their image is open, as long as nothing was drawn on it.
+  async #look() {
+    const saver = this.#saver;
+    const mining = this.app.runs.runs.find((run) => run.kind === "mine" && AT_WORK.has(run.state));
+    this.miningNote.hidden = !mining;
+    if (mining)
+      this.miningNote.textContent = mining.total
+        ? `First proposals: ${count(mining.done)} of ${count(mining.total)} images.`
+        : "The first proposals are being made…";
+    if (this.project.indexing) {
+      // the run is asked for once the folder is read
+      this.project = await this.app.refresh().catch(() => this.project);
+      this.app.runs.look();
+    }
+    if (!mining && !this.mined) return;
+    this.mined = Boolean(mining); // once more after it has ended
+    if (!saver || this.#boxes.length || saver.pending || this.#nudge || this.editor.busy) return;
+    try {
+      const { image } = this.#sheet;
+      const sheet = await get(`/images/${image.id}/boxes`);
+      if (this.#saver !== saver || saver.pending || sheet.version === saver.version || this.editor.busy) return;
+      await this.picker.load();
+      if (this.#saver !== saver || saver.pending || this.#boxes.length) return;
+      saver.know(sheet);
+      this.#adopt(sheet, saver.keyed(sheet.boxes));
+    } catch {
+      /* the next look may work */
+    }
+  }
+
+  #isUnnamed(box) {
+    const kind = this.classes.get(box.class_id);
+    return box.status === "proposed" && (kind ? isUnnamed(kind) : box.source === "mined");
   }
 
   async open(id, { anyway = false } = {}) {
@@ -348,6 +387,7 @@ export class LabelScreen {
     if (this.#nudge) return; // what is shown is newer, and will be written
     const unnamed = this.#boxes.filter((box) => !box.class_id && this.#drawnOn === sheet.image.id);
     this.#boxes = [...boxes.filter((box) => box.status !== "rejected"), ...unnamed];
+    if (boxes.some((box) => !this.classes.has(box.class_id))) this.picker.load().catch(() => {}); // a run made one
     this.#drawnOn = sheet.image.id;
     this.#paint();
     this.#fetchRejected(sheet);
@@ -368,6 +408,7 @@ export class LabelScreen {
   }
 
   #isShown(box) {
+    if (box.source === "mined") return true; // few, and their scores are not those of a detector
     return box.status !== "proposed" || box.score === null || box.score === undefined || box.score >= this.minScore;
   }
 
@@ -414,7 +455,7 @@ export class LabelScreen {
         },
         h("span.number", {}, place + 1),
         h(`i.swatch.${box.status}`),
-        h("span.class-name", { dir: "auto" }, kind?.name ?? "Name it: C"),
+        h("span.class-name", { dir: "auto" }, kind && !this.#isUnnamed(box) ? kind.name : "Name it: C"),
         h("span.muted", {}, box.ignore ? "ignored" : box.status === "proposed" ? decimal(box.score, 2) : box.status),
         h("span.place", {}, `${x0.toFixed(1)}, ${y0.toFixed(1)}   ${(x1 - x0).toFixed(1)} × ${(y1 - y0).toFixed(1)}`),
       ),
@@ -453,6 +494,7 @@ export class LabelScreen {
     const box = this.#boxes.find((one) => one.key === key);
     if (box) {
       box.xyxy = [...seen.xyxy];
+      if (this.#isUnnamed(box)) box.class_id = this.picker.current;
       if (box.id) box.status = "corrected";
     } else this.#boxes.push({ ...seen, class_id: this.picker.current });
     this.#paint();
@@ -485,10 +527,12 @@ export class LabelScreen {
       const box = this.#find(this.editor.selected?.key);
       for (const one of this.#boxes) if (!one.class_id) one.class_id = id;
       if (box && (box.class_id !== id || !box.id)) {
-        if (box.id && box.class_id !== id) box.status = "corrected";
+        const unnamed = this.#isUnnamed(box);
+        if (box.id && box.class_id !== id) box.status = unnamed ? "inspected" : "corrected";
         box.class_id = id;
         this.#paint();
         this.#save();
+        if (unnamed) this.#onward();
       } else this.#paint();
     } else if (gone) {
       const image = this.#sheet?.image.id;
@@ -502,7 +546,7 @@ export class LabelScreen {
 
   #classesChanged(classes) {
     this.classes = new Map(classes.map((one) => [one.id, one]));
-    this.editor.classes = this.classes;
+    this.editor.classes = new Map(classes.filter((one) => !isUnnamed(one)).map((one) => [one.id, one]));
     this.queue.classes = classes;
     if (this.#sheet) this.#paint();
   }
@@ -515,11 +559,24 @@ export class LabelScreen {
     const box = this.#find(key);
     if (!box) return;
     if (box.status === "proposed") {
+      if (!this.#name([box])) return;
       box.status = "inspected";
       this.#paint();
       this.#save();
     }
     this.#onward();
+  }
+
+  // Give boxes that have no name the current class; where there is none, ask for it and say no.
+  #name(boxes) {
+    const unnamed = boxes.filter((box) => this.#isUnnamed(box));
+    if (unnamed.length && !this.picker.current) {
+      this.picker.focus();
+      toast("Name it: type a class and press Enter.");
+      return false;
+    }
+    for (const box of unnamed) box.class_id = this.picker.current;
+    return true;
   }
 
   #remove(key) {
@@ -659,6 +716,7 @@ export class LabelScreen {
     const box = this.#find(key);
     if (!box) return;
     box.ignore = !box.ignore;
+    if (this.#isUnnamed(box)) box.class_id = this.picker.current ?? box.class_id;
     if (box.id) box.status = "corrected";
     this.#paint();
     this.#save();
@@ -666,7 +724,7 @@ export class LabelScreen {
 
   #acceptShown() {
     const shown = this.#boxes.filter((box) => box.status === "proposed" && this.#isShown(box));
-    if (!shown.length) return;
+    if (!shown.length || !this.#name(shown)) return;
     for (const box of shown) box.status = "inspected";
     this.#paint();
     this.#save();
@@ -677,7 +735,7 @@ export class LabelScreen {
       this.#say(new Error("A box has no class yet: type one (C) and press Enter, or remove the box."));
       return;
     }
-    const shown = this.#boxes.filter((box) => this.#isShown(box));
+    const shown = this.#boxes.filter((box) => this.#isShown(box) && !(box.source === "mined" && this.#isUnnamed(box)));
     await this.#done(() => this.#saver.save(shown, { inspected: true }));
   }
 
@@ -731,8 +789,8 @@ export class LabelScreen {
 
   async #models() {
     const { models } = await get(`/projects/${this.project.id}/models`).catch(() => ({ models: [] }));
-    this.detectButton.disabled = !models.length;
-    if (!models.length) this.detectButton.title = "There is no detector yet: train one on what you label";
+    if (!models.length)
+      this.detectButton.title = "There is no detector yet: what may be objects is told from the images alone";
     this.model.hidden = models.length < 2;
     put(
       this.model,

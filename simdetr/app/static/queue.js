@@ -21,6 +21,7 @@ const SOURCES = [
   ["lvc", "Few-shot"],
   ["wsol", "Localised"],
   ["import", "Imported"],
+  ["mined", "Mined"],
 ];
 const PAGE = 40;
 

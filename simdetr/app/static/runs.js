@@ -10,6 +10,7 @@ export const KINDS = {
   order: "Ordering",
   embed: "Clustering",
   autolabel: "Few labels to many",
+  mine: "First proposals",
 };
 
 export class RunWatch extends EventTarget {

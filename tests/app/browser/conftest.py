@@ -83,8 +83,14 @@ class Site:
     def add_class(self, name: str) -> int:
         return self.ask("POST", f"/projects/{self.project}/classes", {"name": name})["id"]
 
-    def propose(self, image: int, class_id: int, boxes: list[tuple[list[float], float]]) -> None:
-        """Put proposals on an image, as a detector's run would."""
+    def propose(
+        self,
+        image: int,
+        class_id: int,
+        boxes: list[tuple[list[float], float]],
+        source: BoxSource = BoxSource.DETECTOR,
+    ) -> None:
+        """Put proposals on an image, as a run would."""
         with Session(self.app.state.desk.engine) as session:
             for (x0, y0, x1, y1), score in boxes:
                 session.add(
@@ -97,7 +103,7 @@ class Site:
                         y1=y1,
                         score=score,
                         status=BoxStatus.PROPOSED,
-                        source=BoxSource.DETECTOR,
+                        source=source,
                     )
                 )
             found = session.get(Image, image)
@@ -121,6 +127,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Site]]:
         if photos:
             draw_photos(folder, photos)
             settings.setdefault("images", folder)
+        settings.setdefault("propose", False)
         app = create_app(AppSettings(out=tmp_path / "out", port=0, **settings))
         app.state.desk.wait_for_index()
         server = uvicorn.Server(

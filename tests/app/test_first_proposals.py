@@ -1,0 +1,148 @@
+"""Boxes are mined from the images alone, part by part, while there is no detector."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from simdetr.app import first_proposals
+from simdetr.app.database import reading
+from simdetr.app.first_proposals import best_of, parts_of, propose_first
+from simdetr.app.run_files import RunFiles, write_image_list
+from simdetr.app.run_queue import RunQueue
+from simdetr.app.tables import Run
+from simdetr.data.label_files import read_labels
+from simdetr.mining.regions import Regions
+from simdetr.mining.store import ProposalRow
+
+
+@pytest.fixture
+def mining(own_scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(first_proposals, "FIRST", 2)
+    monkeypatch.setattr(first_proposals, "PART", 3)
+    files = RunFiles(tmp_path / "run")
+    write_image_list(sorted((own_scenes / "images").iterdir()), files.images)
+    job = {"kind": "mine", "parameters": {"max_boxes": 4, "image_ids": []}, "device": "cpu", "config": []}
+    files.job.write_text(json.dumps(job))
+    return files, job
+
+
+def test_the_first_part_is_small_and_no_image_is_left_out():
+    assert parts_of(3) == [range(3)]
+    assert [len(part) for part in parts_of(50)] == [4, 16, 16, 14]
+    assert [place for part in parts_of(21) for place in part] == list(range(21))
+
+
+def test_parts_are_kept_and_other_runs_are_let_through_between_them(mining, truth_of):
+    files, job = mining
+    files.make_way.touch()
+    assert propose_first(files, job)["unfinished"] and not files.make_way.exists() and not files.parts.exists()
+    assert propose_first(files, job)["message"] == "mined 6 images"
+    parts = sorted(files.parts.iterdir())
+    found = [read_labels(part) for part in parts]
+    assert [len(labels) for labels in found] == [2, 3, 1]
+    assert [category.name for category in found[0].categories] == ["object"]
+    assert all(len(labels.of(name)) <= 4 for labels in found for name in labels.image_ids)
+    scores = np.concatenate([labels.scores for labels in found])
+    assert len(scores) and (scores > 0).all() and (scores <= 1).all()
+    stamps = [part.stat().st_mtime_ns for part in parts[:2]]
+    parts[2].unlink()
+    propose_first(files, job)
+    assert [part.stat().st_mtime_ns for part in parts[:2]] == stamps and parts[2].is_file()
+    assert [row["done"] for row in files.told()][-3:] == [2, 5, 6]
+
+
+def test_the_surest_boxes_of_each_image_are_kept():
+    def row(name, scores):
+        count = len(scores)
+        boxes = np.array([[10 * i, 0, 10 * i + 9, 9] for i in range(count)], np.float32).reshape(-1, 4)
+        zeros = np.zeros(count, np.int16)
+        regions = Regions(boxes, np.zeros((count, 2), np.float32), boxes[:, 2], zeros, zeros, zeros, np.float32(scores))
+        return ProposalRow(name, 100, 100, regions)
+
+    labels = best_of([row("a", [0.1, 0.9, 0.4]), row("none", []), row("b", [0.2])], 2)
+    assert [len(labels.of(name)) for name in ("a", "none", "b")] == [2, 0, 1]
+    assert labels.of("a").boxes_xyxy[:, 0].tolist() == [10, 20]
+    assert len(best_of([], 2)) == 0
+
+
+def test_an_app_without_a_detector_proposes_by_itself_and_names_are_given_with_one_save(serve, monkeypatch):
+    asked = []
+    monkeypatch.setattr(RunQueue, "start", lambda queue: asked.append(queue))  # first look at what is queued
+    person = serve(propose=True)
+    (run,) = person.get("/projects/1/runs")["runs"]
+    assert (run["kind"], run["state"]) == ("mine", "queued")
+    monkeypatch.undo()
+    first = person.images()[0]
+    person.ask("POST", f"/images/{first['id']}/open", {"holder": "a tab"})
+
+    person = serve(propose=True, device="cpu")
+    done = person.wait(run["id"])
+    assert done["state"] == "done", done["error"]
+    assert len(person.get("/projects/1/runs")["runs"]) == 1
+    (kind,) = person.get("/projects/1/classes")["classes"]
+    assert (kind["name"], kind["kind"], kind["shortcut"]) == ("object", "pseudo", None)
+    sheet = person.get(f"/images/{first['id']}/boxes")  # open, but nobody had drawn on it
+    assert 1 < len(sheet["boxes"]) <= 10
+    assert {(box["status"], box["source"]) for box in sheet["boxes"]} == {("proposed", "mined")}
+
+    cell = person.make_class("cell")
+    named, left = sheet["boxes"][:2]
+    boxes = [{"id": named["id"], "class_id": cell, "xyxy": named["xyxy"]}]
+    saved = person.ask(
+        "PUT", f"/images/{first['id']}/boxes", {"version": sheet["version"], "boxes": boxes, "inspected": True}
+    )
+    assert [(box["id"], box["status"], box["class_id"]) for box in saved["boxes"]] == [(named["id"], "inspected", cell)]
+    assert saved["image"]["counts"]["rejected"] == 0
+    estimate = person.get("/projects/1/estimate")
+    assert (estimate["accepted"], estimate["corrected"], estimate["left_detections"]) == (1, 0, 0)
+    undone = person.ask("POST", f"/images/{first['id']}/undo", {"version": saved["version"]})
+    assert left["id"] in [box["id"] for box in undone["boxes"]]
+
+
+def test_mining_leaves_the_proposals_of_a_detector_and_waits_for_other_runs(serve, small_detector):
+    person = serve(run=small_detector, device="cpu")
+    detection = person.run("detect", min_score=0.0, max_boxes=2)
+    mine = person.ask("POST", "/projects/1/runs", {"kind": "mine", "parameters": {}}, 201)
+    other = person.ask("POST", "/projects/1/runs", {"kind": "detect", "parameters": {"min_score": 0.0}}, 201)
+    assert person.wait(mine["id"])["state"] == person.wait(other["id"])["state"] == "done"
+    sources = {
+        box["source"] for image in person.images() for box in person.get(f"/images/{image['id']}/boxes")["boxes"]
+    }
+    assert sources == {"detector"} and detection["state"] == "done"
+
+
+def test_a_stopped_app_goes_on_mining_by_itself(serve):
+    person = serve(propose=True, device="cpu")
+    person.wait(1, "running", "done")
+    person = serve(propose=True, device="cpu")
+    assert person.wait(1)["state"] == "done"
+    with reading(person.desk.engine) as session:
+        run = session.get(Run, 1)
+        assert run is not None and run.ingested == len(parts_of(6))
+
+
+def test_an_unnamed_class_is_no_class_of_a_training_until_it_is_used_or_renamed(serve):
+    from simdetr.app.snapshots import categories_of
+
+    person = serve(propose=True, device="cpu")
+    person.wait(1)
+    cell = person.make_class("cell")
+    with reading(person.desk.engine) as session:
+        assert [category.id for category in categories_of(session, 1)] == [cell]
+    (unnamed,) = [row for row in person.get("/projects/1/classes")["classes"] if row["name"] == "object"]
+    renamed = person.ask("PATCH", f"/classes/{unnamed['id']}", {"name": "leaf"})
+    assert renamed["kind"] == "novel"
+    with reading(person.desk.engine) as session:
+        assert {category.name for category in categories_of(session, 1)} == {"cell", "leaf"}
+
+
+def test_one_image_without_a_detector_is_mined_when_somebody_asks(serve):
+    person = serve(device="cpu")
+    image = person.images()[1]["id"]
+    run = person.ask("POST", f"/images/{image}/detect", {}, 201)
+    assert run["kind"] == "mine" and person.wait(run["id"])["state"] == "done"
+    assert person.get(f"/images/{image}/boxes")["boxes"]
+    assert person.get(f"/images/{person.images()[0]['id']}/boxes")["boxes"] == []
