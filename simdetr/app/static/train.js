@@ -7,6 +7,7 @@ import { KINDS } from "./runs.js";
 
 const BYTES_PER_PARAMETER = 16; // weight, gradient and two moments, four bytes each
 const PREVIEWS = 4;
+const LEAST_KEPT = 5; // images to measure by; fewer say too little
 
 export class TrainScreen {
   #augmentations = [];
@@ -38,6 +39,7 @@ export class TrainScreen {
       value: 0.2,
       required: true,
       testid: "validate-on",
+      oninput: () => this.#measured(),
     });
     this.proposed = h("input", {
       type: "checkbox",
@@ -58,7 +60,9 @@ export class TrainScreen {
     });
     this.device = h("p.fact", { testid: "device" }, "…");
     this.need = h("p.fact", { testid: "memory-estimate" }, "…");
+    this.hint = h("p.muted", { testid: "train-hint" });
     this.data = h("p.lead", { testid: "train-data" }, "…");
+    this.measure = h("p.note", { testid: "measured-by" });
     this.changes = h("div.augmentations", { testid: "augmentations" });
     this.pictures = h("div.previews", { testid: "augmentation-preview" });
     this.past = h("ul.runs", { testid: "past-runs" });
@@ -96,6 +100,7 @@ export class TrainScreen {
           field("Steps", this.steps),
           field("Images per step", this.batch),
         ),
+        this.measure,
         h(
           "details",
           {},
@@ -108,7 +113,7 @@ export class TrainScreen {
             field(
               "Kept for measuring",
               this.kept,
-              "A part of the inspected images that is not trained on; it must be five or more to be measured by.",
+              "A part of the inspected images that is not trained on.",
             ),
           ),
         ),
@@ -120,7 +125,7 @@ export class TrainScreen {
         h(
           "p.muted",
           {},
-          "Every image is changed by chance each time it is seen; boxes go along. So a few are worth more.",
+          "Each time an image is seen it is changed by chance, and its boxes with it, so that few labels teach more.",
         ),
         this.changes,
         this.pictures,
@@ -134,6 +139,7 @@ export class TrainScreen {
           h("div", {}, h("dt", {}, "Device"), h("dd", {}, this.device)),
           h("div", {}, h("dt", {}, "Memory, at least"), h("dd", {}, this.need)),
         ),
+        this.hint,
         this.startButton,
       ),
     );
@@ -189,14 +195,20 @@ export class TrainScreen {
         augmentations.map((one) => this.#augmentation(one)),
       );
       this.#fromEpochs();
+      this.#measured();
       this.#estimate();
       this.#preview();
       this.startButton.disabled = !this.#labelled;
-      if (!this.#labelled)
-        complain(
-          this.form.lastChild,
-          new Error("Nothing to learn from yet: inspect some images on the Label screen first."),
-        );
+      put(
+        this.hint,
+        this.#labelled
+          ? null
+          : [
+              "Nothing to learn from yet: ",
+              h("a", { href: `#/p/${this.project.id}/label`, testid: "go-label" }, "inspect some images"),
+              " first.",
+            ],
+      );
     } catch (error) {
       complain(this.form, error);
     }
@@ -276,6 +288,16 @@ export class TrainScreen {
 
   #perEpoch() {
     return Math.max(1, Math.ceil(this.#labelled / Math.max(1, Number(this.batch.value))));
+  }
+
+  #measured() {
+    const kept = Math.round(this.#labelled * Number(this.kept.value));
+    const wanted = Math.ceil(LEAST_KEPT / Math.max(Number(this.kept.value), 0.01));
+    this.measure.textContent = !Number(this.kept.value)
+      ? "Nothing is kept to measure it by: there will be no scores."
+      : kept >= LEAST_KEPT
+        ? `${plural(kept, "inspected image")} are kept to measure it by, and not trained on.`
+        : `It learns from all of them and has no scores: some are kept to measure by from ${count(wanted)} images on.`;
   }
 
   #fromEpochs() {

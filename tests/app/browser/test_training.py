@@ -57,5 +57,5 @@ def test_a_training_is_watched_live_over_a_reload_and_its_detector_is_used(page,
 def test_nothing_to_learn_from_is_said_before_anything_starts(page, serve):
     site = serve()
     page.goto(site.screen("train"))
-    expect(page.get_by_test_id("error")).to_contain_text("inspect some images on the Label screen first")
+    expect(page.get_by_test_id("train-hint")).to_contain_text("inspect some images first")
     expect(page.get_by_test_id("start-training")).to_be_disabled()
