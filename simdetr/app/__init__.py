@@ -24,6 +24,7 @@ In reading order:
     worker              the process that does the runs
     detectors_at_hand   the detectors that a project can use
     run_queue           the runs, one at a time
+    found_boxes         what detections found, to be looked at
     summaries           a detector -> what it is made of
     progress_made       what people did -> whether to go on
     pseudo_classes      a pretraining's clusters, named

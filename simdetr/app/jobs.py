@@ -108,13 +108,20 @@ def training_options(files: RunFiles, job: Mapping[str, Any], images: int) -> li
     if not job["config"]:  # a config of the user's is the recipe; what was not asked for follows it
         chosen |= {f"data.{name}": name for name in CHANGES}
     options += [f"--{to}={_yaml(asked[name])}" for to, name in chosen.items() if asked.get(name) is not None]
-    if str(job["device"] or default_device()) == "cpu":
-        options.append("--trainer.accelerator=cpu")
+    options += on_device(job["device"])
     if job["validated"]:
         per_epoch = math.ceil(images / (asked.get("batch_size") or 8))
         every = max(1, (asked.get("max_steps") or _STEPS) // per_epoch // VALIDATIONS)
         options.append(f"--trainer.check_val_every_n_epoch={every}")
     return [*options, *asked["options"]]
+
+
+def on_device(device: str | None) -> list[str]:
+    """Options of a training by the device that it is to take."""
+    name, _, number = str(device or default_device()).partition(":")
+    if name == "cpu":
+        return ["--trainer.accelerator=cpu"]
+    return [] if not number else ["--trainer.accelerator=gpu", f"--trainer.devices=[{number}]"]
 
 
 def _yaml(value: object) -> str:
@@ -209,8 +216,7 @@ def _autolabel(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
     options += [f"--trainer.callbacks={json.dumps([reporter])}", "--trainer.enable_progress_bar=false"]
     if asked.get("max_steps") is not None:
         options.append(f"--trainer.max_steps={asked['max_steps']}")
-    if str(job["device"] or default_device()) == "cpu":
-        options.append("--trainer.accelerator=cpu")
+    options += on_device(job["device"])
     options += asked["options"]
     settings = {name: asked[name] for name in AutolabelSettings.__dataclass_fields__ if asked.get(name) is not None}
     settings.setdefault("encoder", _encoder(job["model"]))

@@ -42,7 +42,7 @@ def last_detection(session: Session, project_id: int) -> int | None:
         .where(col(Run.project_id) == project_id, col(Run.kind) == RunKind.DETECT, col(Run.state) == RunState.DONE)
         .order_by(col(Run.id).desc())
     )
-    return next((run.id for run in runs if not run.parameters.get("image_ids")), None)
+    return next((r.id for r in runs if not r.parameters.get("image_ids") and r.parameters.get("propose", True)), None)
 
 
 def draw(session: Session, project: Project, count: int) -> int:

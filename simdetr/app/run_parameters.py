@@ -26,7 +26,17 @@ Steps = Annotated[int, Field(ge=1, le=10_000_000)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
-class TrainParameters(Asked):
+class OnDevice(Asked):
+    """Work that a device is chosen for.
+
+    Attributes:
+        device: Torch's name of it; that of the app if left out.
+    """
+
+    device: Annotated[str, StringConstraints(pattern=r"^(cpu|cuda(:[0-9]{1,2})?)$")] | None = None
+
+
+class TrainParameters(OnDevice):
     """A training on the images that people inspected.
 
     Attributes:
@@ -67,7 +77,7 @@ class TrainParameters(Asked):
     options: Annotated[list[Option], Field(max_length=100)] = Field(default_factory=list)
 
 
-class DetectParameters(Asked):
+class DetectParameters(OnDevice):
     """A detection on images that nobody has inspected, or on some.
 
     Attributes:
@@ -76,6 +86,7 @@ class DetectParameters(Asked):
         max_boxes: most boxes per image.
         iou_threshold: of two boxes that overlap more the less certain goes.
         image_ids: the images; all that are new, proposed or open if left out.
+        propose: what is found becomes proposals; else it can only be looked at, in the run.
     """
 
     model: ModelId | None = None
@@ -83,9 +94,10 @@ class DetectParameters(Asked):
     max_boxes: Annotated[int, Field(ge=1, le=1000)] = 100
     iou_threshold: Score = 0.5
     image_ids: Annotated[list[Id], Field(max_length=100_000)] = Field(default_factory=list)
+    propose: bool = True
 
 
-class OrderParameters(Asked):
+class OrderParameters(OnDevice):
     """An order in which images are to be seen, from what a detector finds in them.
 
     Attributes:
@@ -105,7 +117,7 @@ class OrderParameters(Asked):
     seed: Seed = 0
 
 
-class EmbedParameters(Asked):
+class EmbedParameters(OnDevice):
     """Features of all images, which orders read.
 
     Attributes:
@@ -117,7 +129,7 @@ class EmbedParameters(Asked):
     encoder: Annotated[str, StringConstraints(max_length=200, pattern=r"^[\w./-]+$")] | None = None
 
 
-class AutolabelParameters(Asked):
+class AutolabelParameters(OnDevice):
     """Few labels to many; all but ``init``, ``max_steps`` and ``options`` are those of ``simdetr autolabel``."""
 
     init: ModelId | None = None
@@ -142,7 +154,7 @@ class AutolabelParameters(Asked):
     options: Annotated[list[Option], Field(max_length=100)] = Field(default_factory=list)
 
 
-class MineParameters(Asked):
+class MineParameters(OnDevice):
     """Proposals from the images alone, before there is a detector.
 
     Attributes:

@@ -117,6 +117,9 @@ class RunQueue:
         return run
 
     def _check(self, session: Session, project: Project, kind: RunKind, asked: dict[str, Any]) -> None:
+        if asked.get("device") not in (None, "cpu", *devices()):
+            known = ", ".join(("cpu", *devices()))
+            raise FieldRefusal(("body", "parameters", "device"), f"expected one of {known}, got {asked['device']}")
         if kind is RunKind.TRAIN:
             statuses = [ImageStatus.INSPECTED] + ([ImageStatus.PROPOSED] if asked["with_proposed"] else [])
             count = session.scalar(
@@ -268,7 +271,7 @@ class RunQueue:
         job: dict[str, Any] = {
             "kind": kind.value,
             "parameters": asked,
-            "device": self.settings.device,
+            "device": asked.get("device") or self.settings.device,
             "config": list(map(str, self.settings.config)),
         }
         if kind is RunKind.TRAIN:
@@ -345,8 +348,10 @@ class RunQueue:
             return
         with reading(self.engine) as session:
             run = session.get(Run, run_id)
-            taken = 0 if run is None else run.ingested
-        source = BoxSource.MINED if run is not None and run.kind == RunKind.MINE else BoxSource.DETECTOR
+            if run is None or not run.parameters.get("propose", True):
+                return
+            taken = run.ingested
+        source = BoxSource.MINED if run.kind == RunKind.MINE else BoxSource.DETECTOR
         while (part := files.part(taken)).is_file():
             labels = read_labels(part)
             with writing(self.engine) as session:
@@ -385,7 +390,7 @@ class RunQueue:
             elif run.kind == RunKind.AUTOLABEL:
                 labels = read_labels(files.autolabel / "labels.json")
                 message += "; " + self._propose(session, run, files, labels, BoxSource.LVC).text()
-            elif run.kind in (RunKind.DETECT, RunKind.MINE):
+            elif run.kind in (RunKind.DETECT, RunKind.MINE) and run.parameters.get("propose", True):
                 rows = [row for row in files.told() if "proposed" in row]
                 message += f": {sum(row['proposed'] for row in rows):,} proposals"
             if run.kind in (RunKind.TRAIN, RunKind.AUTOLABEL) and project.active_model is None:
@@ -419,6 +424,14 @@ class RunQueue:
     def _fail(self, run: Run, why: str) -> None:
         files = files_of(self.settings, run.project_id, run.id or 0)
         run.state, run.error, run.ended = RunState.FAILED, _go_on(why, files), now()
+
+
+def devices() -> list[str]:
+    """Names of the GPUs."""
+    import torch  # here: the queue needs none of it before
+
+    count = torch.cuda.device_count()
+    return ["cuda", *(f"cuda:{number}" for number in range(count))] if count else []
 
 
 def _go_on(why: str, files: RunFiles) -> str:

@@ -18,7 +18,10 @@ from starlette.background import BackgroundTask
 from simdetr.app.database import reading, writing
 from simdetr.app.desk import AtDesk, Desk
 from simdetr.app.detectors_at_hand import DetectorAtHand, all_at_hand, at_hand, files_of
+from simdetr.app.found_boxes import drawn_on, found_by, found_on, held_out_of
 from simdetr.app.image_list import image_of, project_of
+from simdetr.app.image_list import shown as shown_images
+from simdetr.app.picture_files import encoded, path_of, record_of
 from simdetr.app.progress_made import draw, estimate_of
 from simdetr.app.refusals import missing
 from simdetr.app.run_queue import artefacts, run_of
@@ -27,8 +30,13 @@ from simdetr.app.schemas import (
     AuditAsked,
     AuditOut,
     DetectAsked,
+    Detected,
+    DetectedBox,
+    DetectedPage,
     Estimate,
     Id,
+    ImagePage,
+    MemoryOut,
     ModelId,
     ModelList,
     ModelOut,
@@ -38,6 +46,7 @@ from simdetr.app.schemas import (
     RunNews,
     RunOut,
     RunPage,
+    Score,
 )
 from simdetr.app.summaries import summary_of
 from simdetr.app.tables import Project, Run, RunKind
@@ -126,6 +135,49 @@ def resume_run(desk: AtDesk, run_id: Id) -> RunOut:
     return shown
 
 
+@router.get("/runs/{run_id}/detections")
+def get_detections(
+    desk: AtDesk,
+    run_id: Id,
+    min_score: Score = 0.0,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    after: Annotated[int, Query(ge=0, le=2**31)] = 0,
+) -> DetectedPage:
+    """What a detection found, whether it became proposals or not."""
+    with reading(desk.engine) as session:
+        run = run_of(session, run_id)
+        page, more = found_by(session, desk.settings, run, after, limit)
+    shown = [
+        Detected(
+            image_id=image_id,
+            name=name,
+            boxes=[
+                DetectedBox(class_name=labels.categories[int(class_)].name, xyxy=box.tolist(), score=float(score))
+                for box, class_, score in zip(own.boxes_xyxy, own.classes, own.scores, strict=True)
+                if score >= min_score
+            ],
+        )
+        for image_id, name, own, labels in page
+    ]
+    return DetectedPage(images=shown, next=after + limit if more else None)
+
+
+@router.get("/runs/{run_id}/pictures/{image_id}", response_class=Response, responses={415: {"model": Problem}})
+def picture_of_detections(desk: AtDesk, run_id: Id, image_id: Id, min_score: Score = 0.3) -> Response:
+    """An image with the boxes that a detection found on it, as a JPEG."""
+    with reading(desk.engine) as session:
+        run = run_of(session, run_id)
+        image = image_of(session, image_id)
+        project = project_of(session, run.project_id)
+        record = record_of(project, image)
+        found = found_on(desk.settings, run, path_of(project, image))
+    if found is None:
+        raise missing("detection on image", f"{image_id} in run {run_id}")
+    headers = {"cache-control": "private, max-age=3600"}
+    picture = drawn_on(record, found, min_score)
+    return Response(encoded(picture, "JPEG"), media_type="image/jpeg", headers=headers)
+
+
 @router.get("/runs/{run_id}/artefacts/{name}", response_class=Response)
 def get_artefact(desk: AtDesk, run_id: Id, name: Annotated[str, InPath(pattern="^[a-z]+$", max_length=40)]) -> Response:
     """A file that a run has left; a detector as a zip."""
@@ -203,6 +255,34 @@ def summarise_model(desk: AtDesk, project_id: Id, model_id: Model) -> ModelSumma
         configuration=configuration,
         snapshot=None if model.run is None else model.run.snapshot,
     )
+
+
+@router.get("/projects/{project_id}/models/{model_id}/memory", responses=CANNOT)
+def estimate_memory(
+    desk: AtDesk, project_id: Id, model_id: Model, batch_size: Annotated[int, Query(ge=1, le=1024)] = 8
+) -> MemoryOut:
+    """What a training from this detector takes, about."""
+    with reading(desk.engine) as session:
+        model = at_hand(session, desk.settings, project_of(session, project_id), model_id)
+    facts = summary_of(model.folder)
+    height, width = facts.image_size_hw
+    basis = (
+        f"an estimate: weights, gradients and two moments, and what {batch_size} images of {width} × {height} pixels "
+        "leave for the gradients; larger crops, masks and the loss take more"
+    )
+    return MemoryOut(bytes=facts.training_bytes(batch_size), basis=basis)
+
+
+@router.get("/projects/{project_id}/models/{model_id}/held_out", responses=CANNOT)
+def list_held_out(
+    desk: AtDesk, project_id: Id, model_id: Model, limit: Annotated[int, Query(ge=1, le=100)] = 4
+) -> ImagePage:
+    """Images that a detector did not learn from: those that it was measured on, else some that nobody inspected."""
+    with reading(desk.engine) as session:
+        project = project_of(session, project_id)
+        model = at_hand(session, desk.settings, project, model_id)
+        images = held_out_of(session, desk.settings, project, model, limit)
+        return ImagePage(images=shown_images(session, images))
 
 
 @router.post("/projects/{project_id}/models/{model_id}/activate", responses=CANNOT)

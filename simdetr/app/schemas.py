@@ -404,6 +404,36 @@ class ModelSummary(Shape):
     snapshot: str | None
 
 
+class MemoryOut(Shape):
+    """What a training takes, about, in bytes; null where it cannot be told before."""
+
+    bytes: int | None
+    basis: str
+
+
+class DetectedBox(Shape):
+    """A box that a detector found."""
+
+    class_name: str
+    xyxy: list[float]
+    score: float
+
+
+class Detected(Shape):
+    """What was found on an image."""
+
+    image_id: int
+    name: str
+    boxes: list[DetectedBox]
+
+
+class DetectedPage(Shape):
+    """What a detection found, image by image; ``next`` asks for those after them."""
+
+    images: list[Detected]
+    next: int | None = None
+
+
 class ErrorsLeft(Shape):
     """Errors among the proposals on images that nobody has seen."""
 

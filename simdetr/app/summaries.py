@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 LOG = logging.getLogger(__name__)
 _SIDE = 640
@@ -26,6 +26,7 @@ class ModelFacts:
         layers: modules that hold parameters of their own.
         gflops: of one image of ``image_size_hw``; None where it cannot be counted.
         image_size_hw: pixels.
+        activation_bytes: what one such image leaves in memory for the gradients; None where it cannot be measured.
     """
 
     detector: str
@@ -34,6 +35,13 @@ class ModelFacts:
     layers: int
     gflops: float | None
     image_size_hw: tuple[int, int]
+    activation_bytes: int | None = None
+
+    def training_bytes(self, batch_size: int) -> int | None:
+        """Memory of a training, about: weights, their gradients and two moments, and the activations of a batch."""
+        if self.activation_bytes is None:
+            return None
+        return 4 * self.parameters + 3 * 4 * self.trainable + batch_size * self.activation_bytes
 
 
 def summary_of(folder: Path) -> ModelFacts:
@@ -52,6 +60,7 @@ def _summary(folder: Path, stamps: tuple[int, ...]) -> ModelFacts:
     size_hw = (short, min(int(loaded.image_settings.get("max_side", _SIDE)), round(short * 4 / 3)))
     parameters = list(detector.parameters())
     trainable = sum(one.numel() for one in parameters if one.requires_grad)
+    activations = _activation_bytes(detector, size_hw)  # first: the counter takes the gradients away
     return ModelFacts(
         detector=type(detector).__name__,
         parameters=sum(one.numel() for one in parameters),
@@ -59,7 +68,32 @@ def _summary(folder: Path, stamps: tuple[int, ...]) -> ModelFacts:
         layers=sum(any(True for _ in one.parameters(recurse=False)) for one in detector.modules()),
         gflops=_gflops(detector, size_hw),
         image_size_hw=size_hw,
+        activation_bytes=activations,
     )
+
+
+def _activation_bytes(detector: nn.Module, size_hw: tuple[int, int]) -> int | None:
+    """What a forward pass keeps for the gradients of one image, every storage once and the weights left out."""
+    import torch
+
+    kept: dict[int, int] = {}
+    own = {one.untyped_storage().data_ptr() for one in detector.parameters()}
+    alive = []
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)  # its place is not given to another
+        return value
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            detector(torch.zeros(1, 3, *size_hw), torch.zeros(1, *size_hw, dtype=torch.bool))
+    except Exception as error:  # as for the operations
+        LOG.info("activations cannot be measured: %s", error)
+        return None
+    return sum(kept.values())
 
 
 def _gflops(detector: nn.Module, size_hw: tuple[int, int]) -> float | None:

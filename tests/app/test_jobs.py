@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from simdetr.app.jobs import PART, LoadedOnce, carry_out, training_options
+from simdetr.app.jobs import PART, LoadedOnce, carry_out, on_device, training_options
 from simdetr.app.run_files import RunFiles, write_image_list
 from simdetr.app.run_parameters import DetectParameters, TrainParameters
 from simdetr.data.label_files import read_labels
@@ -44,6 +44,12 @@ def test_a_detector_is_loaded_once_until_its_file_changes(small_detector):
     assert once.get(small_detector) is first
     once.drop()
     assert once.get(small_detector) is not first
+
+
+def test_a_training_takes_the_device_that_was_chosen():
+    assert on_device("cpu") == ["--trainer.accelerator=cpu"]
+    assert on_device("cuda:1") == ["--trainer.accelerator=gpu", "--trainer.devices=[1]"]
+    assert on_device("cuda") == []
 
 
 def test_options_of_a_training_are_the_persons_over_the_apps(tmp_path):

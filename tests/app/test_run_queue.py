@@ -132,6 +132,8 @@ def test_a_run_that_cannot_be_done_says_so_before_it_begins(person):
     ask = {"kind": "train", "parameters": {}}
     assert "no image is inspected" in person.ask("POST", "/projects/1/runs", ask, 409)["detail"]
     assert "no detector" in person.ask("POST", "/projects/1/runs", {"kind": "detect"}, 409)["detail"]
+    elsewhere = person.ask("POST", "/projects/1/runs", {"kind": "mine", "parameters": {"device": "cuda:99"}}, 422)
+    assert "expected one of cpu" in elsewhere["detail"][0]["msg"]
     wrong = person.ask("POST", "/projects/1/runs", {"kind": "train", "parameters": {"epochs": 3}}, 422)
     assert wrong["detail"][0]["loc"] == ["body", "parameters", "epochs"]
 

@@ -44,3 +44,10 @@ def test_a_detector_is_activated_and_fetched(serve, small_detector):
     content = person.client.get("/api/projects/1/models/start/download").content
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         assert archive.read("model.safetensors") == (small_detector / "model.safetensors").read_bytes()
+
+
+def test_memory_of_a_training_is_told_before_it_begins_and_said_to_be_an_estimate(serve, small_detector):
+    person = serve(run=small_detector)
+    four, eight = (person.get("/projects/1/models/start/memory", batch_size=size) for size in (4, 8))
+    assert 0 < four["bytes"] < eight["bytes"] < 2 * four["bytes"]
+    assert "an estimate" in four["basis"] and "4 images of 80 × 64 pixels" in four["basis"]

@@ -8,14 +8,13 @@ import { button, complain, empty, h, iconButton, put, toast } from "./elements.j
 import { middle, right } from "./label-parts.js";
 import { count, decimal, percent, plural } from "./numbers.js";
 import { Queue } from "./queue.js";
-import { AT_WORK } from "./runs.js";
+import { AT_WORK, finished } from "./runs.js";
 import { Saver, unsaved } from "./saving.js";
 import { actionOf, showKeys } from "./shortcuts.js";
 import { uploadPanel } from "./upload.js";
 
 const LEASE_MS = 240_000;
 const NUDGE_MS = 350; // arrow presses closer than this are one edit
-const POLL_MS = 400;
 const LOOK_MS = 1500; // for proposals of a run that is at work
 const STATES = {
   saved: "Saved",
@@ -776,13 +775,10 @@ export class LabelScreen {
     label.textContent = "Detecting…";
     try {
       await this.#saver.settled();
-      let run = await post(`/images/${image.id}/detect`, this.model.value ? { model: this.model.value } : {});
-      while (run.state === "queued" || run.state === "running") {
-        if (run.position) label.textContent = `Waiting: ${run.position}`;
-        await new Promise((resolve) => setTimeout(resolve, POLL_MS));
-        ({ run } = await get(`/runs/${run.id}`, { since: 1e9 }));
-      }
-      if (run.state !== "done") throw new Error(run.error ?? run.message ?? "The detection did not finish.");
+      const run = await post(`/images/${image.id}/detect`, this.model.value ? { model: this.model.value } : {});
+      await finished(run, ({ position }) => {
+        if (position) label.textContent = `Waiting: ${position}`;
+      });
       if (this.#sheet?.image.id !== image.id) return;
       await this.#saver.settled();
       await this.picker.load();

@@ -5,6 +5,9 @@ import { bars } from "./charts.js";
 import { button, complain, empty, h, put, toast } from "./elements.js";
 import { count, DASH, day, decimal, short } from "./numbers.js";
 import { trainingCharts } from "./progress.js";
+import { finished } from "./runs.js";
+
+const PAIRS = 4;
 
 export class ResultsScreen {
   #models = [];
@@ -127,6 +130,7 @@ export class ResultsScreen {
       trouble,
       scores,
       curves,
+      this.#compared(model),
       h("div.two", {}, classes, summary),
     );
     await Promise.all([this.#summary(model, summary), this.#curves(model, curves, classes)]);
@@ -204,6 +208,74 @@ export class ResultsScreen {
       this.app.go("progress", run.id);
     } catch (error) {
       complain(trouble, error);
+    }
+  }
+
+  // Pictures of images that were held out: what another model found on them, or none, beside what this one finds.
+  #compared(model) {
+    const others = this.#models.filter((one) => one.id !== model.id);
+    const before = h(
+      "select",
+      { testid: "compare-with", "aria-label": "Before" },
+      h("option", { value: "" }, "no model"),
+      others.map((one) => h("option", { value: one.id }, one.title || one.id)),
+    );
+    before.value = others.at(-1)?.id ?? ""; // the first there was
+    const pictures = h("div.compared", { testid: "compared" });
+    const go = button("compare", "Show", () => this.#compare(model, before.value, go, pictures));
+    return h(
+      "section.card",
+      {},
+      h("h3", {}, "Before and after"),
+      h("div.row", {}, h("label", {}, "On images that it did not learn from, beside ", before), go),
+      pictures,
+    );
+  }
+
+  async #compare(model, other, go, place) {
+    go.disabled = true;
+    put(place, h("p.muted", { role: "status" }, "Detecting…"));
+    try {
+      const { images } = await get(`${this.base}/${model.id}/held_out`, { limit: PAIRS });
+      if (!images.length) {
+        put(place, h("p.note", {}, "Every image was learned from: none is left to look at."));
+        return;
+      }
+      const image_ids = images.map((image) => image.id);
+      const [before, after] = await Promise.all(
+        [other, model.id].map(async (id) => {
+          if (!id) return null;
+          const parameters = { model: id, image_ids, propose: false };
+          return finished(await post(`/projects/${this.app.project.id}/runs`, { kind: "detect", parameters }));
+        }),
+      );
+      put(
+        place,
+        images.map((image) =>
+          h(
+            "figure",
+            {},
+            [
+              ["Before", before],
+              ["After", after],
+            ].map(([word, run]) =>
+              h("img", {
+                src: run
+                  ? address(`/runs/${run.id}/pictures/${image.id}`)
+                  : address(`/images/${image.id}/thumbnail`, { size: 512 }),
+                alt: `${word}: ${image.name}`,
+                title: word,
+              }),
+            ),
+            h("figcaption", { dir: "auto" }, image.name),
+          ),
+        ),
+      );
+    } catch (error) {
+      put(place);
+      complain(place, error);
+    } finally {
+      go.disabled = false;
     }
   }
 

@@ -3,6 +3,7 @@
 import { get } from "./api.js";
 
 const EVERY_MS = 1000;
+const SOON_MS = 400; // for short runs that somebody waits for
 export const AT_WORK = new Set(["queued", "running"]);
 export const KINDS = {
   train: "Training",
@@ -53,6 +54,17 @@ export class RunWatch extends EventTarget {
     clearTimeout(this.#timer);
     if (this.active) this.#timer = setTimeout(() => this.look(), EVERY_MS);
   }
+}
+
+// The run once it has ended; `waits(run)` hears of it before. An error if it did not do what it was to do.
+export async function finished(run, waits = () => {}) {
+  while (AT_WORK.has(run.state)) {
+    waits(run);
+    await new Promise((resolve) => setTimeout(resolve, SOON_MS));
+    ({ run } = await get(`/runs/${run.id}`, { since: 1e9 }));
+  }
+  if (run.state !== "done") throw new Error(run.error ?? run.message ?? "The run did not finish.");
+  return run;
 }
 
 // Ask for a run and its metrics each second until it ends. `seen(run, rows)` gets all rows so far.

@@ -5,7 +5,6 @@ import { button, complain, field, h, put, status } from "./elements.js";
 import { bytes, count, day, plural } from "./numbers.js";
 import { KINDS } from "./runs.js";
 
-const BYTES_PER_PARAMETER = 16; // weight, gradient and two moments, four bytes each
 const PREVIEWS = 4;
 const LEAST_KEPT = 5; // images to measure by; fewer say too little
 
@@ -58,7 +57,7 @@ export class TrainScreen {
       testid: "proposed-score",
       "aria-label": "Least score of proposals that count",
     });
-    this.device = h("p.fact", { testid: "device" }, "…");
+    this.device = h("select", { testid: "device", "aria-label": "Device", onchange: () => this.#estimate() });
     this.need = h("p.fact", { testid: "memory-estimate" }, "…");
     this.hint = h("p.muted", { testid: "train-hint" });
     this.data = h("p.lead", { testid: "train-data" }, "…");
@@ -137,7 +136,7 @@ export class TrainScreen {
           "dl.facts",
           {},
           h("div", {}, h("dt", {}, "Device"), h("dd", {}, this.device)),
-          h("div", {}, h("dt", {}, "Memory, at least"), h("dd", {}, this.need)),
+          h("div", {}, h("dt", {}, "Memory, about"), h("dd", {}, this.need)),
         ),
         this.hint,
         this.startButton,
@@ -182,13 +181,7 @@ export class TrainScreen {
         h("option", { value: "" }, "Scratch: no weights"),
       );
       this.init.value = models.find((one) => one.id === "start")?.id ?? models[0]?.id ?? "";
-      const chip =
-        system.devices.find((one) => one.name === project.default_device) ??
-        system.devices.find((one) => project.default_device.startsWith(one.name));
-      this.device.textContent = chip
-        ? `${chip.title || chip.name}, ${bytes(chip.memory_total - chip.memory_used)} free`
-        : `${project.default_device}: ${plural(system.cores, "core")}`;
-      this.free = chip ? chip.memory_total - chip.memory_used : system.memory_total - system.memory_used;
+      this.#devices();
       this.#augmentations = augmentations;
       put(
         this.changes,
@@ -212,6 +205,30 @@ export class TrainScreen {
     } catch (error) {
       complain(this.form, error);
     }
+  }
+
+  // The processor and every GPU; the one that the app takes by itself is chosen.
+  #devices() {
+    const { system, project } = this;
+    const chips = system.devices.map((one) => [
+      one.name,
+      `${one.title || one.name}, ${bytes(one.memory_total - one.memory_used)} free`,
+    ]);
+    put(
+      this.device,
+      [...chips, ["cpu", `Processor: ${plural(system.cores, "core")}`]].map(([value, text]) =>
+        h("option", { value }, text),
+      ),
+    );
+    const own = project.default_device === "cuda" ? "cuda:0" : project.default_device;
+    this.device.value = own;
+    if (this.device.value !== own) this.device.value = "cpu";
+    this.byItself = this.device.value;
+  }
+
+  get free() {
+    const chip = this.system.devices.find((one) => one.name === this.device.value);
+    return chip ? chip.memory_total - chip.memory_used : this.system.memory_total - this.system.memory_used;
   }
 
   #augmentation(one) {
@@ -314,14 +331,12 @@ export class TrainScreen {
       return;
     }
     try {
-      const {
-        parameters,
-        image_size: [height, width],
-      } = await get(`/projects/${this.project.id}/models/${this.init.value}`);
-      const pixels = Number(this.batch.value) * height * width * 3 * 4;
-      const need = parameters * BYTES_PER_PARAMETER + pixels;
-      this.need.textContent = `${bytes(need)} before activations; ${bytes(this.free)} free`;
-      this.need.classList.toggle("bad", need > this.free);
+      const path = `/projects/${this.project.id}/models/${this.init.value}/memory`;
+      const need = await get(path, { batch_size: Math.max(1, Number(this.batch.value)) });
+      this.need.textContent =
+        need.bytes === null ? "known once it runs" : `${bytes(need.bytes)}, an estimate; ${bytes(this.free)} free`;
+      this.need.title = need.basis;
+      this.need.classList.toggle("bad", need.bytes > this.free);
     } catch {
       this.need.textContent = "unknown";
     }
@@ -335,6 +350,7 @@ export class TrainScreen {
       validate_on: Number(this.kept.value),
       batch_size: Number(this.batch.value),
       seed: Number(this.seed.value),
+      ...(this.device.value !== this.byItself ? { device: this.device.value } : {}),
       with_proposed: this.proposed.checked,
       ...(this.proposed.checked ? { min_score: Number(this.minScore.value) } : {}),
       ...(this.rate.value ? { lr: Number(this.rate.value) } : {}),

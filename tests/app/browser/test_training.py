@@ -31,7 +31,8 @@ def test_a_training_is_watched_live_over_a_reload_and_its_detector_is_used(page,
     page.goto(site.screen("train"))
     expect(page.get_by_test_id("train-data")).to_contain_text("10 inspected images of 12")
     expect(page.get_by_test_id("augmentation-preview").locator("img")).to_have_count(4)
-    expect(page.get_by_test_id("memory-estimate")).to_contain_text("before activations")
+    expect(page.get_by_test_id("memory-estimate")).to_contain_text("an estimate")
+    expect(page.get_by_test_id("device")).to_have_value("cpu")
     page.get_by_test_id("steps").fill("80")
     page.get_by_text("More", exact=True).click()
     page.get_by_test_id("validate-on").fill("0.5")
@@ -52,6 +53,19 @@ def test_a_training_is_watched_live_over_a_reload_and_its_detector_is_used(page,
     opened(page, site.screen("label"))
     page.keyboard.press("d")
     expect(page.get_by_test_id("toast").last).to_contain_text(re.compile("proposal|nothing"), timeout=TRAINS_MS)
+
+
+def test_before_and_after_are_shown_and_nothing_is_proposed(page, serve, small_detector):
+    site = serve(photos=3, device="cpu", run=small_detector)
+    page.goto(site.screen("results"))
+    expect(page.get_by_test_id("compare-with")).to_have_value("")
+    page.get_by_test_id("compare").click()
+    pictures = page.get_by_test_id("compared").locator("img")
+    expect(pictures).to_have_count(6, timeout=TRAINS_MS)
+    for place in range(6):
+        pictures.nth(place).evaluate("img => img.decode()")
+    assert {image["status"] for image in site.images()} == {"new"}
+    assert site.ask("GET", "/projects/1")["boxes"] == 0
 
 
 def test_nothing_to_learn_from_is_said_before_anything_starts(page, serve):
