@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from playwright.sync_api import Page, sync_playwright
 
-from benchmarks.app_site import Site, begin_training, keep, scenes, served, wait_until_read
+from benchmarks.app_site import Site, begin_training, keep, load, scenes, served, wait_until_read
 
 WIDTH, HEIGHT = 640, 480
 BOXES_NEXT = 20
@@ -170,11 +170,11 @@ def main() -> None:
     parser.add_argument("--boxes", type=int, nargs="+", default=[0, 50, 300], help="on the image while dragging")
     parser.add_argument("--images", type=int, default=31, help="that are gone through")
     asked = parser.parse_args()
-    found = {}
+    found, before = {}, load()
     for name in ("alone", "training"):
         with tempfile.TemporaryDirectory() as folder:
             found[name] = measure(Path(folder), asked, training=name == "training")
-    keep("editor", {"moves": asked.moves, "boxes_next": BOXES_NEXT, **found})
+    keep("editor", {"moves": asked.moves, "boxes_next": BOXES_NEXT, **found}, before)
 
 
 if __name__ == "__main__":
