@@ -3,7 +3,7 @@
 Every part starts `simdetr label` in a process of its own on drawn scenes of 640 x 480 px, and speaks to it on
 127.0.0.1.
 
-    queue   so many images, of which the most are a link to one file: seconds of a page and memory of the server
+    queue   so many images, of which the most are links: seconds of a page and memory of the server
     edits   people who save boxes at a fixed rate beside a training: lost and doubled edits, seconds of an answer
     detect  one image, by the detector of the recipe for a machine without a GPU, in a worker that holds it
     kills   the server, the worker or both are killed (SIGKILL) at random moments of labelling and training
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.app_site import Site, begin_training, keep, scenes, served, start, stop, wait_until_read
+from benchmarks.app_site import Site, begin_training, keep, load, scenes, served, start, stop, wait_until_read
 
 MOST_BOXES = 12
 """Boxes of an image that is edited; the oldest gives way to a new one."""
@@ -150,8 +151,12 @@ def queue(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     first = next(photos.iterdir())
     for number in range(asked.images - 2):
         part = photos / f"{number // 1000:03d}"
-        part.mkdir(exist_ok=True)
-        os.link(first, part / f"{number:06d}{first.suffix}")
+        kept = part / f"{number:06d}{first.suffix}"
+        if number % 1000:
+            os.link(part / f"{number // 1000 * 1000:06d}{first.suffix}", kept)
+        else:
+            part.mkdir()
+            shutil.copy(first, kept)
     bare = int(subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, check=True, text=True).stdout) / 1e6
     begun = time.perf_counter()
     site = start(photos, folder / "out")
@@ -161,9 +166,7 @@ def queue(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {}
         requests: dict[str, Callable[[], Any]] = {
             "first page of the list": lambda: site.get("/projects/1/images?limit=50"),
-            "all after that, to the middle": lambda: site.get(
-                f"/projects/1/images?limit=50&after=0.0:{asked.images // 2}"
-            ),
+            "a page in the middle": lambda: site.get(f"/projects/1/images?limit=50&after=0.0:{asked.images // 2}"),
             "to be done, by priority": lambda: site.get(
                 "/projects/1/images?status=new&status=proposed&status=in_inspection&limit=40"
             ),
@@ -379,7 +382,8 @@ def main() -> None:
     asked = parser.parse_args()
     for part in asked.parts:
         with tempfile.TemporaryDirectory() as folder:
-            keep(part, PARTS[part](Path(folder), asked))
+            before = load()
+            keep(part, PARTS[part](Path(folder), asked), before)
 
 
 if __name__ == "__main__":

@@ -172,11 +172,16 @@ def wait_for_steps(site: Site, run: int, seconds: float = 240.0) -> int:
     raise RuntimeError("the training did not begin")
 
 
-def keep(part: str, found: dict[str, Any]) -> None:
+def load() -> float:
+    """Processes that want a core, over the last minute: other work on the machine disturbs what is measured."""
+    return round(os.getloadavg()[0], 2)
+
+
+def keep(part: str, found: dict[str, Any], load_at_start: float) -> None:
     """Put the result of a part into ``results/labelling_app.json``, with what it was measured on."""
     path = RESULTS / f"{NAME}.json"
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else {}
     measured = environment(("torch", "fastapi", "sqlalchemy", "uvicorn"))
-    parts[part] = found | {"environment": measured | {"load_at_end": round(os.getloadavg()[0], 2)}}
+    parts[part] = found | {"environment": measured | {"load_at_start": load_at_start, "load_at_end": load()}}
     print(json.dumps({part: found}, indent=2))
     write_result(NAME, {"parts": dict(sorted(parts.items()))})
