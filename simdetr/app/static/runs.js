@@ -9,7 +9,7 @@ export const KINDS = {
   detect: "Detection",
   order: "Ordering",
   embed: "Clustering",
-  autolabel: "Few labels to many",
+  autolabel: "Few-shot",
 };
 
 export class RunWatch extends EventTarget {
