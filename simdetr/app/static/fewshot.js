@@ -46,8 +46,8 @@ export class FewShotScreen {
       ),
       field("Start from", this.init),
       field("A detection is a candidate if", this.rule),
-      h("div.row", {}, this.go),
       this.needs,
+      h("div.row", {}, this.go),
     );
     this.stages = h("div.stages", { testid: "stages" });
     this.reason = h("select", {

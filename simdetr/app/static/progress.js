@@ -233,7 +233,7 @@ export class ProgressScreen {
       last.seconds_per_step ? fact("A step", duration2(last.seconds_per_step)) : null,
       fact("Took", duration(took)),
       left === null ? null : fact("Left, about", duration(left)),
-      last.memory ? fact("Memory of the run", bytes(last.memory)) : null,
+      last.memory ? fact("Memory", bytes(last.memory)) : null,
       this.machine && AT_WORK.has(run.state) ? fact("Processor", `${Math.round(this.machine.cpu_percent)} %`) : null,
       device && AT_WORK.has(run.state)
         ? fact("Device memory", `${bytes(device.memory_used)} of ${bytes(device.memory_total)}`)

@@ -310,11 +310,12 @@ export class TrainScreen {
   #measured() {
     const kept = Math.round(this.#labelled * Number(this.kept.value));
     const wanted = Math.ceil(LEAST_KEPT / Math.max(Number(this.kept.value), 0.01));
+    this.measure.hidden = !this.#labelled;
     this.measure.textContent = !Number(this.kept.value)
       ? "Nothing is kept to measure it by: there will be no scores."
       : kept >= LEAST_KEPT
         ? `${plural(kept, "inspected image")} are kept to measure it by, and not trained on.`
-        : `It learns from all of them and has no scores: some are kept to measure by from ${count(wanted)} images on.`;
+        : `It learns from all of them, so there are no scores. From ${count(wanted)} images on, some are kept to measure by.`;
   }
 
   #fromEpochs() {
