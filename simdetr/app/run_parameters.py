@@ -159,10 +159,12 @@ class MineParameters(OnDevice):
 
     Attributes:
         max_boxes: most boxes per image.
-        image_ids: the images; all that are new, proposed or open, in the order of the queue, if left out.
+        max_images: of the queue, from its head on; more than people see before there is a detector is of no use.
+        image_ids: the images, in place of those of the queue.
     """
 
     max_boxes: Annotated[int, Field(ge=1, le=100)] = 10
+    max_images: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
     image_ids: Annotated[list[Id], Field(max_length=100_000)] = Field(default_factory=list)
 
 

@@ -277,7 +277,7 @@ class RunQueue:
         if kind is RunKind.TRAIN:
             return self._training_job(session, project, TrainParameters(**asked), files, job)
         if kind is RunKind.MINE:
-            _list_images(session, project, files, asked["image_ids"], OPEN, as_queued=True)
+            _list_images(session, project, files, asked["image_ids"], OPEN, from_head=asked["max_images"])
             return job, None
         model = at_hand(session, self.settings, project, asked.get("model") or asked.get("init"))
         job |= {"model": str(model.folder), "model_id": model.id}
@@ -476,9 +476,9 @@ def _list_images(
     image_ids: Sequence[int],
     statuses: Sequence[ImageStatus],
     *,
-    as_queued: bool = False,
+    from_head: int | None = None,
 ) -> None:
-    """Write the list of the images of a run: those named, or all of some statuses, by id or in the queue's order."""
+    """Write the list of the images of a run: those named, or of some statuses all by id or the first of the queue."""
     assert project.id is not None
     if image_ids:
         images: list[Image] = []
@@ -488,9 +488,9 @@ def _list_images(
             )
             images += session.scalars(query.order_by(col(Image.id)))
         paths = [path_of(project, image).as_posix() for image in images]
-    elif as_queued:
+    elif from_head is not None:
         query = select(Image).where(col(Image.project_id) == project.id, col(Image.status).in_(statuses))
-        ordered = session.scalars(query.order_by(col(Image.place), col(Image.id)).execution_options(yield_per=_ROWS))
+        ordered = session.scalars(query.order_by(col(Image.place), col(Image.id)).limit(from_head))
         paths = [path_of(project, image).as_posix() for image in ordered]
     else:
         paths = [path_of(project, image).as_posix() for image in snapshots.images_with(session, project.id, statuses)]

@@ -139,6 +139,19 @@ def test_an_unnamed_class_is_no_class_of_a_training_until_it_is_used_or_renamed(
         assert {category.name for category in categories_of(session, 1)} == {"cell", "leaf"}
 
 
+def test_the_head_of_the_queue_is_mined_first_and_no_more_than_was_asked_for(serve):
+    from simdetr.app.database import writing
+    from simdetr.app.image_list import set_priorities
+
+    person = serve(device="cpu")
+    with writing(person.desk.engine) as session:
+        set_priorities(session, 1, [(4, 0.9, "look", ""), (2, 0.5, "look", "")])
+    done = person.run("mine", max_images=2, max_boxes=3)
+    assert (done["state"], done["total"]) == ("done", 2), done["error"]
+    counts = {image["id"]: image["counts"]["proposed"] for image in person.images()}
+    assert {image_id for image_id, count in counts.items() if count} == {2, 4} and max(counts.values()) <= 3
+
+
 def test_one_image_without_a_detector_is_mined_when_somebody_asks(serve):
     person = serve(device="cpu")
     image = person.images()[1]["id"]
