@@ -1,6 +1,6 @@
 """Pictures of the labelling page for docs/labelling_app.md, on drawn scenes, light and dark.
 
-    python benchmarks/app_screenshots.py [--out docs/app] [--steps 400]
+    python benchmarks/app_screenshots.py [--out docs/app] [--steps 250]
 
 Draws scenes, serves them, inspects some with their true boxes, trains on those from the page, detects on the rest, and
 takes pictures of the screens on the way in a headless Chromium of the system. Takes minutes on two CPU cores. Needs
@@ -124,7 +124,7 @@ def label(page: Page, client: AppClient, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "app")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
     asked = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:

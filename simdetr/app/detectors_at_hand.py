@@ -37,7 +37,7 @@ class DetectorAtHand:
         """What it is called."""
         if self.run is None:
             return f"{self.folder.parent.name}/{self.folder.name}"
-        return f"{self.run.kind} {self.run.id}"
+        return f"{'Few-shot' if self.run.kind == RunKind.AUTOLABEL else 'Training'} {self.run.id}"
 
     @property
     def created(self) -> datetime | None:
