@@ -188,7 +188,7 @@ class App {
     this.pill.hidden = !run || this.#name === "progress";
     if (!run) return;
     this.pill.href = `#/p/${this.project?.id}/progress/${run.id}`;
-    put(this.pill, h("i"), `${run.kind} ${run.state === "running" ? percent(run.progress) : "queued"}`);
+    put(this.pill, h("i"), `${run.kind === "mine" ? "proposals" : run.kind} ${run.state === "running" ? percent(run.progress) : "queued"}`);
   }
 
   #switchTheme() {
