@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.app_tables import labelling_app
 from benchmarks.detector_tables import deformable_attention, detector_families, inference_speed, matcher, training_step
 from benchmarks.environment import RESULTS
 from benchmarks.head_tables import head_overhead, landmark_query, landmark_study, localisation_study
@@ -140,6 +141,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "autolabel": lambda result: f"{autolabel(result)}\n{source(result['environment'])}",
     "active": lambda result: f"{active(result)}\n{source(result['environment'])}",
     "stopping": stopping,
+    "labelling_app": labelling_app,
     "verification": lambda result: f"{verification(result)}\n{source(result['environment'])}",
     "rivals": lambda result: f"{rivals(result)}\n{source(result['environment'])}",
     "sweep": lambda result: f"{sweep(result)}\n{source(result['environment'])}",

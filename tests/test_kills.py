@@ -131,7 +131,7 @@ def assert_equal_results(out: Path, expected: Path) -> None:
 
 @pytest.mark.slow
 def test_pretraining(pretrain, whole, tmp_path):
-    assert kill_again_and_again(pretrain, whole, tmp_path / "run", kills=5, seed=1) >= 3
+    assert kill_again_and_again(pretrain, whole, tmp_path / "run", kills=3, seed=1) >= 2
     assert_equal_results(tmp_path / "run", whole.out)
 
 
@@ -144,7 +144,7 @@ def test_finetuning(validated, config, scenes, tmp_path):
     if validated:
         words += ("--val_images", str(scenes), "--val_labels", str(truth))
     undisturbed = Undisturbed(words, tmp_path / "whole")
-    assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=4, seed=2) >= 2
+    assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=2, seed=2) >= 1
     assert_equal_results(tmp_path / "run", undisturbed.out)
 
 
@@ -154,7 +154,7 @@ def test_comparison_has_every_row_once(config, scenes, whole, tmp_path):
     words = ("compare", "--images", str(scenes), "--labels", truth, "--val_images", str(scenes), "--val_labels", truth)
     words += ("--init", str(whole.out), "--config", str(config), "--fractions=[0.5]", "--seeds=[0,1]")
     undisturbed = Undisturbed(words, tmp_path / "whole")
-    assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=4, seed=3) >= 2
+    assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=3, seed=3) >= 2
     rows, expected = (json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("run", "whole"))
     assert rows == expected and len(rows) == 4
 
@@ -166,7 +166,7 @@ def test_labelling_from_few_boxes(config, scenes, whole, tmp_path):
     words = ("autolabel", "--images", str(scenes), "--shots", str(tmp_path / "shots.json"), "--init", str(whole.out))
     words += ("--config", str(config), "--score_rule", "per_class_top", "--background_shots", "0")
     undisturbed = Undisturbed(words, tmp_path / "whole")
-    assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=4, seed=4) >= 2
+    assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=2, seed=4) >= 1
     assert_equal_results(tmp_path / "run", undisturbed.out)
 
 
@@ -175,7 +175,7 @@ def test_labelling_from_few_boxes(config, scenes, whole, tmp_path):
 def test_one_of_two_ranks(pretrain, tmp_path):
     words = (*pretrain, "--trainer.devices=2", "--trainer.strategy=ddp", "--self_training.stages=1")
     undisturbed = Undisturbed(words, tmp_path / "whole", TWO_RANKS)
-    assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=2, seed=5, launcher=TWO_RANKS) >= 1
+    assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=1, seed=5, launcher=TWO_RANKS) >= 1
     assert_equal_results(tmp_path / "run", undisturbed.out)
 
 

@@ -78,14 +78,14 @@ def paths_of(source: Path) -> tuple[Path, Iterator[str]]:
 
 
 def add_paths(engine: Engine, project_id: int, root: Path, paths: Iterable[str]) -> int:
-    """Add the images that are not there yet, batch by batch; files are neither opened nor copied.
+    """Add the images that are not there yet, batch by batch, each by name; files are neither opened nor copied.
 
     Returns:
         How many paths there were, new and known.
     """
     met, source = 0, iter(paths)
     while batch := list(islice(source, BATCH)):
-        rows = [{"project_id": project_id, "path": path, "bytes": _size(root / path)} for path in batch]
+        rows = [{"project_id": project_id, "path": path, "bytes": _size(root / path)} for path in sorted(batch)]
         defaults = {"status": ImageStatus.NEW.value, "place": 0.0, "flags": "", "version": 0, "uploaded": False}
         with writing(engine) as session:
             statement = _insert_if_new(engine.dialect.name, Image, ["project_id", "path"])

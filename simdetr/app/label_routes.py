@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Annotated, Any, Literal
 
-import torch
 from fastapi import APIRouter, File, Query, Response, UploadFile
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse
@@ -217,7 +216,8 @@ def augmented(
     noise: Annotated[float, Query(ge=0, le=1)] = 0.0,
 ) -> Response:
     """An image with its boxes as a training might see it, as a JPEG."""
-    from torchvision import tv_tensors  # these here: the server need not know them before
+    import torch  # these here: the server need not know them before
+    from torchvision import tv_tensors
 
     from simdetr.data.augmentation import train_transforms
     from simdetr.data.dataset import pixel_boxes

@@ -13,7 +13,7 @@ from PIL import Image as Pictures
 
 from simdetr.app.refusals import Refusal, missing
 from simdetr.app.tables import Image, ImageStatus, Project
-from simdetr.data.images import ImageRecord, UnreadableImageError, read_image, upright_size
+from simdetr.data.images import ImageRecord, UnreadableImageError, read_pixels, upright_size
 from simdetr.data.storage import atomic_path
 
 SHOWN_BY_BROWSERS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
@@ -124,6 +124,6 @@ def encoded(picture: Pictures.Image, kind: str) -> bytes:
 
 def _decoded(record: ImageRecord) -> Pictures.Image:
     try:
-        return Pictures.fromarray(read_image(record).permute(1, 2, 0).numpy())
+        return Pictures.fromarray(read_pixels(record))
     except UnreadableImageError as error:
         raise Refusal(415, f"{record.id} cannot be read: {error.reason}") from error

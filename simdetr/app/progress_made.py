@@ -11,6 +11,7 @@ from collections import Counter
 from datetime import timedelta
 from itertools import pairwise
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sqlalchemy import ColumnElement, func, select, update
@@ -23,7 +24,9 @@ from simdetr.app.schemas import ErrorsLeft, Estimate, NextBatch
 from simdetr.app.tables import Box, BoxSource, BoxStatus, Image, ImageStatus, Project, Run, RunKind, RunState
 from simdetr.data.annotations import Category
 from simdetr.data.labels import Labels
-from simdetr.labelling.stopping import Audit, draw_audit, errors_left
+
+if TYPE_CHECKING:
+    from simdetr.labelling.stopping import Audit
 
 FIRST = -1e9
 """Place of the images of an audit: before all others."""
@@ -55,6 +58,8 @@ def draw(session: Session, project: Project, count: int) -> int:
             func.coalesce(col(Image.audit), -1) != detection,
         )
     )
+    from simdetr.labelling.stopping import draw_audit  # here and below: it needs torch, the other requests do not
+
     drawn = [int(name) for name in draw_audit([str(own) for own in ids], count, seed=detection)]
     session.execute(
         update(Image).where(col(Image.id).in_(drawn)).values(audit=detection, place=FIRST, reason=REASON),
@@ -74,6 +79,8 @@ def estimate_of(session: Session, project: Project, confidence: float) -> Estima
     scores = _scores_left(session, own)
     errors, why = None, "detect on all images, then draw some at random to judge (audit)"
     if audit is not None and len(audit) >= 2:
+        from simdetr.labelling.stopping import errors_left
+
         found = errors_left(audit, _as_labels(scores, left_images), confidence)
         errors = ErrorsLeft(**{name: getattr(found, name) for name in ErrorsLeft.model_fields})
         why = f"between {found.low:.0f} and {found.high:.0f} errors are left on {left_images:,} images: {found.basis}"
@@ -136,6 +143,8 @@ def _audit(session: Session, own: ColumnElement[bool], detection: int) -> Audit 
             owner.append(places[box.image_id])
             scores.append(box.score)
             wrong.append(box.status != BoxStatus.INSPECTED)
+    from simdetr.labelling.stopping import Audit
+
     return Audit(np.array(owner, np.int64), np.array(scores, np.float32), np.array(wrong, np.bool_), missed)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import psutil
-import torch
 from fastapi import APIRouter, Query
 from sqlalchemy import func, select, update
 from sqlmodel import Session, col
@@ -47,7 +46,7 @@ from simdetr.app.tables import (
     RunState,
 )
 from simdetr.app.tables import Run as RunRow
-from simdetr.data.machine import cores
+from simdetr.data.machine import cores, may_have_gpu
 
 router = APIRouter(prefix="/api", responses=COMMON)
 
@@ -71,6 +70,10 @@ def system(desk: AtDesk) -> SystemOut:
 
 
 def _devices() -> list[Device]:
+    if not may_have_gpu():
+        return []
+    import torch  # here: without a GPU the server needs none of it
+
     found = []
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)

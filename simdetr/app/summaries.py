@@ -6,9 +6,10 @@ import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 LOG = logging.getLogger(__name__)
 _SIDE = 640
@@ -71,13 +72,15 @@ def _summary(folder: Path, stamps: tuple[int, ...]) -> ModelFacts:
     )
 
 
-def _activation_bytes(detector: torch.nn.Module, size_hw: tuple[int, int]) -> int | None:
+def _activation_bytes(detector: nn.Module, size_hw: tuple[int, int]) -> int | None:
     """What a forward pass keeps for the gradients of one image, every storage once and the weights left out."""
+    import torch
+
     kept: dict[int, int] = {}
     own = {one.untyped_storage().data_ptr() for one in detector.parameters()}
     alive = []
 
-    def keep(value: torch.Tensor) -> torch.Tensor:
+    def keep(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
@@ -93,7 +96,10 @@ def _activation_bytes(detector: torch.nn.Module, size_hw: tuple[int, int]) -> in
     return sum(kept.values())
 
 
-def _gflops(detector: torch.nn.Module, size_hw: tuple[int, int]) -> float | None:
+def _gflops(detector: nn.Module, size_hw: tuple[int, int]) -> float | None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     detector.requires_grad_(False)  # the counter follows gradients, which inference has none of
     images = torch.zeros(1, 3, *size_hw)
     mask = torch.zeros(1, *size_hw, dtype=torch.bool)

@@ -17,6 +17,9 @@ from simdetr.training.progress import total_steps
 
 ZEROS = 10
 """After so many lines with a loss of 0 in a row the page warns."""
+DENSE_S = 500.0
+"""So long lines come as often as they may, then ever more rarely: days of training are some thousand lines, not a
+million that are read again and again."""
 
 
 class TrainingLog(Callback):
@@ -24,7 +27,7 @@ class TrainingLog(Callback):
 
     Args:
         folder: The run's.
-        every_s: Seconds between two lines at least.
+        every_s: Seconds between two lines at least, at first.
     """
 
     def __init__(self, folder: str, every_s: float = 0.5) -> None:
@@ -40,7 +43,7 @@ class TrainingLog(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:  # noqa: ANN401
         """Tell of the step, unless the last line was a moment ago."""
         now, total = time.monotonic(), total_steps(trainer)
-        if now < self._told + self.every_s and trainer.global_step != total:
+        if now < self._told + self.every_s * max(1.0, (now - self._began) / DENSE_S) and trainer.global_step != total:
             return
         self._told = now
         values = {name: _number(value) for name, value in trainer.callback_metrics.items()}

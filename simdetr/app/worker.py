@@ -14,11 +14,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
+import psutil
+
 from simdetr.app.run_files import RunFiles
 
 LOG = logging.getLogger("simdetr.app.worker")
 GONE = 3
 """Exit status where the app is gone."""
+NICE = 5
+"""Of the worker on POSIX: on cores that are all at work it gets a third of what the server and the browser get."""
 _GRACE_S = 5.0
 
 
@@ -81,12 +85,22 @@ class Worker:
 def main() -> None:
     """Do runs until the input ends."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    _give_way()
     folders = _listen(sys.stdin)  # first: the app may be gone before all is imported
     from simdetr.app.jobs import LoadedOnce  # here: the app imports this module and needs no torch for it
 
     loaded = LoadedOnce()
     while True:
         do_one(RunFiles(Path(folders.get())), loaded)
+
+
+def _give_way() -> None:
+    """Let what people wait for go first: pages, saving, their browser."""
+    own = psutil.Process()
+    if sys.platform == "win32":
+        own.nice(psutil.BELOW_NORMAL_PRIORITY_CLASS)
+    else:
+        own.nice(max(own.nice(), NICE))
 
 
 def _listen(stream: IO[str]) -> SimpleQueue[str]:

@@ -6,6 +6,7 @@ In reading order:
     prepare     before any training: doctor, split
     pretrain    pretrain, finetune, compare, report
     predict     predict, relabel, evaluate
+    app         label
     labelling   autolabel, label-order, label-simulate
     mine        mine, cluster, rivals, encoder fit
     fit         Lightning's fit, validate and test

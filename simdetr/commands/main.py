@@ -15,6 +15,7 @@ import signal
 import sys
 import warnings
 from argparse import HelpFormatter
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -39,6 +40,7 @@ FLAGS = (
     "--masks",
     "--no-browser",
     "--no_browser",
+    "--no-propose",
     "--no_propose",
     "--overwrite",
     "--verify",
@@ -59,7 +61,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "compare": "pretrain.compare",
     "predict": "predict.predict",
     "autolabel": "labelling.autolabel",
-    "label": "labelling.label",
+    "label": "app.label",
     "label-order": "labelling.label_order",
     "label-simulate": "labelling.label_simulate",
     "encoder": {"fit": "mine.fit"},
@@ -98,6 +100,7 @@ def main(args: Sequence[str] | None = None) -> None:
     handler = RichHandler(console=console, show_path=False)
     quieten(handler)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # the steps of the app's database are no news
     if args is None:  # this process is the command's own, and torch is not there yet
         prepare_openmp()
         signal.signal(signal.SIGTERM, terminate)
@@ -283,28 +286,30 @@ def fold_options(arguments: Sequence[str]) -> list[str]:
     """Collect repeated ``--config`` and dotted options into the lists that the commands take.
 
     ``--config a --config b`` becomes ``--config=["a", "b"]``; ``--model.lr 1e-4`` becomes
-    ``--options=["--model.lr=1e-4"]``. Hyphens within a name become underscores, and one of ``FLAGS`` becomes true.
+    ``--options=["--model.lr=1e-4"]``. Hyphens within a name become underscores, and one of ``FLAGS`` becomes true
+    unless a word after it says otherwise.
 
     Raises:
         ValueError: An option is the last word and has no value.
     """
     rest: list[str] = []
     folded: dict[str, list[str]] = {"--config": [], "--options": []}
-    words = iter(arguments)
-    for word in words:
+    words = deque(arguments)
+    while words:
+        word = words.popleft()
         name, equals, value = word.partition("=")
         dotted = name.startswith("--") and "." in name
         if name != "--config" and not dotted:
             is_option = name.startswith("--")
-            flag = "=true" if word in FLAGS else ""
+            said = words.popleft() if word in FLAGS and words and words[0] in ("true", "false") else "true"
+            flag = f"={said}" if word in FLAGS else ""
             argument = f"{name}_" if name in KEYWORDS else f"--{name[2:].replace('-', '_')}"
             rest.append(f"{argument}{equals}{value}{flag}" if is_option else word)
             continue
         if not equals:
-            following = next(words, None)
-            if following is None:
+            if not words:
                 raise ValueError(f"{name}: expected a value after it, got the end of the command.")
-            value = following
+            value = words.popleft()
         if dotted:
             folded["--options"].append(f"{name}={value}")
         else:

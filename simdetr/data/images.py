@@ -28,17 +28,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from io import SEEK_END, BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch import Tensor
 
 from simdetr.data.annotations import LabelError
 from simdetr.data.storage import Location, below, files_below, is_url, locate, read_lists
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 _FEW_PIXELS = 2**24  # so many need no more memory than many a photograph
@@ -408,12 +410,22 @@ def read_image(image: ImageRecord | str | Location, max_pixels: int = MAX_PIXELS
     Raises:
         UnreadableImageError: the file is missing, empty, truncated, no image, too large, or of an undefined range.
     """
+    import torch  # here: who only lists images or shows them need not load it
+
     record = image if isinstance(image, ImageRecord) else ImageRecord(str(image), locate(image))
+    return torch.from_numpy(read_pixels(record, max_pixels)).permute(2, 0, 1).contiguous()
+
+
+def read_pixels(record: ImageRecord, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """The same as an array of uint8 [H, W, 3], without torch.
+
+    Raises:
+        UnreadableImageError: as ``read_image``.
+    """
     try:
-        pixels = torch.from_numpy(_decoded(record, max_pixels))
+        return _decoded(record, max_pixels)
     except Exception as error:  # decoders raise all kinds of errors on damaged files
         raise UnreadableImageError(record.name, _reason(record, error)) from error
-    return pixels.permute(2, 0, 1).contiguous()
 
 
 def _decoded(record: ImageRecord, max_pixels: int) -> NDArray[np.uint8]:

@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -23,6 +24,8 @@ Out = TypeVar("Out")
 WAITING, THREADS = "OMP_WAIT_POLICY", "OMP_NUM_THREADS"
 BUSY = 0.75
 """Part of all cores that a busy machine has at work."""
+GPU_FILES = ("nvidia*", "nvhost*", "nvgpu*", "kfd", "dxg")
+"""What stands in /dev on Linux where there is a GPU that torch can use: NVIDIA's, its small boards', AMD's, WSL's."""
 MOST_WORKERS = 8
 """Loader processes that a default takes at most: each holds batches in memory."""
 
@@ -70,8 +73,15 @@ def prepare_openmp(environment: MutableMapping[str, str] = os.environ, busy: boo
     LOG.info("the machine is busy: computing on %d of %d cores; set %s to choose", available - 1, available, THREADS)
 
 
+def may_have_gpu(devices: Path = Path("/dev")) -> bool:
+    """Whether it is worth asking torch for a GPU: True unless this is Linux and no driver of one is there."""
+    return sys.platform != "linux" or any(any(devices.glob(name)) for name in GPU_FILES)
+
+
 def default_device() -> str:
     """The GPU if there is one; of several processes on a machine (``LOCAL_RANK``) each takes its own."""
+    if "torch" not in sys.modules and not may_have_gpu():
+        return "cpu"  # what does not compute is spared half a gigabyte
     import torch  # here, because this module must be there before torch
 
     if not torch.cuda.is_available():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count, pairwise
+
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
@@ -65,3 +67,12 @@ def test_a_loss_of_nothing_is_warned_of(tmp_path):
 def test_lines_come_now_and_then_and_at_the_end(tmp_path):
     assert [row["step"] for row in fit(tmp_path, 1.0, every_s=1000) if "loss" in row][-1:] == [15]
     assert len([row for row in RunFiles(tmp_path).told() if "loss" in row]) <= 2
+
+
+def test_a_long_training_tells_ever_more_rarely(tmp_path, monkeypatch):
+    ticks = count(step=20)  # a step takes 20 s
+    monkeypatch.setattr("simdetr.app.training_log.time.monotonic", lambda: float(next(ticks)))
+    steps = [row["step"] for row in fit(tmp_path, 2.0, every_s=20.0, steps=100) if "loss" in row]
+    gaps = [after - before for before, after in pairwise(steps)]
+    assert steps[:20] == list(range(1, 21)) and steps[-1] == 100
+    assert max(gaps[:20]) == 1 and min(gaps[-5:-1]) >= 3

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 
+import psutil
+import pytest
+
 from simdetr.app.jobs import LoadedOnce
 from simdetr.app.run_files import RunFiles
-from simdetr.app.worker import GONE, Worker, do_one
+from simdetr.app.worker import GONE, NICE, Worker, do_one
 
 
 def test_a_process_whose_app_is_gone_ends():
@@ -38,3 +41,17 @@ def test_a_process_is_started_when_it_is_needed_and_stopped(tmp_path):
     start = time.monotonic()
     worker.stop()
     assert time.monotonic() - start < 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="priorities are other numbers there")
+def test_the_process_gives_way_to_what_people_wait_for(tmp_path):
+    worker = Worker(tmp_path / "worker.log")
+    worker.begin(tmp_path / "nothing")
+    try:
+        until = time.monotonic() + 30
+        wanted = max(psutil.Process().nice(), NICE)
+        while psutil.Process(worker.pid).nice() != wanted and time.monotonic() < until:
+            time.sleep(0.05)
+        assert psutil.Process(worker.pid).nice() == wanted
+    finally:
+        worker.stop()

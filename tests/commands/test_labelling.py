@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -85,11 +83,3 @@ def test_label_simulate_prints_a_row_per_round(run, scenes, tiny_config, tmp_pat
     person = yaml.safe_load((tmp_path / "loop" / "config.yaml").read_text())["labelling"]["person"]
     assert (person["accept_iou"], person["keeps_boxes"]) == (0.7, True)
     assert json.loads((tmp_path / "loop" / "rounds.json").read_text())[0]["images"] == 3
-
-
-@pytest.mark.parametrize("module", ["fastapi", "sqlmodel"])
-def test_without_the_extra_the_app_names_it_and_nothing_else_needs_it(module, tmp_path):
-    code = f"import sys; sys.modules[{module!r}] = None; import simdetr.commands.labelling as commands\n"
-    code += f"commands.label({str(tmp_path)!r})"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert f"ImportError: label: {module} is not installed; `pip install 'simdetr[app]'` brings it" in ended.stderr

@@ -48,6 +48,16 @@ def test_options_and_configs_are_folded():
         fold_options(["pretrain", "--model.lr"])
 
 
+@pytest.mark.parametrize(("words", "said"), [([], "true"), (["true"], "true"), (["false"], "false")])
+def test_a_switch_takes_the_word_that_the_help_shows(words, said):
+    assert fold_options(["label", "--no-browser", *words, "--port", "0"]) == [
+        "label",
+        f"--no_browser={said}",
+        "--port",
+        "0",
+    ]
+
+
 def test_export_writes_labels_of_a_stage(run, scenes, tmp_path, capsys):
     for stage in (0, 1):
         out = tmp_path / f"stage{stage}.json"

@@ -79,3 +79,13 @@ def test_loader_processes_share_the_cores(monkeypatch):
     assert default_workers("cuda", {"LOCAL_WORLD_SIZE": "4"}) == 3
     assert default_workers("cuda", {"SLURM_NTASKS_PER_NODE": "32"}) == 0
     assert cores() >= 1
+
+
+def test_a_gpu_is_looked_for_where_a_driver_left_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    (tmp_path / "null").touch()
+    assert not machine.may_have_gpu(tmp_path)
+    (tmp_path / "nvidia0").touch()
+    assert machine.may_have_gpu(tmp_path)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert machine.may_have_gpu(tmp_path / "nothing")

@@ -10,7 +10,7 @@ import { percent } from "./numbers.js";
 import { ProgressScreen } from "./progress.js";
 import { ProjectsScreen } from "./projects.js";
 import { ResultsScreen } from "./results.js";
-import { RunWatch } from "./runs.js";
+import { KINDS, RunWatch } from "./runs.js";
 import { showKeys } from "./shortcuts.js";
 import { StopScreen } from "./stop.js";
 import { TrainScreen } from "./train.js";
@@ -188,7 +188,7 @@ class App {
     this.pill.hidden = !run || this.#name === "progress";
     if (!run) return;
     this.pill.href = `#/p/${this.project?.id}/progress/${run.id}`;
-    put(this.pill, h("i"), `${run.kind === "mine" ? "proposals" : run.kind} ${run.state === "running" ? percent(run.progress) : "queued"}`);
+    put(this.pill, h("i"), `${KINDS[run.kind]} ${run.state === "running" ? percent(run.progress) : "queued"}`);
   }
 
   #switchTheme() {

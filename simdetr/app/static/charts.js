@@ -1,7 +1,7 @@
 // Line charts as SVG: curves of losses and scores.
 
 import { h, s } from "./elements.js";
-import { count, decimal, DASH } from "./numbers.js";
+import { count, decimal } from "./numbers.js";
 
 const WIDTH = 520;
 const HEIGHT = 200;
@@ -39,7 +39,7 @@ export function lineChart({ title, xName, series, most, testid }) {
     picture.append(s("text", { x: x.at(tick), y: HEIGHT - 8, "text-anchor": "middle" }, count(tick)));
   }
   for (const one of shown) picture.append(...curve(one, x, y));
-  const reading = h("p.reading", {}, `${xName} ${DASH}`);
+  const reading = h("p.reading", {}, "Point at a curve to read it.");
   const cross = s("line.cross", { y1: TOP, y2: HEIGHT - BOTTOM, x1: -9, x2: -9 });
   picture.append(cross);
   picture.addEventListener("pointermove", (event) => read(event, picture, x, shown, cross, reading, xName));

@@ -74,8 +74,8 @@ export class ClustersScreen {
           {},
           empty(
             "No clusters here",
-            "They come with a pretraining: start `simdetr label` with --run and its folder, and the " +
-              "kinds that it told apart are shown here.",
+            "They come with a pretraining: end this server and start simdetr label again with --run and its folder. " +
+              "The kinds that it told apart are then shown here.",
           ),
         ),
       );

@@ -64,6 +64,7 @@ export class ExchangeScreen {
       onchange: () => {
         this.importButton.disabled = true;
         put(this.found);
+        if (this.file.files.length) this.#import(true);
       },
     });
     this.status = h(
@@ -90,7 +91,7 @@ export class ExchangeScreen {
       this.reads,
       field("Its boxes are", this.status),
       h("label.check", {}, this.skipBad, "Leave out what is wrong, instead of importing nothing"),
-      h("div.row", {}, h("button.button", { testid: "dry-run" }, "Try: change nothing"), this.importButton),
+      h("div.row", {}, h("button.button", { testid: "dry-run" }, "Check, change nothing"), this.importButton),
       this.found,
     );
     this.element = h(

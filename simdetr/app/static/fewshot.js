@@ -28,6 +28,7 @@ export class FewShotScreen {
     );
     this.init = h("select", { testid: "fewshot-init" });
     this.go = h("button.button.primary", { testid: "start-autolabel" }, "Label all from these");
+    this.needs = h("p.note", { testid: "fewshot-needs" });
     this.form = h(
       "form.card.fewshot-form",
       {
@@ -43,7 +44,9 @@ export class FewShotScreen {
         "The detector learns the shots and looks at all images; crops are compared with the shots, which " +
           "vote; what is kept becomes proposals.",
       ),
-      h("div.columns", {}, field("Start from", this.init), field("A detection is a candidate if", this.rule)),
+      field("Start from", this.init),
+      field("A detection is a candidate if", this.rule),
+      this.needs,
       h("div.row", {}, this.go),
     );
     this.stages = h("div.stages", { testid: "stages" });
@@ -88,18 +91,25 @@ export class FewShotScreen {
       this.classes = new Map(classes.map((one) => [one.id, one]));
       put(
         this.init,
-        models.map((one) => h("option", { value: one.id }, one.title || one.id)),
+        models.length
+          ? models.map((one) => h("option", { value: one.id }, one.title || one.id))
+          : h("option", { value: "" }, "no detector yet"),
       );
+      this.init.disabled = !models.length;
       this.#gallery(shots);
       this.go.disabled = !models.length || !shots.some((shot) => !shot.negative);
-      if (!models.length)
-        complain(
-          this.form,
-          new Error(
-            "There is no detector to start from yet: train one, or start `simdetr label` with --run and " +
-              "the folder of a pretraining.",
-          ),
-        );
+      put(
+        this.needs,
+        models.length
+          ? null
+          : [
+              "There is no detector to start from yet: ",
+              h("a", { href: `#/p/${this.project.id}/train`, testid: "go-train" }, "train one"),
+              ", or start ",
+              h("code", {}, "simdetr label --run"),
+              " with the folder of a pretraining.",
+            ],
+      );
     } catch (error) {
       complain(this.form, error);
     }

@@ -428,7 +428,13 @@ export class LabelScreen {
       this.boxList,
       shown.map((box, place) => this.#row(box, place)),
       !shown.length && this.#sheet
-        ? h("li.note", {}, "No box. Drag on the image to draw one, or save it as inspected: then it shows no object.")
+        ? h(
+            "li.note",
+            {},
+            hidden
+              ? "Every proposal has a lower score than the slider above asks for. Lower it to see them."
+              : "No box. Drag on the image to draw one, or save it as inspected: then it shows no object.",
+          )
         : null,
     );
     this.#selected();
@@ -456,7 +462,7 @@ export class LabelScreen {
         h(`i.swatch.${box.status}`),
         h("span.class-name", { dir: "auto" }, kind && !this.#isUnnamed(box) ? kind.name : "Name it: C"),
         h("span.muted", {}, box.ignore ? "ignored" : box.status === "proposed" ? decimal(box.score, 2) : box.status),
-        h("span.place", {}, `${x0.toFixed(1)}, ${y0.toFixed(1)}   ${(x1 - x0).toFixed(1)} × ${(y1 - y0).toFixed(1)}`),
+        h("span.place", {}, [x0, y0].map(Math.round).join(", "), "   ", [x1 - x0, y1 - y0].map(Math.round).join(" × ")),
       ),
       h(
         "span.box-actions",
@@ -747,13 +753,19 @@ export class LabelScreen {
       if (!sheet) return;
       this.queue.mark(sheet.image);
       await this.#next(image.id);
-      this.project = await this.app.refresh();
-      this.queue.progress(this.project);
+      this.#count().catch((error) => this.#say(error)); // keys are for the next image already
     } catch (error) {
       this.#say(error);
     } finally {
       this.#moving = false;
     }
+  }
+
+  // How many images are done, and how many boxes have each class.
+  async #count() {
+    this.project = await this.app.refresh();
+    this.queue.progress(this.project);
+    if (!this.picker.element.contains(document.activeElement)) await this.picker.load();
   }
 
   async #detect() {
@@ -773,8 +785,10 @@ export class LabelScreen {
       const sheet = await get(`/images/${image.id}/boxes`);
       this.#saver.know(sheet);
       this.#adopt(sheet, this.#saver.keyed(sheet.boxes));
-      const found = sheet.boxes.filter((box) => box.status === "proposed").length;
-      toast(found ? `${plural(found, "proposal")}.` : "The detector found nothing here.");
+      const found = this.#boxes.filter((box) => box.status === "proposed");
+      const shown = found.filter((box) => this.#isShown(box)).length;
+      const below = shown < found.length ? `, ${count(found.length - shown)} of them below the score` : "";
+      toast(found.length ? `${plural(found.length, "proposal")}${below}.` : "The detector found nothing here.");
     } catch (error) {
       this.#say(error);
     } finally {

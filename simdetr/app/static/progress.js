@@ -233,7 +233,7 @@ export class ProgressScreen {
       last.seconds_per_step ? fact("A step", duration2(last.seconds_per_step)) : null,
       fact("Took", duration(took)),
       left === null ? null : fact("Left, about", duration(left)),
-      last.memory ? fact("Memory of the run", bytes(last.memory)) : null,
+      last.memory ? fact("Memory", bytes(last.memory)) : null,
       this.machine && AT_WORK.has(run.state) ? fact("Processor", `${Math.round(this.machine.cpu_percent)} %`) : null,
       device && AT_WORK.has(run.state)
         ? fact("Device memory", `${bytes(device.memory_used)} of ${bytes(device.memory_total)}`)
@@ -256,11 +256,7 @@ export class ProgressScreen {
           ? `step ${count(row.step)}: ${Object.entries(row.scores)
               .map(([name, value]) => `${name} ${decimal(value)}`)
               .join(", ")}`
-          : `step ${count(row.step)} of ${count(row.total_steps)}: loss ${decimal(row.loss)}, ${Object.entries(
-              row.losses ?? {},
-            )
-              .map(([name, value]) => `${name} ${decimal(value)}`)
-              .join(", ")}`,
+          : `step ${count(row.step)} of ${count(row.total_steps)}: loss ${decimal(row.loss)}`,
       }));
     const all = [...lines, ...this.#messages].sort((a, b) => when(a.time) - when(b.time)).slice(-LOG_ROWS);
     const atEnd = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 30;
@@ -283,7 +279,9 @@ export function trainingCharts(rows) {
     while (steps.length && steps.at(-1).step >= row.step) steps.pop(); // resumed from a step before
     steps.push(row);
   }
-  const parts = [...new Set(steps.flatMap((row) => Object.keys(row.losses ?? {})))].slice(0, 6);
+  const named = [...new Set(steps.flatMap((row) => Object.keys(row.losses ?? {})))];
+  const last = named.filter((name) => name.startsWith("loss_") && !/_(\d+|enc)$/.test(name)); // of the last layer
+  const parts = (last.length ? last : named).slice(0, 6);
   const tested = rows
     .filter((row) => row.scores)
     .map((row) => ({ ...row, step: row.step ?? steps.at(-1)?.step })) // the last ones come after the last step
@@ -307,7 +305,7 @@ export function trainingCharts(rows) {
         title: "Parts of the loss",
         xName: "step",
         testid: "chart-losses",
-        series: parts.map((name) => ({ name, points: steps.map((row) => [row.step, row.losses?.[name] ?? null]) })),
+        series: parts.map((name) => ({ name: name.replace(/^loss_/, ""), points: steps.map((row) => [row.step, row.losses?.[name] ?? null]) })),
       }),
     );
   }

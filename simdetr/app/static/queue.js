@@ -2,7 +2,7 @@
 
 import { address, get } from "./api.js";
 import { button, h, put, status } from "./elements.js";
-import { count, decimal, plural } from "./numbers.js";
+import { count, plural } from "./numbers.js";
 
 const VIEWS = [
   ["queue", "To do, by priority"],
@@ -27,11 +27,18 @@ const PAGE = 40;
 
 const options = (rows) => rows.map(([value, text]) => h("option", { value }, text));
 
+// Names that begin alike are told apart by their ends.
+const brief = (name) => {
+  const letters = [...name];
+  return letters.length > 19 ? `${letters.slice(0, 6).join("")}…${letters.slice(-12).join("")}` : name;
+};
+
 export class Queue {
   #images = [];
   #next = null;
   #asked = 0;
   #current = null;
+  #order = "";
 
   // `open(id)` shows an image.
   constructor(project, classes, open) {
@@ -110,8 +117,8 @@ export class Queue {
       const found = await get(`/projects/${this.project.id}/queue`, { limit: PAGE });
       if (asked !== this.#asked) return;
       this.#images = found.images;
-      const order = found.order ? `Ordered by “${found.order.strategy}”.` : "Not ordered yet: as they were found.";
-      this.note.textContent = found.left ? `${count(found.left)} to do. ${order}` : "";
+      this.#order = found.order ? `Ordered by “${found.order.strategy}”.` : "Not ordered yet: by name.";
+      this.#left(found.left);
     } else {
       const found = await this.#page(null);
       if (asked !== this.#asked) return;
@@ -120,6 +127,10 @@ export class Queue {
       this.note.textContent = found.images.length ? "" : "No image is like that. Change the filter above.";
     }
     this.#paint();
+  }
+
+  #left(images) {
+    this.note.textContent = images ? `${count(images)} to do. ${this.#order}` : "";
   }
 
   #page(after) {
@@ -143,6 +154,8 @@ export class Queue {
 
   progress(project) {
     const { inspected, skipped } = project.by_status;
+    const left = project.by_status.new + project.by_status.proposed + project.by_status.in_inspection;
+    if (this.isQueue && this.#order) this.#left(left);
     this.bar.value = project.images ? inspected / project.images : 0;
     put(
       this.done,
@@ -206,7 +219,7 @@ export class Queue {
           type: "button",
           testid: "queue-item",
           "data-image": image.id,
-          title: image.reason ?? image.name,
+          title: [image.name, image.reason].filter(Boolean).join(": "),
           "aria-current": image.id === this.#current ? "true" : null,
           onclick: () => this.open(image.id),
         },
@@ -220,13 +233,12 @@ export class Queue {
         h(
           "span.queue-text",
           {},
-          h("span.queue-name", { dir: "auto" }, image.name),
+          h("span.queue-name", { dir: "auto" }, brief(image.name)),
           h(
             "span.queue-line",
             {},
             status(image.status),
             boxes ? h("span", {}, plural(boxes, "box", "boxes")) : null,
-            image.priority === null ? null : h("span.priority", { title: "Priority" }, decimal(image.priority, 2)),
           ),
           h("span.queue-reason", { dir: "auto" }, image.reason ?? ""),
         ),

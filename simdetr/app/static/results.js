@@ -34,6 +34,8 @@ export class ResultsScreen {
         this.#models.find((one) => one.id === argument) ?? this.#models.find((one) => one.active) ?? this.#models[0];
       if (wanted) await this.#show(wanted.id);
       else {
+        this.list.parentElement.hidden = true;
+        this.element.classList.remove("split");
         put(
           this.detail,
           empty(
@@ -113,7 +115,10 @@ export class ResultsScreen {
           "div.row",
           {},
           model.active
-            ? h("span.status.inspected", { testid: "in-use" }, "in use")
+            ? [
+                h("span.status.inspected", { testid: "in-use" }, "in use"),
+                button("detect-all", "Detect on all images", () => this.#detect(trouble), { kind: "primary" }),
+              ]
             : button("use-model", "Use this model", () => this.#use(model, trouble), { kind: "primary" }),
           h(
             "a.button",
@@ -192,6 +197,17 @@ export class ResultsScreen {
       );
     } catch (error) {
       complain(curves, error);
+    }
+  }
+
+  // What comes after a training: its proposals for every image that nobody has inspected.
+  async #detect(trouble) {
+    try {
+      const run = await post(`/projects/${this.app.project.id}/runs`, { kind: "detect", parameters: {} });
+      this.app.runs.look();
+      this.app.go("progress", run.id);
+    } catch (error) {
+      complain(trouble, error);
     }
   }
 

@@ -10,7 +10,7 @@ export const KINDS = {
   detect: "Detection",
   order: "Ordering",
   embed: "Clustering",
-  autolabel: "Few labels to many",
+  autolabel: "Few-shot",
   mine: "First proposals",
 };
 

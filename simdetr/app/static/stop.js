@@ -92,6 +92,9 @@ export class StopScreen {
           "div.row",
           {},
           button("audit", `Draw ${AUDIT} images at random to inspect`, () => this.#audit()),
+          found.left_detections
+            ? null
+            : h("a.button", { href: `#/p/${this.app.project.id}/progress`, testid: "go-detect" }, "To the detection"),
         ),
       ),
       h(

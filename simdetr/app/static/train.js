@@ -6,6 +6,7 @@ import { bytes, count, day, plural } from "./numbers.js";
 import { KINDS } from "./runs.js";
 
 const PREVIEWS = 4;
+const LEAST_KEPT = 5; // images to measure by; fewer say too little
 
 export class TrainScreen {
   #augmentations = [];
@@ -37,6 +38,7 @@ export class TrainScreen {
       value: 0.2,
       required: true,
       testid: "validate-on",
+      oninput: () => this.#measured(),
     });
     this.proposed = h("input", {
       type: "checkbox",
@@ -57,7 +59,9 @@ export class TrainScreen {
     });
     this.device = h("select", { testid: "device", "aria-label": "Device", onchange: () => this.#estimate() });
     this.need = h("p.fact", { testid: "memory-estimate" }, "…");
+    this.hint = h("p.muted", { testid: "train-hint" });
     this.data = h("p.lead", { testid: "train-data" }, "…");
+    this.measure = h("p.note", { testid: "measured-by" });
     this.changes = h("div.augmentations", { testid: "augmentations" });
     this.pictures = h("div.previews", { testid: "augmentation-preview" });
     this.past = h("ul.runs", { testid: "past-runs" });
@@ -95,6 +99,7 @@ export class TrainScreen {
           field("Steps", this.steps),
           field("Images per step", this.batch),
         ),
+        this.measure,
         h(
           "details",
           {},
@@ -107,7 +112,7 @@ export class TrainScreen {
             field(
               "Kept for measuring",
               this.kept,
-              "A part of the inspected images that is not trained on; it must be five or more to be measured by.",
+              "A part of the inspected images that is not trained on.",
             ),
           ),
         ),
@@ -119,7 +124,7 @@ export class TrainScreen {
         h(
           "p.muted",
           {},
-          "Every image is changed by chance each time it is seen; boxes go along. So a few are worth more.",
+          "Each time an image is seen it is changed by chance, and its boxes with it, so that few labels teach more.",
         ),
         this.changes,
         this.pictures,
@@ -133,6 +138,7 @@ export class TrainScreen {
           h("div", {}, h("dt", {}, "Device"), h("dd", {}, this.device)),
           h("div", {}, h("dt", {}, "Memory, about"), h("dd", {}, this.need)),
         ),
+        this.hint,
         this.startButton,
       ),
     );
@@ -182,14 +188,20 @@ export class TrainScreen {
         augmentations.map((one) => this.#augmentation(one)),
       );
       this.#fromEpochs();
+      this.#measured();
       this.#estimate();
       this.#preview();
       this.startButton.disabled = !this.#labelled;
-      if (!this.#labelled)
-        complain(
-          this.form.lastChild,
-          new Error("Nothing to learn from yet: inspect some images on the Label screen first."),
-        );
+      put(
+        this.hint,
+        this.#labelled
+          ? null
+          : [
+              "Nothing to learn from yet: ",
+              h("a", { href: `#/p/${this.project.id}/label`, testid: "go-label" }, "inspect some images"),
+              " first.",
+            ],
+      );
     } catch (error) {
       complain(this.form, error);
     }
@@ -293,6 +305,17 @@ export class TrainScreen {
 
   #perEpoch() {
     return Math.max(1, Math.ceil(this.#labelled / Math.max(1, Number(this.batch.value))));
+  }
+
+  #measured() {
+    const kept = Math.round(this.#labelled * Number(this.kept.value));
+    const wanted = Math.ceil(LEAST_KEPT / Math.max(Number(this.kept.value), 0.01));
+    this.measure.hidden = !this.#labelled;
+    this.measure.textContent = !Number(this.kept.value)
+      ? "Nothing is kept to measure it by: there will be no scores."
+      : kept >= LEAST_KEPT
+        ? `${plural(kept, "inspected image")} are kept to measure it by, and not trained on.`
+        : `It learns from all of them, so there are no scores. From ${count(wanted)} images on, some are kept to measure by.`;
   }
 
   #fromEpochs() {

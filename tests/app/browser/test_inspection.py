@@ -67,3 +67,35 @@ def test_the_question_mark_lists_the_keys_and_escape_ends_the_list(page, serve):
     page.keyboard.press("Enter")  # on its own button: closes, and inspects nothing
     expect(page.get_by_test_id("keys")).to_have_count(0)
     assert {image["status"] for image in site.images()} <= {"new", "in_inspection"}
+
+
+def test_keys_are_for_the_next_image_at_once_and_what_is_left_is_counted(page, serve):
+    """The counts, which come later, hold no key back."""
+    site = serve(photos=3)
+    kind = site.add_class("cat")
+    first, second, _ = (image["id"] for image in site.images())
+    for image in (first, second):
+        site.propose(image, kind, [([20, 20, 120, 120], 0.9)])
+    opened(page, site.screen("label"))
+    held = []
+    page.route("**/api/projects/1", lambda route: held.append(route))
+    page.keyboard.press("Enter")
+    expect(page.get_by_test_id("image-name")).to_have_text(site.images()[1]["name"])
+    expect(page.locator(f"{BOX}.proposed")).to_have_count(1)
+    page.keyboard.press("n")
+    page.keyboard.press("a")
+    expect(page.locator(f"{BOX}.inspected")).to_have_count(1)
+    assert held and site.boxes(first)[0]["status"] == "inspected"
+    page.unroute("**/api/projects/1")
+    for one in held:
+        one.continue_()
+    expect(page.get_by_test_id("queue-note")).to_contain_text("2 to do")
+
+
+def test_proposals_below_the_score_are_spoken_of_and_not_taken_for_an_empty_image(page, serve):
+    site = serve()
+    image = site.images()[0]["id"]
+    site.propose(image, site.add_class("cat"), [([20, 20, 120, 120], 0.1)])
+    opened(page, site.screen("label", image))
+    expect(page.get_by_test_id("box-list")).to_contain_text("lower score")
+    expect(page.get_by_test_id("hidden-note")).to_contain_text("1 proposal below 0.30")

@@ -71,5 +71,5 @@ def test_before_and_after_are_shown_and_nothing_is_proposed(page, serve, small_d
 def test_nothing_to_learn_from_is_said_before_anything_starts(page, serve):
     site = serve()
     page.goto(site.screen("train"))
-    expect(page.get_by_test_id("error")).to_contain_text("inspect some images on the Label screen first")
+    expect(page.get_by_test_id("train-hint")).to_contain_text("inspect some images first")
     expect(page.get_by_test_id("start-training")).to_be_disabled()
