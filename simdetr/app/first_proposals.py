@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
+from torchvision.ops import nms
 
+from simdetr.app.box_life import SAME_IOU
 from simdetr.app.proposals import UNNAMED
 from simdetr.app.run_files import RunFiles
 from simdetr.data.annotations import Category, ImageLabels
@@ -63,7 +66,10 @@ def parts_of(total: int) -> list[range]:
 
 
 def best_of(rows: Sequence[ProposalRow], count: int) -> Labels:
-    """The boxes of each image that are the likeliest objects, with their certainty as score; at most ``count``."""
+    """The boxes of each image that are the likeliest objects, with their certainty as score; at most ``count``.
+
+    Of two that overlap by more than half the surer one stays: so few boxes are to be of different objects.
+    """
     offsets = np.cumsum([0, *(len(row.regions) for row in rows)])
     boxes = np.concatenate([np.zeros((0, 4), np.float32), *(row.regions.boxes_xyxy for row in rows)])
     scores = np.concatenate([np.zeros(0, np.float32), *(row.regions.score for row in rows)])
@@ -71,7 +77,8 @@ def best_of(rows: Sequence[ProposalRow], count: int) -> Labels:
     sure = certainty(scores, boxes, sizes, offsets)
     made = []
     for row, start, stop in zip(rows, offsets, offsets[1:], strict=False):
-        best = start + np.argsort(-sure[start:stop], kind="stable")[:count]
+        kept = nms(torch.from_numpy(boxes[start:stop]), torch.from_numpy(sure[start:stop]), SAME_IOU)
+        best = start + kept[:count].numpy()
         classes = [0] * len(best)
         size = (row.height, row.width)
         made.append(ImageLabels.build(row.image_id, size, boxes[best].tolist(), classes, sure[best].tolist()))

@@ -54,10 +54,10 @@ def test_parts_are_kept_and_other_runs_are_let_through_between_them(mining, trut
     assert [row["done"] for row in files.told()][-3:] == [2, 5, 6]
 
 
-def test_the_surest_boxes_of_each_image_are_kept():
-    def row(name, scores):
+def test_the_surest_boxes_of_each_image_are_kept_and_none_twice():
+    def row(name, scores, step=10):
         count = len(scores)
-        boxes = np.array([[10 * i, 0, 10 * i + 9, 9] for i in range(count)], np.float32).reshape(-1, 4)
+        boxes = np.array([[step * i, 0, step * i + 9, 9] for i in range(count)], np.float32).reshape(-1, 4)
         zeros = np.zeros(count, np.int16)
         regions = Regions(boxes, np.zeros((count, 2), np.float32), boxes[:, 2], zeros, zeros, zeros, np.float32(scores))
         return ProposalRow(name, 100, 100, regions)
@@ -66,6 +66,8 @@ def test_the_surest_boxes_of_each_image_are_kept():
     assert [len(labels.of(name)) for name in ("a", "none", "b")] == [2, 0, 1]
     assert labels.of("a").boxes_xyxy[:, 0].tolist() == [10, 20]
     assert len(best_of([], 2)) == 0
+    close = best_of([row("c", [0.1, 0.9, 0.4, 0.2, 0.3], step=2)], 5)  # neighbours overlap by 0.64, others by 0.39
+    assert close.of("c").boxes_xyxy[:, 0].tolist() == [2, 8]
 
 
 def test_an_app_without_a_detector_proposes_by_itself_and_names_are_given_with_one_save(serve, monkeypatch):
