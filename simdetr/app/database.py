@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import Dialect, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlmodel import Session
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_S = 10
 _CACHE_KIB = 16_384
+_turns: WeakKeyDictionary[Dialect, threading.Lock] = WeakKeyDictionary()
 
 
 def open_database(url: str) -> Engine:
@@ -103,7 +106,11 @@ def reading(engine: Engine) -> Iterator[Session]:
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Session]:
-    """A session whose changes are kept together or not at all; on SQLite it is the only writer while it is open."""
-    with Session(engine.execution_options(simdetr_writes=True), expire_on_commit=False) as session:
+    """A session whose changes are kept together or not at all; on SQLite it is the only writer while it is open.
+
+    Threads of this process wait at a lock: SQLite's own waiting sleeps, up to a tenth of a second at a time.
+    """
+    alone = _turns.setdefault(engine.dialect, threading.Lock()) if engine.dialect.name == "sqlite" else nullcontext()
+    with alone, Session(engine.execution_options(simdetr_writes=True), expire_on_commit=False) as session:
         with session.begin():
             yield session
