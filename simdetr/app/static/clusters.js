@@ -37,8 +37,8 @@ export class ClustersScreen {
           h(
             "p.muted",
             {},
-            "Regions that look alike. Name a cluster to make its boxes proposals of a class; split it " +
-              "where it mixes kinds.",
+            "Regions that look alike. Name a cluster to make its boxes proposals of a class; merge those " +
+              "that are one kind.",
           ),
         ),
         h("div.row", {}, this.merge, this.propose),
@@ -133,9 +133,10 @@ export class ClustersScreen {
           {},
           `${plural(one.boxes, "box", "boxes")} · ${one.members.length > 1 ? `${one.members.length} pseudo-classes` : `pseudo-class ${one.members[0] ?? one.id}`}`,
         ),
-        button("split", "Split in two", () => this.#act(() => post(`/clusters/${one.id}/split`, { parts: 2 }), card), {
-          kind: "quiet",
-        }),
+        one.members.length > 1 &&
+          button("split", "Take apart again", () => this.#act(() => post(`/clusters/${one.id}/split`), card), {
+            kind: "quiet",
+          }),
       ),
     );
     return card;

@@ -34,7 +34,7 @@ export class ResultsScreen {
         this.#models.find((one) => one.id === argument) ?? this.#models.find((one) => one.active) ?? this.#models[0];
       if (wanted) await this.#show(wanted.id);
       else {
-        this.list.parentElement.hidden = true;
+        this.list.hidden = true;
         this.element.classList.remove("split");
         put(
           this.detail,
