@@ -114,9 +114,9 @@ def _kills(part: Part) -> list[Row]:
 
 
 def _source(name: str, part: Part) -> str:
-    own = part["environment"]
+    own, note = part["environment"], f" ({part['note']})" if "note" in part else ""
     return (
-        f"<sub>{name}: {own['processor']}, {own['cores']} cores, load average {own['load_at_start']:.1f} before and "
+        f"<sub>{name}{note}: {own['processor']}, {own['cores']} cores, load {own['load_at_start']:.1f} before and "
         f"{own['load_at_end']:.1f} after, torch {own['versions']['torch']}, {own['date']}: `{own['command']}`</sub>\n"
     )
 
