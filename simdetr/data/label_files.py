@@ -174,7 +174,8 @@ def format_of(path: Path) -> LabelFormat:
         names = list(files_below(path))
         found = {kind: files[0] for kind in FORMATS if (files := kind.files_in(path, names))}
     else:
-        found = {kind: path.name for kind in FORMATS if kind.recognises(path)}
+        first = next((kind for kind in FORMATS if kind.recognises(path)), None)
+        found = {} if first is None else {first: path.name}  # what one of them recognises is none of the others
     if len(found) == 1:
         return next(iter(found))
     if found:

@@ -194,9 +194,9 @@ def _of_images(folder: Path) -> list[_Folders]:
     """The folder of images that a yaml names, or one that holds ``images``."""
     folder = Path(os.path.normpath(folder))
     labels = _swapped(folder, "images", "labels")
-    if labels is None:
+    if labels is None or not labels.is_dir():
         return _by_convention(folder)
-    return [_Folders(str(folder) if folder.is_dir() else None, str(labels) if labels.is_dir() else None)]
+    return [_Folders(str(folder) if folder.is_dir() else None, str(labels))]
 
 
 def _of_list(path: Path) -> list[_Folders]:
@@ -209,8 +209,9 @@ def _of_list(path: Path) -> list[_Folders]:
 
 
 def _by_convention(folder: Path) -> list[_Folders]:
-    if (images := _swapped(folder, "labels", "images")) is not None:
-        return [_Folders(str(images) if images.is_dir() else None, str(folder))]
+    """The folder's own pair by its path, else all pairs below it, else images and text files side by side."""
+    if (images := _swapped(folder, "labels", "images")) is not None and images.is_dir():
+        return [_Folders(str(images), str(folder))]
     if (labels := _swapped(folder, "images", "labels")) is not None and labels.is_dir():
         return [_Folders(str(folder), str(labels))]
     found = []

@@ -92,6 +92,19 @@ def test_roboflows_folders(lay_out):
     assert set(labels.image_ids) >= {"a.jpg", "empty.jpg"} and labels.of("a.jpg").boxes_xyxy[0, 0] == 25
 
 
+@pytest.mark.parametrize("above", ["labels/set", "images/set"])
+def test_folders_above_the_set_may_be_named_anything(lay_out, above):
+    paired = {"images/a.jpg": None, "labels/a.txt": BOX, "data.yaml": "names: [cat]\ntrain: images\n"}
+    flat = {"train/b.jpg": None, "train/b.txt": BOX, "data.yaml": "names: [cat]\ntrain: train\n"}
+    root = lay_out({f"{above}/one/{name}": text for name, text in paired.items()})
+    lay_out({f"{above}/two/{name}": text for name, text in flat.items()})
+    for path in ("one", "one/data.yaml", "one/images", "one/labels"):
+        assert read(root / above / path)[0].image_ids == ("a.jpg",)
+    for path in ("two", "two/data.yaml", "two/train"):
+        labels, report = read(root / above / path)
+        assert len(labels.boxes_xyxy) == 1 and not report.unlabelled
+
+
 def test_text_files_beside_images_and_names_of_darknet(lay_out):
     labels, report = read(lay_out(CVAT))
     assert labels.image_ids == ("obj_train_data/a.jpg",) and [one.name for one in labels.categories] == ["cat", "owl"]
