@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from PIL import Image as Pictures
 from sqlalchemy import select
 from sqlmodel import Session, col
@@ -78,9 +77,7 @@ def drawn_on(record: ImageRecord, found: ImageLabels, min_score: float) -> Pictu
         raise Refusal(415, f"{record.id} cannot be read: {error.reason}") from error
     kept = found.scores >= min_score
     colours = [class_colour(int(class_)) for class_ in found.classes[kept]]
-    return draw_boxes(
-        torch.as_tensor(pixels), found.boxes_xyxy[kept], colours=colours, max_side_px=_LONG_SIDE_PX
-    ).convert("RGB")
+    return draw_boxes(pixels, found.boxes_xyxy[kept], colours=colours, max_side_px=_LONG_SIDE_PX).convert("RGB")
 
 
 def held_out_of(

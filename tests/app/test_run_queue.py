@@ -169,10 +169,11 @@ def test_an_order_reaches_the_queue_and_shots_become_labels(serve, tiny_config, 
     for image in person.images()[:2]:
         for box in person.get(f"/images/{image['id']}/boxes")["boxes"]:
             person.ask("POST", "/projects/1/shots", {"box_id": box["id"]}, 201)
-    options = {"score_rule": "absolute", "min_score": 0.0, "max_steps": 2, "background_shots": 0, "corrector": "none"}
+    options = {"score_rule": "absolute", "min_score": 0.0, "max_steps": 40, "background_shots": 0, "corrector": "none"}
     run = person.run("autolabel", **options)
     if run["state"] == "failed":  # two steps may have learned nothing that the votes agree with
         assert "was kept" in run["error"]
+    assert run["state"] in ("done", "failed")
     stages = person.get(f"/runs/{run['id']}/stages")["stages"]
     assert [row["stage"] for row in stages] == ["source", "verify", "correct"]
     candidates = person.get(f"/runs/{run['id']}/candidates", limit=5)["candidates"]

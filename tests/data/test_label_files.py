@@ -78,7 +78,7 @@ def test_a_list_of_results_asks_for_its_truth(tmp_path):
             "is JSON, an object with the keys 'shapes', which looks like none of the formats",
         ),
         ("a.json", b"[]", "is JSON, an empty list, which"),
-        ("a.json", b"{", "is JSON, no JSON"),
+        ("a.json", b"{", "cannot be read as JSON"),
         ("a.txt", b"hello", r"begins with b'hello', which looks like none"),
         ("a.txt", b"", "is an empty file, which"),
     ],
