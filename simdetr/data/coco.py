@@ -252,8 +252,8 @@ def _size(entry: Mapping[str, Any], path: Path, identity: int | str, *, required
         return height, width
     if required:
         raise LabelError(
-            f"{path}: image {identity!r} ({entry['file_name']}): expected a positive width and height in "
-            f"pixels, got {entry.get('width')!r} and {entry.get('height')!r}; write them into the file"
+            f"{path}: image {identity!r:.60} ({entry['file_name']:.200}): expected a positive width and height in "
+            f"pixels, got {entry.get('width')!r:.60} and {entry.get('height')!r:.60}; write them into the file"
         )
     return 0, 0
 
@@ -345,7 +345,7 @@ def _box(
         return x0, y0, x1 - x0, y1 - y0
     try:
         x, y, width, height = map(float, bbox)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         x = y = width = height = math.nan
     if not (math.isfinite(x) and math.isfinite(y) and math.isfinite(width) and math.isfinite(height)):
         problems.add("box, score or area is no number, dropped", f"{where} with bbox {bbox!r}")
@@ -369,7 +369,7 @@ def _rotation(entry: Mapping[str, Any]) -> float:
         return 0.0
     try:
         degrees = float(attributes.get("rotation") or 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
     return math.radians(degrees) if math.isfinite(degrees) and degrees % 180 else 0.0
 

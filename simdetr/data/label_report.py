@@ -14,6 +14,7 @@ UNDECIDED = (
     "them, left out (its own JSON tells them from empty ones)"
 )
 _EXAMPLES_PER_KIND = 5
+_MOST_CHARACTERS = 300  # of an example: files may hold anything
 
 
 @dataclass
@@ -72,7 +73,7 @@ class LabelReport:
     def _count(self, counter: Counter[str], kind: str, where: str) -> None:
         counter[kind] += 1
         if counter[kind] <= _EXAMPLES_PER_KIND:
-            self.examples.setdefault(kind, []).append(where)
+            self.examples.setdefault(kind, []).append(where[:_MOST_CHARACTERS])
 
     def lines(self) -> list[str]:
         """One line per kind of problem: count, kind and examples."""

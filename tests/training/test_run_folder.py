@@ -280,3 +280,4 @@ def test_a_run_of_before_there_was_a_record_goes_on(tmp_path):
     run = RunFolder(tmp_path)
     run.claim_contents({"data.labels": "x"}, begun=True)
     run.claim_contents({"data.labels": "y"}, begun=True)
+    assert not run.contents.exists()  # what it began with is not known, so nothing is kept as if it were

@@ -59,7 +59,7 @@ VALUES = [
     "nan",
     "../..",
 ]
-TEXTS = ["label-studio", "yolo", "voc", "cvat", "csv"]
+TEXTS = ["coco", "label-studio", "yolo", "voc", "cvat", "csv"]
 
 
 def place_of(kind: LabelFormat, folder: Path) -> Path:
@@ -115,11 +115,12 @@ def test_numbers_and_words_changed(name, seed):
         read_all_ways(place, name)
 
 
+@pytest.mark.parametrize("name", ["coco", "label-studio"])
 @given(seed=st.integers(0, 10**6))
-def test_values_of_other_types(seed):
+def test_values_of_other_types(name, seed):
     rng = random.Random(seed)
     with TemporaryDirectory() as folder:
-        place = place_of(format_named("label-studio"), Path(folder))
+        place = place_of(format_named(name), Path(folder))
         content = json.loads(place.read_text())
         for _ in range(rng.randint(1, 2)):
             node = content
@@ -132,4 +133,4 @@ def test_values_of_other_types(seed):
             if not content:
                 break
         place.write_text(json.dumps(content))
-        read_all_ways(place, "label-studio")
+        read_all_ways(place, name)
