@@ -1,9 +1,10 @@
 """Average precision as COCO defines it: human truth and predictions in, the twelve COCO numbers out.
 
-Both sides are `Labels`; pycocotools' COCOeval does the matching and the averaging, so the numbers are the ones that
-papers print. Images are matched by image id and categories by name (`simdetr.data.category_matching`). Fractions in
-0..1; ``nan`` where the truth holds no object that the number could be about (pycocotools says -1 there, which poisons
-averages).
+Both sides are `Labels`; COCOeval does the matching and the averaging, so the numbers are the ones that papers print:
+hotcoco's, which takes columns and is some hundred times faster, or pycocotools' own where hotcoco has no wheel. Their
+tables are equal bit for bit. Images are matched by image id and categories by name (`simdetr.data.category_matching`).
+Fractions in 0..1; ``nan`` where the truth holds no object that the number could be about (pycocotools says -1 there,
+which poisons averages).
 Source: https://cocodataset.org/#detection-eval.
 """
 
@@ -23,6 +24,13 @@ from pycocotools.cocoeval import COCOeval
 from simdetr.data.category_matching import check_comparable
 from simdetr.data.labels import Labels
 
+try:
+    import hotcoco
+except ImportError:  # no wheel for this machine
+    hotcoco = None  # type: ignore[assignment]
+
+Columns = dict[str, NDArray[Any]]
+"""What an evaluator reads of every box: image_id, category_id, bbox (xywh in pixels), area, iscrowd, score."""
 SIZES = ("all", "small", "medium", "large")  # COCO's area ranges: below 32², 32² to 96², above 96² px²
 SIZE_SUFFIX = {"all": "", "small": "s", "medium": "m", "large": "l"}
 
@@ -104,10 +112,41 @@ def match_boxes(
         truth_categories, predicted_categories = truth.classes + 1, categories_in_truth(truth, predictions)
     human = _columns(truth, truth.owners, truth_categories)
     found = _columns(predictions, images, predicted_categories, as_detections=True)
-    evaluation = COCOeval(indexed(human, len(truth), category_ids), indexed(found, len(truth), category_ids), "bbox")
-    evaluation.params.maxDets = sorted(set(max_boxes))
+    tables = by_hotcoco if hotcoco is not None else by_pycocotools
+    return tables(human, found, len(truth), category_ids, sorted(set(max_boxes)))
+
+
+def by_hotcoco(
+    human: Columns, found: Columns, images: int, category_ids: Sequence[int], max_boxes: Sequence[int]
+) -> MatchScores:
+    """Tables of hotcoco for truth and predictions by column; see `match_boxes`."""
+    known = found["category_id"] > 0  # what the truth does not know cannot match
+    listed = [found["image_id"], *found["bbox"].T, found["score"], found["category_id"]]
+    truth = hotcoco.COCO.from_arrays(
+        [{"id": index} for index in range(images)],
+        [{"id": category, "name": str(category)} for category in category_ids],
+        human["image_id"],
+        human["category_id"],
+        human["bbox"],
+        area=human["area"],
+        iscrowd=human["iscrowd"],
+    )
+    evaluation = hotcoco.COCOeval(truth, truth.load_res(np.column_stack(listed)[known]), "bbox")
+    evaluation.params.max_dets = list(max_boxes)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    tables = evaluation.eval or {}
+    return MatchScores(tables["precision"], tables["recall"], tuple(max_boxes))
+
+
+def by_pycocotools(
+    human: Columns, found: Columns, images: int, category_ids: Sequence[int], max_boxes: Sequence[int]
+) -> MatchScores:
+    """Tables of pycocotools, as `by_hotcoco`."""
+    evaluation = COCOeval(indexed(human, images, category_ids), indexed(found, images, category_ids), "bbox")
+    evaluation.params.maxDets = list(max_boxes)
     run_quietly(evaluation)
-    return MatchScores(evaluation.eval["precision"], evaluation.eval["recall"], tuple(evaluation.params.maxDets))
+    return MatchScores(evaluation.eval["precision"], evaluation.eval["recall"], tuple(max_boxes))
 
 
 def run_quietly(evaluation: COCOeval) -> None:
@@ -117,7 +156,7 @@ def run_quietly(evaluation: COCOeval) -> None:
         evaluation.accumulate()
 
 
-def indexed(columns: dict[str, NDArray[Any]], images: int, category_ids: Sequence[int]) -> COCO:
+def indexed(columns: Columns, images: int, category_ids: Sequence[int]) -> COCO:
     """Annotations by column as pycocotools has them; their ids start at 1, since COCOeval takes 0 for no match."""
     columns = {"id": np.arange(1, len(columns["image_id"]) + 1)} | columns
     rows = zip(*(values.tolist() for values in columns.values()), strict=True)
@@ -154,8 +193,8 @@ def categories_in_truth(truth: Labels, predictions: Labels) -> NDArray[np.int64]
 
 def _columns(
     labels: Labels, images: NDArray[np.int64], categories: NDArray[np.int64], *, as_detections: bool = False
-) -> dict[str, NDArray[Any]]:
-    """What COCOeval reads of every box."""
+) -> Columns:
+    """Boxes by column; a prediction's area is its box's."""
     corners = labels.boxes_xyxy.astype(np.float64)
     sides = corners[:, 2:] - corners[:, :2]
     return {

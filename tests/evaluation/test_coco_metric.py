@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.coco import read_coco, write_detections
 from simdetr.data.labels import Labels
-from simdetr.evaluation.coco_metric import coco_metrics, match_boxes, per_class_ap
+from simdetr.evaluation import coco_metric
+from simdetr.evaluation.coco_metric import by_hotcoco, by_pycocotools, coco_metrics, match_boxes, per_class_ap
 
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 SQUARE = (0, 0, 100, 100)
@@ -132,6 +135,57 @@ def test_box_numbers_below_one_are_refused(make_labels, max_boxes):
     labels = make_labels({"a": []})
     with pytest.raises(ValueError, match="max_boxes: expected at least one number of boxes >= 1"):
         match_boxes(labels, labels, max_boxes=max_boxes)
+
+
+@st.composite
+def columns_of_both(draw):
+    """Truth and predictions by column: crowds, areas of another size, ties, empty images, classes without objects."""
+    images, classes = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    objects, boxes = draw(st.integers(0, 30)), draw(st.integers(0, 400))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    sides = np.exp(rng.uniform(0, np.log(300), (objects, 2))).round()
+    human = {
+        "image_id": rng.integers(0, images, objects),
+        "category_id": rng.integers(1, classes + 1, objects),
+        "bbox": np.concatenate([rng.integers(0, 200, (objects, 2)), sides], axis=1).astype(np.float64),
+        "area": sides.prod(axis=1) * rng.choice([1.0, 0.5], objects),
+        "iscrowd": (rng.random(objects) < 0.15).astype(np.int64),
+        "score": np.ones(objects),
+    }
+    near = rng.integers(0, max(objects, 1), boxes)
+    bbox = np.concatenate([rng.integers(0, 200, (boxes, 2)), rng.integers(1, 200, (boxes, 2))], axis=1) * 1.0
+    image_id, category_id = rng.integers(0, images, boxes), rng.integers(0, classes + 1, boxes)
+    if objects:
+        like = rng.random(boxes) < 0.7
+        image_id, category_id = (
+            np.where(like, human[name][near], own)
+            for name, own in (("image_id", image_id), ("category_id", category_id))
+        )
+        bbox[like] = np.maximum(human["bbox"][near][like] + rng.integers(-3, 4, (int(like.sum()), 4)), [0, 0, 1, 1])
+    scores = rng.integers(0, draw(st.sampled_from([1, 4, 1000])), boxes) / 8
+    found = {"image_id": image_id, "category_id": category_id, "bbox": bbox, "area": bbox[:, 2:].prod(axis=1)}
+    found |= {"iscrowd": np.zeros(boxes, np.int64), "score": scores}
+    most = sorted(draw(st.sets(st.sampled_from([1, 5, 10, 100, 300]), min_size=1)))
+    return human, found, images, range(1, classes + 1), most
+
+
+@settings(max_examples=150, deadline=None)
+@given(columns_of_both())
+def test_both_evaluators_give_the_same_tables_bit_for_bit(columns):
+    fast, usual = by_hotcoco(*columns), by_pycocotools(*columns)
+    np.testing.assert_array_equal(fast.precision, usual.precision)
+    np.testing.assert_array_equal(fast.recall, usual.recall)
+    assert fast.max_boxes == usual.max_boxes
+
+
+def test_without_hotcoco_pycocotools_gives_the_same_numbers(make_labels, monkeypatch):
+    truth = make_labels({"a": [(*SQUARE, 0), (10, 10, 30, 30, 1)], "b": [(*OTHER, 1)]}, (5, 9))
+    found = make_labels({"a": [(*SQUARE, 0, 0.9), (10, 10, 34, 30, 1, 0.4)], "b": []}, (5, 9))
+    numbers = coco_metrics(truth, found)
+    monkeypatch.setattr(coco_metric, "hotcoco", None)
+    monkeypatch.setattr(coco_metric, "by_hotcoco", lambda *columns: pytest.fail("hotcoco was asked"))
+    assert coco_metrics(truth, found) == pytest.approx(numbers, abs=0, nan_ok=True)
+    assert 0 < numbers["AP"] < 1
 
 
 def test_equals_pycocotools_on_json_files_with_ties_crowds_and_all_sizes(tmp_path):
