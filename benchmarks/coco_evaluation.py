@@ -94,7 +94,7 @@ def main() -> None:
         write_coco(truth, files[0])
         write_detections(found, files[1], files[0])
         result = {
-            "environment": environment(("hotcoco", "pycocotools", "numpy")),
+            "environment": environment(("torch", "hotcoco", "pycocotools", "numpy")),
             "images": len(truth),
             "objects": len(truth.boxes_xyxy),
             "boxes": len(found.boxes_xyxy),

@@ -112,6 +112,28 @@ def matcher(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n" + _NO_GPU[result["gpu"]]
 
 
+def coco_evaluation(result: dict[str, Any]) -> str:
+    """COCO's numbers from labels in memory, and pycocotools from files."""
+    versions, equal = result["environment"]["versions"], "equal bit for bit" if result["equal"] else "NOT equal"
+    data = f"{result['boxes']:,} boxes, {result['objects']:,} objects of {result['classes']} classes"
+    lines = [
+        (
+            f"**COCO's numbers** of {result['images']:,} images with {data}: hotcoco {versions['hotcoco']} from our labels "
+            f"(tables {equal} to those of pycocotools {versions['pycocotools']}); medians in turns:"
+        ),
+        "",
+        "| pycocotools | pycocotools | simdetr | ratio | by CPU time | bar |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for key, name in (("labels", "from our labels"), ("files", "from two JSON files")):
+        wall, cpu = result[key]["wall"], result[key]["cpu"]
+        lines.append(
+            f"| {name} | {wall['theirs_ms'] / 1000:.1f} s | {wall['ours_ms'] / 1000:.2f} s | {wall['ratio']:.0f} × | "
+            f"{cpu['ratio']:.0f} × | {result['bar']:.0f} × |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def inference_speed(result: dict[str, Any]) -> str:
     """Latency and throughput against transformers."""
     lines = [

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.app_tables import labelling_app
-from benchmarks.detector_tables import deformable_attention, detector_families, inference_speed, matcher, training_step
+from benchmarks.detector_tables import (
+    coco_evaluation,
+    deformable_attention,
+    detector_families,
+    inference_speed,
+    matcher,
+    training_step,
+)
 from benchmarks.environment import RESULTS
 from benchmarks.head_tables import head_overhead, landmark_query, landmark_study, localisation_study
 from benchmarks.labelling_tables import active, autolabel, stopping, verification
@@ -156,6 +163,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "detector_families": lambda result: f"{detector_families(result)}\n{source(result['environment'])}",
     "deformable_attention": lambda result: f"{deformable_attention(result)}\n{source(result['environment'])}",
     "training_step": lambda result: f"{training_step(result)}\n{source(result['environment'])}",
+    "coco_evaluation": lambda result: f"{coco_evaluation(result)}\n{source(result['environment'])}",
     "matcher": lambda result: f"{matcher(result)}\n{source(result['environment'])}",
     "landmark_study": lambda result: f"{landmark_study(result)}\n{source(result['environment'])}",
     "landmark_query": lambda result: f"{landmark_query(result)}\n{source(result['environment'])}",
