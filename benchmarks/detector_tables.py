@@ -118,8 +118,8 @@ def coco_evaluation(result: dict[str, Any]) -> str:
     data = f"{result['boxes']:,} boxes, {result['objects']:,} objects of {result['classes']} classes"
     lines = [
         (
-            f"**COCO's numbers** of {result['images']:,} images with {data}: hotcoco {versions['hotcoco']} from our labels "
-            f"(tables {equal} to those of pycocotools {versions['pycocotools']}); medians in turns:"
+            f"**COCO's numbers** of {result['images']:,} images with {data}: hotcoco {versions['hotcoco']} "
+            f"from our labels (tables {equal} to those of pycocotools {versions['pycocotools']}); medians in turns:"
         ),
         "",
         "| pycocotools | pycocotools | simdetr | ratio | by CPU time | bar |",
