@@ -24,6 +24,10 @@ const STATES = {
   refused: "Not saved",
 };
 
+// As `n` walks them: what a machine was surest of first, what has no score last.
+const inOrder = (boxes) => [...boxes].sort((a, b) => (b.score ?? -1) - (a.score ?? -1));
+const stamp = (box) => JSON.stringify([box.status, box.class_id, box.xyxy, box.ignore]);
+
 export class LabelScreen {
   #boxes = []; // all that are alive, hidden ones too, with keys
   #rejected = [];
@@ -162,6 +166,7 @@ export class LabelScreen {
       if (this.#saver !== saver || saver.pending || this.#boxes.length) return;
       saver.know(sheet);
       this.#adopt(sheet, saver.keyed(sheet.boxes));
+      this.#onward();
     } catch {
       /* the next look may work */
     }
@@ -244,6 +249,7 @@ export class LabelScreen {
     this.name.title = image.name;
     this.facts.textContent = `${image.width} × ${image.height}`;
     this.#adopt(sheet, saver.keyed(sheet.boxes));
+    this.#onward();
     this.#state(saver, "saved");
     this.queue.current(this.#sheet.image);
     this.app.address(`label/${image.id}`);
@@ -385,7 +391,7 @@ export class LabelScreen {
     this.queue.mark(sheet.image);
     if (this.#nudge) return; // what is shown is newer, and will be written
     const unnamed = this.#boxes.filter((box) => !box.class_id && this.#drawnOn === sheet.image.id);
-    this.#boxes = [...boxes.filter((box) => box.status !== "rejected"), ...unnamed];
+    this.#boxes = inOrder([...boxes.filter((box) => box.status !== "rejected"), ...unnamed]);
     if (boxes.some((box) => !this.classes.has(box.class_id))) this.picker.load().catch(() => {}); // a run made one
     this.#drawnOn = sheet.image.id;
     this.#paint();
@@ -531,13 +537,14 @@ export class LabelScreen {
     if (id !== null) {
       const box = this.#find(this.editor.selected?.key);
       for (const one of this.#boxes) if (!one.class_id) one.class_id = id;
-      if (box && (box.class_id !== id || !box.id)) {
-        const unnamed = this.#isUnnamed(box);
-        if (box.id && box.class_id !== id) box.status = unnamed ? "inspected" : "corrected";
+      const undecided = box?.status === "proposed";
+      if (box && (undecided || box.class_id !== id || !box.id)) {
+        const asProposed = box.class_id === id || this.#isUnnamed(box);
+        if (box.id) box.status = undecided && asProposed ? "inspected" : "corrected";
         box.class_id = id;
         this.#paint();
         this.#save();
-        if (unnamed) this.#onward();
+        if (undecided) this.#onward(this.#boxes.indexOf(box) + 1);
       } else this.#paint();
     } else if (gone) {
       const image = this.#sheet?.image.id;
@@ -569,7 +576,7 @@ export class LabelScreen {
       this.#paint();
       this.#save();
     }
-    this.#onward();
+    this.#onward(this.#boxes.indexOf(box) + 1);
   }
 
   // Give boxes that have no name the current class; where there is none, ask for it and say no.
@@ -589,20 +596,18 @@ export class LabelScreen {
     if (place < 0) return;
     const [box] = this.#boxes.splice(place, 1);
     if (box.source !== "user" && box.id) this.#rejected.push({ ...box, status: "rejected", key: `r${box.id}` });
-    const next = this.#boxes
-      .slice(place)
-      .concat(this.#boxes.slice(0, place))
-      .find((one) => one.status === "proposed" && this.#isShown(one));
     this.#paint();
-    if (next) this.editor.select(next.key);
     this.#save();
+    this.#onward(place);
   }
 
-  // To the next box that nobody has looked at, if one is left.
-  #onward() {
-    if (this.#boxes.some((box) => box.status === "proposed" && this.#isShown(box))) {
-      this.editor.step(1, { only: (box) => box.status === "proposed" });
-    }
+  // Select the next proposal from a place on that nobody has decided on; nothing where none is left, so that no key
+  // changes what is settled.
+  #onward(place = 0) {
+    const next = [...this.#boxes.slice(place), ...this.#boxes.slice(0, place)].find(
+      (box) => box.status === "proposed" && this.#isShown(box),
+    );
+    this.editor.select(next?.key ?? null);
   }
 
   setScore(score) {
@@ -610,6 +615,7 @@ export class LabelScreen {
     localStorage.setItem("simdetr.min_score", score);
     this.scoreText.textContent = score.toFixed(2);
     this.#paint();
+    if (!this.editor.selected) this.#onward();
   }
 
   async shot(negative) {
@@ -695,10 +701,10 @@ export class LabelScreen {
         editor.fit();
         break;
       case "undo":
-        if (!this.undo.disabled || this.#saver.pending) this.#saver.write("POST", "/undo");
+        if (!this.undo.disabled || this.#saver.pending) await this.#travel("/undo");
         break;
       case "redo":
-        if (!this.redo.disabled) this.#saver.write("POST", "/redo");
+        if (!this.redo.disabled) await this.#travel("/redo");
         break;
       case "back": {
         const image = this.queue.beside(this.#sheet.image.id, -1);
@@ -717,6 +723,16 @@ export class LabelScreen {
     }
   }
 
+  // Undo or redo, and select the box that it changed: the next key is meant for that one.
+  async #travel(path) {
+    const saver = this.#saver;
+    const before = new Map(this.#boxes.map((box) => [box.key, stamp(box)]));
+    if (!(await saver.write("POST", path)) || saver !== this.#saver) return;
+    const changed = this.#boxes.find((box) => before.get(box.key) !== stamp(box) && this.#isShown(box));
+    if (changed) this.editor.select(changed.key);
+    else if (!this.editor.selected) this.#onward();
+  }
+
   #ignore(key) {
     const box = this.#find(key);
     if (!box) return;
@@ -733,6 +749,7 @@ export class LabelScreen {
     for (const box of shown) box.status = "inspected";
     this.#paint();
     this.#save();
+    this.#onward();
   }
 
   async #inspected() {
@@ -785,6 +802,7 @@ export class LabelScreen {
       const sheet = await get(`/images/${image.id}/boxes`);
       this.#saver.know(sheet);
       this.#adopt(sheet, this.#saver.keyed(sheet.boxes));
+      this.#onward();
       const found = this.#boxes.filter((box) => box.status === "proposed");
       const shown = found.filter((box) => this.#isShown(box)).length;
       const below = shown < found.length ? `, ${count(found.length - shown)} of them below the score` : "";
