@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Annotated, Any, Literal
@@ -19,7 +18,7 @@ from simdetr.app.database import reading, writing
 from simdetr.app.desk import AtDesk, Author, Desk
 from simdetr.app.image_list import image_of, project_of
 from simdetr.app.picture_files import encoded, record_of
-from simdetr.app.refusals import Refusal, missing
+from simdetr.app.refusals import missing
 from simdetr.app.schemas import (
     COMMON,
     Augmentation,
@@ -37,13 +36,11 @@ from simdetr.app.schemas import (
     Problem,
 )
 from simdetr.app.snapshots import fingerprint
-from simdetr.data.images import UnreadableImageError, read_image
+from simdetr.app.training_views import training_view
 
 router = APIRouter(prefix="/api", responses=COMMON)
 CANNOT: dict[int | str, dict[str, Any]] = {409: {"model": Problem}}
 BAD: dict[int | str, dict[str, Any]] = {400: {"model": Problem}}
-_SIDE_PX = 480
-_drawing = threading.Lock()  # the transforms draw from torch's own generator
 
 
 @router.get("/formats")
@@ -203,7 +200,7 @@ def list_augmentations() -> AugmentationList:
     )
 
 
-@router.get("/images/{image_id}/augmented", response_class=Response, responses={415: {"model": Problem}})
+@router.get("/images/{image_id}/augmented", response_class=Response, responses={**CANNOT, 415: {"model": Problem}})
 def augmented(
     desk: AtDesk,
     image_id: Id,
@@ -216,41 +213,17 @@ def augmented(
     noise: Annotated[float, Query(ge=0, le=1)] = 0.0,
 ) -> Response:
     """An image with its boxes as a training might see it, as a JPEG."""
-    import torch  # these here: the server need not know them before
-    from torchvision import tv_tensors
-
-    from simdetr.data.augmentation import train_transforms
-    from simdetr.data.dataset import pixel_boxes
-    from simdetr.reports.drawing import draw_boxes
-
     with reading(desk.engine) as session:
         image = image_of(session, image_id)
         record = record_of(project_of(session, image.project_id), image)
         boxes = truth([state_of(box) for box in boxes_of(session, image_id)], with_proposed=True)
-    try:
-        pixels = read_image(record)
-    except UnreadableImageError as error:
-        raise Refusal(415, f"{record.id} cannot be read: {error.reason}") from error
-    transform = train_transforms(
-        [_SIDE_PX],
-        2 * _SIDE_PX,
-        crop=crop,
-        colour=colour,
-        flip=flip,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        rotation=rotation,
-        brightness=brightness,
-        noise=noise,
-    )
-    target = {
-        "boxes": pixel_boxes(
-            torch.tensor([box.xyxy for box in boxes]).reshape(-1, 4), (pixels.shape[1], pixels.shape[2])
-        ),
-        "labels": torch.tensor([box.class_id for box in boxes], dtype=torch.int64),
+    changes = {
+        "colour": colour,
+        "flip": flip,
+        "crop": crop,
+        "rotation": rotation,
+        "brightness": brightness,
+        "noise": noise,
     }
-    with _drawing, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        changed, left = transform(tv_tensors.Image(pixels), target)
-    picture = draw_boxes((changed.clamp(0, 1) * 255).to(torch.uint8), left["boxes"])
-    return Response(encoded(picture, "JPEG"), media_type="image/jpeg")
+    content = desk.aside.ask(training_view, record, [(box.xyxy, box.class_id) for box in boxes], changes, seed)
+    return Response(content, media_type="image/jpeg")

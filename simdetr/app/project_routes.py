@@ -46,7 +46,7 @@ from simdetr.app.tables import (
     RunState,
 )
 from simdetr.app.tables import Run as RunRow
-from simdetr.data.machine import cores, may_have_gpu
+from simdetr.data.machine import cores, gpus, may_have_gpu
 
 router = APIRouter(prefix="/api", responses=COMMON)
 
@@ -63,23 +63,10 @@ def system(desk: AtDesk) -> SystemOut:
         memory_used=memory.total - memory.available,
         server_memory=psutil.Process().memory_info().rss,
         disk_free=shutil.disk_usage(desk.settings.out).free,
-        devices=_devices(),
+        devices=[Device(**vars(gpu)) for gpu in desk.aside.ask(gpus)] if may_have_gpu() else [],
         database=desk.engine.dialect.name,
         needs_token=desk.settings.token is not None,
     )
-
-
-def _devices() -> list[Device]:
-    if not may_have_gpu():
-        return []
-    import torch  # here: without a GPU the server needs none of it
-
-    found = []
-    for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        title = torch.cuda.get_device_name(number)
-        found.append(Device(name=f"cuda:{number}", title=title, memory_total=total, memory_used=total - free))
-    return found
 
 
 @router.get("/projects")

@@ -21,6 +21,7 @@ from sqlalchemy import Engine, func, select, update
 from sqlmodel import Session, col
 
 from simdetr.app import snapshots
+from simdetr.app.aside import Aside
 from simdetr.app.database import reading, writing
 from simdetr.app.detectors_at_hand import at_hand, files_of
 from simdetr.app.image_list import OPEN, project_of, set_priorities
@@ -35,6 +36,7 @@ from simdetr.app.tables import BoxSource, Image, ImageStatus, Order, Project, Ru
 from simdetr.app.worker import Worker
 from simdetr.data.coco import write_coco
 from simdetr.data.label_files import read_labels, write_labels
+from simdetr.data.machine import gpus, may_have_gpu
 from simdetr.data.storage import write_json
 
 LOG = logging.getLogger(__name__)
@@ -51,10 +53,12 @@ class RunQueue:
     Args:
         settings: Of the app.
         engine: Its database.
+        aside: What answers where torch is needed.
     """
 
-    def __init__(self, settings: AppSettings, engine: Engine) -> None:
-        self.settings, self.engine = settings, engine
+    def __init__(self, settings: AppSettings, engine: Engine, aside: Aside) -> None:
+        self.settings, self.engine, self.aside = settings, engine, aside
+        self._devices: list[str] | None = None
         self.worker = Worker(settings.out / "worker.log")
         self._news, self._closing = threading.Event(), threading.Event()
         self._cancelled: set[int] = set()
@@ -117,8 +121,8 @@ class RunQueue:
         return run
 
     def _check(self, session: Session, project: Project, kind: RunKind, asked: dict[str, Any]) -> None:
-        if asked.get("device") not in (None, "cpu") and asked["device"] not in devices():  # to look loads torch
-            known = ", ".join(("cpu", *devices()))
+        if asked.get("device") not in (None, "cpu") and asked["device"] not in self.devices():
+            known = ", ".join(("cpu", *self.devices()))
             raise FieldRefusal(("body", "parameters", "device"), f"expected one of {known}, got {asked['device']}")
         if kind is RunKind.TRAIN:
             statuses = [ImageStatus.INSPECTED] + ([ImageStatus.PROPOSED] if asked["with_proposed"] else [])
@@ -135,6 +139,13 @@ class RunQueue:
             at_hand(session, self.settings, project, asked.get("model") or asked.get("init"))
         if kind is RunKind.AUTOLABEL and not len(snapshots.shots_of(session, project, negative=False)):
             raise Refusal(409, "there is no shot; make boxes stand for their classes first")
+
+    def devices(self) -> list[str]:
+        """Names of the GPUs, the one that is taken where nobody chooses first; looked for once."""
+        if self._devices is None:
+            names = [gpu.name for gpu in self.aside.ask(gpus)] if may_have_gpu() else []
+            self._devices = ["cuda", *names] if names else []
+        return self._devices
 
     def wake(self) -> None:
         """Look at the queue now: a run was asked for, and is in the database."""
@@ -424,14 +435,6 @@ class RunQueue:
     def _fail(self, run: Run, why: str) -> None:
         files = files_of(self.settings, run.project_id, run.id or 0)
         run.state, run.error, run.ended = RunState.FAILED, _go_on(why, files), now()
-
-
-def devices() -> list[str]:
-    """Names of the GPUs."""
-    import torch  # here: the queue needs none of it before
-
-    count = torch.cuda.device_count()
-    return ["cuda", *(f"cuda:{number}" for number in range(count))] if count else []
 
 
 def _go_on(why: str, files: RunFiles) -> str:
