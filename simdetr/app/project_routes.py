@@ -31,6 +31,7 @@ from simdetr.app.schemas import (
     ProjectList,
     ProjectNew,
     ProjectOut,
+    Score,
     SystemOut,
 )
 from simdetr.app.tables import (
@@ -155,11 +156,11 @@ def delete_project(desk: AtDesk, project_id: Id, confirm: Annotated[str, Query(m
 
 
 @router.get("/projects/{project_id}/classes")
-def list_classes(desk: AtDesk, project_id: Id) -> ClassList:
-    """The classes of a project."""
+def list_classes(desk: AtDesk, project_id: Id, min_score: Score = 0.0) -> ClassList:
+    """The classes of a project; proposals below a score are not counted."""
     with reading(desk.engine) as session:
         project_of(session, project_id)
-        return ClassList(classes=shown_classes(session, project_id))
+        return ClassList(classes=shown_classes(session, project_id, min_score))
 
 
 @router.post("/projects/{project_id}/classes", status_code=201, responses={409: {"model": Problem}})

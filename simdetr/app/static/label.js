@@ -15,6 +15,7 @@ import { uploadPanel } from "./upload.js";
 
 const LEASE_MS = 240_000;
 const NUDGE_MS = 350; // arrow presses closer than this are one edit
+const RECOUNT_MS = 300; // the slider stands still
 const LOOK_MS = 1500; // for proposals of a run that is at work
 const STATES = {
   saved: "Saved",
@@ -45,10 +46,12 @@ export class LabelScreen {
     this.minScore = Number(localStorage.getItem("simdetr.min_score") ?? 0.3);
     this.editor = document.createElement("box-editor");
     this.classes = new Map();
-    this.queue = new Queue(this.project, [], (id) => this.open(id));
+    const minScore = () => this.minScore;
+    this.queue = new Queue(this.project, { open: (id) => this.open(id), minScore });
     this.picker = new ClassPicker(this.project.id, {
       pick: (id, gone) => this.#picked(id, gone),
       changed: (classes) => this.#classesChanged(classes),
+      minScore,
     });
     this.element = h(
       "div.label",
@@ -116,6 +119,7 @@ export class LabelScreen {
     window.removeEventListener("pagehide", this.onHide);
     clearInterval(this.lease);
     clearInterval(this.looking);
+    clearTimeout(this.recounting);
     this.#asked = -1;
     await this.#close();
     this.app.banner(null);
@@ -251,7 +255,7 @@ export class LabelScreen {
     this.#adopt(sheet, saver.keyed(sheet.boxes));
     this.#onward();
     this.#state(saver, "saved");
-    this.queue.current(this.#sheet.image);
+    this.queue.current(this.#counted(sheet));
     this.app.address(`label/${image.id}`);
     const inside = document.activeElement;
     if (!inside || inside === document.body || !inside.closest?.("dialog, .left input, .left select, .right input"))
@@ -388,7 +392,7 @@ export class LabelScreen {
     this.#sheet = sheet;
     this.undo.disabled = !sheet.can_undo;
     this.redo.disabled = !sheet.can_redo;
-    this.queue.mark(sheet.image);
+    this.queue.mark(this.#counted(sheet));
     if (this.#nudge) return; // what is shown is newer, and will be written
     const unnamed = this.#boxes.filter((box) => !box.class_id && this.#drawnOn === sheet.image.id);
     this.#boxes = inOrder([...boxes.filter((box) => box.status !== "rejected"), ...unnamed]);
@@ -449,6 +453,7 @@ export class LabelScreen {
   #row(box, place) {
     const kind = this.classes.get(box.class_id);
     const [x0, y0, x1, y1] = box.xyxy;
+    const scored = box.status === "proposed" && box.score !== null;
     const chosen = box.key === this.editor.selected?.key;
     return h(
       `li.box-row${chosen ? ".selected" : ""}`,
@@ -467,7 +472,7 @@ export class LabelScreen {
         h("span.number", {}, place + 1),
         h(`i.swatch.${box.status}`),
         h("span.class-name", { dir: "auto" }, kind && !this.#isUnnamed(box) ? kind.name : "Name it: C"),
-        h("span.muted", {}, box.ignore ? "ignored" : box.status === "proposed" ? decimal(box.score, 2) : box.status),
+        h("span.muted", {}, box.ignore ? "ignored" : scored ? decimal(box.score, 2) : box.status),
         h("span.place", {}, [x0, y0].map(Math.round).join(", "), "   ", [x1 - x0, y1 - y0].map(Math.round).join(" × ")),
       ),
       h(
@@ -616,6 +621,19 @@ export class LabelScreen {
     this.scoreText.textContent = score.toFixed(2);
     this.#paint();
     if (!this.editor.selected) this.#onward();
+    clearTimeout(this.recounting);
+    this.recounting = setTimeout(() => this.#recount().catch((error) => this.#say(error)), RECOUNT_MS);
+  }
+
+  // The image of a sheet with as many boxes as are shown.
+  #counted({ image, boxes }) {
+    const proposed = boxes.filter((box) => box.status === "proposed" && this.#isShown(box)).length;
+    return { ...image, counts: { ...image.counts, proposed } };
+  }
+
+  async #recount() {
+    await Promise.all([this.picker.load(), this.queue.load()]);
+    if (this.#sheet) this.queue.current(this.#counted(this.#sheet));
   }
 
   async shot(negative) {
@@ -768,7 +786,7 @@ export class LabelScreen {
     try {
       const sheet = await write();
       if (!sheet) return;
-      this.queue.mark(sheet.image);
+      this.queue.mark(this.#counted(sheet));
       await this.#next(image.id);
       this.#count().catch((error) => this.#say(error)); // keys are for the next image already
     } catch (error) {

@@ -145,3 +145,9 @@ def test_proposals_below_the_score_are_spoken_of_and_not_taken_for_an_empty_imag
     opened(page, site.screen("label", image))
     expect(page.get_by_test_id("box-list")).to_contain_text("lower score")
     expect(page.get_by_test_id("hidden-note")).to_contain_text("1 proposal below 0.30")
+    expect(page.get_by_test_id("class")).to_have_text("cat01")  # no box, key 1
+    expect(page.get_by_test_id("queue-item").first).not_to_contain_text("box")
+    page.get_by_test_id("min-score").fill("0.05")
+    expect(page.get_by_test_id("class")).to_have_text("cat11")
+    expect(page.get_by_test_id("queue-item").first).to_contain_text("1 box")
+    expect(page.locator(f"{BOX}.selected")).to_have_count(1)
