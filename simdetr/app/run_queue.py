@@ -43,6 +43,8 @@ LOG = logging.getLogger(__name__)
 POLL_S = 0.2
 GONE = "the worker has ended in the middle of the run"
 STOPPED = "the app was stopped in the middle of the run"
+PAUSE_S = 60.0
+"""So long a training that is to pause may take to come to the end of its step."""
 _ROWS = 500
 _LAST_LINES = 20
 
@@ -152,12 +154,14 @@ class RunQueue:
         self._news.set()
 
     def cancel(self, session: Session, run: Run) -> None:
-        """Take a run out of the queue, or stop it; Refusal 409 if it has ended."""
+        """Take a run out of the queue, or stop it, a training at its step; Refusal 409 if it has ended."""
         assert run.id is not None
         if run.state == RunState.QUEUED:
             run.state, run.ended, run.message = RunState.CANCELLED, now(), "cancelled before it began"
         elif run.state == RunState.RUNNING:
             self._cancelled.add(run.id)
+            if run.kind == RunKind.TRAIN:
+                run.message = "pausing: the step at work is finished and kept first"
             self._news.set()
         else:
             raise Refusal(409, f"the run is {run.state} already")
@@ -223,6 +227,8 @@ class RunQueue:
             return
         files.outcome.unlink(missing_ok=True)
         files.make_way.unlink(missing_ok=True)
+        files.pause.unlink(missing_ok=True)
+        pauses_until: float | None = None
         read = len(files.told())
         try:
             self.worker.begin(files.path)
@@ -233,10 +239,19 @@ class RunQueue:
         while True:
             ended, alive = files.ended(), self.worker.is_alive()
             read = self._take_in(run_id, files, read)
+            if pauses_until is not None and ended is not None:
+                self._cancelled.discard(run_id)  # it was done before it could pause
             if run_id in self._cancelled:
+                if pauses_until is None:
+                    pauses_until = time.monotonic() + (PAUSE_S if self._begin_pause(files) else 0)
+                if alive and files.pause.is_file() and time.monotonic() < pauses_until:
+                    self._closing.wait(POLL_S)
+                    continue
+                self._take_in(run_id, files, read)
                 self._cancelled.discard(run_id)
                 self.worker.stop()
-                self._end(run_id, RunState.CANCELLED, message=_go_on("cancelled", files))
+                files.pause.unlink(missing_ok=True)
+                self._end(run_id, RunState.CANCELLED, message=_go_on(self._stopped_as(run_id), files))
                 return
             if ended is not None:
                 self._finish(run_id, files, ended)
@@ -253,6 +268,21 @@ class RunQueue:
             if self._next() is not None and not files.make_way.is_file() and self._can_wait(run_id):
                 files.make_way.touch()
             self._closing.wait(POLL_S)
+
+    def _begin_pause(self, files: RunFiles) -> bool:
+        """Ask a training that has begun its steps to keep the one at work; False where there is none."""
+        if not any("step" in row for row in files.told()):
+            return False
+        files.pause.touch()
+        return True
+
+    def _stopped_as(self, run_id: int) -> str:
+        """What became of a run that was cancelled."""
+        with reading(self.engine) as session:
+            run = session.get(Run, run_id)
+            if run is not None and run.kind == RunKind.TRAIN and run.done:
+                return f"paused at step {run.done:,}"
+        return "cancelled"
 
     def _can_wait(self, run_id: int) -> bool:
         """Whether a run lets others through, and goes on by itself when the app does."""

@@ -383,7 +383,7 @@ export class TrainScreen {
                 { href: `#/p/${this.project.id}/progress/${run.id}`, testid: "past-run" },
                 `${KINDS[run.kind]} ${run.id}`,
               ),
-              status(run.state),
+              status(stateOf(run)),
               h("span.muted", {}, `${count(run.done)} of ${count(run.total)} ${run.unit}`),
               h("span.muted", {}, day(run.created)),
               run.resumable
