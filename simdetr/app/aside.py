@@ -19,6 +19,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar, cast
 
 from simdetr.app.refusals import Refusal
+from simdetr.data.machine import prepare_openmp
 
 LOG = logging.getLogger(__name__)
 IDLE_S = 600.0
@@ -105,6 +106,7 @@ class Aside:
 def main() -> None:
     """Answer until nobody asks."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    prepare_openmp()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     questions: SimpleQueue[Any] = SimpleQueue()

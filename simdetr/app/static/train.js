@@ -3,7 +3,7 @@
 import { address, get, post } from "./api.js";
 import { button, complain, field, h, put, status } from "./elements.js";
 import { bytes, count, day, plural } from "./numbers.js";
-import { KINDS } from "./runs.js";
+import { KINDS, stateOf } from "./runs.js";
 
 const PREVIEWS = 4;
 const LEAST_KEPT = 5; // images to measure by; fewer say too little
