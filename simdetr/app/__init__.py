@@ -8,6 +8,7 @@ In reading order:
     database            an address -> a database that is up to date
     box_life            what may become of a box; undo
     refusals            answers other than success
+    aside               a process for questions that need torch
     schemas             the shapes of requests and answers
     picture_files       an image's file -> pictures for a browser
     image_list          images added, listed, handed out
@@ -27,6 +28,7 @@ In reading order:
     found_boxes         what detections found, to be looked at
     summaries           a detector -> what it is made of
     progress_made       what people did -> whether to go on
+    training_views      how an image may look in training
     pseudo_classes      a pretraining's clusters, named
     label_exchange      labels of other tools, in and out
     desk                what all requests share

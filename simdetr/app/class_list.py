@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlmodel import Session, col
 
+from simdetr.app.image_list import at_least
 from simdetr.app.refusals import Refusal, missing
 from simdetr.app.schemas import ClassOut
 from simdetr.app.tables import Box, BoxClass, BoxStatus, ClassKind
@@ -27,13 +28,16 @@ def class_of(session: Session, class_id: int) -> BoxClass:
     return found
 
 
-def shown_classes(session: Session, project_id: int) -> list[ClassOut]:
-    """The classes of a project with the number of their boxes, by id."""
+def shown_classes(session: Session, project_id: int, min_score: float = 0.0) -> list[ClassOut]:
+    """The classes of a project with the number of their boxes, without proposals below a score, by id."""
     rows = session.execute(
         select(BoxClass, func.count(col(Box.id)))
         .outerjoin(
             Box,
-            (col(Box.class_id) == col(BoxClass.id)) & col(Box.alive) & (col(Box.status) != BoxStatus.REJECTED),
+            (col(Box.class_id) == col(BoxClass.id))
+            & col(Box.alive)
+            & (col(Box.status) != BoxStatus.REJECTED)
+            & at_least(min_score),
         )
         .where(col(BoxClass.project_id) == project_id, ~col(BoxClass.deleted))
         .group_by(col(BoxClass.id))

@@ -13,6 +13,7 @@ from fastapi import Depends, Header, Request
 from sqlalchemy import Engine, func, select
 from sqlmodel import Session, col
 
+from simdetr.app.aside import Aside
 from simdetr.app.database import open_database, writing
 from simdetr.app.image_list import OPEN, add_paths, counts_by_status, paths_of
 from simdetr.app.label_exchange import Wish, import_labels
@@ -20,7 +21,6 @@ from simdetr.app.run_queue import RunQueue
 from simdetr.app.schemas import ProjectOut
 from simdetr.app.settings import AppSettings
 from simdetr.app.tables import Box, BoxStatus, Image, Project, RejectedAs, Run, RunKind
-from simdetr.data.machine import default_device
 
 LOG = logging.getLogger(__name__)
 ANONYMOUS, IMPORTER = "person", "import"
@@ -35,12 +35,14 @@ class Desk:
         settings: what it was started with.
         engine: its database.
         runs: what computes.
+        aside: what answers where torch is needed.
         indexing: projects whose folder is being read.
     """
 
     settings: AppSettings
     engine: Engine
     runs: RunQueue
+    aside: Aside
     indexing: set[int] = field(default_factory=set)
     _threads: list[threading.Thread] = field(default_factory=list)
     _closing: threading.Event = field(default_factory=threading.Event)
@@ -50,7 +52,8 @@ class Desk:
         """Open the database, and begin to read in the images of the settings."""
         settings.out.mkdir(parents=True, exist_ok=True)
         engine = open_database(settings.database_url)
-        desk = cls(settings, engine, RunQueue(settings, engine))
+        aside = Aside(settings.out / "aside.log")
+        desk = cls(settings, engine, RunQueue(settings, engine, aside), aside)
         if settings.images is not None:
             root, _ = paths_of(settings.images) if not settings.images.is_dir() else (settings.images.absolute(), None)
             with writing(engine) as session:
@@ -126,6 +129,7 @@ class Desk:
     def close(self) -> None:
         """Stop what computes and let go of the database."""
         self._closing.set()
+        self.aside.stop()
         self.runs.close()
         self.wait_for_index(10.0)
         self.engine.dispose()
@@ -150,7 +154,7 @@ class Desk:
             indexing=project.id in self.indexing,
             active_model=project.active_model,
             rejected_as=RejectedAs(project.rejected_as),
-            default_device=self.settings.device or default_device(),
+            default_device=self.settings.device or next(iter(self.runs.devices()), "cpu"),
             created=project.created,
         )
 

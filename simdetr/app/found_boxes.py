@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image as Pictures
 from sqlalchemy import select
 from sqlmodel import Session, col
 
 from simdetr.app.detectors_at_hand import DetectorAtHand, files_of
 from simdetr.app.image_list import OPEN, project_of
+from simdetr.app.picture_files import encoded
 from simdetr.app.refusals import Refusal
 from simdetr.app.run_files import RunFiles, read_image_list
 from simdetr.app.run_queue import ids_of_paths
@@ -67,9 +67,9 @@ def found_on(settings: AppSettings, run: Run, path: Path) -> ImageLabels | None:
     return None
 
 
-def drawn_on(record: ImageRecord, found: ImageLabels, min_score: float) -> Pictures.Image:
-    """An image with boxes in the colours of their classes; Refusal 415 where it cannot be read."""
-    from simdetr.reports.drawing import class_colour, draw_boxes
+def drawn_on(record: ImageRecord, found: ImageLabels, min_score: float) -> bytes:
+    """A JPEG of an image with boxes in the colours of their classes; Refusal 415 where it cannot be read."""
+    from simdetr.reports.drawing import class_colour, draw_boxes  # here: another process than the server calls this
 
     try:
         pixels = read_image(record)
@@ -77,7 +77,8 @@ def drawn_on(record: ImageRecord, found: ImageLabels, min_score: float) -> Pictu
         raise Refusal(415, f"{record.id} cannot be read: {error.reason}") from error
     kept = found.scores >= min_score
     colours = [class_colour(int(class_)) for class_ in found.classes[kept]]
-    return draw_boxes(pixels, found.boxes_xyxy[kept], colours=colours, max_side_px=_LONG_SIDE_PX).convert("RGB")
+    picture = draw_boxes(pixels, found.boxes_xyxy[kept], colours=colours, max_side_px=_LONG_SIDE_PX)
+    return encoded(picture.convert("RGB"), "JPEG")
 
 
 def held_out_of(

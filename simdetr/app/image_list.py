@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sqlalchemy import Engine, and_, bindparam, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Engine, and_, bindparam, delete, exists, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
@@ -22,7 +22,7 @@ from simdetr.app.database import writing
 from simdetr.app.refusals import FieldRefusal, missing
 from simdetr.app.schemas import ImageOut, LeaseOut
 from simdetr.app.settings import LEASE_S
-from simdetr.app.tables import Box, BoxStatus, Image, ImageStatus, Lease, Project, Table, now
+from simdetr.app.tables import Box, BoxSource, BoxStatus, Image, ImageStatus, Lease, Project, Table, now
 from simdetr.data.images import IMAGE_SUFFIXES, open_images
 from simdetr.data.storage import files_below
 
@@ -136,14 +136,20 @@ def counts_by_status(session: Session, project_id: int) -> dict[ImageStatus, int
     return {status: found.get(status, 0) for status in ImageStatus}
 
 
-def shown(session: Session, images: Sequence[Image]) -> list[ImageOut]:
-    """Images as answers have them, with the number of their boxes by status."""
+def at_least(min_score: float) -> ColumnElement[bool]:
+    """Boxes that are no proposals of a lower score; what is mined counts whatever its score, as does what has none."""
+    below = func.coalesce(col(Box.score), 1.0) < min_score
+    return ~and_(col(Box.status) == BoxStatus.PROPOSED, col(Box.source) != BoxSource.MINED, below)
+
+
+def shown(session: Session, images: Sequence[Image], min_score: float = 0.0) -> list[ImageOut]:
+    """Images as answers have them, with the number of their boxes by status, without proposals below a score."""
     counts: dict[int, dict[BoxStatus, int]] = {image.id or 0: dict.fromkeys(BoxStatus, 0) for image in images}
     ids = list(counts)
     for start in range(0, len(ids), _SQL_VARIABLES):
         rows = session.execute(
             select(col(Box.image_id), col(Box.status), func.count())
-            .where(col(Box.image_id).in_(ids[start : start + _SQL_VARIABLES]), col(Box.alive))
+            .where(col(Box.image_id).in_(ids[start : start + _SQL_VARIABLES]), col(Box.alive), at_least(min_score))
             .group_by(col(Box.image_id), col(Box.status))
         )
         for image_id, status, count in rows:

@@ -33,6 +33,7 @@ from simdetr.app.schemas import (
     Problem,
     Queue,
     RejectAsked,
+    Score,
     Sheet,
     Stale,
     StatusAsked,
@@ -58,10 +59,14 @@ def list_images(
     box_status: BoxStatus | None = None,
     search: Annotated[str | None, Query(max_length=200, pattern=r"^[^\x00]*$")] = None,
     order: Annotated[str, Query(pattern="^(priority|name)$")] = "priority",
+    min_score: Score = 0.0,
     limit: Limit = 50,
     after: Annotated[str | None, Query(max_length=4000, pattern=r"^[^\x00]*$")] = None,
 ) -> ImagePage:
-    """Images of a project, page by page; ``class_id``, ``source`` and ``box_status`` are of one and the same box."""
+    """Images of a project, page by page; ``class_id``, ``source`` and ``box_status`` are of one and the same box.
+
+    Proposals below ``min_score`` are not counted.
+    """
     with reading(desk.engine) as session:
         project_of(session, project_id)
         found, following = image_list.page(
@@ -76,7 +81,7 @@ def list_images(
             limit=limit,
             after=after,
         )
-        return ImagePage(images=shown(session, found), next=following)
+        return ImagePage(images=shown(session, found, min_score), next=following)
 
 
 @router.post("/projects/{project_id}/images", responses={413: {"model": Problem}})
@@ -99,8 +104,8 @@ def upload(desk: AtDesk, project_id: Id, files: Annotated[list[UploadFile], File
 
 
 @router.get("/projects/{project_id}/queue")
-def look_at_queue(desk: AtDesk, project_id: Id, limit: Limit = 20) -> Queue:
-    """The images to be seen next that nobody has open."""
+def look_at_queue(desk: AtDesk, project_id: Id, limit: Limit = 20, min_score: Score = 0.0) -> Queue:
+    """The images to be seen next that nobody has open; proposals below a score are not counted."""
     with reading(desk.engine) as session:
         project_of(session, project_id)
         counts = image_list.counts_by_status(session, project_id)
@@ -108,7 +113,7 @@ def look_at_queue(desk: AtDesk, project_id: Id, limit: Limit = 20) -> Queue:
             select(Order).where(col(Order.project_id) == project_id).order_by(col(Order.id).desc()).limit(1)
         ).first()
         return Queue(
-            images=shown(session, image_list.queue(session, project_id, limit)),
+            images=shown(session, image_list.queue(session, project_id, limit), min_score),
             left=sum(counts[status] for status in image_list.OPEN),
             order=None if order is None else OrderOut.model_validate(order),
         )

@@ -155,12 +155,13 @@ def _put(
 ) -> None:
     with writing(engine) as session:
         classes = _classes(session, project_id, labels)
+    scored = wish.proposed and bool((labels.scores != 1).any())  # a file without scores reads as one of ones
     for start in range(0, len(rows), _CHUNK):
         with writing(engine) as session:
             for row in rows[start : start + _CHUNK]:
                 image = session.get(Image, ids[labels.image_ids[row]])
                 if image is not None and not (wish.keep_inspected and image.status == ImageStatus.INSPECTED):
-                    _put_on(session, image, labels, row, classes, wish, author)
+                    _put_on(session, image, labels, row, classes, wish, author, scored=scored)
 
 
 def _classes(session: Session, project_id: int, labels: Labels) -> list[int]:
@@ -176,7 +177,15 @@ def _classes(session: Session, project_id: int, labels: Labels) -> list[int]:
 
 
 def _put_on(
-    session: Session, image: Image, labels: Labels, row: int, classes: Sequence[int], wish: Wish, author: str
+    session: Session,
+    image: Image,
+    labels: Labels,
+    row: int,
+    classes: Sequence[int],
+    wish: Wish,
+    author: str,
+    *,
+    scored: bool,
 ) -> None:
     own = labels.image(row)
     image.height, image.width = own.size_hw
@@ -189,7 +198,7 @@ def _put_on(
             (box[0], box[1], box[2], box[3]),
             status,
             BoxSource.IMPORT,
-            score=score if wish.proposed else None,
+            score=score if scored else None,
             ignore=crowd,
             author=author,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import threading
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Annotated, Any, Literal
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, File, Query, Response, UploadFile
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse
+from sqlmodel import Session
 
 from simdetr.app import label_exchange, pseudo_classes
 from simdetr.app.box_edits import boxes_of, state_of
@@ -19,14 +20,17 @@ from simdetr.app.database import reading, writing
 from simdetr.app.desk import AtDesk, Author, Desk
 from simdetr.app.image_list import image_of, project_of
 from simdetr.app.picture_files import encoded, record_of
-from simdetr.app.refusals import Refusal, missing
+from simdetr.app.refusals import missing
 from simdetr.app.schemas import (
     COMMON,
     Augmentation,
     AugmentationList,
+    ClusterCrop,
+    ClusterCrops,
     ClusterEdit,
     ClusterList,
     ClusterMerge,
+    ClusterMove,
     ClusterOut,
     Count,
     ExportNew,
@@ -37,13 +41,12 @@ from simdetr.app.schemas import (
     Problem,
 )
 from simdetr.app.snapshots import fingerprint
-from simdetr.data.images import UnreadableImageError, read_image
+from simdetr.app.tables import Cluster, EventKind
+from simdetr.app.training_views import training_view
 
 router = APIRouter(prefix="/api", responses=COMMON)
 CANNOT: dict[int | str, dict[str, Any]] = {409: {"model": Problem}}
 BAD: dict[int | str, dict[str, Any]] = {400: {"model": Problem}}
-_SIDE_PX = 480
-_drawing = threading.Lock()  # the transforms draw from torch's own generator
 
 
 @router.get("/formats")
@@ -117,34 +120,74 @@ def list_clusters(desk: AtDesk, project_id: Id) -> ClusterList:
     labels = pseudo_classes.labels_of_run(desk.settings.run)
     with writing(desk.engine) as session:
         project_of(session, project_id)
-        found = pseudo_classes.clusters_of(session, project_id, labels)
-        return ClusterList(clusters=[pseudo_classes.shown_cluster(session, cluster) for cluster in found])
+        return _listed(session, project_id, pseudo_classes.clusters_of(session, project_id, labels))
+
+
+def _listed(session: Session, project_id: int, clusters: Sequence[Cluster]) -> ClusterList:
+    stack = pseudo_classes.undo_stack(session, project_id)
+    return ClusterList(
+        clusters=[pseudo_classes.shown_cluster(session, cluster) for cluster in clusters],
+        can_undo=bool(stack.undoable),
+        can_redo=bool(stack.redoable),
+    )
 
 
 @router.patch("/clusters/{cluster_id}")
-def name_cluster(desk: AtDesk, cluster_id: Id, asked: ClusterEdit) -> ClusterOut:
+def name_cluster(desk: AtDesk, author: Author, cluster_id: Id, asked: ClusterEdit) -> ClusterOut:
     """Give a cluster the name of a class, or take it away."""
     with writing(desk.engine) as session:
         cluster = pseudo_classes.cluster_of(session, cluster_id)
-        pseudo_classes.name_cluster(session, cluster, asked.name)
-        session.flush()
+        pseudo_classes.name_cluster(session, cluster, asked.name, author)
         return pseudo_classes.shown_cluster(session, cluster)
 
 
 @router.post("/clusters/merge", responses=CANNOT)
-def merge_clusters(desk: AtDesk, asked: ClusterMerge) -> ClusterOut:
+def merge_clusters(desk: AtDesk, author: Author, asked: ClusterMerge) -> ClusterOut:
     """Join clusters that are one kind."""
+    labels = pseudo_classes.labels_of_run(desk.settings.run)
     with writing(desk.engine) as session:
-        return pseudo_classes.shown_cluster(session, pseudo_classes.merge(session, asked.cluster_ids))
+        joined = pseudo_classes.merge(session, asked.cluster_ids, labels, author)
+        return pseudo_classes.shown_cluster(session, joined)
 
 
 @router.post("/clusters/{cluster_id}/split", responses=CANNOT)
-def split_cluster(desk: AtDesk, cluster_id: Id) -> ClusterList:
+def split_cluster(desk: AtDesk, author: Author, cluster_id: Id) -> ClusterList:
     """Take a cluster apart into the pseudo-classes that it was joined from."""
     labels = pseudo_classes.labels_of_run(desk.settings.run)
     with writing(desk.engine) as session:
-        parts = pseudo_classes.split(session, pseudo_classes.cluster_of(session, cluster_id), labels)
-        return ClusterList(clusters=[pseudo_classes.shown_cluster(session, part) for part in parts])
+        cluster = pseudo_classes.cluster_of(session, cluster_id)
+        parts = pseudo_classes.split(session, cluster, labels, author)
+        return _listed(session, cluster.project_id, parts)
+
+
+@router.post("/clusters/{cluster_id}/move", responses=CANNOT)
+def move_crops(desk: AtDesk, author: Author, cluster_id: Id, asked: ClusterMove) -> ClusterOut:
+    """Move boxes that are another kind to another cluster, or to a new one; the answer is that cluster."""
+    labels = pseudo_classes.labels_at_hand(desk.settings.run)
+    with writing(desk.engine) as session:
+        cluster = pseudo_classes.cluster_of(session, cluster_id)
+        target = None if asked.target is None else pseudo_classes.cluster_of(session, asked.target)
+        moved_to = pseudo_classes.move(session, cluster, asked.rows, target, labels, author)
+        return pseudo_classes.shown_cluster(session, moved_to)
+
+
+@router.post("/projects/{project_id}/clusters/undo", responses=CANNOT)
+def undo_clusters(desk: AtDesk, author: Author, project_id: Id) -> ClusterList:
+    """Take the last change of the clusters back."""
+    return _step(desk, author, project_id, EventKind.UNDO)
+
+
+@router.post("/projects/{project_id}/clusters/redo", responses=CANNOT)
+def redo_clusters(desk: AtDesk, author: Author, project_id: Id) -> ClusterList:
+    """Do again what was taken back last."""
+    return _step(desk, author, project_id, EventKind.REDO)
+
+
+def _step(desk: Desk, author: str, project_id: int, kind: EventKind) -> ClusterList:
+    with writing(desk.engine) as session:
+        project_of(session, project_id)
+        pseudo_classes.step(session, project_id, kind, author)
+        return _listed(session, project_id, pseudo_classes.clusters_of(session, project_id, None))
 
 
 @router.get("/clusters/{cluster_id}/montage", response_class=Response)
@@ -155,13 +198,48 @@ def cluster_montage(
     columns: Annotated[int, Query(ge=1, le=12)] = 6,
 ) -> Response:
     """Crops of boxes of a cluster, as a JPEG."""
-    labels = pseudo_classes.labels_of_run(desk.settings.run)
+    labels = pseudo_classes.labels_at_hand(desk.settings.run)
     with reading(desk.engine) as session:
         cluster = pseudo_classes.cluster_of(session, cluster_id)
         folder = Path(project_of(session, cluster.project_id).folder)
-    picture = pseudo_classes.montage(folder, cluster, labels, rows, columns)
+        shown = pseudo_classes.rows_of(session, cluster, labels)
+    picture = pseudo_classes.montage(folder, shown, labels, rows * columns, columns)
     headers = {"cache-control": "private, max-age=60"}
     return Response(encoded(picture, "JPEG"), media_type="image/jpeg", headers=headers)
+
+
+@router.get("/clusters/{cluster_id}/crops")
+def list_crops(
+    desk: AtDesk,
+    cluster_id: Id,
+    limit: Annotated[int, Query(ge=1, le=500)] = 60,
+    after: Annotated[int, Query(ge=0, le=2**31)] = 0,
+) -> ClusterCrops:
+    """Boxes of a cluster, in the order of its montage."""
+    labels = pseudo_classes.labels_at_hand(desk.settings.run)
+    with reading(desk.engine) as session:
+        rows = pseudo_classes.rows_of(session, pseudo_classes.cluster_of(session, cluster_id), labels)
+    crops = [
+        ClusterCrop(row=row, image=labels.image_ids[labels.owners[row]], xyxy=labels.boxes_xyxy[row].tolist())
+        for row in rows[after : after + limit]
+    ]
+    return ClusterCrops(crops=crops, next=after + limit if len(rows) > after + limit else None)
+
+
+@router.get("/clusters/{cluster_id}/crops/{row}", response_class=Response, responses={415: {"model": Problem}})
+def get_cluster_crop(
+    desk: AtDesk,
+    cluster_id: Id,
+    row: Annotated[int, InPath(ge=0, le=2**31)],
+    size: Annotated[int, Query(ge=32, le=512)] = 128,
+) -> Response:
+    """A picture of a box of a cluster with a little around it, as a JPEG."""
+    labels = pseudo_classes.labels_at_hand(desk.settings.run)
+    with reading(desk.engine) as session:
+        cluster = pseudo_classes.cluster_of(session, cluster_id)
+        folder = Path(project_of(session, cluster.project_id).folder)
+    headers = {"cache-control": "private, max-age=3600"}
+    return Response(pseudo_classes.crop_of(folder, labels, row, size), media_type="image/jpeg", headers=headers)
 
 
 @router.post("/projects/{project_id}/clusters/propose", responses=CANNOT)
@@ -203,7 +281,7 @@ def list_augmentations() -> AugmentationList:
     )
 
 
-@router.get("/images/{image_id}/augmented", response_class=Response, responses={415: {"model": Problem}})
+@router.get("/images/{image_id}/augmented", response_class=Response, responses={**CANNOT, 415: {"model": Problem}})
 def augmented(
     desk: AtDesk,
     image_id: Id,
@@ -216,41 +294,17 @@ def augmented(
     noise: Annotated[float, Query(ge=0, le=1)] = 0.0,
 ) -> Response:
     """An image with its boxes as a training might see it, as a JPEG."""
-    import torch  # these here: the server need not know them before
-    from torchvision import tv_tensors
-
-    from simdetr.data.augmentation import train_transforms
-    from simdetr.data.dataset import pixel_boxes
-    from simdetr.reports.drawing import draw_boxes
-
     with reading(desk.engine) as session:
         image = image_of(session, image_id)
         record = record_of(project_of(session, image.project_id), image)
         boxes = truth([state_of(box) for box in boxes_of(session, image_id)], with_proposed=True)
-    try:
-        pixels = read_image(record)
-    except UnreadableImageError as error:
-        raise Refusal(415, f"{record.id} cannot be read: {error.reason}") from error
-    transform = train_transforms(
-        [_SIDE_PX],
-        2 * _SIDE_PX,
-        crop=crop,
-        colour=colour,
-        flip=flip,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        rotation=rotation,
-        brightness=brightness,
-        noise=noise,
-    )
-    target = {
-        "boxes": pixel_boxes(
-            torch.tensor([box.xyxy for box in boxes]).reshape(-1, 4), (pixels.shape[1], pixels.shape[2])
-        ),
-        "labels": torch.tensor([box.class_id for box in boxes], dtype=torch.int64),
+    changes = {
+        "colour": colour,
+        "flip": flip,
+        "crop": crop,
+        "rotation": rotation,
+        "brightness": brightness,
+        "noise": noise,
     }
-    with _drawing, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        changed, left = transform(tv_tensors.Image(pixels), target)
-    picture = draw_boxes((changed.clamp(0, 1) * 255).to(torch.uint8), left["boxes"])
-    return Response(encoded(picture, "JPEG"), media_type="image/jpeg")
+    content = desk.aside.ask(training_view, record, [(box.xyxy, box.class_id) for box in boxes], changes, seed)
+    return Response(content, media_type="image/jpeg")

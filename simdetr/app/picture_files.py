@@ -102,17 +102,26 @@ def thumbnail(record: ImageRecord, size_px: int, cache: Path) -> Path:
 
 def crop(record: ImageRecord, xyxy: tuple[float, float, float, float], size_px: int) -> bytes:
     """A JPEG of a box with a little around it, its longer side ``size_px``."""
+    cut = cut_out(record, xyxy, _MARGIN)
+    scale = size_px / max(cut.size)
+    return encoded(cut.resize((max(1, round(cut.width * scale)), max(1, round(cut.height * scale)))), "JPEG")
+
+
+def cut_out(record: ImageRecord, xyxy: tuple[float, float, float, float], margin: float) -> Pictures.Image:
+    """A box's part of an image, with a margin as a part of its longer side.
+
+    Raises:
+        Refusal: 404, the box lies outside; 415, the image cannot be read.
+    """
     picture = _decoded(record)
     x0, y0, x1, y1 = xyxy
-    margin = _MARGIN * max(x1 - x0, y1 - y0)
+    margin *= max(x1 - x0, y1 - y0)
     left, top = max(0, int(x0 - margin)), max(0, int(y0 - margin))
     right = min(picture.width, max(left + 1, round(x1 + margin)))
     lower = min(picture.height, max(top + 1, round(y1 + margin)))
     if left >= right or top >= lower:
         raise missing("picture of a box outside", record.id)
-    cut = picture.crop((left, top, right, lower))
-    scale = size_px / max(cut.size)
-    return encoded(cut.resize((max(1, round(cut.width * scale)), max(1, round(cut.height * scale)))), "JPEG")
+    return picture.crop((left, top, right, lower))
 
 
 def encoded(picture: Pictures.Image, kind: str) -> bytes:

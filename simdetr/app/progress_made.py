@@ -58,7 +58,7 @@ def draw(session: Session, project: Project, count: int) -> int:
             func.coalesce(col(Image.audit), -1) != detection,
         )
     )
-    from simdetr.labelling.stopping import draw_audit  # here and below: it needs torch, the other requests do not
+    from simdetr.labelling.stopping import draw_audit  # here and below: scipy takes a moment to load
 
     drawn = [int(name) for name in draw_audit([str(own) for own in ids], count, seed=detection)]
     session.execute(

@@ -31,6 +31,7 @@ from simdetr.app.schemas import (
     ProjectList,
     ProjectNew,
     ProjectOut,
+    Score,
     SystemOut,
 )
 from simdetr.app.tables import (
@@ -46,7 +47,7 @@ from simdetr.app.tables import (
     RunState,
 )
 from simdetr.app.tables import Run as RunRow
-from simdetr.data.machine import cores, may_have_gpu
+from simdetr.data.machine import cores, gpus, may_have_gpu
 
 router = APIRouter(prefix="/api", responses=COMMON)
 
@@ -63,23 +64,10 @@ def system(desk: AtDesk) -> SystemOut:
         memory_used=memory.total - memory.available,
         server_memory=psutil.Process().memory_info().rss,
         disk_free=shutil.disk_usage(desk.settings.out).free,
-        devices=_devices(),
+        devices=[Device(**vars(gpu)) for gpu in desk.aside.ask(gpus)] if may_have_gpu() else [],
         database=desk.engine.dialect.name,
         needs_token=desk.settings.token is not None,
     )
-
-
-def _devices() -> list[Device]:
-    if not may_have_gpu():
-        return []
-    import torch  # here: without a GPU the server needs none of it
-
-    found = []
-    for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        title = torch.cuda.get_device_name(number)
-        found.append(Device(name=f"cuda:{number}", title=title, memory_total=total, memory_used=total - free))
-    return found
 
 
 @router.get("/projects")
@@ -168,11 +156,11 @@ def delete_project(desk: AtDesk, project_id: Id, confirm: Annotated[str, Query(m
 
 
 @router.get("/projects/{project_id}/classes")
-def list_classes(desk: AtDesk, project_id: Id) -> ClassList:
-    """The classes of a project."""
+def list_classes(desk: AtDesk, project_id: Id, min_score: Score = 0.0) -> ClassList:
+    """The classes of a project; proposals below a score are not counted."""
     with reading(desk.engine) as session:
         project_of(session, project_id)
-        return ClassList(classes=shown_classes(session, project_id))
+        return ClassList(classes=shown_classes(session, project_id, min_score))
 
 
 @router.post("/projects/{project_id}/classes", status_code=201, responses={409: {"model": Problem}})

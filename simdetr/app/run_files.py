@@ -73,6 +73,11 @@ class RunFiles:
         return self.path / "make_way"
 
     @property
+    def pause(self) -> Path:
+        """It is there where a training is to keep its step and end; gone once the step is kept."""
+        return self.path / "pause"
+
+    @property
     def training(self) -> Path:
         """The folder of its training."""
         return self.path / "training"

@@ -21,6 +21,7 @@ from sqlalchemy import Engine, func, select, update
 from sqlmodel import Session, col
 
 from simdetr.app import snapshots
+from simdetr.app.aside import Aside
 from simdetr.app.database import reading, writing
 from simdetr.app.detectors_at_hand import at_hand, files_of
 from simdetr.app.image_list import OPEN, project_of, set_priorities
@@ -35,12 +36,15 @@ from simdetr.app.tables import BoxSource, Image, ImageStatus, Order, Project, Ru
 from simdetr.app.worker import Worker
 from simdetr.data.coco import write_coco
 from simdetr.data.label_files import read_labels, write_labels
+from simdetr.data.machine import gpus, may_have_gpu
 from simdetr.data.storage import write_json
 
 LOG = logging.getLogger(__name__)
 POLL_S = 0.2
 GONE = "the worker has ended in the middle of the run"
 STOPPED = "the app was stopped in the middle of the run"
+PAUSE_S = 60.0
+"""So long a training that is to pause may take to come to the end of its step."""
 _ROWS = 500
 _LAST_LINES = 20
 
@@ -51,10 +55,12 @@ class RunQueue:
     Args:
         settings: Of the app.
         engine: Its database.
+        aside: What answers where torch is needed.
     """
 
-    def __init__(self, settings: AppSettings, engine: Engine) -> None:
-        self.settings, self.engine = settings, engine
+    def __init__(self, settings: AppSettings, engine: Engine, aside: Aside) -> None:
+        self.settings, self.engine, self.aside = settings, engine, aside
+        self._devices: list[str] | None = None
         self.worker = Worker(settings.out / "worker.log")
         self._news, self._closing = threading.Event(), threading.Event()
         self._cancelled: set[int] = set()
@@ -117,8 +123,8 @@ class RunQueue:
         return run
 
     def _check(self, session: Session, project: Project, kind: RunKind, asked: dict[str, Any]) -> None:
-        if asked.get("device") not in (None, "cpu") and asked["device"] not in devices():  # to look loads torch
-            known = ", ".join(("cpu", *devices()))
+        if asked.get("device") not in (None, "cpu") and asked["device"] not in self.devices():
+            known = ", ".join(("cpu", *self.devices()))
             raise FieldRefusal(("body", "parameters", "device"), f"expected one of {known}, got {asked['device']}")
         if kind is RunKind.TRAIN:
             statuses = [ImageStatus.INSPECTED] + ([ImageStatus.PROPOSED] if asked["with_proposed"] else [])
@@ -136,17 +142,26 @@ class RunQueue:
         if kind is RunKind.AUTOLABEL and not len(snapshots.shots_of(session, project, negative=False)):
             raise Refusal(409, "there is no shot; make boxes stand for their classes first")
 
+    def devices(self) -> list[str]:
+        """Names of the GPUs, the one that is taken where nobody chooses first; looked for once."""
+        if self._devices is None:
+            names = [gpu.name for gpu in self.aside.ask(gpus)] if may_have_gpu() else []
+            self._devices = ["cuda", *names] if names else []
+        return self._devices
+
     def wake(self) -> None:
         """Look at the queue now: a run was asked for, and is in the database."""
         self._news.set()
 
     def cancel(self, session: Session, run: Run) -> None:
-        """Take a run out of the queue, or stop it; Refusal 409 if it has ended."""
+        """Take a run out of the queue, or stop it, a training at its step; Refusal 409 if it has ended."""
         assert run.id is not None
         if run.state == RunState.QUEUED:
             run.state, run.ended, run.message = RunState.CANCELLED, now(), "cancelled before it began"
         elif run.state == RunState.RUNNING:
             self._cancelled.add(run.id)
+            if run.kind == RunKind.TRAIN:
+                run.message = "pausing: the step at work is finished and kept first"
             self._news.set()
         else:
             raise Refusal(409, f"the run is {run.state} already")
@@ -212,6 +227,8 @@ class RunQueue:
             return
         files.outcome.unlink(missing_ok=True)
         files.make_way.unlink(missing_ok=True)
+        files.pause.unlink(missing_ok=True)
+        pauses_until: float | None = None
         read = len(files.told())
         try:
             self.worker.begin(files.path)
@@ -222,10 +239,19 @@ class RunQueue:
         while True:
             ended, alive = files.ended(), self.worker.is_alive()
             read = self._take_in(run_id, files, read)
+            if pauses_until is not None and ended is not None:
+                self._cancelled.discard(run_id)  # it was done before it could pause
             if run_id in self._cancelled:
+                if pauses_until is None:
+                    pauses_until = time.monotonic() + (PAUSE_S if self._begin_pause(files) else 0)
+                if alive and files.pause.is_file() and time.monotonic() < pauses_until:
+                    self._closing.wait(POLL_S)
+                    continue
+                self._take_in(run_id, files, read)
                 self._cancelled.discard(run_id)
                 self.worker.stop()
-                self._end(run_id, RunState.CANCELLED, message=_go_on("cancelled", files))
+                files.pause.unlink(missing_ok=True)
+                self._end(run_id, RunState.CANCELLED, message=_go_on(self._stopped_as(run_id), files))
                 return
             if ended is not None:
                 self._finish(run_id, files, ended)
@@ -242,6 +268,21 @@ class RunQueue:
             if self._next() is not None and not files.make_way.is_file() and self._can_wait(run_id):
                 files.make_way.touch()
             self._closing.wait(POLL_S)
+
+    def _begin_pause(self, files: RunFiles) -> bool:
+        """Ask a training that has begun its steps to keep the one at work; False where there is none."""
+        if not any("step" in row for row in files.told()):
+            return False
+        files.pause.touch()
+        return True
+
+    def _stopped_as(self, run_id: int) -> str:
+        """What became of a run that was cancelled."""
+        with reading(self.engine) as session:
+            run = session.get(Run, run_id)
+            if run is not None and run.kind == RunKind.TRAIN and run.done:
+                return f"paused at step {run.done:,}"
+        return "cancelled"
 
     def _can_wait(self, run_id: int) -> bool:
         """Whether a run lets others through, and goes on by itself when the app does."""
@@ -424,14 +465,6 @@ class RunQueue:
     def _fail(self, run: Run, why: str) -> None:
         files = files_of(self.settings, run.project_id, run.id or 0)
         run.state, run.error, run.ended = RunState.FAILED, _go_on(why, files), now()
-
-
-def devices() -> list[str]:
-    """Names of the GPUs."""
-    import torch  # here: the queue needs none of it before
-
-    count = torch.cuda.device_count()
-    return ["cuda", *(f"cuda:{number}" for number in range(count))] if count else []
 
 
 def _go_on(why: str, files: RunFiles) -> str:

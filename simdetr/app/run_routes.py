@@ -21,7 +21,7 @@ from simdetr.app.detectors_at_hand import DetectorAtHand, all_at_hand, at_hand, 
 from simdetr.app.found_boxes import drawn_on, found_by, found_on, held_out_of
 from simdetr.app.image_list import image_of, project_of
 from simdetr.app.image_list import shown as shown_images
-from simdetr.app.picture_files import encoded, path_of, record_of
+from simdetr.app.picture_files import path_of, record_of
 from simdetr.app.progress_made import draw, estimate_of
 from simdetr.app.refusals import missing
 from simdetr.app.run_queue import artefacts, run_of
@@ -162,7 +162,9 @@ def get_detections(
     return DetectedPage(images=shown, next=after + limit if more else None)
 
 
-@router.get("/runs/{run_id}/pictures/{image_id}", response_class=Response, responses={415: {"model": Problem}})
+@router.get(
+    "/runs/{run_id}/pictures/{image_id}", response_class=Response, responses={**CANNOT, 415: {"model": Problem}}
+)
 def picture_of_detections(desk: AtDesk, run_id: Id, image_id: Id, min_score: Score = 0.3) -> Response:
     """An image with the boxes that a detection found on it, as a JPEG."""
     with reading(desk.engine) as session:
@@ -174,8 +176,8 @@ def picture_of_detections(desk: AtDesk, run_id: Id, image_id: Id, min_score: Sco
     if found is None:
         raise missing("detection on image", f"{image_id} in run {run_id}")
     headers = {"cache-control": "private, max-age=3600"}
-    picture = drawn_on(record, found, min_score)
-    return Response(encoded(picture, "JPEG"), media_type="image/jpeg", headers=headers)
+    content = desk.aside.ask(drawn_on, record, found, min_score)
+    return Response(content, media_type="image/jpeg", headers=headers)
 
 
 @router.get("/runs/{run_id}/artefacts/{name}", response_class=Response)
@@ -239,7 +241,7 @@ def summarise_model(desk: AtDesk, project_id: Id, model_id: Model) -> ModelSumma
         project = project_of(session, project_id)
         model = at_hand(session, desk.settings, project, model_id)
         shown = _shown(desk, project, model)
-    found = summary_of(model.folder)
+    found = desk.aside.ask(summary_of, model.folder)
     configuration = None
     if model.run is not None:
         path = files_of(desk.settings, project_id, model.run.id or 0).training / "config.yaml"
@@ -264,7 +266,7 @@ def estimate_memory(
     """What a training from this detector takes, about."""
     with reading(desk.engine) as session:
         model = at_hand(session, desk.settings, project_of(session, project_id), model_id)
-    facts = summary_of(model.folder)
+    facts = desk.aside.ask(summary_of, model.folder)
     height, width = facts.image_size_hw
     basis = (
         f"an estimate: weights, gradients and two moments, and what {batch_size} images of {width} × {height} pixels "

@@ -554,12 +554,15 @@ class ClusterOut(Shape):
     class_id: int | None
     boxes: int
     members: list[int]
+    picked: int
 
 
 class ClusterList(Shape):
     """The clusters of a project, the largest first."""
 
     clusters: list[ClusterOut]
+    can_undo: bool
+    can_redo: bool
 
 
 class ClusterEdit(Asked):
@@ -572,6 +575,28 @@ class ClusterMerge(Asked):
     """Clusters that are one kind."""
 
     cluster_ids: Annotated[list[Id], Field(min_length=2, max_length=1000)]
+
+
+class ClusterCrop(Shape):
+    """A box of a cluster, by its row in the labels of the pretraining."""
+
+    row: int
+    image: str
+    xyxy: list[float]
+
+
+class ClusterCrops(Shape):
+    """Boxes of a cluster, in the order of its montage."""
+
+    crops: list[ClusterCrop]
+    next: int | None = None
+
+
+class ClusterMove(Asked):
+    """Boxes of a cluster that are of another kind; without a target, of a new one."""
+
+    rows: Annotated[list[Annotated[int, Field(ge=0, le=BIGGEST_ID)]], Field(min_length=1, max_length=10_000)]
+    target: Id | None = None
 
 
 class Count(Shape):

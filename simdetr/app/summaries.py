@@ -52,7 +52,7 @@ def summary_of(folder: Path) -> ModelFacts:
 
 @lru_cache(maxsize=16)
 def _summary(folder: Path, stamps: tuple[int, ...]) -> ModelFacts:
-    from simdetr.exchange.weights import load_detector  # here: the server need not know detectors before
+    from simdetr.exchange.weights import load_detector  # here: another process than the server calls this
 
     loaded = load_detector(folder)
     detector = loaded.detector.cpu().eval()

@@ -251,12 +251,16 @@ class Shot(Table, table=True):
 
 
 class Cluster(Table, table=True):
-    """Pseudo-classes of a pretraining that people took to be one kind, and what they call it."""
+    """Pseudo-classes of a pretraining that people took to be one kind, and what they call it.
+
+    ``picked`` are boxes of other pseudo-classes that people moved here: image, x0, y0, x1, y1 of each.
+    """
 
     id: int | None = Field(default=None, primary_key=True)
     project_id: int = Field(foreign_key="project.id", ondelete="CASCADE", index=True)
     class_id: int | None = Field(default=None, foreign_key="class.id", ondelete="SET NULL")
     members: list[int] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    picked: list[list[Any]] = Field(default_factory=list, sa_column=Column(JSON, nullable=False, server_default="[]"))
     boxes: int = 0
 
 

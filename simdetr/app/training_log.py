@@ -1,4 +1,4 @@
-"""A training in, a line of JSON for the page now and then out: steps, losses, rates, memory, scores."""
+"""A training in, a line of JSON for the page now and then out: steps, losses, rates, memory, scores; or a pause."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Callback
 
 from simdetr.app.run_files import RunFiles
 from simdetr.training.progress import total_steps
+from simdetr.training.train import TERMINATED, ResumePoint
 
 ZEROS = 10
 """After so many lines with a loss of 0 in a row the page warns."""
@@ -23,7 +24,7 @@ million that are read again and again."""
 
 
 class TrainingLog(Callback):
-    """Tells of a training.
+    """Tells of a training, and ends it where it is to pause, once its step is kept.
 
     Args:
         folder: The run's.
@@ -42,6 +43,9 @@ class TrainingLog(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:  # noqa: ANN401
         """Tell of the step, unless the last line was a moment ago."""
+        if self.files.pause.is_file():
+            for point in _resume_points(trainer):
+                point.ask()
         now, total = time.monotonic(), total_steps(trainer)
         if now < self._told + self.every_s * max(1.0, (now - self._began) / DENSE_S) and trainer.global_step != total:
             return
@@ -64,6 +68,18 @@ class TrainingLog(Callback):
             **warning,
         )
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:  # noqa: ANN401
+        """End where the training is to pause, once its step is kept.
+
+        Raises:
+            SystemExit: it is.
+        """
+        step = trainer.global_step
+        if self.files.pause.is_file() and any(point.step == step for point in _resume_points(trainer)):
+            self.files.tell(**self._count(trainer), message=f"paused at step {step:,}")
+            self.files.pause.unlink(missing_ok=True)
+            raise SystemExit(TERMINATED)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell the scores."""
         values = {name: _number(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -75,6 +91,10 @@ class TrainingLog(Callback):
         step, total = trainer.global_step, total_steps(trainer)
         counted = {"step": step, "total_steps": total, "epoch": trainer.current_epoch}
         return counted | {"done": step, "total": total or 0, "unit": "steps"}
+
+
+def _resume_points(trainer: pl.Trainer) -> list[ResumePoint]:
+    return [one for one in trainer.callbacks if isinstance(one, ResumePoint)]  # type: ignore[attr-defined]
 
 
 def _number(value: Any) -> float | None:  # noqa: ANN401

@@ -17,6 +17,7 @@ from typing import IO
 import psutil
 
 from simdetr.app.run_files import RunFiles
+from simdetr.data.machine import prepare_openmp
 
 LOG = logging.getLogger("simdetr.app.worker")
 GONE = 3
@@ -86,6 +87,7 @@ def main() -> None:
     """Do runs until the input ends."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     _give_way()
+    prepare_openmp()
     folders = _listen(sys.stdin)  # first: the app may be gone before all is imported
     from simdetr.app.jobs import LoadedOnce  # here: the app imports this module and needs no torch for it
 

@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,6 +89,34 @@ def default_device() -> str:
         return "cpu"
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
     return "cuda" if local_rank is None else f"cuda:{int(local_rank) % torch.cuda.device_count()}"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU.
+
+    Attributes:
+        name: as torch calls it.
+        title: as its maker does.
+        memory_total: bytes.
+        memory_used: bytes, by whatever process.
+    """
+
+    name: str
+    title: str
+    memory_total: int
+    memory_used: int
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs of this machine; torch is loaded to look, and holds some memory of each."""
+    import torch  # as above
+
+    found = []
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        found.append(Gpu(f"cuda:{number}", torch.cuda.get_device_name(number), total, total - free))
+    return found
 
 
 def in_order(

@@ -28,10 +28,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from simdetr.boxes import pairwise_iou
 from simdetr.data.annotations import ImageLabels
 
 
@@ -181,6 +179,10 @@ class SimulatedAnnotator:
 
     def _meant(self, truth: ImageLabels, proposals: ImageLabels) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Which object each proposal means, -1 for none, int64 [P]; and whether its box is too loose for it, [P]."""
+        import torch  # here: who only counts verdicts needs no torch
+
+        from simdetr.boxes import pairwise_iou
+
         overlaps = pairwise_iou(torch.tensor(proposals.boxes_xyxy), torch.tensor(truth.boxes_xyxy)).numpy()
         overlaps = np.where(truth.crowd[None, :], -1.0, overlaps)
         same = proposals.classes[:, None] == truth.classes[None, :]

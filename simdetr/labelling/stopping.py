@@ -21,11 +21,9 @@ from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.special import gammaincinv, ndtri, stdtrit
 
-from simdetr.boxes import pairwise_iou
 from simdetr.data.labels import Labels
 from simdetr.labelling.annotator import Inspection, Verdict, greedy_pairs
 
@@ -480,6 +478,10 @@ def box_kappa(before: Labels, after: Labels, *, min_score: float = 0.5, min_iou:
     Raises:
         ValueError: different images or categories.
     """
+    import torch  # here: an estimate of errors needs no torch
+
+    from simdetr.boxes import pairwise_iou
+
     if set(before.image_ids) != set(after.image_ids):
         raise ValueError("after: expected predictions on the images of before, got other images; keep the set fixed")
     if before.categories != after.categories:

@@ -11,18 +11,22 @@ In reading order:
     rival_recall        ours beside other methods
 """
 
-from simdetr.reports.charts import draw_flow
-from simdetr.reports.drawing import (
-    class_colour,
-    class_montage,
-    contact_sheet,
-    draw_boxes,
-    draw_heat_map,
-    draw_points,
-    write_pictures,
-)
-from simdetr.reports.page import ReportData, write_report
-from simdetr.reports.report import collect_run
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from simdetr.reports.charts import draw_flow
+    from simdetr.reports.drawing import (
+        class_colour,
+        class_montage,
+        contact_sheet,
+        draw_boxes,
+        draw_heat_map,
+        draw_points,
+        write_pictures,
+    )
+    from simdetr.reports.page import ReportData, write_report
+    from simdetr.reports.report import collect_run
 
 __all__ = [
     "ReportData",
@@ -37,3 +41,12 @@ __all__ = [
     "write_pictures",
     "write_report",
 ]
+
+_HOMES = {"ReportData": "page", "collect_run": "report", "draw_flow": "charts", "write_report": "page"}
+
+
+def __getattr__(name: str) -> object:
+    """Import a name's module when it is first used: a picture with boxes needs nothing that mines or predicts."""
+    if name not in __all__:
+        raise AttributeError(f"module 'simdetr.reports' has no attribute {name!r}")
+    return getattr(import_module(f"simdetr.reports.{_HOMES.get(name, 'drawing')}"), name)

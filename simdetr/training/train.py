@@ -116,7 +116,16 @@ class ResumePoint(Checkpoint):
         self.path, self.every_n_steps = path, every_n_steps
         self._every = every_n_steps or LONGEST
         self._last_step = 0
-        self._epoch_ended = False
+        self._epoch_ended = self._asked = False
+
+    @property
+    def step(self) -> int:
+        """The last step that was saved, or from which the training began."""
+        return self._last_step
+
+    def ask(self) -> None:
+        """Save at the next moment that allows it: at the end of this step, or of the epoch where it was its last."""
+        self._asked = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count from where the training starts or resumes."""
@@ -148,7 +157,9 @@ class ResumePoint(Checkpoint):
             batches["is_last_batch"] = False
 
     def _save_if_time(self, trainer: pl.Trainer) -> None:
-        if trainer.global_step - self._last_step >= self._every:
+        steps = trainer.global_step - self._last_step
+        if steps >= self._every or (self._asked and steps > 0):
+            self._asked = False
             self._last_step = trainer.global_step
             trainer.save_checkpoint(self.path)
 

@@ -69,6 +69,19 @@ def test_an_import_leaves_what_people_drew_and_can_be_undone(person, coco):
     assert person.ask("POST", f"/images/{other['id']}/undo", {"version": sheet["version"]})["boxes"] == []
 
 
+def test_proposals_have_the_scores_of_the_file_and_none_where_it_has_none(person, coco):
+    def proposed():
+        sheets = [person.get(f"/images/{image['id']}/boxes") for image in person.images()]
+        return [box["score"] for sheet in sheets for box in sheet["boxes"]]
+
+    send(person, "labels.json", json.dumps(coco), status="proposed")
+    assert set(proposed()) == {None}
+    for place, row in enumerate(coco["annotations"]):
+        row["score"] = 1.0 if place else 0.25
+    send(person, "labels.json", json.dumps(coco), status="proposed")
+    assert sorted(proposed())[:2] == [0.25, 1.0]
+
+
 def test_a_file_with_problems_changes_nothing_unless_it_is_asked_to(person, coco):
     coco["annotations"][0]["bbox"] = [0, 0, -5, 5]
     coco["annotations"][0].pop("area", None)

@@ -68,6 +68,34 @@ def test_a_training_can_be_killed_resumed_activated_and_its_detector_proposes(se
     assert {box["run_id"] for box in proposed} == {found["id"]}
 
 
+@pytest.mark.slow
+def test_a_paused_training_goes_on_from_the_very_step(serve, tiny_config, truth_of):
+    person = serve(config=(str(tiny_config),), device="cpu")
+    label_all(person, truth_of, 4)
+    options = ["--self_training.checkpoint_every_steps=100000"]
+    run = person.ask(
+        "POST", "/projects/1/runs", {"kind": "train", "parameters": {"max_steps": 4000, "options": options}}, 201
+    )
+    while not person.get(f"/runs/{run['id']}")["run"]["done"]:
+        time.sleep(0.1)
+    person.ask("POST", f"/runs/{run['id']}/cancel")
+    paused = person.wait(run["id"], "cancelled", "failed")
+    step = paused["done"]
+    assert paused["state"] == "cancelled" and 0 < step < 4000
+    assert paused["message"] == f"paused at step {step:,}; resume goes on from training/checkpoints/resume.ckpt"
+    assert paused["checkpoint"] and paused["resumable"] and person.desk.runs.worker.pid is None
+
+    person.ask("POST", f"/runs/{run['id']}/resume")
+    began: list[int] = []
+    while len(began) < 2:
+        time.sleep(0.1)
+        rows = person.get(f"/runs/{run['id']}")["metrics"]
+        began = [row["step"] for row in rows if row.get("message") == "training"]
+    assert began == [0, step]
+    person.ask("POST", f"/runs/{run['id']}/cancel")
+    assert person.wait(run["id"], "cancelled", "failed")["done"] > step
+
+
 def test_a_detector_proposes_streams_and_its_classes_are_made(serve, small_detector):
     person = serve(run=small_detector, device="cpu")
     assert [model["id"] for model in person.get("/projects/1/models")["models"]] == ["start"]

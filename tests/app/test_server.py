@@ -31,6 +31,7 @@ def schema(serve, small_detector):
     class_id = person.make_class()
     person.draw(1, (class_id, [0, 0, 20, 20]), (class_id, [5, 5, 30, 30]))
     person.ask("POST", "/projects/1/shots", {"box_id": 1}, 201)
+    person.get("/projects/1/models/start")  # the process beside the server is there: it takes seconds to start
     schema = schemathesis.openapi.from_asgi("/api/openapi.json", person.client.app, headers={"host": "127.0.0.1"})
     schema.person = person
     return schema

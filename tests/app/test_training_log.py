@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from itertools import count, pairwise
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
 from simdetr.app.run_files import RunFiles
 from simdetr.app.training_log import ZEROS, TrainingLog
+from simdetr.training.train import ResumePoint
 
 
 class Line(pl.LightningModule):
@@ -46,6 +48,27 @@ def fit(tmp_path, loss, every_s=0.0, steps=15):
     )
     trainer.fit(Line(loss), data, data)
     return RunFiles(tmp_path).told()
+
+
+@pytest.mark.parametrize(("batches", "kept"), [(5, 6), (1, 5)])
+def test_a_training_that_is_to_pause_keeps_its_step_and_ends(tmp_path, batches, kept):
+    """After the last batch of an epoch too, where there is a moment for it only at the end of the epoch."""
+    files = RunFiles(tmp_path)
+    point = ResumePoint(tmp_path / "resume.ckpt", 1000)
+
+    class AskedFor(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == kept - 1:
+                files.pause.touch()
+
+    data = DataLoader(torch.ones(batches, 1), batch_size=1)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(max_steps=15, **quiet, callbacks=[point, TrainingLog(str(tmp_path)), AskedFor()])
+    with pytest.raises(SystemExit):
+        trainer.fit(Line(2.0), data, data)
+    assert not files.pause.is_file()
+    assert torch.load(point.path, weights_only=True)["global_step"] == kept
+    assert (files.told()[-1]["message"], files.told()[-1]["done"]) == (f"paused at step {kept}", kept)
 
 
 def test_steps_losses_rates_and_scores_are_told(tmp_path):

@@ -1,10 +1,8 @@
 // <box-editor>: an image with boxes that are drawn, moved and resized. It knows nothing of the server.
 //
-// Coordinates are image pixels as floats. Everything that follows the pointer is done in its own event, so that a
-// box is
-// where the pointer is in the same frame. A click selects (again: the box beneath); a drag on the selected box moves
-// it,
-// on a handle resizes it, anywhere else draws.
+// Coordinates are image pixels as floats. Everything that follows the pointer is done in its own event, so that a box
+// is where the pointer is in the same frame. A click selects (again: the box beneath); a drag on the selected box moves
+// it, on a handle resizes it; anywhere else, and with Shift there too, it draws.
 //
 // Events: "edit" {what, key} after a change, "select" {key}, "view" {zoom}.
 
@@ -145,15 +143,16 @@ class BoxEditor extends HTMLElement {
   // ------------------------------------------------------------------------------------------------- what keys ask for
 
   select(key, { reveal = true } = {}) {
-    this.#selected = key;
+    const box = this.#find(key);
+    this.#selected = box ? key : null;
     this.#paint();
-    if (key && reveal) this.#reveal(this.#find(key).xyxy);
-    this.#tell("select", { key });
+    if (box && reveal) this.#reveal(box.xyxy);
+    this.#tell("select", { key: this.#selected });
   }
 
   // The next (1) or previous (-1) box; false at the end when `round` is false, so that Tab can leave.
-  step(by, { round = true, only = () => true } = {}) {
-    const boxes = this.#live().filter((box) => only(box) || box.key === this.#selected);
+  step(by, { round = true } = {}) {
+    const boxes = this.#live();
     if (!boxes.length) return false;
     const place = boxes.findIndex((box) => box.key === this.#selected);
     const wanted = place < 0 ? (by > 0 ? 0 : boxes.length - 1) : place + by;
@@ -330,13 +329,13 @@ class BoxEditor extends HTMLElement {
       this.panned = true;
       this.#gesture = { kind: "pan", last: point };
     } else if (event.button === 0 && this.#pointers.size === 1) {
-      this.#gesture = this.#begin(point, REACH_PX[event.pointerType] ?? 8);
+      this.#gesture = this.#begin(point, REACH_PX[event.pointerType] ?? 8, event.shiftKey);
     }
   }
 
-  #begin(point, reach) {
+  #begin(point, reach, draws) {
     const at = this.#at(...point);
-    const box = this.selected;
+    const box = draws ? null : this.selected;
     const gesture = { start: at, point, going: false };
     const handle = box && handleAt(box.xyxy, at, reach / this.#view.zoom);
     if (handle) return { ...gesture, kind: "pull", handle, key: box.key, before: [...box.xyxy] };
@@ -437,7 +436,7 @@ class BoxEditor extends HTMLElement {
   #hover(event, point) {
     if (this.#frozen) return;
     const at = this.#at(...point);
-    const box = this.selected;
+    const box = event.shiftKey ? null : this.selected;
     const handle = box && handleAt(box.xyxy, at, REACH_PX.mouse / this.#view.zoom);
     this.stage.style.cursor = this.panning
       ? "grab"

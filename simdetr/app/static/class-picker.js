@@ -11,11 +11,13 @@ export class ClassPicker {
   #classes = [];
   #current = null;
 
-  // `pick(id)`: a person chose a class; `changed(classes)`: the classes are others now.
-  constructor(projectId, { pick, changed }) {
+  // `pick(id)`: a person chose a class; `changed(classes)`: the classes are others now; `minScore()`: proposals below it
+  // are not counted.
+  constructor(projectId, { pick, changed, minScore }) {
     this.project = projectId;
     this.pick = pick;
     this.changed = changed;
+    this.minScore = minScore;
     this.list = h("ul.classes", { testid: "classes", "aria-label": "Classes" });
     this.input = h("input", {
       placeholder: "Find or add a class",
@@ -37,7 +39,7 @@ export class ClassPicker {
   }
 
   async load() {
-    this.#take((await get(`/projects/${this.project}/classes`)).classes);
+    this.#take((await get(`/projects/${this.project}/classes`, { min_score: this.minScore() })).classes);
   }
 
   // A class that stands for "no name yet" comes last, has no digit, and is never the current one.
@@ -155,7 +157,10 @@ export class ClassPicker {
     );
   }
 
-  #edit(kind) {
+  async #edit(shown) {
+    // with all of its boxes, also those that are not shown
+    const { classes } = await get(`/projects/${this.project}/classes`).catch(() => ({ classes: [] }));
+    const kind = classes.find((one) => one.id === shown.id) ?? shown;
     return dialog("Edit class", (close) => {
       const name = h("input", { value: kind.name, dir: "auto", maxlength: 200, testid: "class-name" });
       const colour = h("input", { type: "color", value: kind.colour, testid: "class-colour" });

@@ -1,8 +1,13 @@
-// Clusters: what the pretraining took to be kinds of things; people name, merge and split them.
+// Clusters: what the pretraining took to be kinds of things; people name, merge and part them.
 
 import { address, get, post, send } from "./api.js";
-import { button, complain, empty, h, put, toast } from "./elements.js";
+import { pickCrops } from "./crops.js";
+import { button, complain, empty, h, iconButton, put, toast } from "./elements.js";
 import { plural } from "./numbers.js";
+
+// What a cluster is called where it stands beside others.
+export const titleOf = (one) =>
+  one.name ?? (one.members.length ? `pseudo-class ${one.members.join(", ")}` : `picked crops ${one.id}`);
 
 export class ClustersScreen {
   #clusters = [];
@@ -22,6 +27,8 @@ export class ClustersScreen {
       kind: "primary",
       disabled: true,
     });
+    this.undo = iconButton("undo-clusters", "undo", "Undo", () => this.#travel("undo"), { disabled: true });
+    this.redo = iconButton("redo-clusters", "redo", "Redo", () => this.#travel("redo"), { disabled: true });
     this.trouble = h("div");
     this.grid = h("ul.clusters", { testid: "clusters" });
     this.element = h(
@@ -38,10 +45,10 @@ export class ClustersScreen {
             "p.muted",
             {},
             "Regions that look alike. Name a cluster to make its boxes proposals of a class; merge those " +
-              "that are one kind.",
+              "that are one kind, and pick the crops that are another.",
           ),
         ),
-        h("div.row", {}, this.merge, this.propose),
+        h("div.row", {}, this.undo, this.redo, this.merge, this.propose),
       ),
       this.trouble,
       this.grid,
@@ -50,8 +57,23 @@ export class ClustersScreen {
 
   async start() {
     try {
-      this.#clusters = (await get(`/projects/${this.project.id}/clusters`)).clusters;
-      this.#paint();
+      this.#take(await get(`/projects/${this.project.id}/clusters`));
+    } catch (error) {
+      complain(this.trouble, error);
+    }
+  }
+
+  #take({ clusters, can_undo, can_redo }) {
+    this.#clusters = clusters;
+    this.undo.disabled = !can_undo;
+    this.redo.disabled = !can_redo;
+    this.#paint();
+  }
+
+  async #travel(what) {
+    complain(this.trouble, null);
+    try {
+      this.#take(await post(`/projects/${this.project.id}/clusters/${what}`));
     } catch (error) {
       complain(this.trouble, error);
     }
@@ -131,15 +153,29 @@ export class ClustersScreen {
         h(
           "span.muted",
           {},
-          `${plural(one.boxes, "box", "boxes")} · ${one.members.length > 1 ? `${one.members.length} pseudo-classes` : `pseudo-class ${one.members[0] ?? one.id}`}`,
+          `${plural(one.boxes, "box", "boxes")} · ${contents(one)}`,
         ),
-        one.members.length > 1 &&
-          button("split", "Take apart again", () => this.#act(() => post(`/clusters/${one.id}/split`), card), {
-            kind: "quiet",
-          }),
+        h(
+          "span.row",
+          {},
+          one.members.length + Math.min(one.picked, 1) > 1 &&
+            button("split", "Take apart again", () => this.#act(() => post(`/clusters/${one.id}/split`), card), {
+              kind: "quiet",
+            }),
+          one.boxes > 1 && button("pick-crops", "Pick crops", () => this.#pick(one), { kind: "quiet" }),
+        ),
       ),
     );
     return card;
+  }
+
+  async #pick(one) {
+    await pickCrops(
+      one,
+      this.#clusters.filter((other) => other.id !== one.id),
+      titleOf,
+    );
+    await this.start();
   }
 
   async #act(work, place = this.trouble) {
@@ -162,4 +198,9 @@ export class ClustersScreen {
       complain(this.trouble, error);
     }
   }
+}
+
+function contents({ members, picked }) {
+  const own = members.length > 1 ? `${members.length} pseudo-classes` : members.length ? `pseudo-class ${members[0]}` : "";
+  return [own, picked ? `${plural(picked, "crop")} moved here` : ""].filter(Boolean).join(", ");
 }

@@ -64,6 +64,7 @@ const SHAPES = {
   detect: "M3 6V3h3m4 0h3v3m0 4v3h-3m-4 0H3v-3m5-4.500v3M6.500 8h3",
   skip: "m3.500 4 4.500 4-4.500 4zM12 4v8",
   play: "M5 3.500v9l7-4.500z",
+  pause: "M5 3.500h2v9H5zm4 0h2v9H9z",
   stop: "M4.500 4.500h7v7h-7z",
 };
 

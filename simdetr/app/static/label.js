@@ -15,6 +15,7 @@ import { uploadPanel } from "./upload.js";
 
 const LEASE_MS = 240_000;
 const NUDGE_MS = 350; // arrow presses closer than this are one edit
+const RECOUNT_MS = 300; // the slider stands still
 const LOOK_MS = 1500; // for proposals of a run that is at work
 const STATES = {
   saved: "Saved",
@@ -23,6 +24,10 @@ const STATES = {
   conflict: "Changed elsewhere",
   refused: "Not saved",
 };
+
+// As `n` walks them: what a machine was surest of first, what has no score last.
+const inOrder = (boxes) => [...boxes].sort((a, b) => (b.score ?? -1) - (a.score ?? -1));
+const stamp = (box) => JSON.stringify([box.status, box.class_id, box.xyxy, box.ignore]);
 
 export class LabelScreen {
   #boxes = []; // all that are alive, hidden ones too, with keys
@@ -41,10 +46,12 @@ export class LabelScreen {
     this.minScore = Number(localStorage.getItem("simdetr.min_score") ?? 0.3);
     this.editor = document.createElement("box-editor");
     this.classes = new Map();
-    this.queue = new Queue(this.project, [], (id) => this.open(id));
+    const minScore = () => this.minScore;
+    this.queue = new Queue(this.project, { open: (id) => this.open(id), minScore });
     this.picker = new ClassPicker(this.project.id, {
       pick: (id, gone) => this.#picked(id, gone),
       changed: (classes) => this.#classesChanged(classes),
+      minScore,
     });
     this.element = h(
       "div.label",
@@ -112,6 +119,7 @@ export class LabelScreen {
     window.removeEventListener("pagehide", this.onHide);
     clearInterval(this.lease);
     clearInterval(this.looking);
+    clearTimeout(this.recounting);
     this.#asked = -1;
     await this.#close();
     this.app.banner(null);
@@ -162,6 +170,7 @@ export class LabelScreen {
       if (this.#saver !== saver || saver.pending || this.#boxes.length) return;
       saver.know(sheet);
       this.#adopt(sheet, saver.keyed(sheet.boxes));
+      this.#onward();
     } catch {
       /* the next look may work */
     }
@@ -244,8 +253,9 @@ export class LabelScreen {
     this.name.title = image.name;
     this.facts.textContent = `${image.width} × ${image.height}`;
     this.#adopt(sheet, saver.keyed(sheet.boxes));
+    this.#onward();
     this.#state(saver, "saved");
-    this.queue.current(this.#sheet.image);
+    this.queue.current(this.#counted(sheet));
     this.app.address(`label/${image.id}`);
     const inside = document.activeElement;
     if (!inside || inside === document.body || !inside.closest?.("dialog, .left input, .left select, .right input"))
@@ -382,10 +392,10 @@ export class LabelScreen {
     this.#sheet = sheet;
     this.undo.disabled = !sheet.can_undo;
     this.redo.disabled = !sheet.can_redo;
-    this.queue.mark(sheet.image);
+    this.queue.mark(this.#counted(sheet));
     if (this.#nudge) return; // what is shown is newer, and will be written
     const unnamed = this.#boxes.filter((box) => !box.class_id && this.#drawnOn === sheet.image.id);
-    this.#boxes = [...boxes.filter((box) => box.status !== "rejected"), ...unnamed];
+    this.#boxes = inOrder([...boxes.filter((box) => box.status !== "rejected"), ...unnamed]);
     if (boxes.some((box) => !this.classes.has(box.class_id))) this.picker.load().catch(() => {}); // a run made one
     this.#drawnOn = sheet.image.id;
     this.#paint();
@@ -443,6 +453,7 @@ export class LabelScreen {
   #row(box, place) {
     const kind = this.classes.get(box.class_id);
     const [x0, y0, x1, y1] = box.xyxy;
+    const scored = box.status === "proposed" && box.score !== null;
     const chosen = box.key === this.editor.selected?.key;
     return h(
       `li.box-row${chosen ? ".selected" : ""}`,
@@ -461,7 +472,7 @@ export class LabelScreen {
         h("span.number", {}, place + 1),
         h(`i.swatch.${box.status}`),
         h("span.class-name", { dir: "auto" }, kind && !this.#isUnnamed(box) ? kind.name : "Name it: C"),
-        h("span.muted", {}, box.ignore ? "ignored" : box.status === "proposed" ? decimal(box.score, 2) : box.status),
+        h("span.muted", {}, box.ignore ? "ignored" : scored ? decimal(box.score, 2) : box.status),
         h("span.place", {}, [x0, y0].map(Math.round).join(", "), "   ", [x1 - x0, y1 - y0].map(Math.round).join(" × ")),
       ),
       h(
@@ -531,13 +542,14 @@ export class LabelScreen {
     if (id !== null) {
       const box = this.#find(this.editor.selected?.key);
       for (const one of this.#boxes) if (!one.class_id) one.class_id = id;
-      if (box && (box.class_id !== id || !box.id)) {
-        const unnamed = this.#isUnnamed(box);
-        if (box.id && box.class_id !== id) box.status = unnamed ? "inspected" : "corrected";
+      const undecided = box?.status === "proposed";
+      if (box && (undecided || box.class_id !== id || !box.id)) {
+        const asProposed = box.class_id === id || this.#isUnnamed(box);
+        if (box.id) box.status = undecided && asProposed ? "inspected" : "corrected";
         box.class_id = id;
         this.#paint();
         this.#save();
-        if (unnamed) this.#onward();
+        if (undecided) this.#onward(this.#boxes.indexOf(box) + 1);
       } else this.#paint();
     } else if (gone) {
       const image = this.#sheet?.image.id;
@@ -569,7 +581,7 @@ export class LabelScreen {
       this.#paint();
       this.#save();
     }
-    this.#onward();
+    this.#onward(this.#boxes.indexOf(box) + 1);
   }
 
   // Give boxes that have no name the current class; where there is none, ask for it and say no.
@@ -589,20 +601,18 @@ export class LabelScreen {
     if (place < 0) return;
     const [box] = this.#boxes.splice(place, 1);
     if (box.source !== "user" && box.id) this.#rejected.push({ ...box, status: "rejected", key: `r${box.id}` });
-    const next = this.#boxes
-      .slice(place)
-      .concat(this.#boxes.slice(0, place))
-      .find((one) => one.status === "proposed" && this.#isShown(one));
     this.#paint();
-    if (next) this.editor.select(next.key);
     this.#save();
+    this.#onward(place);
   }
 
-  // To the next box that nobody has looked at, if one is left.
-  #onward() {
-    if (this.#boxes.some((box) => box.status === "proposed" && this.#isShown(box))) {
-      this.editor.step(1, { only: (box) => box.status === "proposed" });
-    }
+  // Select the next proposal from a place on that nobody has decided on; nothing where none is left, so that no key
+  // changes what is settled.
+  #onward(place = 0) {
+    const next = [...this.#boxes.slice(place), ...this.#boxes.slice(0, place)].find(
+      (box) => box.status === "proposed" && this.#isShown(box),
+    );
+    this.editor.select(next?.key ?? null);
   }
 
   setScore(score) {
@@ -610,6 +620,20 @@ export class LabelScreen {
     localStorage.setItem("simdetr.min_score", score);
     this.scoreText.textContent = score.toFixed(2);
     this.#paint();
+    if (!this.editor.selected) this.#onward();
+    clearTimeout(this.recounting);
+    this.recounting = setTimeout(() => this.#recount().catch((error) => this.#say(error)), RECOUNT_MS);
+  }
+
+  // The image of a sheet with as many boxes as are shown.
+  #counted({ image, boxes }) {
+    const proposed = boxes.filter((box) => box.status === "proposed" && this.#isShown(box)).length;
+    return { ...image, counts: { ...image.counts, proposed } };
+  }
+
+  async #recount() {
+    await Promise.all([this.picker.load(), this.queue.load()]);
+    if (this.#sheet) this.queue.current(this.#counted(this.#sheet));
   }
 
   async shot(negative) {
@@ -695,10 +719,10 @@ export class LabelScreen {
         editor.fit();
         break;
       case "undo":
-        if (!this.undo.disabled || this.#saver.pending) this.#saver.write("POST", "/undo");
+        if (!this.undo.disabled || this.#saver.pending) await this.#travel("/undo");
         break;
       case "redo":
-        if (!this.redo.disabled) this.#saver.write("POST", "/redo");
+        if (!this.redo.disabled) await this.#travel("/redo");
         break;
       case "back": {
         const image = this.queue.beside(this.#sheet.image.id, -1);
@@ -717,6 +741,16 @@ export class LabelScreen {
     }
   }
 
+  // Undo or redo, and select the box that it changed: the next key is meant for that one.
+  async #travel(path) {
+    const saver = this.#saver;
+    const before = new Map(this.#boxes.map((box) => [box.key, stamp(box)]));
+    if (!(await saver.write("POST", path)) || saver !== this.#saver) return;
+    const changed = this.#boxes.find((box) => before.get(box.key) !== stamp(box) && this.#isShown(box));
+    if (changed) this.editor.select(changed.key);
+    else if (!this.editor.selected) this.#onward();
+  }
+
   #ignore(key) {
     const box = this.#find(key);
     if (!box) return;
@@ -733,6 +767,7 @@ export class LabelScreen {
     for (const box of shown) box.status = "inspected";
     this.#paint();
     this.#save();
+    this.#onward();
   }
 
   async #inspected() {
@@ -751,7 +786,7 @@ export class LabelScreen {
     try {
       const sheet = await write();
       if (!sheet) return;
-      this.queue.mark(sheet.image);
+      this.queue.mark(this.#counted(sheet));
       await this.#next(image.id);
       this.#count().catch((error) => this.#say(error)); // keys are for the next image already
     } catch (error) {
@@ -785,6 +820,7 @@ export class LabelScreen {
       const sheet = await get(`/images/${image.id}/boxes`);
       this.#saver.know(sheet);
       this.#adopt(sheet, this.#saver.keyed(sheet.boxes));
+      this.#onward();
       const found = this.#boxes.filter((box) => box.status === "proposed");
       const shown = found.filter((box) => this.#isShown(box)).length;
       const below = shown < found.length ? `, ${count(found.length - shown)} of them below the score` : "";

@@ -5,7 +5,7 @@ import { address, get, post } from "./api.js";
 import { lineChart } from "./charts.js";
 import { button, complain, empty, h, put, status } from "./elements.js";
 import { bytes, clock, count, DASH, decimal, duration, percent, seconds, sentence, when } from "./numbers.js";
-import { AT_WORK, KINDS, RunFeed } from "./runs.js";
+import { AT_WORK, KINDS, RunFeed, stateOf } from "./runs.js";
 
 const LOG_ROWS = 200;
 const STRATEGIES = [
@@ -97,7 +97,7 @@ export class ProgressScreen {
               "aria-current": run.id === this.#feed?.id ? "true" : null,
             },
             h("b", {}, `${KINDS[run.kind]} ${run.id}`),
-            status(run.state),
+            status(stateOf(run)),
             h(
               "span.muted",
               {},
@@ -162,7 +162,7 @@ export class ProgressScreen {
 
   async #seen(run, rows) {
     complain(this.detail, null);
-    put(this.title, `${KINDS[run.kind]} ${run.id} `, status(run.state));
+    put(this.title, `${KINDS[run.kind]} ${run.id} `, status(stateOf(run)));
     put(this.actions, this.#buttons(run));
     this.bar.value = run.progress;
     this.share.textContent = percent(run.progress, 0);
@@ -194,8 +194,12 @@ export class ProgressScreen {
         complain(this.detail, error);
       }
     };
+    const pauses = run.kind === "train" && run.state === "running";
     return [
-      AT_WORK.has(run.state) ? button("cancel-run", "Cancel", act("cancel"), { icon: "stop" }) : null,
+      pauses
+        ? button("pause-run", "Pause", act("cancel"), { icon: "pause", title: "Keep this step; resume goes on from it" })
+        : null,
+      AT_WORK.has(run.state) && !pauses ? button("cancel-run", "Cancel", act("cancel"), { icon: "stop" }) : null,
       run.resumable && !AT_WORK.has(run.state)
         ? button("resume-run", "Resume", act("resume"), { icon: "play", kind: "primary" })
         : null,

@@ -40,10 +40,11 @@ export class Queue {
   #current = null;
   #order = "";
 
-  // `open(id)` shows an image.
-  constructor(project, classes, open) {
+  // `open(id)` shows an image; proposals below `minScore()` are not counted.
+  constructor(project, { open, minScore }) {
     this.project = project;
     this.open = open;
+    this.minScore = minScore;
     this.view = h(
       "select",
       { testid: "filter-status", "aria-label": "Which images", onchange: () => this.load() },
@@ -89,7 +90,7 @@ export class Queue {
       this.list,
       this.note,
     );
-    this.classes = classes;
+    this.classes = [];
   }
 
   set classes(classes) {
@@ -114,7 +115,7 @@ export class Queue {
     const asked = ++this.#asked;
     this.#next = null;
     if (this.isQueue) {
-      const found = await get(`/projects/${this.project.id}/queue`, { limit: PAGE });
+      const found = await get(`/projects/${this.project.id}/queue`, { limit: PAGE, min_score: this.minScore() });
       if (asked !== this.#asked) return;
       this.#images = found.images;
       this.#order = found.order ? `Ordered by “${found.order.strategy}”.` : "Not ordered yet: by name.";
@@ -140,6 +141,7 @@ export class Queue {
       class_id: this.kind.value || null,
       source: this.source.value || null,
       search: this.search.value.trim() || null,
+      min_score: this.minScore(),
       limit: PAGE,
       after,
     });

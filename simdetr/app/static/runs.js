@@ -14,6 +14,10 @@ export const KINDS = {
   mine: "First proposals",
 };
 
+// What its state is called: a training that was stopped and can go on from a step is paused.
+export const stateOf = (run) =>
+  run.state === "cancelled" && run.kind === "train" && run.checkpoint ? "paused" : run.state;
+
 export class RunWatch extends EventTarget {
   runs = [];
   #project = null;

@@ -3,7 +3,7 @@
 import { address, get, post } from "./api.js";
 import { button, complain, field, h, put, status } from "./elements.js";
 import { bytes, count, day, plural } from "./numbers.js";
-import { KINDS } from "./runs.js";
+import { KINDS, stateOf } from "./runs.js";
 
 const PREVIEWS = 4;
 const LEAST_KEPT = 5; // images to measure by; fewer say too little
@@ -383,7 +383,7 @@ export class TrainScreen {
                 { href: `#/p/${this.project.id}/progress/${run.id}`, testid: "past-run" },
                 `${KINDS[run.kind]} ${run.id}`,
               ),
-              status(run.state),
+              status(stateOf(run)),
               h("span.muted", {}, `${count(run.done)} of ${count(run.total)} ${run.unit}`),
               h("span.muted", {}, day(run.created)),
               run.resumable

@@ -86,7 +86,6 @@ def test_arrows_move_and_resize_and_many_presses_are_one_edit(page, serve):
     image = site.images()[0]["id"]
     site.propose(image, class_id, [([100, 100, 200, 180], 0.9)])
     opened(page, site.screen("label", image))
-    page.keyboard.press("n")
     for _ in range(5):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("Shift+ArrowDown")

@@ -19,7 +19,6 @@ def test_one_key_names_and_accepts_and_what_was_not_named_is_gone(page, serve):
     opened(page, site.screen("label", image))
     expect(page.locator(f"{BOX}.proposed")).to_have_count(4)  # whatever their scores
     expect(page.get_by_test_id("class")).to_have_text(["cat01", "dog02", "no name yet4"])
-    page.keyboard.press("n")
     page.keyboard.press("2")
     page.keyboard.press("1")  # the next one is selected by itself
     page.keyboard.press("a")  # accepted with the current class
@@ -37,7 +36,6 @@ def test_without_any_class_the_first_name_is_asked_for_and_typed_once(page, serv
     unnamed = site.ask("POST", "/projects/1/classes", {"name": "object", "kind": "pseudo"})["id"]
     site.propose(image, unnamed, PLACES[:3], BoxSource.MINED)
     opened(page, site.screen("label", image))
-    page.keyboard.press("n")
     page.keyboard.press("a")
     expect(page.get_by_test_id("class-input")).to_be_focused()
     page.keyboard.type("고양이")

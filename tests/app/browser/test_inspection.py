@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
 from playwright.sync_api import expect
 
 from tests.app.browser.stage import BOX, drag, opened, saved
@@ -18,7 +21,6 @@ def test_twenty_images_are_inspected_by_keys_alone(page, serve):
     for done in range(20):
         expect(page.get_by_test_id("inspected-count")).to_contain_text(f"{done} of 20")
         expect(page.locator(f"{BOX}.proposed")).to_have_count(2)  # the third is below the score that is shown
-        page.keyboard.press("n")
         page.keyboard.press("a")
         if done % 3 == 0:
             page.keyboard.press("r")
@@ -31,6 +33,53 @@ def test_twenty_images_are_inspected_by_keys_alone(page, serve):
         boxes = site.boxes(image, rejected=True)
         second = [("rejected", cat), ("corrected", dog), ("inspected", cat)][place % 3]
         assert [(box["status"], box["class_id"]) for box in boxes] == [("inspected", cat), second, ("rejected", cat)]
+
+
+def test_the_surest_proposal_is_selected_and_every_key_acts_on_it_at_once(page, serve):
+    site = serve()
+    cat, dog = site.add_class("cat"), site.add_class("dog")
+    image = site.images()[0]["id"]
+    places = [[20, 20, 120, 100], [200, 200, 300, 300], [320, 20, 420, 90]]
+    site.propose(image, cat, list(zip(places, (0.5, 0.9, 0.7), strict=True)))
+    opened(page, site.screen("label", image))
+    chosen = page.locator(f"{BOX}.selected")
+    row = page.locator(".box-row.selected")
+    expect(chosen).to_have_attribute("aria-label", re.compile("Box 1: cat, proposed, 90.%"))
+    expect(row).to_contain_text("0.90")
+    page.keyboard.press("2")
+    expect(chosen).to_have_attribute("aria-label", re.compile("Box 2: cat, proposed, 70.%"))
+    page.keyboard.press("1")
+    expect(chosen).to_have_attribute("aria-label", re.compile("Box 3: cat, proposed, 50.%"))
+    page.keyboard.press("r")
+    expect(chosen).to_have_count(0)  # a further key changes nothing that is settled
+    page.keyboard.press("2")
+    saved(page)
+    status = {tuple(box["xyxy"]): (box["status"], box["class_id"]) for box in site.boxes(image, rejected=True)}
+    assert [status[tuple(place)] for place in places] == [("rejected", cat), ("corrected", dog), ("inspected", cat)]
+
+    page.keyboard.press("Control+z")
+    expect(chosen).to_have_attribute("aria-label", re.compile("Box 3: cat, proposed, 50.%"))
+    page.keyboard.press("Control+z")  # what is taken back is selected: the next key is for it
+    expect(chosen).to_have_attribute("aria-label", re.compile("Box 2: cat, proposed, 70.%"))
+    page.keyboard.press("Control+Shift+z")
+    expect(chosen).to_have_attribute("aria-label", re.compile("Box 2: cat, inspected, 70.%"))
+    page.keyboard.press("Enter")  # accepts what is left
+    expect(page.get_by_test_id("inspected-count")).to_contain_text("1 of 2")
+    assert sorted(box["status"] for box in site.boxes(image)) == ["corrected", "inspected", "inspected"]
+
+
+def test_a_box_is_drawn_within_the_selected_one_with_shift(page, serve):
+    site = serve()
+    image = site.images()[0]["id"]
+    whole = [5, 5, 600, 460]
+    site.propose(image, site.add_class("cat"), [(whole, 0.9)])
+    opened(page, site.screen("label", image))
+    page.keyboard.down("Shift")
+    drag(page, (100, 100), (200, 200))
+    page.keyboard.up("Shift")
+    saved(page)
+    found = {box["status"]: box["xyxy"] for box in site.boxes(image)}
+    assert found["proposed"] == whole and found["manual"] == pytest.approx([100, 100, 200, 200], abs=0.7)
 
 
 def test_a_class_is_made_by_its_name_and_the_drawn_box_waits_for_it(page, serve):
@@ -63,7 +112,7 @@ def test_the_question_mark_lists_the_keys_and_escape_ends_the_list(page, serve):
     site = serve()
     opened(page, site.screen("label"))
     page.keyboard.press("?")
-    expect(page.get_by_test_id("keys")).to_contain_text("Save as inspected, next image")
+    expect(page.get_by_test_id("keys")).to_contain_text("save as inspected, next image")
     page.keyboard.press("Enter")  # on its own button: closes, and inspects nothing
     expect(page.get_by_test_id("keys")).to_have_count(0)
     assert {image["status"] for image in site.images()} <= {"new", "in_inspection"}
@@ -82,7 +131,6 @@ def test_keys_are_for_the_next_image_at_once_and_what_is_left_is_counted(page, s
     page.keyboard.press("Enter")
     expect(page.get_by_test_id("image-name")).to_have_text(site.images()[1]["name"])
     expect(page.locator(f"{BOX}.proposed")).to_have_count(1)
-    page.keyboard.press("n")
     page.keyboard.press("a")
     expect(page.locator(f"{BOX}.inspected")).to_have_count(1)
     assert held and site.boxes(first)[0]["status"] == "inspected"
@@ -97,3 +145,9 @@ def test_proposals_below_the_score_are_spoken_of_and_not_taken_for_an_empty_imag
     opened(page, site.screen("label", image))
     expect(page.get_by_test_id("box-list")).to_contain_text("lower score")
     expect(page.get_by_test_id("hidden-note")).to_contain_text("1 proposal below 0.30")
+    expect(page.get_by_test_id("class")).to_have_text("cat01")  # no box, key 1
+    expect(page.get_by_test_id("queue-item").first).not_to_contain_text("box")
+    page.get_by_test_id("min-score").fill("0.05")
+    expect(page.get_by_test_id("class")).to_have_text("cat11")
+    expect(page.get_by_test_id("queue-item").first).to_contain_text("1 box")
+    expect(page.locator(f"{BOX}.selected")).to_have_count(1)

@@ -7,6 +7,9 @@ import re
 import pytest
 from playwright.sync_api import expect
 
+from simdetr.app.database import writing
+from simdetr.app.detectors_at_hand import files_of
+from simdetr.app.tables import Run, RunKind, RunState
 from tests.app.browser.stage import opened
 
 TRAINS_MS = 240_000
@@ -73,3 +76,23 @@ def test_nothing_to_learn_from_is_said_before_anything_starts(page, serve):
     page.goto(site.screen("train"))
     expect(page.get_by_test_id("train-hint")).to_contain_text("inspect some images first")
     expect(page.get_by_test_id("start-training")).to_be_disabled()
+
+
+def test_a_training_that_was_stopped_at_a_step_is_paused_and_offers_to_go_on(page, serve):
+    site = serve()
+    labelled(site, 1)
+    desk = site.app.state.desk
+    with writing(desk.engine) as session:
+        session.add(Run(project_id=1, kind=RunKind.TRAIN, state=RunState.CANCELLED, done=120, total=400, unit="steps"))
+        session.add(Run(project_id=1, kind=RunKind.TRAIN, state=RunState.CANCELLED))
+    point = files_of(desk.settings, 1, 1).training / "checkpoints" / "resume.ckpt"
+    point.parent.mkdir(parents=True)
+    point.write_bytes(b"")
+    page.goto(site.screen("progress", 1))
+    expect(page.locator(".run-title")).to_contain_text("paused")
+    expect(page.get_by_test_id("resume-run")).to_be_visible()
+    expect(page.get_by_test_id("run").locator(".status")).to_have_text(["cancelled", "paused"])
+    page.goto(site.screen("train"))
+    expect(page.locator("li", has=page.get_by_test_id("past-run")).locator(".status")).to_have_text(
+        ["cancelled", "paused"]
+    )

@@ -1,0 +1,108 @@
+"""A process beside the server answers; the server itself loads no torch, whatever it is asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from simdetr.app.aside import Aside
+from simdetr.app.picture_files import for_browser
+from simdetr.app.refusals import Refusal
+from simdetr.data.images import ImageRecord
+
+
+@pytest.fixture
+def aside(tmp_path):
+    aside = Aside(tmp_path / "aside.log")
+    yield aside
+    aside.stop()
+
+
+def test_a_function_is_called_in_a_process_of_its_own(aside):
+    assert aside.pid is None
+    assert aside.ask(os.getpid) == aside.pid != os.getpid()
+    assert aside.ask(print, "noise") is None  # what is printed there is no answer
+    assert aside.ask(math.gcd, 12, 18) == 6
+    assert aside.ask(sorted, [2, 3, 1], reverse=True) == [3, 2, 1]
+
+
+def test_refusals_come_as_they_are_and_other_errors_as_refusals(aside, tmp_path):
+    with pytest.raises(Refusal, match="there is no file for image x") as refused:
+        aside.ask(for_browser, ImageRecord("x", tmp_path / "nothing.png"))
+    assert refused.value.status == 404
+    with pytest.raises(Refusal) as refused:
+        aside.ask(math.factorial, -1)
+    assert (refused.value.status, refused.value.detail) == (409, "factorial() not defined for negative values")
+    assert "Traceback" in aside.log.read_text()
+    assert aside.ask(math.gcd, 4, 6) == 2
+
+
+def test_it_is_started_again_after_it_was_killed_or_had_nothing_to_do(tmp_path):
+    aside = Aside(tmp_path / "aside.log", idle_s=0.2)
+    first = aside.ask(os.getpid)
+    psutil.Process(first).wait(20)
+    second = aside.ask(os.getpid)
+    os.kill(second, signal.SIGTERM)
+    assert aside.ask(os.getpid) not in (first, second)
+    with pytest.raises(Refusal, match="has ended"):
+        aside.ask(os._exit, 7)
+    aside.stop()
+    with pytest.raises(Refusal, match="stopped"):
+        aside.ask(os.getpid)
+
+
+def test_it_ends_when_the_app_is_gone():
+    command = [sys.executable, "-m", "simdetr.app.aside", "600"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdin.close()
+    assert process.wait(60) == 0
+    process.stdout.close()
+
+
+ASKED = """
+import json, sys
+from pathlib import Path
+from fastapi.testclient import TestClient
+from simdetr.app.server import create_app
+from simdetr.app.settings import AppSettings
+from simdetr.app.tables import Run, RunKind, RunState
+from simdetr.app.database import writing
+
+images, out, detector, paths = sys.argv[1:]
+app = create_app(AppSettings(images=Path(images), out=Path(out), run=Path(detector), device="cpu", propose=False))
+with TestClient(app, base_url="http://127.0.0.1") as client:
+    app.state.desk.wait_for_index()
+    with writing(app.state.desk.engine) as session:
+        session.add(Run(project_id=1, kind=RunKind.DETECT, state=RunState.DONE, parameters={"image_ids": []}))
+    for path in json.loads(paths):
+        method, _, address = path.partition(" ")
+        answer = client.request(method, "/api" + address, json={} if method == "POST" else None)
+        assert answer.status_code < 300, (path, answer.status_code, answer.text)
+        assert "torch" not in sys.modules, path
+"""
+
+
+def test_the_server_loads_no_torch(own_scenes, small_detector, tmp_path):
+    paths = [
+        "GET /system",
+        "GET /projects/1",
+        "POST /projects/1/audit",
+        "GET /projects/1/estimate",
+        "GET /projects/1/models/start",
+        "GET /projects/1/models/start/memory",
+        "GET /projects/1/models/start/held_out",
+        "GET /images/1/augmented?rotation=10",
+        "GET /images/1/thumbnail",
+        "GET /formats",
+        "GET /augmentations",
+    ]
+    command = [sys.executable, "-c", ASKED, own_scenes / "images", tmp_path / "out", small_detector, json.dumps(paths)]
+    subprocess.run(list(map(str, command)), check=True, timeout=120, cwd=Path(__file__).parents[2])
