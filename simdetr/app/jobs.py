@@ -19,7 +19,8 @@ from simdetr.data.machine import default_device
 from simdetr.data.storage import json_ready, write_json
 from simdetr.detectors.predictions import best_per_query
 from simdetr.exchange.weights import LoadedDetector, load_detector
-from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, detect
+from simdetr.training.relabel import InferenceSettings, detect
+from simdetr.training.throughput import OF_THE_MACHINE
 
 LOG = logging.getLogger(__name__)
 PART = 64

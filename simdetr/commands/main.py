@@ -57,10 +57,10 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "relabel": "predict.relabel",
     "split": "prepare.split",
     "finetune": "pretrain.finetune",
-    "evaluate": "predict.evaluate",
+    "evaluate": "predict.evaluate_detector",
     "compare": "pretrain.compare",
-    "predict": "predict.predict",
-    "autolabel": "labelling.autolabel",
+    "predict": "predict.predict_images",
+    "autolabel": "labelling.autolabel_images",
     "label": "app.label",
     "label-order": "labelling.label_order",
     "label-simulate": "labelling.label_simulate",
@@ -76,7 +76,12 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "report": "pretrain.report",
     "rivals": "mine.rivals",
 }
-"""The function in ``simdetr.commands`` behind every command; it is imported when its command is given."""
+"""The function in ``simdetr.commands`` behind every command; its module is imported when its command is given.
+
+Those modules import at their top what the signatures need, and in the functions what the work needs: to ask for help or
+to mistype an option takes no torch. None of the functions with ``**arguments`` has a name of ``simdetr`` itself, which
+jsonargparse would import to tell the two apart.
+"""
 GROUPS = {
     "encoder": "Train an encoder for mining on your own images: fit.",
     "export": "Write boxes for other tools: labels; a detector for others: safetensors, transformers, official, onnx.",

@@ -18,8 +18,9 @@ In reading order:
     loop                active labelling, round after round
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from simdetr.data.first_use import names_on_first_use
 
 if TYPE_CHECKING:
     from simdetr.labelling.annotator import SimulatedAnnotator
@@ -27,6 +28,17 @@ if TYPE_CHECKING:
     from simdetr.labelling.image_selection import SelectionSettings
     from simdetr.labelling.loop import LoopSettings, label_order, simulate_labelling
     from simdetr.labelling.stopping import AcceptRate, Budget, ErrorBound, Kappa, errors_left
+else:
+    __getattr__, __dir__ = names_on_first_use(
+        __name__,
+        {
+            "annotator": ("SimulatedAnnotator",),
+            "autolabel": ("AutolabelRun", "AutolabelSettings"),
+            "image_selection": ("SelectionSettings",),
+            "loop": ("LoopSettings", "label_order", "simulate_labelling"),
+            "stopping": ("AcceptRate", "Budget", "ErrorBound", "Kappa", "errors_left"),
+        },
+    )
 
 __all__ = [
     "AcceptRate",
@@ -42,25 +54,3 @@ __all__ = [
     "label_order",
     "simulate_labelling",
 ]
-
-_HOMES = {
-    "AcceptRate": "stopping",
-    "AutolabelRun": "autolabel",
-    "AutolabelSettings": "autolabel",
-    "Budget": "stopping",
-    "ErrorBound": "stopping",
-    "Kappa": "stopping",
-    "LoopSettings": "loop",
-    "SelectionSettings": "image_selection",
-    "SimulatedAnnotator": "annotator",
-    "errors_left": "stopping",
-    "label_order": "loop",
-    "simulate_labelling": "loop",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Import a name's module when it is first used: an estimate of errors needs nothing that trains."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'simdetr.labelling' has no attribute {name!r}")
-    return getattr(import_module(f"simdetr.labelling.{_HOMES[name]}"), name)

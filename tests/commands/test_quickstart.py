@@ -58,7 +58,7 @@ def test_own_images_get_the_recipe_of_the_machine(scenes, tmp_path, monkeypatch)
     def stop(images, out, config, **more):
         raise Stop(config)
 
-    monkeypatch.setattr(module.pipeline, "pretrain", stop)
+    monkeypatch.setattr("simdetr.pipeline.pretrain", stop)
     monkeypatch.setattr(module, "draw_scenes", lambda folder: LabelledSet(scenes, scenes, scenes, scenes))
     for own, expected in ((LabelledSet(scenes, scenes, scenes, scenes), ()), (None, (module.PRETRAIN_CONFIG,))):
         with pytest.raises(Stop) as stopped:
