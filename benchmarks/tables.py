@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.app_tables import labelling_app
-from benchmarks.detector_tables import deformable_attention, detector_families, inference_speed, matcher, training_step
+from benchmarks.detector_tables import (
+    deformable_attention,
+    detector_families,
+    inference_speed,
+    matcher,
+    start_up,
+    training_step,
+)
 from benchmarks.environment import RESULTS
 from benchmarks.head_tables import head_overhead, landmark_query, landmark_study, localisation_study
 from benchmarks.labelling_tables import active, autolabel, stopping, verification
@@ -161,6 +168,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "landmark_query": lambda result: f"{landmark_query(result)}\n{source(result['environment'])}",
     "localisation_study": lambda result: f"{localisation_study(result)}\n{source(result['environment'])}",
     "head_overhead": lambda result: f"{head_overhead(result)}\n{source(result['environment'])}",
+    "start_up": lambda result: f"{start_up(result)}\n{source(result['environment'])}",
     "inference_speed": lambda result: f"{inference_speed(result)}\n{source(result['environment'])}",
 }
 

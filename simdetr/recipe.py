@@ -40,11 +40,11 @@ from simdetr.exchange.weights import (
     without_downloads,
 )
 from simdetr.mining.batch import MiningConfig
+from simdetr.mining.clustering_config import ClusteringConfig
 from simdetr.mining.colour_texture import ColourTextureEncoder
 from simdetr.mining.encoders import Encoder
 from simdetr.mining.miner import mine
 from simdetr.mining.processes import Job, mine_in_processes
-from simdetr.mining.pseudo_labels import ClusteringConfig
 from simdetr.mining.store import ProposalStore
 from simdetr.training.auto_batch import BatchSettings, Scaling, auto_batch_options
 from simdetr.training.datamodule import DetectionData, sizes_up_to

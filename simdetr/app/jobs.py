@@ -173,7 +173,7 @@ def _mine(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
 
 def _order(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
     from simdetr.labelling import loop
-    from simdetr.labelling.image_selection import SelectionSettings
+    from simdetr.labelling.choices import SelectionSettings
 
     asked, source = job["parameters"], open_images(files.images)
     files.tell(done=0, total=len(source), unit="images", message="looking at the images")
@@ -208,7 +208,8 @@ def _embed(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _autolabel(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
-    from simdetr.labelling.autolabel import AutolabelSettings, autolabel
+    from simdetr.labelling.autolabel import autolabel
+    from simdetr.labelling.choices import AutolabelSettings
     from simdetr.pipeline import SEEDS
 
     asked = dict(job["parameters"])

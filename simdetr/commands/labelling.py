@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from simdetr.labelling.choices import AutolabelSettings, LoopSettings, SelectionSettings
+
 OUT = Console()
 
 
@@ -46,7 +48,7 @@ def autolabel_images(
         device: Torch device; the GPU if there is one.
         settings: How few labels become many.
     """
-    from simdetr.labelling.autolabel import AutolabelSettings, autolabel
+    from simdetr.labelling.autolabel import autolabel
 
     run = autolabel(
         images,
@@ -105,7 +107,6 @@ def label_order(
         settings: How images are ordered.
     """
     from simdetr.labelling import loop
-    from simdetr.labelling.image_selection import SelectionSettings
 
     choice = SelectionSettings(**settings)
     order = loop.label_order(
@@ -171,7 +172,7 @@ def label_simulate(
         encoder=encoder,
         options=options,
         device=device,
-        settings=loop.LoopSettings(**settings),
+        settings=LoopSettings(**settings),
         annotator=SimulatedAnnotator(
             misses=misses, accepts_wrong=accepts_wrong, accept_iou=accept_iou, keeps_boxes=keeps_boxes
         ),

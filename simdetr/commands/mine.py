@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from simdetr.data.storage import locate
+from simdetr.mining.clustering_config import ClusteringConfig
 
 OUT = Console()
 
@@ -69,7 +70,6 @@ def cluster(run: Path, device: str | None = None, **settings: Any) -> None:
         settings: Of the clustering.
     """
     from simdetr import pipeline
-    from simdetr.mining.pseudo_labels import ClusteringConfig
     from simdetr.training.run_folder import leads
 
     labels = pipeline.cluster_proposals(run, ClusteringConfig(**settings), device=device)

@@ -52,7 +52,7 @@ def doctor(path: Path, labels: Path | None = None, checkpoint: Path | None = Non
         sys.exit(1)
 
 
-def split(
+def split_labels(
     labels: Path,
     out: Path,
     protocol: Literal["fractions", "shots", "classes", "rf20-vl-fsod"],

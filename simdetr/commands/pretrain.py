@@ -11,7 +11,7 @@ from rich.markdown import Markdown
 OUT = Console()
 
 
-def pretrain(
+def pretrain_detector(
     images: str,
     out: Path,
     config: tuple[str, ...] = (),
@@ -56,7 +56,7 @@ def pretrain(
     OUT.print(f"report: {run.report}", soft_wrap=True)
 
 
-def finetune(
+def finetune_detector(
     images: str,
     labels: str,
     out: Path,
@@ -96,7 +96,7 @@ def finetune(
     OUT.print(f"detector: {detector}", soft_wrap=True)
 
 
-def compare(
+def compare_trainings(
     images: str,
     labels: str,
     val_images: str,
@@ -140,7 +140,7 @@ def compare(
     OUT.print(Markdown(comparison_table(rows)))
 
 
-def report(run: Path, images: str, truth: Path | None = None) -> None:
+def report_run(run: Path, images: str, truth: Path | None = None) -> None:
     """Write the report page of a run from what is in its folder.
 
     Args:

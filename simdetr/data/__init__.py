@@ -23,6 +23,7 @@ In reading order:
     pretrained_weights  checkpoint, package or URL -> the tensors of a backbone
     doctor              what is wrong with images and labels, before a long run meets it
     scenes              drawn images with exact boxes
+    legal_values        is a value one of the few that there are
     first_use           names of a folder that are imported when they are first used
     class_paths         classes that configs and checkpoints name, also by the names of before
     storage             paths and URLs; files that are there whole or not at all

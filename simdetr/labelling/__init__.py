@@ -2,6 +2,7 @@
 
 In reading order:
 
+    choices             what a user can choose
     autolabel           the whole way from shots to a labelled set and a detector, stage by stage
     shots               what people give in -> what a labelling works on
     candidates          detections -> candidates for labels, each with a reason
@@ -24,18 +25,18 @@ from simdetr.data.first_use import names_on_first_use
 
 if TYPE_CHECKING:
     from simdetr.labelling.annotator import SimulatedAnnotator
-    from simdetr.labelling.autolabel import AutolabelRun, AutolabelSettings
-    from simdetr.labelling.image_selection import SelectionSettings
-    from simdetr.labelling.loop import LoopSettings, label_order, simulate_labelling
+    from simdetr.labelling.autolabel import AutolabelRun
+    from simdetr.labelling.choices import AutolabelSettings, LoopSettings, SelectionSettings
+    from simdetr.labelling.loop import label_order, simulate_labelling
     from simdetr.labelling.stopping import AcceptRate, Budget, ErrorBound, Kappa, errors_left
 else:
     __getattr__, __dir__ = names_on_first_use(
         __name__,
         {
             "annotator": ("SimulatedAnnotator",),
-            "autolabel": ("AutolabelRun", "AutolabelSettings"),
-            "image_selection": ("SelectionSettings",),
-            "loop": ("LoopSettings", "label_order", "simulate_labelling"),
+            "choices": ("AutolabelSettings", "LoopSettings", "SelectionSettings"),
+            "autolabel": ("AutolabelRun",),
+            "loop": ("label_order", "simulate_labelling"),
             "stopping": ("AcceptRate", "Budget", "ErrorBound", "Kappa", "errors_left"),
         },
     )

@@ -14,6 +14,7 @@ In reading order:
     store                mined regions on disk: Parquet shards and a manifest
     miner                a whole image source -> a store, resumable, by many processes
     processes            starts those processes on one machine
+    clustering_config    what a user can choose of the next one
     kmeans               global clustering of more features than fit in memory
     certainty            mined scores -> how likely each box is an object
     pseudo_labels        a store -> the labels T0
@@ -27,12 +28,13 @@ from simdetr.data.first_use import names_on_first_use
 
 if TYPE_CHECKING:
     from simdetr.mining.batch import MiningConfig, cluster_maps, mine_batch, mine_maps
+    from simdetr.mining.clustering_config import ClusteringConfig
     from simdetr.mining.colour_texture import ColourTextureEncoder
     from simdetr.mining.encoders import Encoder, FittedEncoder, TimmEncoder
     from simdetr.mining.filters import FILTERS, apply_filters
     from simdetr.mining.kmeans import KMeans, fit_kmeans
     from simdetr.mining.miner import mine
-    from simdetr.mining.pseudo_labels import ClusteringConfig, make_pseudo_labels
+    from simdetr.mining.pseudo_labels import make_pseudo_labels
     from simdetr.mining.regions import Candidates, Regions, connected_components
     from simdetr.mining.store import ProposalRow, ProposalStore
 else:
@@ -40,12 +42,13 @@ else:
         __name__,
         {
             "batch": ("MiningConfig", "cluster_maps", "mine_batch", "mine_maps"),
+            "clustering_config": ("ClusteringConfig",),
             "colour_texture": ("ColourTextureEncoder",),
             "encoders": ("Encoder", "FittedEncoder", "TimmEncoder"),
             "filters": ("FILTERS", "apply_filters"),
             "kmeans": ("KMeans", "fit_kmeans"),
             "miner": ("mine",),
-            "pseudo_labels": ("ClusteringConfig", "make_pseudo_labels"),
+            "pseudo_labels": ("make_pseudo_labels",),
             "regions": ("Candidates", "Regions", "connected_components"),
             "store": ("ProposalRow", "ProposalStore"),
         },

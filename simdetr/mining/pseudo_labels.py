@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,8 @@ from simdetr.data.annotations import Category, Lineage
 from simdetr.data.labels import Labels
 from simdetr.data.storage import write_json
 from simdetr.mining.certainty import certainty
+from simdetr.mining.clustering_config import ClusteringConfig
 from simdetr.mining.kmeans import (
-    Backend,
     Iteration,
     Journal,
     KMeans,
@@ -43,25 +43,6 @@ _log = logging.getLogger(__name__)
 _KEEP_IN_MEMORY_BYTES = 1 << 30  # fp16 features of all ranks up to here are read once, more in every pass
 CENTROIDS, RECORD = "clustering.safetensors", "clustering.json"
 _NUMBERS = {"area": np.float32, "score": np.float32, "stride": np.int16, "k": np.int16, "cluster": np.int16}
-
-
-@dataclass(frozen=True)
-class ClusteringConfig:
-    """Global clustering of region features into pseudo-classes.
-
-    Args:
-        num_classes: Pseudo-classes; 1 = class-unaware.
-        seed: Seed of the starting centroids.
-        spherical: Compare features by direction, not by distance.
-        max_iterations: Passes over all features at most.
-        backend: What finds the nearest centroid; torch is the faster on CPUs.
-    """
-
-    num_classes: int = 2048
-    seed: int = 0
-    spherical: bool = True
-    max_iterations: int = 50
-    backend: Backend = "torch"
 
 
 def make_pseudo_labels(

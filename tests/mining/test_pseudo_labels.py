@@ -17,8 +17,8 @@ from safetensors import safe_open
 from simdetr.mining import pseudo_labels
 from simdetr.mining import store as stores
 from simdetr.mining.certainty import certainty
+from simdetr.mining.clustering_config import ClusteringConfig
 from simdetr.mining.pseudo_labels import (
-    ClusteringConfig,
     RegionBlocks,
     cluster_regions,
     count_regions,
