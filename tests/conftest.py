@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.multiprocessing as mp
 import yaml
 
 from simdetr.data.annotations import Category, ImageLabels
@@ -120,6 +122,21 @@ OTHERS = {
     ),
 }
 """The smallest detectors of other libraries: class path and arguments without ``num_classes``."""
+
+
+FORKED = "forkserver"
+multiprocessing.set_forkserver_preload(["simdetr.labelling.autolabel"])
+"""Processes come from a server that has imported nearly everything once, instead of taking seconds of imports each."""
+
+
+@pytest.fixture(scope="session")
+def in_two_processes() -> Callable[..., None]:
+    """Calls a function with rank and arguments in two processes; raises as ``torch.multiprocessing`` does."""
+
+    def run(function: Callable[..., None], *arguments: object) -> None:
+        mp.start_processes(function, arguments, nprocs=2, start_method=FORKED)
+
+    return run
 
 
 @pytest.fixture(scope="session", autouse=True)

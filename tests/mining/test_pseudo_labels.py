@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors import safe_open
 
 from simdetr.mining import pseudo_labels
@@ -212,9 +211,9 @@ def _label(rank, address, folder, out):
 
 
 @pytest.mark.dist
-def test_two_ranks_end_with_the_labels_of_one(store, tmp_path):
+def test_two_ranks_end_with_the_labels_of_one(in_two_processes, store, tmp_path):
     store, _ = store
-    mp.spawn(_label, args=(tmp_path / "rendezvous", store.folder, tmp_path), nprocs=2)
+    in_two_processes(_label, tmp_path / "rendezvous", store.folder, tmp_path)
     alone = make_pseudo_labels(store, ClusteringConfig(KINDS, seed=1))
     for rank in range(2):
         found = np.load(tmp_path / f"{rank}.npz")
