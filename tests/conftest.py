@@ -219,12 +219,18 @@ def run_until_killed() -> Callable[..., None]:
     """Runs a script in a process of its own, with words as its arguments, until it calls ``die``, which is kill -9."""
 
     def run(script: str, *words: object) -> None:
-        command = [sys.executable, "-c", DIE + script, *map(str, words)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        process = multiprocessing.get_context(FORKED).Process(target=_run_script, args=(DIE + script, *map(str, words)))
+        process.start()
+        process.join(600)
+        assert process.exitcode == -signal.SIGKILL
 
     return run
+
+
+def _run_script(script: str, *words: str) -> None:
+    sys.argv = ["-c", *words]
+    torch.set_num_threads(1)
+    exec(script, {"__name__": "__main__"})
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from simdetr.data.label_files import read_labels
 
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "simdetr")
 PROCESSES = multiprocessing.get_context("forkserver")
-"""Makes processes that have imported everything (tests/conftest.py): no kill falls into imports, which write no files."""
+"""Makes processes that have imported everything (tests/conftest.py), so that no kill falls into the imports."""
 
 
 class Command:
