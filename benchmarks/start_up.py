@@ -28,19 +28,7 @@ from simdetr.exchange.weights import class_path_of, save_detector
 HERE = Path(__file__).parents[1]
 BARS_S = {"simdetr --help": 0.3, "simdetr predict (one image)": 4.0}
 """Wall-clock seconds on an idle machine, at most."""
-HELPS = (
-    "",
-    "predict",
-    "pretrain",
-    "finetune",
-    "mine",
-    "cluster",
-    "autolabel",
-    "convert",
-    "doctor",
-    "export onnx",
-    "label",
-)
+HELPS = ("", "predict", "pretrain", "autolabel", "convert")
 """Commands whose help is asked for; the first is ``simdetr`` itself."""
 
 
