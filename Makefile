@@ -18,7 +18,7 @@ quickstart: $(VENV)/quickstart-installed ## render scenes, pretrain, fine-tune, 
 	$(BIN)/simdetr quickstart --out runs/quickstart
 
 test: $(VENV)/dev-installed $(VENV)/weights-installed ## the default tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-all: ## the slow tests too
 	$(MAKE) test PYTEST_ARGS='-m "slow or not slow"'

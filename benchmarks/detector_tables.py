@@ -151,6 +151,30 @@ def inference_speed(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n" + _NO_GPU[result["gpu"]]
 
 
+def start_up(result: dict[str, Any]) -> str:
+    """How long commands take to begin."""
+    lines = [
+        "**Start of commands** (whole processes, medians in turns with the state of before"
+        + (f", `{result['before']}`" if result["before"] else "")
+        + "; user-CPU time, which other work on the machine hardly changes, and wall clock):",
+        "",
+        "| | CPU, before | CPU, now | wall, before | wall, now | bar, idle machine |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        old, new = row["before"], row["now"]
+        bar = "" if row["bar_s"] is None else f"{row['bar_s']:.1f} s"
+        lines.append(
+            f"| `{row['command']}` | {old['cpu_s']:.2f} s | {new['cpu_s']:.2f} s | {old['wall_s']:.2f} s | "
+            f"{new['wall_s']:.2f} s | {bar} |"
+        )
+    load = result["environment"]["load_at_start"]
+    return (
+        "\n".join(lines)
+        + f"\n\nLoad of the machine at the start: {load:.1f} on {result['environment']['cores']} cores.\n"
+    )
+
+
 def training_profile(result: dict[str, Any]) -> str:
     """Parts of a step and its longest operators, for the page."""
     blocks = []

@@ -30,8 +30,8 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.environment import RESULTS, environment, write_result
 from simdetr.mining import pseudo_labels
+from simdetr.mining.clustering_config import ClusteringConfig
 from simdetr.mining.kmeans import _means, assign_blocks, fit_kmeans, sample_rows, spread_starts
-from simdetr.mining.pseudo_labels import ClusteringConfig
 from simdetr.mining.regions import Regions
 from simdetr.mining.store import Manifest, ProposalRow, ProposalStore
 

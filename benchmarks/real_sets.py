@@ -41,8 +41,9 @@ from simdetr.data.storage import atomic_path, json_ready
 from simdetr.detectors.predictions import best_per_query
 from simdetr.evaluation.coco_metric import match_boxes
 from simdetr.exchange.weights import load_detector
+from simdetr.mining.clustering_config import ClusteringConfig
 from simdetr.mining.miner import mine
-from simdetr.mining.pseudo_labels import ClusteringConfig, make_pseudo_labels
+from simdetr.mining.pseudo_labels import make_pseudo_labels
 from simdetr.recipe import PipelineSections, Recipe, SelfTrainingConfig
 from simdetr.training.fusion import fuse
 from simdetr.training.relabel import InferenceSettings, detect

@@ -15,6 +15,7 @@ from benchmarks.detector_tables import (
     detector_families,
     inference_speed,
     matcher,
+    start_up,
     training_step,
 )
 from benchmarks.environment import RESULTS
@@ -169,6 +170,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "landmark_query": lambda result: f"{landmark_query(result)}\n{source(result['environment'])}",
     "localisation_study": lambda result: f"{localisation_study(result)}\n{source(result['environment'])}",
     "head_overhead": lambda result: f"{head_overhead(result)}\n{source(result['environment'])}",
+    "start_up": lambda result: f"{start_up(result)}\n{source(result['environment'])}",
     "inference_speed": lambda result: f"{inference_speed(result)}\n{source(result['environment'])}",
 }
 

@@ -6,8 +6,9 @@ Read ``simdetr/pipeline.py`` first: it is the whole method, one call per step. N
 used (PEP 562), because torch and Lightning take seconds and ``simdetr --help`` should not.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from simdetr.data.first_use import names_on_first_use
 
 if TYPE_CHECKING:
     from simdetr.data.images import ImageSource, open_images
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
     from simdetr.mining.store import ProposalStore
     from simdetr.pipeline import compare, finetune, mine_proposals, pretrain, report
     from simdetr.training.inference import evaluate, predict
+else:
+    __getattr__, __dir__ = names_on_first_use(
+        __name__,
+        {
+            "data.images": ("ImageSource", "open_images"),
+            "data.label_files": ("read_labels", "write_labels"),
+            "data.labels": ("Labels",),
+            "data.protocols": ("split",),
+            "labelling.autolabel": ("autolabel",),
+            "mining.store": ("ProposalStore",),
+            "pipeline": ("compare", "finetune", "mine_proposals", "pretrain", "report"),
+            "training.inference": ("evaluate", "predict"),
+        },
+    )
 
 __all__ = [
     "ImageSource",
@@ -36,28 +51,3 @@ __all__ = [
     "split",
     "write_labels",
 ]
-
-_HOMES = {
-    "ImageSource": "simdetr.data.images",
-    "open_images": "simdetr.data.images",
-    "Labels": "simdetr.data.labels",
-    "read_labels": "simdetr.data.label_files",
-    "write_labels": "simdetr.data.label_files",
-    "split": "simdetr.data.protocols",
-    "evaluate": "simdetr.training.inference",
-    "predict": "simdetr.training.inference",
-    "ProposalStore": "simdetr.mining.store",
-    "autolabel": "simdetr.labelling.autolabel",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module 'simdetr' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(_HOMES.get(name, "simdetr.pipeline")), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

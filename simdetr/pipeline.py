@@ -25,8 +25,9 @@ from simdetr.data.machine import default_device
 from simdetr.data.storage import content_hash, locate
 from simdetr.evaluation.compare import BACKBONE_ONLY, PRETRAINED, SCRATCH, ComparisonRows
 from simdetr.exchange.weights import is_saved, load_detector
+from simdetr.mining.clustering_config import ClusteringConfig
 from simdetr.mining.kmeans import process_group, rank
-from simdetr.mining.pseudo_labels import ClusteringConfig, count_regions, make_pseudo_labels
+from simdetr.mining.pseudo_labels import count_regions, make_pseudo_labels
 from simdetr.mining.store import MANIFEST, ProposalStore
 from simdetr.recipe import MiningJob, PipelineSections, Recipe, contents_of, fit_to_device, is_chosen, say_time
 from simdetr.reports.page import write_report

@@ -40,25 +40,26 @@ from simdetr.exchange.weights import (
     without_downloads,
 )
 from simdetr.mining.batch import MiningConfig
+from simdetr.mining.clustering_config import ClusteringConfig
+from simdetr.mining.colour_texture import ColourTextureEncoder
 from simdetr.mining.encoders import Encoder
 from simdetr.mining.miner import mine
 from simdetr.mining.processes import Job, mine_in_processes
-from simdetr.mining.pseudo_labels import ClusteringConfig
 from simdetr.mining.store import ProposalStore
 from simdetr.training.auto_batch import BatchSettings, Scaling, auto_batch_options
 from simdetr.training.datamodule import DetectionData, sizes_up_to
 from simdetr.training.detection_task import CocoValidation, DetectionTask, check_start, fixed_parts
 from simdetr.training.fusion import Fusion
-from simdetr.training.progress import TrainingProgress
-from simdetr.training.relabel import Throughput
 from simdetr.training.run_folder import CHECKPOINTS, RunFolder, leads
 from simdetr.training.run_time import QUERIES, measure
+from simdetr.training.throughput import Throughput
 from simdetr.training.train import AtomicCheckpointIO, checkpoint_callbacks
+from simdetr.training.training_bar import TrainingProgress
 
 LOG = logging.getLogger(__name__)
 _MINE = "from simdetr.mining.processes import work; from simdetr.recipe import MiningJob; work(MiningJob.build)"
 _DETECTOR = "--model.detector=simdetr.detectors.DeformableDETR"  # a recipe wants one; mining does not use it
-DEFAULT_ENCODER = "simdetr.mining.colour_texture.ColourTextureEncoder"
+DEFAULT_ENCODER = f"{ColourTextureEncoder.__module__}.{ColourTextureEncoder.__name__}"
 
 
 @dataclass(frozen=True)

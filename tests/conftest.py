@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.multiprocessing as mp
 import yaml
 
 from simdetr.data.annotations import Category, ImageLabels
@@ -122,6 +124,21 @@ OTHERS = {
 """The smallest detectors of other libraries: class path and arguments without ``num_classes``."""
 
 
+FORKED = "forkserver"
+multiprocessing.set_forkserver_preload(["simdetr.labelling.autolabel"])
+"""Processes come from a server that has imported nearly everything once, instead of taking seconds of imports each."""
+
+
+@pytest.fixture(scope="session")
+def in_two_processes() -> Callable[..., None]:
+    """Calls a function with rank and arguments in two processes; raises as ``torch.multiprocessing`` does."""
+
+    def run(function: Callable[..., None], *arguments: object) -> None:
+        mp.start_processes(function, arguments, nprocs=2, start_method=FORKED)
+
+    return run
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
@@ -202,12 +219,18 @@ def run_until_killed() -> Callable[..., None]:
     """Runs a script in a process of its own, with words as its arguments, until it calls ``die``, which is kill -9."""
 
     def run(script: str, *words: object) -> None:
-        command = [sys.executable, "-c", DIE + script, *map(str, words)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        process = multiprocessing.get_context(FORKED).Process(target=_run_script, args=(DIE + script, *map(str, words)))
+        process.start()
+        process.join(600)
+        assert process.exitcode == -signal.SIGKILL
 
     return run
+
+
+def _run_script(script: str, *words: str) -> None:
+    sys.argv = ["-c", *words]
+    torch.set_num_threads(1)
+    exec(script, {"__name__": "__main__"})
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,8 @@ ORDER = (
 """Folders and files of the root; each may import those before it."""
 WITHOUT_LIGHTNING = ORDER[: ORDER.index("training")]
 TESTED_ELSEWHERE = {
+    "reports/prediction_samples.py": "tests/test_heads_at_work.py looks at what it writes",
+    "mining/clustering_config.py": "tests/mining/test_pseudo_labels.py clusters with every choice",
     "labelling/corrector_networks.py": "tests/labelling/test_correction.py trains and applies them",
 }
 """Modules without a test file of their own name, and where they are tested."""
@@ -162,6 +164,25 @@ def test_public_names():
     assert set(simdetr.__all__) <= set(dir(simdetr))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         simdetr.nothing  # noqa: B018
+
+
+ON_FIRST_USE = [path for path in MODULES if path.name == "__init__.py" and "names_on_first_use" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", ON_FIRST_USE, ids=name_of)
+def test_names_on_first_use_are_those_that_type_checkers_see(path):
+    """Each name stands in three lists, and is no module's, which it would be taken for once that was imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = ".".join(["simdetr", *path.parent.relative_to(PACKAGE).parts])
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {node.module: tuple(alias.name for alias in node.names) for node in checked.body}
+    (call,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    homes = {f"{package}.{module}": names for module, names in ast.literal_eval(call.args[1]).items()}
+    (public,) = [node.value for node in tree.body if isinstance(node, ast.Assign)]
+    assert homes == seen
+    names = [name for names in homes.values() for name in names]
+    assert sorted(ast.literal_eval(public)) == sorted(names) and len(names) == len(set(names))
+    assert not set(names) & {entry.stem for entry in path.parent.iterdir()}
 
 
 def test_importing_everything_warns_of_nothing():

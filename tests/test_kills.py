@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -17,12 +19,66 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from simdetr.commands.main import main
 from simdetr.data.coco import write_coco
 from simdetr.data.label_files import read_labels
 
-ALONE = ("-m", "simdetr")
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "simdetr")
-Process = subprocess.Popen[bytes]
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Makes processes that have imported everything (tests/conftest.py), so that no kill falls into the imports."""
+
+
+class Command:
+    """A process that runs ``simdetr`` with these words, killed or not; ``ranks`` are under torchrun."""
+
+    def __init__(self, words: tuple[str, ...], out: Path, *, ranks: bool) -> None:
+        words, self._said = (*words, "--out", str(out)), out.with_name(f"{out.name}.stderr")
+        self._process: BaseProcess | subprocess.Popen[bytes]
+        if ranks:
+            with self._said.open("wb") as stderr:
+                self._process = subprocess.Popen(
+                    [sys.executable, *TWO_RANKS, *words],
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                )
+        else:
+            self._process = PROCESSES.Process(target=run_command, args=(words, self._said))
+            self._process.start()
+        assert self._process.pid is not None
+        self.process = psutil.Process(self._process.pid)
+
+    @property
+    def status(self) -> int | None:
+        """What it ended with; None while it runs."""
+        return self._process.exitcode if isinstance(self._process, BaseProcess) else self._process.poll()
+
+    def wait(self, seconds: float = 300) -> bool:
+        """Whether it ends within so many seconds."""
+        end = time.monotonic() + seconds
+        while self.status is None and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.status is not None
+
+    def ended_well(self) -> None:
+        assert self.wait() and self.status == 0, self._said.read_text()
+
+    def until_there(self, path: Path) -> None:
+        while not path.exists() and self.status is None:
+            time.sleep(0.02)
+
+    def a_rank(self, rng: random.Random) -> psutil.Process:
+        """One of those that torchrun has started."""
+        return rng.choice(sorted(self.process.children(), key=lambda child: child.pid))
+
+
+def run_command(words: tuple[str, ...], said: Path) -> None:
+    """In a process of its own, from which nothing is heard but its errors."""
+    with said.open("wb") as stderr, Path(os.devnull).open("wb") as nowhere:
+        os.dup2(stderr.fileno(), 2)
+        os.dup2(nowhere.fileno(), 1)
+    torch.set_num_threads(1)
+    main(words)
 
 
 @pytest.fixture(scope="module")
@@ -51,62 +107,28 @@ def whole(pretrain: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
 class Undisturbed:
     """A command that runs to its end, and the seconds from its first file to then."""
 
-    def __init__(self, words: tuple[str, ...], out: Path, launcher: tuple[str, ...] = ALONE) -> None:
-        self.out, process = out, start(words, out, launcher)
-        until_there(out, process)
+    def __init__(self, words: tuple[str, ...], out: Path, *, ranks: bool = False) -> None:
+        self.out, command = out, Command(words, out, ranks=ranks)
+        command.until_there(out)
         began = time.monotonic()
-        ended_well(process)
+        command.ended_well()
         self.seconds = time.monotonic() - began
 
 
-def start(words: tuple[str, ...], out: Path, launcher: tuple[str, ...] = ALONE) -> Process:
-    command = [sys.executable, *launcher, *words, "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def until_there(path: Path, process: Process) -> None:
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.02)
-
-
-def ended_well(process: Process) -> None:
-    said = process.communicate(timeout=300)[1].decode()
-    assert process.returncode == 0, said
-
-
-def the_process(process: Process) -> psutil.Process:
-    return psutil.Process(process.pid)
-
-
-def a_rank(process: Process, rng: random.Random) -> psutil.Process:
-    """One of those that torchrun has started."""
-    return rng.choice(sorted(psutil.Process(process.pid).children(), key=lambda child: child.pid))
-
-
 def kill_again_and_again(
-    words: tuple[str, ...],
-    undisturbed: Undisturbed,
-    out: Path,
-    *,
-    kills: int,
-    seed: int,
-    launcher: tuple[str, ...] = ALONE,
+    words: tuple[str, ...], undisturbed: Undisturbed, out: Path, *, kills: int, seed: int, ranks: bool = False
 ) -> int:
     """Start the command, kill it at a random moment of its work, and so on; at last let it end. How often it died."""
     rng, died = random.Random(seed), 0
     while True:
-        process = start(words, out, launcher)
-        until_there(out, process)
-        try:
-            process.wait(rng.uniform(0.05, 0.6) * undisturbed.seconds if died < kills else 300)
-        except subprocess.TimeoutExpired:
-            (the_process(process) if launcher is ALONE else a_rank(process, rng)).kill()
-            process.communicate(timeout=300)
-            died += 1
-            continue
-        ended_well(process)
-        return died
+        command = Command(words, out, ranks=ranks)
+        command.until_there(out)
+        if command.wait(rng.uniform(0.05, 0.6) * undisturbed.seconds if died < kills else 300):
+            command.ended_well()
+            return died
+        (command.a_rank(rng) if ranks else command.process).kill()
+        assert command.wait() and command.status != 0
+        died += 1
 
 
 def results(out: Path) -> Iterator[tuple[str, object]]:
@@ -174,26 +196,23 @@ def test_labelling_from_few_boxes(config, scenes, whole, tmp_path):
 @pytest.mark.dist
 def test_one_of_two_ranks(pretrain, tmp_path):
     words = (*pretrain, "--trainer.devices=2", "--trainer.strategy=ddp", "--self_training.stages=1")
-    undisturbed = Undisturbed(words, tmp_path / "whole", TWO_RANKS)
-    assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=1, seed=5, launcher=TWO_RANKS) >= 1
+    undisturbed = Undisturbed(words, tmp_path / "whole", ranks=True)
+    assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=1, seed=5, ranks=True) >= 1
     assert_equal_results(tmp_path / "run", undisturbed.out)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_other_hardware_finishes(pretrain, whole, wait_for, tmp_path):
+def test_other_hardware_finishes(pretrain, whole, tmp_path):
     """Two ranks with loader processes, killed in the training, then one process without any."""
     out, resume = tmp_path / "run", tmp_path / "run" / "stage1" / "checkpoints" / "resume.ckpt"
-    process = start(
-        (*pretrain, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.num_workers=1"), out, TWO_RANKS
-    )
-    try:
-        wait_for(resume.is_file, process)
-        a_rank(process, random.Random(6)).kill()
-        process.communicate(timeout=300)
-    finally:
-        process.kill()
-    ended_well(start((*pretrain, "--data.num_workers=0", "--inference.batch_size=3"), out))
+    words = (*pretrain, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.num_workers=1")
+    ranks = Command(words, out, ranks=True)
+    ranks.until_there(resume)
+    assert ranks.status is None
+    ranks.a_rank(random.Random(6)).kill()
+    assert ranks.wait()
+    Command((*pretrain, "--data.num_workers=0", "--inference.batch_size=3"), out, ranks=False).ended_well()
     assert dict(results(out)).keys() == dict(results(whole.out)).keys()
     assert (
         read_labels(out / "stage0" / "labels.parquet").fingerprint()

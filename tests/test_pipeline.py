@@ -21,7 +21,7 @@ from simdetr.data.images import open_images, read_image
 from simdetr.data.label_files import read_labels, write_result
 from simdetr.data.labels import Labels
 from simdetr.data.quarantine import TooManyUnreadableError
-from simdetr.mining.pseudo_labels import ClusteringConfig
+from simdetr.mining.clustering_config import ClusteringConfig
 from simdetr.training.fusion import Fusion
 from simdetr.training.recipe_choice import for_pretraining
 from simdetr.training.run_folder import LEADER_LOCK, RunFolder, RunMismatchError, detector_folder

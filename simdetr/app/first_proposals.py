@@ -22,8 +22,8 @@ from simdetr.data.images import open_images
 from simdetr.data.label_files import write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
+from simdetr.mining.certainty import certainty
 from simdetr.mining.miner import load_ahead, mine_rows
-from simdetr.mining.pseudo_labels import certainty
 from simdetr.mining.store import ProposalRow
 from simdetr.recipe import MiningJob
 from simdetr.training.recipe_choice import for_mining

@@ -19,7 +19,8 @@ from simdetr.data.machine import default_device
 from simdetr.data.storage import json_ready, write_json
 from simdetr.detectors.predictions import best_per_query
 from simdetr.exchange.weights import LoadedDetector, load_detector
-from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, detect
+from simdetr.training.relabel import InferenceSettings, detect
+from simdetr.training.throughput import OF_THE_MACHINE
 
 LOG = logging.getLogger(__name__)
 PART = 64
@@ -172,7 +173,7 @@ def _mine(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
 
 def _order(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
     from simdetr.labelling import loop
-    from simdetr.labelling.image_selection import SelectionSettings
+    from simdetr.labelling.choices import SelectionSettings
 
     asked, source = job["parameters"], open_images(files.images)
     files.tell(done=0, total=len(source), unit="images", message="looking at the images")
@@ -207,7 +208,8 @@ def _embed(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _autolabel(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
-    from simdetr.labelling.autolabel import AutolabelSettings, autolabel
+    from simdetr.labelling.autolabel import autolabel
+    from simdetr.labelling.choices import AutolabelSettings
     from simdetr.pipeline import SEEDS
 
     asked = dict(job["parameters"])

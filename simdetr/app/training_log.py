@@ -13,8 +13,8 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from simdetr.app.run_files import RunFiles
-from simdetr.training.progress import total_steps
 from simdetr.training.train import TERMINATED, ResumePoint
+from simdetr.training.training_bar import total_steps
 
 ZEROS = 10
 """After so many lines with a loss of 0 in a row the page warns."""

@@ -9,9 +9,6 @@ from rich.console import Console
 
 from simdetr.data.label_files import read_labels, write_result
 from simdetr.data.storage import check_writable
-from simdetr.exchange.convert import export_official, export_safetensors, export_transformers, import_checkpoint
-from simdetr.exchange.onnx import export_onnx
-from simdetr.training.run_folder import RunFolder, detector_folder
 
 OUT = Console()
 
@@ -37,6 +34,8 @@ def import_detector(
         max_side: Longest side of images in pixels; 1333 if the checkpoint does not say.
         options: ``--detector.name=value`` strings; dotted options on the command line end here.
     """
+    from simdetr.exchange.convert import import_checkpoint
+
     categories = read_labels(labels).categories if labels is not None else ()
     sizes = {"short_side": short_side, "max_side": max_side}
     told = {name: pixels for name, pixels in sizes.items() if pixels is not None}
@@ -67,6 +66,8 @@ def labels(run: Path, stage: int, out: Path) -> None:
         stage: 0 = mined, j = relabelled by the detector of stage j.
         out: File to write: .json or .parquet.
     """
+    from simdetr.training.run_folder import RunFolder
+
     folder = RunFolder(run)
     path = folder.labels(stage)
     if not path.is_file():
@@ -82,6 +83,9 @@ def safetensors(checkpoint: Path, out: Path) -> None:
         checkpoint: Run folder, detector folder or checkpoint.
         out: Folder to write: model.safetensors and config.json.
     """
+    from simdetr.exchange.convert import export_safetensors
+    from simdetr.training.run_folder import detector_folder
+
     OUT.print(export_safetensors(detector_folder(checkpoint), out), soft_wrap=True)
 
 
@@ -92,6 +96,9 @@ def transformers(checkpoint: Path, out: Path) -> None:
         checkpoint: Run folder, detector folder or checkpoint.
         out: Folder to write: model.safetensors, config.json and preprocessor_config.json.
     """
+    from simdetr.exchange.convert import export_transformers
+    from simdetr.training.run_folder import detector_folder
+
     OUT.print(export_transformers(detector_folder(checkpoint), out), soft_wrap=True)
 
 
@@ -103,6 +110,9 @@ def official(checkpoint: Path, out: Path) -> None:
         out: File to write, .pth; its tensors are in the entry ``model``.
     """
     check_writable(out)
+    from simdetr.exchange.convert import export_official
+    from simdetr.training.run_folder import detector_folder
+
     OUT.print(export_official(detector_folder(checkpoint), out), soft_wrap=True)
 
 
@@ -123,5 +133,8 @@ def onnx(
         opset: Version of ONNX's operators, 18 by default.
     """
     check_writable(out)
+    from simdetr.exchange.onnx import export_onnx
+    from simdetr.training.run_folder import detector_folder
+
     summary = export_onnx(detector_folder(checkpoint), out, verify=verify, image_size=image_size, opset=opset)
     OUT.print(summary, soft_wrap=True)

@@ -9,16 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from simdetr.labelling import loop
-from simdetr.labelling.annotator import SimulatedAnnotator
-from simdetr.labelling.autolabel import AutolabelSettings
-from simdetr.labelling.autolabel import autolabel as run_autolabel
-from simdetr.labelling.image_selection import SelectionSettings
+from simdetr.labelling.choices import AutolabelSettings, LoopSettings, SelectionSettings
 
 OUT = Console()
 
 
-def autolabel(
+def autolabel_images(
     images: str,
     shots: Path,
     out: Path,
@@ -52,7 +48,9 @@ def autolabel(
         device: Torch device; the GPU if there is one.
         settings: How few labels become many.
     """
-    run = run_autolabel(
+    from simdetr.labelling.autolabel import autolabel
+
+    run = autolabel(
         images,
         shots,
         out,
@@ -108,6 +106,8 @@ def label_order(
         show: Images that are printed.
         settings: How images are ordered.
     """
+    from simdetr.labelling import loop
+
     choice = SelectionSettings(**settings)
     order = loop.label_order(
         images, out, init=init, people=people, strategy=strategy, encoder=encoder, device=device, settings=choice
@@ -158,6 +158,9 @@ def label_simulate(
         keeps_boxes: An accepted box stays as proposed; else it becomes the object's, which flatters the labels.
         settings: Of the loop.
     """
+    from simdetr.labelling import loop
+    from simdetr.labelling.annotator import SimulatedAnnotator
+
     rows = loop.simulate_labelling(
         images,
         truth,
@@ -169,7 +172,7 @@ def label_simulate(
         encoder=encoder,
         options=options,
         device=device,
-        settings=loop.LoopSettings(**settings),
+        settings=LoopSettings(**settings),
         annotator=SimulatedAnnotator(
             misses=misses, accepts_wrong=accepts_wrong, accept_iou=accept_iou, keeps_boxes=keeps_boxes
         ),

@@ -53,14 +53,14 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "convert": "prepare.convert",
     "mine": "mine.mine",
     "cluster": "mine.cluster",
-    "pretrain": "pretrain.pretrain",
+    "pretrain": "pretrain.pretrain_detector",
     "relabel": "predict.relabel",
-    "split": "prepare.split",
-    "finetune": "pretrain.finetune",
-    "evaluate": "predict.evaluate",
-    "compare": "pretrain.compare",
-    "predict": "predict.predict",
-    "autolabel": "labelling.autolabel",
+    "split": "prepare.split_labels",
+    "finetune": "pretrain.finetune_detector",
+    "evaluate": "predict.evaluate_detector",
+    "compare": "pretrain.compare_trainings",
+    "predict": "predict.predict_images",
+    "autolabel": "labelling.autolabel_images",
     "label": "app.label",
     "label-order": "labelling.label_order",
     "label-simulate": "labelling.label_simulate",
@@ -73,10 +73,14 @@ COMMANDS: dict[str, str | dict[str, str]] = {
         "official": "export.official",
         "onnx": "export.onnx",
     },
-    "report": "pretrain.report",
+    "report": "pretrain.report_run",
     "rivals": "mine.rivals",
 }
-"""The function in ``simdetr.commands`` behind every command; it is imported when its command is given."""
+"""The function in ``simdetr.commands`` behind every command; its module is imported when its command is given.
+
+Those modules import at their top what the signatures need, and in the functions what the work needs: to ask for help or
+to mistype an option takes no torch. None has a name of ``simdetr`` itself: jsonargparse would import that one.
+"""
 GROUPS = {
     "encoder": "Train an encoder for mining on your own images: fit.",
     "export": "Write boxes for other tools: labels; a detector for others: safetensors, transformers, official, onnx.",

@@ -8,16 +8,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from simdetr import pipeline
 from simdetr.data.storage import locate
-from simdetr.encoder_training.fit_encoder import PROBE_NAME, fit_encoder, read_settings
-from simdetr.encoder_training.objectives import require_lightly
-from simdetr.encoder_training.probe import load_encoder_recall, read_rows
-from simdetr.mining.pseudo_labels import ClusteringConfig, count_regions
-from simdetr.reports import preview_page
-from simdetr.reports.rival_recall import mine_rivals, rival_table
-from simdetr.training.recipe_choice import encoder_options
-from simdetr.training.run_folder import leads
+from simdetr.mining.clustering_config import ClusteringConfig
 
 OUT = Console()
 
@@ -51,11 +43,17 @@ def mine(
         raise ValueError("truth: expected --preview beside it; mining does not look at labels")
     common: dict[str, Any] = {"device": device, "num_ranks": num_ranks}
     if preview is not None:
+        from simdetr.reports import preview_page
+        from simdetr.training.recipe_choice import encoder_options
+
         options = (*encoder_options(encoder), *options)
         record = preview_page.preview(images, out, config, count=preview, truth=truth, options=options, **common)
         OUT.print(preview_page.preview_table(record), markup=False, highlight=False, soft_wrap=True)
         OUT.print(f"page: {locate(out) / 'preview' / 'index.html'}", highlight=False, soft_wrap=True)
         return
+    from simdetr import pipeline
+    from simdetr.mining.pseudo_labels import count_regions
+
     store = pipeline.mine_proposals(images, out, config, options=options, encoder=encoder, **common)
     OUT.print(f"{count_regions(store):,} proposals on {len(store):,} images in {store.folder}", soft_wrap=True)
 
@@ -71,22 +69,39 @@ def cluster(run: Path, device: str | None = None, **settings: Any) -> None:
         device: Torch device; the GPU if there is one.
         settings: Of the clustering.
     """
+    from simdetr import pipeline
+    from simdetr.training.run_folder import leads
+
     labels = pipeline.cluster_proposals(run, ClusteringConfig(**settings), device=device)
     if leads():
         used = f"{labels.used_classes:,} of " if labels.used_classes < labels.num_classes else ""
         OUT.print(f"{len(labels.boxes_xyxy):,} boxes in {used}{labels.num_classes:,} pseudo-classes")
 
 
-def rivals(images: Path, run: Path, truth: Path | None = None, **arguments: Any) -> None:
+def rivals(
+    images: Path,
+    run: Path,
+    config: tuple[str, ...] = (),
+    methods: tuple[str, ...] = (),
+    truth: Path | None = None,
+    device: str | None = None,
+    options: tuple[str, ...] = (),
+) -> None:
     """Mine the images of a run with other methods too, and print what each of them finds beside ours.
 
     Args:
         images: The run's images.
         run: Run folder with mined proposals.
-        truth: COCO JSON with boxes for these images, for recall.
-        arguments: Of ``mine_rivals``.
+        config: YAML files of the mining; those that the run was started with when left out: those it has kept, or the
+            recipe of this machine.
+        methods: Names of rivals; all when left out.
+        truth: COCO JSON with boxes for some of these images, for recall.
+        device: Torch device; the GPU if there is one.
+        options: ``--section.name=value`` strings; dotted options on the command line end here.
     """
-    rows = mine_rivals(images, run, truth=truth, **arguments)
+    from simdetr.reports.rival_recall import mine_rivals, rival_table
+
+    rows = mine_rivals(images, run, config, methods=methods, truth=truth, device=device, options=options)
     judged = max(row["images"] for row in rows)
     OUT.print(f"Boxes per image and, with truth, recall in percent, on {judged:,} images; sizes at 25 boxes:\n")
     OUT.print(rival_table(rows), markup=False, highlight=False, soft_wrap=True)
@@ -148,6 +163,10 @@ def fit(
     given = {name: value for name, value in locals().items() if name not in NOT_SETTINGS and value is not None}
     if epochs is not None:
         given.setdefault("max_steps", None)  # the config's would be taken instead of the epochs
+    from simdetr.encoder_training.fit_encoder import PROBE_NAME, fit_encoder, read_settings
+    from simdetr.encoder_training.objectives import require_lightly
+    from simdetr.encoder_training.probe import load_encoder_recall, read_rows
+
     require_lightly()
     settings = replace(read_settings(config, options), **given)
     recall = None

@@ -11,11 +11,8 @@ from simdetr.data.images import open_images
 from simdetr.data.label_files import write_result
 from simdetr.data.labels import Labels
 from simdetr.data.storage import check_writable, write_scores
-from simdetr.reports.drawing import write_pictures
-from simdetr.reports.prediction_samples import heat_maps as draw_heat_maps
-from simdetr.reports.prediction_samples import shown_score
-from simdetr.training import inference
-from simdetr.training.relabel import Throughput
+from simdetr.reports.score_text import shown_score
+from simdetr.training.throughput import Throughput
 
 OUT = Console()
 
@@ -55,7 +52,7 @@ def relabel(
     )
 
 
-def evaluate(
+def evaluate_detector(
     images: Path,
     labels: Path,
     checkpoint: Path,
@@ -82,6 +79,8 @@ def evaluate(
     if out is not None:
         check_writable(out)
     throughput = Throughput(**speed)
+    from simdetr.training import inference
+
     scores = inference.evaluate(
         images,
         labels,
@@ -97,7 +96,7 @@ def evaluate(
         write_scores(scores, out)
 
 
-def predict(
+def predict_images(
     images: Path,
     checkpoint: Path,
     out: Path,
@@ -149,15 +148,21 @@ def predict(
         throughput=throughput,
     )
     if pictures is not None:
+        from simdetr.reports.drawing import write_pictures
+
         write_pictures(open_images(images), found, pictures)
     if heat_maps is not None:
-        drawn = draw_heat_maps(images, checkpoint, heat_maps, device=device, throughput=throughput)
+        from simdetr.reports import prediction_samples
+
+        drawn = prediction_samples.heat_maps(images, checkpoint, heat_maps, device=device, throughput=throughput)
         OUT.print(f"{drawn:,} heat maps in {heat_maps}", soft_wrap=True)
 
 
 def _write_found(images: Path, checkpoint: Path, out: Path, **choices: Any) -> Labels:
     """Write what ``inference.predict`` finds, and what cannot be read beside it."""
     check_writable(out)
+    from simdetr.training import inference
+
     quarantine = out.with_name(f"{out.stem}_quarantine.csv")
     quarantine.unlink(missing_ok=True)  # it may be of other images
     found = inference.predict(images, checkpoint, quarantine=quarantine, **choices)

@@ -11,7 +11,6 @@ from typing import Literal
 
 from rich.console import Console
 
-from simdetr.commands import devices
 from simdetr.data import protocols
 from simdetr.data.annotations import LabelError
 from simdetr.data.coco import load_coco, write_coco
@@ -20,9 +19,6 @@ from simdetr.data.images import open_images
 from simdetr.data.label_files import format_named, format_of, read_with_report, say
 from simdetr.data.label_formats import conversion
 from simdetr.data.label_formats.reading import Corners
-from simdetr.exchange.weights import load_detector
-from simdetr.training.inference import check_classes
-from simdetr.training.run_folder import detector_folder
 
 LOG = logging.getLogger(__name__)
 OUT = Console()
@@ -39,18 +35,24 @@ def doctor(path: Path, labels: Path | None = None, checkpoint: Path | None = Non
     """
     result = examine(path, labels)
     if checkpoint is not None and result.labels is not None:
+        from simdetr.exchange.weights import load_detector
+        from simdetr.training.inference import check_classes
+        from simdetr.training.run_folder import detector_folder
+
         known = load_detector(detector_folder(checkpoint)).categories
         try:
             check_classes(result.labels, labels or path, known, checkpoint)
         except LabelError as error:
             result = replace(result, fatal_reasons=(*result.fatal_reasons, str(error)))
+    from simdetr.commands import devices
+
     for lines in (summary(result), devices.summary()):
         OUT.print(lines, markup=False, highlight=False, soft_wrap=True)
     if result.fatal:
         sys.exit(1)
 
 
-def split(
+def split_labels(
     labels: Path,
     out: Path,
     protocol: Literal["fractions", "shots", "classes", "rf20-vl-fsod"],

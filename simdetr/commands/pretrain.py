@@ -2,39 +2,152 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markdown import Markdown
 
-from simdetr import pipeline
-from simdetr.evaluation.compare import comparison_table
-
 OUT = Console()
 
 
-def pretrain(**arguments: Any) -> None:
+def pretrain_detector(
+    images: str,
+    out: Path,
+    config: tuple[str, ...] = (),
+    truth: Path | None = None,
+    device: str | None = None,
+    options: tuple[str, ...] = (),
+    num_ranks: int = 1,
+    encoder: str | None = None,
+    auto_batch: bool | Literal["linear", "sqrt"] = False,
+) -> None:
     """Pretrain a detector on unlabelled images: mine, cluster, then train and relabel for each stage.
 
     The same command again resumes a run that was stopped.
+
+    Args:
+        images: Folder, list file (txt, CSV, Parquet) or COCO JSON of images; its boxes, if any, are not used.
+        out: Run folder; an unfinished run in it is resumed.
+        config: YAML files, later ones over earlier ones; the recipe that fits this machine and the images without any.
+        truth: COCO JSON with boxes for some of these images; only for the recall in the report.
+        device: Torch device of mining and relabelling; the GPU if there is one.
+        options: ``--section.name=value`` strings; dotted options on the command line end here.
+        num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
+        encoder: Folder of ``simdetr encoder fit``, or a timm model whose weights are fetched; over the config's.
+        auto_batch: Train with the largest batch that fits, with rates ``linear`` (true) in its size, or by ``sqrt``.
     """
-    run = pipeline.pretrain(**arguments)
+    from simdetr import pipeline
+
+    run = pipeline.pretrain(
+        images,
+        out,
+        config,
+        truth=truth,
+        device=device,
+        options=options,
+        num_ranks=num_ranks,
+        encoder=encoder,
+        auto_batch=auto_batch,
+    )
     trained = [run.detector(stage) for stage in run.stages() if run.has_detector(stage)]
     if trained:
         OUT.print(f"detector: {trained[-1]}; fine-tune it with simdetr finetune --init {run.path}", soft_wrap=True)
     OUT.print(f"report: {run.report}", soft_wrap=True)
 
 
-def finetune(**arguments: Any) -> None:
-    """Train a detector on labelled images, from a pretrained one or from scratch."""
-    OUT.print(f"detector: {pipeline.finetune(**arguments)}", soft_wrap=True)
+def finetune_detector(
+    images: str,
+    labels: str,
+    out: Path,
+    config: tuple[str, ...] = (),
+    init: Path | None = None,
+    val_images: str | None = None,
+    val_labels: str | None = None,
+    options: tuple[str, ...] = (),
+    auto_batch: bool | Literal["linear", "sqrt"] = False,
+) -> None:
+    """Train a detector on labelled images, from a pretrained one or from scratch.
+
+    Args:
+        images: Folder, list file or COCO JSON of the training images.
+        labels: COCO JSON (or Parquet) with their boxes; class ids of any kind.
+        out: Folder of this training; an unfinished one is resumed.
+        config: YAML files, later ones over earlier ones; a recipe for few labels without any.
+        init: Run folder, detector folder or checkpoint to start from; its detector replaces the one of the config.
+        val_images: Validation images.
+        val_labels: Their boxes.
+        options: ``--section.name=value`` strings; dotted options on the command line end here.
+        auto_batch: Train with the largest batch that fits, with rates ``linear`` (true) in its size, or by ``sqrt``.
+    """
+    from simdetr import pipeline
+
+    detector = pipeline.finetune(
+        images,
+        labels,
+        out,
+        config,
+        init=init,
+        val_images=val_images,
+        val_labels=val_labels,
+        options=options,
+        auto_batch=auto_batch,
+    )
+    OUT.print(f"detector: {detector}", soft_wrap=True)
 
 
-def compare(**arguments: Any) -> None:
-    """Fine-tune with and without the pretraining, with equal budgets, and print what it was worth."""
-    OUT.print(Markdown(comparison_table(pipeline.compare(**arguments))))
+def compare_trainings(
+    images: str,
+    labels: str,
+    val_images: str,
+    val_labels: str,
+    init: Path,
+    out: Path,
+    config: tuple[str, ...] = (),
+    fractions: tuple[float, ...] = (0.01, 0.1),
+    seeds: tuple[int, ...] = (0, 1),
+    options: tuple[str, ...] = (),
+) -> None:
+    """Fine-tune with and without the pretraining, with equal budgets, and print what it was worth.
+
+    Args:
+        images: Training images.
+        labels: Their boxes.
+        val_images: Images to evaluate on.
+        val_labels: Their boxes.
+        init: Run folder or detector folder of the pretraining.
+        out: Folder of the comparison; ``comparison.json`` grows with every finished training.
+        config: YAML files of the fine-tuning; a recipe for few labels without any.
+        fractions: Parts of the labelled images to train on.
+        seeds: Seeds of subset, order, augmentation and new weights; at least two tell noise from gain.
+        options: ``--section.name=value`` strings; dotted options on the command line end here.
+    """
+    from simdetr import pipeline
+    from simdetr.evaluation.compare import comparison_table
+
+    rows = pipeline.compare(
+        images,
+        labels,
+        val_images,
+        val_labels,
+        init,
+        out,
+        config,
+        fractions=fractions,
+        seeds=seeds,
+        options=options,
+    )
+    OUT.print(Markdown(comparison_table(rows)))
 
 
-def report(**arguments: Any) -> None:
-    """Write the report page of a run from what is in its folder."""
-    OUT.print(f"report: {pipeline.report(**arguments)}", soft_wrap=True)
+def report_run(run: Path, images: str, truth: Path | None = None) -> None:
+    """Write the report page of a run from what is in its folder.
+
+    Args:
+        run: Run folder.
+        images: The run's images.
+        truth: COCO JSON with boxes for some of these images, for recall per stage.
+    """
+    from simdetr import pipeline
+
+    OUT.print(f"report: {pipeline.report(run, images, truth=truth)}", soft_wrap=True)

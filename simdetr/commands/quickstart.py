@@ -14,9 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from simdetr import pipeline
 from simdetr.data.scenes import PLAIN_CLASSES, render_scenes
-from simdetr.evaluation.compare import comparison_table
 
 OUT = Console()
 PRETRAIN_CONFIG = Path(__file__).with_name("quickstart_pretrain.yaml")
@@ -84,6 +82,9 @@ def pretrain_and_compare(
     Returns:
         The comparison as a Markdown table, and the report's path.
     """
+    from simdetr import pipeline
+    from simdetr.evaluation.compare import comparison_table
+
     data = own or draw_scenes(out / "scenes")
     built_in = own is None
     pretraining, finetuning = ((path,) if built_in else () for path in (PRETRAIN_CONFIG, FINETUNE_CONFIG))

@@ -23,6 +23,8 @@ In reading order:
     pretrained_weights  checkpoint, package or URL -> the tensors of a backbone
     doctor              what is wrong with images and labels, before a long run meets it
     scenes              drawn images with exact boxes
+    legal_values        is a value one of the few that there are
+    first_use           names of a folder that are imported when they are first used
     class_paths         classes that configs and checkpoints name, also by the names of before
     storage             paths and URLs; files that are there whole or not at all
     machine             how many cores, threads and loader processes to use
@@ -30,8 +32,9 @@ In reading order:
 Names are imported when they are first used (PEP 562): `simdetr.data.machine` must be there before torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from simdetr.data.first_use import names_on_first_use
 
 if TYPE_CHECKING:
     from simdetr.data.annotations import Category, ImageLabels, LabelError, Lineage
@@ -46,6 +49,24 @@ if TYPE_CHECKING:
     from simdetr.data.map3d import map_targets, read_map
     from simdetr.data.quarantine import Quarantine, TooManyUnreadableError
     from simdetr.data.reference_points import ReferencePoints, with_reference_points
+else:
+    __getattr__, __dir__ = names_on_first_use(
+        __name__,
+        {
+            "annotations": ("Category", "ImageLabels", "LabelError", "Lineage"),
+            "augmentation": ("Mosaic", "eval_transforms", "train_transforms"),
+            "coco": ("read_coco", "write_coco", "write_detections"),
+            "dataset": ("Batch", "DetectionDataset", "collate"),
+            "doctor": ("DoctorReport", "examine", "summary"),
+            "images": ("ImageRecord", "ImageSource", "UnreadableImageError", "open_images", "read_image"),
+            "label_files": ("read_labels", "write_labels"),
+            "label_report": ("LabelReport",),
+            "labels": ("Labels",),
+            "map3d": ("map_targets", "read_map"),
+            "quarantine": ("Quarantine", "TooManyUnreadableError"),
+            "reference_points": ("ReferencePoints", "with_reference_points"),
+        },
+    )
 
 __all__ = [
     "Batch",
@@ -80,27 +101,3 @@ __all__ = [
     "write_detections",
     "write_labels",
 ]
-
-_NAMES = {
-    "annotations": ("Category", "ImageLabels", "LabelError", "Lineage"),
-    "augmentation": ("Mosaic", "eval_transforms", "train_transforms"),
-    "coco": ("read_coco", "write_coco", "write_detections"),
-    "dataset": ("Batch", "DetectionDataset", "collate"),
-    "doctor": ("DoctorReport", "examine", "summary"),
-    "images": ("ImageRecord", "ImageSource", "UnreadableImageError", "open_images", "read_image"),
-    "label_files": ("read_labels", "write_labels"),
-    "label_report": ("LabelReport",),
-    "labels": ("Labels",),
-    "map3d": ("map_targets", "read_map"),
-    "quarantine": ("Quarantine", "TooManyUnreadableError"),
-    "reference_points": ("ReferencePoints", "with_reference_points"),
-}
-
-
-def __getattr__(name: str) -> object:
-    home = next((module for module, names in _NAMES.items() if name in names), None)
-    if home is None:
-        raise AttributeError(f"module 'simdetr.data' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(f"simdetr.data.{home}"), name)
-    globals()[name] = value
-    return value

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -155,6 +154,8 @@ def focal_class_cost(logits: Tensor) -> Tensor:
 
 def _assign_layers(costs: Tensor, counts: Sequence[int]) -> Matches:
     """Solve [N, B, T, Q] layer by layer and image by image; queries ascending."""
+    from scipy.optimize import linear_sum_assignment  # here, because only training pays for it
+
     layers, _, _, queries = costs.shape
     tables = costs.numpy()
     sizes = [min(queries, count) for count in counts]

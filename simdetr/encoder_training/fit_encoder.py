@@ -42,10 +42,10 @@ from simdetr.mining.batch import MiningConfig
 from simdetr.mining.encoders import RECORD_NAME, WEIGHTS_NAME, is_fitted
 from simdetr.training.detection_task import NonFiniteLossError
 from simdetr.training.optimisation import Schedule, lr_factor
-from simdetr.training.progress import TrainingProgress
 from simdetr.training.run_folder import CHECKPOINTS, RESUME, RunFolder
 from simdetr.training.train import AtomicCheckpointIO, ResumePoint
 from simdetr.training.train import fit as fit_from
+from simdetr.training.training_bar import TrainingProgress
 
 LOG = logging.getLogger(__name__)
 PROBE_NAME = "probe.csv"

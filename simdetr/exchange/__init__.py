@@ -8,12 +8,3 @@ In reading order:
     convert          import and export of whole detectors
     onnx             ONNX export, and whether the file computes the same
 """
-
-from simdetr.exchange.weights import LoadReport, load_detector, load_weights, save_detector
-
-__all__ = [
-    "LoadReport",
-    "load_detector",
-    "load_weights",
-    "save_detector",
-]

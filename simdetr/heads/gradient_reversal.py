@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simdetr.data.legal_values import check_choice
 from simdetr.detectors.detector import Features, FeatureSizes
 from simdetr.detectors.matcher import HungarianMatcher, Target, at_least_float32
 from simdetr.heads.attention import checked_taps
-from simdetr.heads.head import Head, HeadLosses, check_choice, check_needs, is_labelled
+from simdetr.heads.head import Head, HeadLosses, check_needs, is_labelled
 from simdetr.heads.localisation_losses import check_not_negative
 
 LOG = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -111,12 +111,6 @@ def check_needs(head: Head, sizes: FeatureSizes) -> None:
 def is_labelled(target: Target) -> bool:
     """Whether people have labelled the image of a target, which may show nothing; so they have if it does not say."""
     return bool(target.get("labelled", True))
-
-
-def check_choice(name: str, value: str | None, kind: Any) -> None:  # noqa: ANN401
-    """Raise a ValueError that lists the legal values unless ``value`` is one of the ``Literal`` ``kind``."""
-    if value not in get_args(kind):
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
 
 
 def check_finite(name: str, values: Tensor) -> None:

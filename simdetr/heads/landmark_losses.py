@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simdetr.data.legal_values import check_choice
 from simdetr.detectors.matcher import at_least_float32
-from simdetr.heads.head import check_choice
 
 Mode = Literal["eq4", "eq5", "eq6", "eq7"]
 WeightGradient = Literal["auto", "coupled", "detached"]

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from simdetr.data.legal_values import check_choice
 from simdetr.detectors.detector import Features, FeatureSizes
 from simdetr.detectors.losses import global_mean_count
 from simdetr.detectors.matcher import Target
-from simdetr.heads.head import Head, HeadLosses, check_choice, check_needs, check_targets
+from simdetr.heads.head import Head, HeadLosses, check_needs, check_targets
 from simdetr.heads.landmark_grid import GridLandmarks, GridOutputs, PointOutput, Selection
 from simdetr.heads.landmark_losses import ClassWeight, LandmarkRule, Mode, Unit, WeightGradient
 from simdetr.heads.landmark_queries import QueryLandmarks, QueryOutputs

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from simdetr.data.legal_values import check_choice
 from simdetr.detectors.detector import Features, FeatureSizes, Level
 from simdetr.detectors.matcher import Target, at_least_float32
 from simdetr.heads.attention import (
@@ -27,7 +28,7 @@ from simdetr.heads.attention import (
     checked_taps,
     importance_map,
 )
-from simdetr.heads.head import Head, HeadLosses, check_choice, check_targets
+from simdetr.heads.head import Head, HeadLosses, check_targets
 from simdetr.heads.localisation_losses import (
     ClassLoss,
     Distance,

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simdetr.boxes import normalise
+from simdetr.data.legal_values import check_choice
 from simdetr.detectors.detector import Features, FeatureSizes, Level, Neck
 from simdetr.detectors.losses import global_mean_count
 from simdetr.detectors.matcher import FOCAL_ALPHA, FOCAL_GAMMA, Target, at_least_float32
 from simdetr.evaluation.heat_map_boxes import heat_map_boxes
 from simdetr.heads.attention import CONSTANT, checked_taps
-from simdetr.heads.head import Head, HeadLosses, check_choice, check_finite, is_labelled
+from simdetr.heads.head import Head, HeadLosses, check_finite, is_labelled
 from simdetr.heads.landmark_targets import valid_cells
 
 Fit = Literal["resize", "crop"]

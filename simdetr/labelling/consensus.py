@@ -28,7 +28,8 @@ from simdetr.data.labels import Labels
 from simdetr.detectors.predictions import Detections, postprocess
 from simdetr.exchange.weights import LoadedDetector
 from simdetr.training.progress import image_progress
-from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, Throughput
+from simdetr.training.relabel import InferenceSettings
+from simdetr.training.throughput import OF_THE_MACHINE, Throughput
 
 SAME_IOU = 0.65
 """Overlap above which a box of another view is the same box."""

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,14 +28,12 @@ from sklearn.cluster import KMeans
 
 from simdetr.boxes import pairwise_iou
 from simdetr.data.labels import Labels
-from simdetr.heads.head import check_choice
+from simdetr.data.legal_values import check_choice
+from simdetr.labelling.choices import SelectionSettings, Size
 
 LOG = logging.getLogger(__name__)
 Floats = NDArray[np.float64]
 Outputs = Literal["sigmoid", "softmax"]
-Size = Literal["mean", "max", "sum"]
-Aggregate = Literal["top", "mean", "max", "sum"]
-CentresFrom = Literal["pool", "labelled"]
 MAX_CLUSTERS = 100
 PREFILTER = 4
 """Images that `mixed` keeps for every one that it is to choose."""
@@ -110,47 +108,6 @@ class Pool:
         if self.vectors is None:
             raise ValueError("vectors: this order compares features of images; give image_vectors(...), [N, d]")
         return self.vectors
-
-
-@dataclass(frozen=True)
-class SelectionSettings:
-    """How images are ordered.
-
-    Args:
-        budget: Images that a person sees before the next order; `k_center` and `mixed` choose so many one by one.
-        clusters: K of k-means; None is √(n/2), at least 2 and at most 100.
-        seed: Of k-means and of the random order.
-        centres_from: Whose features the centres come from: the images to order, or those labelled.
-        size: Of an image's boxes which part of the image's area counts.
-        aggregate: How the uncertainties of an image's boxes become one: that of ``top`` best-scored boxes on average,
-            or of all boxes.
-        top: Boxes of ``aggregate: top``.
-        min_score: Boxes count as uncertain only above this score.
-
-    Raises:
-        ValueError: A number out of range, or an unknown choice.
-    """
-
-    budget: int = 20
-    clusters: int | None = None
-    seed: int = 0
-    centres_from: CentresFrom = "pool"
-    size: Size = "mean"
-    aggregate: Aggregate = "top"
-    top: int = 10
-    min_score: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("budget", "top"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.clusters is not None and self.clusters < 1:
-            raise ValueError(f"clusters: expected at least 1, got {self.clusters}; leave it out to have √(n/2)")
-        if not 0 <= self.min_score <= 1:
-            raise ValueError(f"min_score: expected 0 to 1, got {self.min_score}")
-        choices: Mapping[str, Any] = {"centres_from": CentresFrom, "size": Size, "aggregate": Aggregate}
-        for name, kind in choices.items():
-            check_choice(name, getattr(self, name), kind)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import csv
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,12 @@ from simdetr.data.storage import atomic_path, check_writable, write_json, write_
 from simdetr.exchange.weights import load_detector
 from simdetr.labelling.annotator import SimulatedAnnotator
 from simdetr.labelling.autolabel import encoder_for, train_on
+from simdetr.labelling.choices import LoopSettings, SelectionSettings
 from simdetr.labelling.consensus import consensus
 from simdetr.labelling.crop_features import CropEncoder, crop_encoder, crop_features
 from simdetr.labelling.image_selection import (
     Order,
     Pool,
-    SelectionSettings,
     check_strategy,
     entropy,
     image_vectors,
@@ -163,44 +163,6 @@ def _best_rows(found: Labels, count: int) -> list[np.ndarray[Any, np.dtype[np.in
     for start, stop in zip(found.offsets[:-1].tolist(), found.offsets[1:].tolist(), strict=True):
         rows.append(start + np.argsort(-found.scores[start:stop], kind="stable")[:count])
     return rows
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """A simulated loop.
-
-    Args:
-        strategy: Which images come first; as of ``label_order``.
-        rounds: Most rounds.
-        images_per_round: Images that the person sees in each, chosen by the strategy.
-        audited_per_round: Further images, drawn at random, that the errors left are estimated from; at least 2 or none.
-        show_above: Proposals of a higher score are shown. One that is right saves twice the seconds that a wrong one
-            costs, so that one in three is to be right.
-        stop_share: Stop once at most this part of the proposals left is wrong or missed, by the upper end of the
-            estimate's interval, in two rounds in a row; needs audited images. All rounds when left out.
-        seed: Of the draws, the order and the trainings.
-
-    Raises:
-        ValueError: A number out of range, or a share without audited images.
-    """
-
-    strategy: str | None = None
-    rounds: int = 5
-    images_per_round: int = 20
-    audited_per_round: int = 0
-    show_above: float = 0.25
-    stop_share: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("images_per_round", 1), ("audited_per_round", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if self.audited_per_round == 1 or (self.stop_share is not None and not self.audited_per_round):
-            raise ValueError(
-                f"audited_per_round: expected 0, or at least 2 for an estimate of the errors left, got "
-                f"{self.audited_per_round}; 20 or more are of use"
-            )
 
 
 def simulate_labelling(

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import log
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import faiss
 import numpy as np
@@ -35,8 +35,8 @@ from torch.nn import functional
 
 from simdetr.data.machine import in_order
 from simdetr.data.storage import atomic_path
+from simdetr.mining.clustering_config import Backend
 
-Backend = Literal["torch", "faiss"]
 Nearest = Callable[[Tensor], Tensor]
 In = TypeVar("In")
 Out = TypeVar("Out")

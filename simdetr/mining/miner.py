@@ -30,8 +30,7 @@ from typing import Any, Self
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from simdetr.data.images import ImageSource
@@ -39,6 +38,7 @@ from simdetr.data.quarantine import check_fraction, to_csv
 from simdetr.data.storage import Location, write_whole
 from simdetr.mining.batch import LoadedImage, MiningConfig, batches_of_one_shape, images_ahead, mine_pixels
 from simdetr.mining.encoders import Encoder
+from simdetr.mining.pace import RateColumn
 from simdetr.mining.store import Manifest, ProposalRow, ProposalStore, StoreError
 
 _log = logging.getLogger(__name__)
@@ -314,23 +314,6 @@ def tidy(store: ProposalStore) -> None:
             for leftover in store.folder.glob(pattern):
                 with suppress(OSError):  # another process does the same
                     leftover.unlink()
-
-
-class RateColumn(ProgressColumn):
-    """Images, or whatever the unit is, per second."""
-
-    def __init__(self, unit: str = "images") -> None:
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        """The rate as text."""
-        return Text(rate_text(task.speed or 0, self.unit))
-
-
-def rate_text(speed: float, unit: str) -> str:
-    """So many per second, with the digits that tell."""
-    return f"{speed:.1f} {unit}/s" if speed >= 1 or speed == 0 else f"{speed:.2g} {unit}/s"
 
 
 class MiningBar:

@@ -4,6 +4,7 @@ In reading order:
 
     drawing             images, boxes, points and score maps -> pictures; montages
     charts              numbers -> inline SVG
+    score_text          a score -> text
     page                data -> one HTML file that needs nothing else
     report              a run's folder -> what its report shows
     prediction_samples  what a trained head found on validation images
@@ -11,8 +12,9 @@ In reading order:
     rival_recall        ours beside other methods
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from simdetr.data.first_use import names_on_first_use
 
 if TYPE_CHECKING:
     from simdetr.reports.charts import draw_flow
@@ -27,6 +29,24 @@ if TYPE_CHECKING:
     )
     from simdetr.reports.page import ReportData, write_report
     from simdetr.reports.report import collect_run
+else:
+    __getattr__, __dir__ = names_on_first_use(
+        __name__,
+        {
+            "charts": ("draw_flow",),
+            "drawing": (
+                "class_colour",
+                "class_montage",
+                "contact_sheet",
+                "draw_boxes",
+                "draw_heat_map",
+                "draw_points",
+                "write_pictures",
+            ),
+            "page": ("ReportData", "write_report"),
+            "report": ("collect_run",),
+        },
+    )
 
 __all__ = [
     "ReportData",
@@ -41,12 +61,3 @@ __all__ = [
     "write_pictures",
     "write_report",
 ]
-
-_HOMES = {"ReportData": "page", "collect_run": "report", "draw_flow": "charts", "write_report": "page"}
-
-
-def __getattr__(name: str) -> object:
-    """Import a name's module when it is first used: a picture with boxes needs nothing that mines or predicts."""
-    if name not in __all__:
-        raise AttributeError(f"module 'simdetr.reports' has no attribute {name!r}")
-    return getattr(import_module(f"simdetr.reports.{_HOMES.get(name, 'drawing')}"), name)

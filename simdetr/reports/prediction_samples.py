@@ -26,10 +26,12 @@ from simdetr.heads.headed import HeadedBackbone, HeadedDetector
 from simdetr.mining.preview import evenly
 from simdetr.reports.drawing import draw_heat_map, draw_labels, picture_path, readable
 from simdetr.reports.page import Sample
+from simdetr.reports.score_text import shown_score
 from simdetr.training.datamodule import DetectionData
 from simdetr.training.inference import localisation_head, localise, score
-from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, Throughput
+from simdetr.training.relabel import InferenceSettings
 from simdetr.training.run_folder import detector_folder
+from simdetr.training.throughput import OF_THE_MACHINE, Throughput
 
 FOLDER, MIN_SCORE, MAX_BOXES = "predictions", 0.3, 15
 LEFT_OUT = ("AR", "recall50", "AP7", "APs", "APm", "APl")
@@ -99,21 +101,6 @@ def write_fit_results(root: Path, detector: Detector, data: DetectionData) -> No
     if localisation_head(detector) is not None:
         chosen = source.subset(evenly(source.ids, NUM_HEAT_MAPS))
         write_heat_maps(detector, chosen, settings, folder / "heat_maps", data.val_labels)
-
-
-def shown_score(name: str, value: float) -> str:
-    """A score for people: fractions in percent, distances and counts as they are, a dash for what is not known."""
-    if math.isnan(value):
-        return "    –"
-    if "_px" in name:
-        return f"{value:5.1f} px"
-    if "error_percent" in name:
-        return f"{value:5.1f} % of the diagonal"
-    if name in ("points", "images", "constant_maps"):
-        return f"{value:5.0f}"
-    if name == "threshold":
-        return f"{value:5.3f}"
-    return f"{100 * value:5.1f} %"
 
 
 def heat_maps(

@@ -9,6 +9,8 @@ In reading order:
     train           one training to its end, from where it stopped
     run_folder      where a run keeps things, and which of its steps are done
     progress        bars with rate and time left
+    training_bar    the bar of a training
+    throughput      how fast images go through a trained detector
     relabel         detections over a set of images: labels of the next stage, predictions
     fusion          what becomes of the labels before and the detections
     inference       predict and evaluate
@@ -16,24 +18,3 @@ In reading order:
     recipe_choice   no config -> the recipe that fits machine and images
     run_time        how long a run will take
 """
-
-from simdetr.training.datamodule import DetectionData
-from simdetr.training.detection_task import DetectionTask, NonFiniteLossError
-from simdetr.training.optimisation import lr_factor, parameter_groups
-from simdetr.training.relabel import InferenceSettings, detect, relabel
-from simdetr.training.run_folder import RunFolder, RunMismatchError
-from simdetr.training.train import train
-
-__all__ = [
-    "DetectionData",
-    "DetectionTask",
-    "InferenceSettings",
-    "NonFiniteLossError",
-    "RunFolder",
-    "RunMismatchError",
-    "detect",
-    "lr_factor",
-    "parameter_groups",
-    "relabel",
-    "train",
-]

@@ -5,7 +5,7 @@ boxes less exactly. So a detection takes over part of the labelled box that it o
 together; boxes that no detection repeats stay, with less trust. A detector learned from the labels before and repeats
 what they know, so each stage changes them less, as in a running mean. It also repeats what size and borders alone
 explain of the scores that it learned, more of it with every stage: in stage 1 the fused scores become a certainty again
-as the mined ones did (``simdetr.mining.pseudo_labels``), later those of the detections do. The document trains stage
+as the mined ones did (``simdetr.mining.certainty``), later those of the detections do. The document trains stage
 j + 1 on the detections alone (US 2025/0265826, [0040]): ``self_training.fusion: null`` does so.
 
 Letters: D detections and M boxes of the labels before of one image.
@@ -23,7 +23,7 @@ from torchvision.ops import nms
 from simdetr.boxes import pairwise_iou
 from simdetr.data.annotations import LINEAGE_COLUMNS, ImageLabels, Lineage
 from simdetr.data.labels import Labels
-from simdetr.mining.pseudo_labels import certainty
+from simdetr.mining.certainty import certainty
 
 
 @dataclass(frozen=True)

@@ -32,15 +32,14 @@ from simdetr.heads.localisation import LocalisationHead
 from simdetr.heads.score_maps import MapSource
 from simdetr.training.progress import image_progress
 from simdetr.training.relabel import (
-    OF_THE_MACHINE,
     InferenceSettings,
     Progress,
-    Throughput,
     detect,
     detect_array,
     detect_for_scoring,
 )
 from simdetr.training.run_folder import detector_folder
+from simdetr.training.throughput import OF_THE_MACHINE, Throughput
 
 LOG = logging.getLogger(__name__)
 OPTION = "--max_unreadable"

@@ -18,7 +18,6 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from lightning_utilities.core.rank_zero import rank_zero_only
 
 from simdetr.data.class_paths import current
 from simdetr.data.label_files import read_labels
@@ -333,6 +332,9 @@ def is_begun(training: Path) -> bool:
 
 def leads() -> bool:
     """Whether this process is the one of its run that writes files; True where there is only one."""
+    # its import sets the rank from what the launcher has said, and takes seconds that no prediction needs
+    from lightning_fabric.utilities.rank_zero import rank_zero_only
+
     return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 

@@ -8,7 +8,6 @@ import json
 import pytest
 import torch
 
-from simdetr.commands import export
 from simdetr.commands.export import detector_arguments
 from simdetr.commands.main import main
 from simdetr.data.label_files import read_labels
@@ -112,7 +111,7 @@ def test_onnx_gets_its_arguments(imported, tmp_path, monkeypatch, capsys):
         seen.update(options, checkpoint=checkpoint, out=out)
         return "equal to 1e-6"
 
-    monkeypatch.setattr(export, "export_onnx", export_onnx)
+    monkeypatch.setattr("simdetr.exchange.onnx.export_onnx", export_onnx)
     out = tmp_path / "model.onnx"
     main(["export", "onnx", "--checkpoint", str(imported), "--out", str(out), "--verify", "--image-size", "[64, 80]"])
     assert seen == {"checkpoint": imported, "out": out, "verify": True, "image_size": (64, 80), "opset": None}

@@ -6,10 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
+from inspect import signature
 
 import pytest
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+import simdetr
 from simdetr.commands import main as cli
 from simdetr.commands.main import COMMANDS, fold_options, main, one_line
 from simdetr.data.label_files import read_labels
@@ -28,11 +31,98 @@ def test_help_of_every_command(command, capsys):
     assert "usage:" in capsys.readouterr().out
 
 
-def test_help_imports_nothing_heavy_and_import_is_quiet():
-    heavy = "[name for name in ('torch', 'pytorch_lightning') if name in sys.modules]"
-    code = f"import sys, simdetr, simdetr.commands.main; simdetr.commands.main.command_parser([]); print({heavy})"
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert (result.stdout.strip(), result.stderr) == ("[]", "")
+# ----------------------------------------------------------------------------------------------------------------------
+# What a command imports, which is most of the time that a short one takes.
+
+IMPORTED = """
+import contextlib, io, sys
+from simdetr.commands.main import main
+for words in {commands}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main(words)
+    print(*words, *(name for name in {libraries} if name in sys.modules), sep="|")
+"""
+HEAVY = ("torch", "torchvision", "timm", "transformers", "pytorch_lightning", "sklearn", "scipy.optimize", "matplotlib",
+         "faiss", "pandas", "fastapi", "sqlmodel", "onnx")  # fmt: skip
+SLOW_TO_IMPORT = ("pytorch_lightning", "transformers", "sklearn", "scipy.optimize", "matplotlib", "faiss")
+"""Libraries that other commands need, of those that take more than a moment; pandas comes with Parquet."""
+
+
+@pytest.fixture
+def imports_of():
+    """Runs commands one after another in one fresh process, and tells which of some libraries each has met."""
+
+    def run(commands, libraries):
+        code = IMPORTED.format(commands=[[str(word) for word in words] for words in commands], libraries=libraries)
+        result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+        assert "Error" not in result.stderr
+        rows = [line.split("|") for line in result.stdout.splitlines()]
+        return [row[len(words) :] for row, words in zip(rows, commands, strict=True)]
+
+    return run
+
+
+def test_no_help_of_a_command_imports_anything_heavy(imports_of):
+    """Without ``fit``, ``validate`` and ``test``, which are Lightning's."""
+    commands = [["--help"], *([*command, "--help"] for command in names(COMMANDS))]
+    assert imports_of(commands, HEAVY) == [[]] * len(commands)
+
+
+def test_a_mistyped_option_is_told_before_torch_is_there(imports_of):
+    words = ["predict", "--images", "x", "--checkpoint", "y", "--out", "z", "--min-scroe", "0.5"]
+    (met,) = imports_of([words], HEAVY)
+    assert met == []
+
+
+def test_labels_are_converted_and_drawn_without_torch(scenes, tmp_path, imports_of):
+    labels = scenes / "instances.json"
+    commands = [
+        ["convert", labels, tmp_path / "labels.csv"],
+        ["split", "--labels", labels, "--out", tmp_path / "few", "--protocol", "shots", "--amounts", "[1]"],
+    ]
+    assert imports_of(commands, HEAVY) == [[], []]
+    assert (tmp_path / "labels.csv").is_file() and any((tmp_path / "few").iterdir())
+
+
+def test_detectors_work_without_what_only_training_and_reports_need(run, scenes, tmp_path, imports_of):
+    common = ["--images", scenes, "--checkpoint", run]
+    commands = [
+        ["predict", *common, "--out", tmp_path / "found.json"],
+        ["evaluate", *common, "--labels", scenes / "instances.json", "--out", tmp_path / "scores.json"],
+        ["relabel", *common, "--out", tmp_path / "labels.parquet"],
+    ]
+    assert imports_of(commands, SLOW_TO_IMPORT) == [[], [], []]
+    assert all((tmp_path / name).is_file() for name in ("found.json", "scores.json", "labels.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        ("pretrain", "pipeline.pretrain"),
+        ("finetune", "pipeline.finetune"),
+        ("compare", "pipeline.compare"),
+        ("report", "pipeline.report"),
+        ("rivals", "reports.rival_recall.mine_rivals"),
+    ],
+)
+def test_a_command_has_the_arguments_and_defaults_of_its_work(command, work):
+    module, _, name = work.rpartition(".")
+    own = signature(cli.function_of(COMMANDS[command])).parameters
+    works = signature(getattr(import_module(f"simdetr.{module}"), name)).parameters
+    assert {key: value.default for key, value in own.items()} == {key: value.default for key, value in works.items()}
+
+
+def test_no_command_is_named_as_a_public_function():
+    """jsonargparse would import that one to compare the two, and torch with it."""
+    assert not {cli.function_of(home).__name__ for home in _homes(COMMANDS)} & set(simdetr.__all__)
+
+
+def _homes(commands):
+    for command in commands.values():
+        yield from _homes(command) if isinstance(command, dict) else [command]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_options_and_configs_are_folded():

@@ -13,7 +13,7 @@ import pytest
 from simdetr import pipeline
 from simdetr.commands.main import main
 from simdetr.mining import FittedEncoder
-from simdetr.mining.pseudo_labels import ClusteringConfig
+from simdetr.mining.clustering_config import ClusteringConfig
 from simdetr.mining.store import ProposalStore, StoreError
 from simdetr.reports import preview_page
 from simdetr.reports.rival_recall import mine_rivals

@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
 
@@ -252,13 +251,13 @@ def rank_loss(rank, port, folder):
 
 
 @pytest.mark.dist
-def test_number_of_boxes_is_averaged_over_ranks(tmp_path):
+def test_number_of_boxes_is_averaged_over_ranks(in_two_processes, tmp_path):
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(rank_loss, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(rank_loss, port, str(tmp_path))
     for rank, (count, own) in enumerate([(3, 3.0), (0, 1.0)]):
         alone = DetectionLoss()(random_outputs(seed=rank, batch=1), random_targets((count,), seed=rank))
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -481,12 +480,12 @@ def train_rank(rank, port, folder, configs):
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_rank_without_objects(config_of_other, tmp_path):
+def test_a_rank_without_objects(in_two_processes, config_of_other, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     configs = {name: config_of_other(name) for name in ("rt_detr_v2", "fcos")}
-    mp.spawn(train_rank, (port, str(tmp_path), configs), nprocs=2)
+    in_two_processes(train_rank, port, str(tmp_path), configs)
     for name in configs:
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in range(2))
         for key, weight in first["weights"].items():

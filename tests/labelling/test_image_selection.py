@@ -364,23 +364,6 @@ def test_pools_of_bad_input(make_labels, options, message):
         Pool(make_labels({"a": [(0, 0, 1, 1, 0)], "b": []}), **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"clusters": 0}, "clusters: expected at least 1, got 0; leave it out"),
-        ({"budget": 0}, "budget: expected at least 1, got 0"),
-        ({"top": 0}, "top: expected at least 1, got 0"),
-        ({"min_score": 1.5}, "min_score: expected 0 to 1, got 1.5"),
-        ({"size": "median"}, "size: expected one of 'mean', 'max', 'sum', got 'median'"),
-        ({"aggregate": "min"}, "aggregate: expected one of 'top', 'mean', 'max', 'sum', got 'min'"),
-        ({"centres_from": "all"}, "centres_from: expected one of 'pool', 'labelled', got 'all'"),
-    ],
-)
-def test_settings_of_bad_input(options, message):
-    with pytest.raises(ValueError, match=message):
-        SelectionSettings(**options)
-
-
 def test_orders_that_lack_what_they_go_by(make_labels):
     pool = Pool(make_labels({"a": []}))
     for strategy in ("cluster", "interleave", "cluster_size", "k_center"):

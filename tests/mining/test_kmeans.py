@@ -246,9 +246,9 @@ def _cluster_a_shard(rank, address, rows, out):
 
 
 @pytest.mark.dist
-def test_two_ranks_equal_one(tmp_path):
+def test_two_ranks_equal_one(in_two_processes, tmp_path):
     rows = blobs(rows=2000)
-    mp.spawn(_cluster_a_shard, args=(tmp_path / "rendezvous", rows, tmp_path), nprocs=2)
+    in_two_processes(_cluster_a_shard, tmp_path / "rendezvous", rows, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     seen = torch.cat((rows[0::2], rows[1::2][: len(rows) // 2 - 40]))
@@ -310,11 +310,11 @@ def _cluster_and_die(rank, address, rows, out, last_pass):
 
 
 @pytest.mark.dist
-def test_two_ranks_go_on_after_one_was_killed(tmp_path):
+def test_two_ranks_go_on_after_one_was_killed(in_two_processes, tmp_path):
     rows = blobs(rows=2000, spread=1.0)
     with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
-        mp.spawn(_cluster_and_die, args=(tmp_path / "first", rows, tmp_path, 6), nprocs=2)
-    mp.spawn(_cluster_and_die, args=(tmp_path / "second", rows, tmp_path, -1), nprocs=2)
+        in_two_processes(_cluster_and_die, tmp_path / "first", rows, tmp_path, 6)
+    in_two_processes(_cluster_and_die, tmp_path / "second", rows, tmp_path, -1)
     for number in range(2):
         resumed, iterations, passes, whole = torch.load(tmp_path / f"{number}.pt")
         assert torch.equal(resumed, whole) and iterations == 8
@@ -609,11 +609,11 @@ def _talk(place, port, folder):
 
 
 @pytest.mark.dist
-def test_two_processes_hear_each_other(tmp_path):
+def test_two_processes_hear_each_other(in_two_processes, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_talk, args=(port, tmp_path), nprocs=2)
+    in_two_processes(_talk, port, tmp_path)
     alike = {"size": 2, "first": "word of 0", "gathered": [[0], [1]], "sum": [2, 1], "left": True}
     assert [json.loads((tmp_path / f"{place}.json").read_text()) for place in (0, 1)] == [
         alike | {"rank": place} for place in (0, 1)

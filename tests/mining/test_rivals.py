@@ -16,7 +16,8 @@ from simdetr.data.images import open_images
 from simdetr.data.quarantine import TooManyUnreadableError
 from simdetr.mining import rivals
 from simdetr.mining.batch import MiningConfig, encode, load_image, shrink
-from simdetr.mining.pseudo_labels import ClusteringConfig, make_pseudo_labels
+from simdetr.mining.clustering_config import ClusteringConfig
+from simdetr.mining.pseudo_labels import make_pseudo_labels
 from simdetr.mining.regions import Regions, find_candidates
 from simdetr.mining.rivals import (
     BASELINES,

@@ -13,7 +13,6 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -347,8 +346,8 @@ def broken_on_one_rank(rank, address, folder):
 
 
 @pytest.mark.dist
-def test_all_ranks_hear_of_it(tmp_path):
-    mp.spawn(broken_on_one_rank, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+def test_all_ranks_hear_of_it(in_two_processes, tmp_path):
+    in_two_processes(broken_on_one_rank, str(tmp_path / "rendezvous"), str(tmp_path))
     sound, broken = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert not sound["finite"] and not broken["finite"]
     assert sound["loss"] == 1.0 and broken["loss"].isnan()

@@ -9,7 +9,7 @@ import pytest
 
 from simdetr.data.annotations import LINEAGE_COLUMNS, Category, ImageLabels, Lineage
 from simdetr.data.labels import Labels
-from simdetr.mining.pseudo_labels import certainty
+from simdetr.mining.certainty import certainty
 from simdetr.training import fusion
 from simdetr.training.fusion import Fusion, fuse, inherit
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,9 +15,8 @@ from simdetr.data.label_files import read_labels
 from simdetr.detectors.mask_vectors import encode_crops
 from simdetr.detectors.predictions import best_per_query
 from simdetr.exchange.weights import LoadedDetector
-from simdetr.training.relabel import OF_THE_MACHINE, InferenceSettings, Throughput, detect, detect_array, relabel
-
-module = sys.modules["simdetr.training.relabel"]  # the package gives the function this name
+from simdetr.training import relabel as module
+from simdetr.training.relabel import InferenceSettings, detect, detect_array, relabel
 
 CATEGORIES = tuple(Category(i, str(i)) for i in range(3))
 SETTINGS = InferenceSettings(short_side=64, max_side=80, iou_threshold=0.55, batch_size=2)
@@ -203,21 +201,6 @@ def test_a_heads_own_classes_take_the_place_of_the_detectors():
 
     found = detect_array(Own(), torch.zeros(3, 50, 100, dtype=torch.uint8), CATEGORIES, InferenceSettings(50, 100))
     assert found.classes.tolist() == [1, 1, 0]
-
-
-def test_speed_follows_the_machine_unless_it_is_set(monkeypatch):
-    monkeypatch.setattr(module, "default_workers", lambda device: 0 if device == "cpu" else 7)
-    on_cpu = {"device": "cpu", "batch_size": 8, "num_workers": 0, "precision": "fp32"}
-    assert OF_THE_MACHINE.on("cpu", 1000) == on_cpu
-    assert OF_THE_MACHINE.on("cuda:1", 1000) == on_cpu | {"device": "cuda:1", "batch_size": 16, "num_workers": 7}
-    assert OF_THE_MACHINE.on("cuda", 40)["num_workers"] == 2  # three batches: two to read ahead
-    assert OF_THE_MACHINE.on("cuda", 0)["num_workers"] == 0
-    own = Throughput(batch_size=3, num_workers=5, precision="bf16")
-    assert own.on("cpu", 1) == {"device": "cpu", "batch_size": 3, "num_workers": 5, "precision": "bf16"}
-    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
-        Throughput(batch_size=0)
-    with pytest.raises(ValueError, match="num_workers: expected 0 or more, got -1"):
-        Throughput(num_workers=-1)
 
 
 def test_workers_change_nothing_and_half_precision_little(make_detector, scenes):

@@ -1,10 +1,8 @@
-"""Scores for people; the pictures and files are looked at by tests/test_heads_at_work.py."""
-
 from __future__ import annotations
 
 import pytest
 
-from simdetr.reports.prediction_samples import shown_score
+from simdetr.reports.score_text import shown_score
 
 
 @pytest.mark.parametrize(
