@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
 
 from simdetr import pipeline
-from simdetr.evaluation.compare import comparison_table
+from simdetr.training.run_folder import RunFolder
 
 OUT = Console()
 
@@ -31,8 +32,10 @@ def finetune(**arguments: Any) -> None:
 
 
 def compare(**arguments: Any) -> None:
-    """Fine-tune with and without the pretraining, with equal budgets, and print what it was worth."""
-    OUT.print(Markdown(comparison_table(pipeline.compare(**arguments))))
+    """Is pretraining worth it here? Fine-tune several starts alike, print the answer and write a page of it."""
+    found = pipeline.compare(**arguments)
+    OUT.print(Markdown(found.text()))
+    OUT.print(f"report: {RunFolder(Path(arguments['out'])).report}", soft_wrap=True)
 
 
 def report(**arguments: Any) -> None:

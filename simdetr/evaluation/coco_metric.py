@@ -210,6 +210,4 @@ def _matches(of_images: NDArray[Any], thresholds: int) -> CategoryMatches:
     matched = np.concatenate([none, *(np.asarray(entry["dtMatches"]) > 0 for _, entry in there)], axis=1)
     ignored = np.concatenate([none, *(np.asarray(entry["dtIgnore"]) > 0 for _, entry in there)], axis=1)
     order = np.argsort(-scores, kind="mergesort")  # as COCOeval sorts
-    return CategoryMatches(
-        images[order].astype(np.int64), (matched & ~ignored)[:, order], ignored[:, order], objects
-    )
+    return CategoryMatches(images[order].astype(np.int64), (matched & ~ignored)[:, order], ignored[:, order], objects)
