@@ -10,8 +10,8 @@ Every step looks for its own output first: the same call again goes on where the
 
 from __future__ import annotations
 
+import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ from simdetr.data.storage import json_ready, locate, write_json
 from simdetr.evaluation.verdict import Comparison
 from simdetr.exchange.weights import is_saved, load_detector
 from simdetr.mining.kmeans import process_group, rank
-from simdetr.mining.pseudo_labels import ClusteringConfig, count_regions, make_pseudo_labels
-from simdetr.mining.store import MANIFEST, ProposalStore
+from simdetr.mining.pseudo_labels import ClusteringConfig, check_regions, count_regions, make_pseudo_labels
+from simdetr.mining.store import MANIFEST, ProposalStore, StoreError
 from simdetr.recipe import (
     PREDICTIONS,
     ROW,
@@ -74,6 +74,7 @@ def pretrain(
     options: Sequence[str] = (),
     num_ranks: int = 1,
     encoder: str | None = None,
+    proposals: str | Path | None = None,
     auto_batch: bool | Scaling = False,
 ) -> RunFolder:
     """Pretrain a detector on unlabelled images.
@@ -87,10 +88,16 @@ def pretrain(
         options: ``--section.name=value`` strings, over the files.
         num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
         encoder: Folder of ``simdetr encoder fit``, or a timm model whose weights are fetched; over the config's.
+        proposals: Folder of boxes mined before on these images, such as ``runs/x/rivals/lost`` of ``simdetr rivals``;
+            they are taken into the run instead of mining, and clustered as ours are.
         auto_batch: Train with the largest batch that fits, with rates ``linear`` (True) in its size, or by ``sqrt``.
 
     Returns:
         The run folder: ``detector(stage)`` and ``labels(stage)`` are its results.
+
+    Raises:
+        StoreError: ``proposals`` holds none, or not those of all images.
+        RunMismatchError: ``out`` holds a run of other images, settings or proposals.
     """
     run, source, options = RunFolder(Path(out)), open_images(images), (*encoder_options(encoder), *options)
     chosen = for_pretraining(config, source, run, options)
@@ -100,8 +107,10 @@ def pretrain(
     stages = sections.self_training.stages
     job = MiningJob(str(images), str(run.proposals), recipe.configs, tuple(options), device)
     own_device = device or default_device()
+    given = None if proposals is None else check_proposals(proposals, source, sections.clustering)
     warn_if_dark(source)
     with run.led():
+        claim_proposals(run, given)
         resumed = is_chosen(run)
         if resumed:
             recipe = fit_to_device(recipe, run, auto_batch)
@@ -113,8 +122,8 @@ def pretrain(
         run.claim(recipe.resolved()[1], *run.settled(stages))
 
         if not config and not run.labels(0).is_file():
-            say_time(recipe, sections, source, run, own_device, num_ranks)
-        labels = mine_and_cluster(run, sections, job, num_ranks)
+            say_time(recipe, sections, source, run, own_device, num_ranks, mined=given is not None)
+        labels = mine_and_cluster(run, sections, job, num_ranks, given)
         if not config:
             say_time(recipe, sections, source, run, own_device)
         if auto_batch and not resumed:
@@ -141,13 +150,67 @@ def check_images(run: RunFolder, source: ImageSource) -> None:
         )
 
 
-def mine_and_cluster(run: RunFolder, sections: PipelineSections, job: MiningJob, num_ranks: int = 1) -> Labels:
-    """Proposals of every image, by all processes of the run, then one k-means over their features: the labels T0."""
+def check_proposals(proposals: str | Path, source: ImageSource, clustering: ClusteringConfig) -> ProposalStore:
+    """The store of a folder, if it holds boxes of these images, of all of them, and enough to cluster.
+
+    Raises:
+        StoreError: It is no store, one of other images, or one whose mining has not ended.
+        ValueError: There are fewer boxes than pseudo-classes.
+    """
+    store = ProposalStore(locate(proposals))
+    mined, missing = store.manifest, [n for n in range(store.manifest.num_shards) if not store.is_sound(n, whole=False)]
+    if mined.source != source.fingerprint():
+        count = f"{len(source):,}" if len(source) != mined.num_images else "others, as many"
+        raise StoreError(
+            f"proposals: {proposals} was mined from {mined.num_images:,} images, those to pretrain on are {count}. "
+            "Give the images that it was mined from, or mine these"
+        )
+    if missing:
+        raise StoreError(
+            f"proposals: {proposals} lacks {len(missing):,} of {mined.num_shards:,} shards (the first is "
+            f"{store.shard_path(missing[0]).name}); run the command that mined it again, which goes on"
+        )
+    if mined.region_dim < 1:
+        raise StoreError(f"proposals: the boxes of {proposals} have no features to cluster; mine them with an encoder")
+    check_regions(store, clustering.num_classes)
+    return store
+
+
+def claim_proposals(run: RunFolder, given: ProposalStore | None) -> None:
+    """Keep which proposals a run was given, or check that they are those it was begun with; none are its own."""
+    contents = json.loads(run.contents.read_text(encoding="utf-8")) if run.contents.is_file() else {}
+    before, asked = contents.pop("proposals", None), given and given.fingerprint()
+    begun = run.labels(0).is_file() or (run.proposals / MANIFEST).is_file()
+    if begun and before != asked:
+        there = "mined by itself" if before is None else "begun with --proposals of another folder"
+        if asked is None:
+            there = "begun with --proposals, which are not given now"
+        raise RunMismatchError(
+            f"proposals: {run.path} was {there}. Repeat the first command to resume it, or choose another out."
+        )
+    if before != asked and leads():
+        write_json(run.contents, contents if asked is None else {**contents, "proposals": asked}, indent=1)
+
+
+def mine_and_cluster(
+    run: RunFolder, sections: PipelineSections, job: MiningJob, num_ranks: int = 1, given: ProposalStore | None = None
+) -> Labels:
+    """Proposals of every image, by all processes of the run, then one k-means over their features: the labels T0.
+
+    Proposals that are ``given`` take the place of mining: the run gets its own copy of them.
+    """
     if run.labels(0).is_file():
         return read_labels(run.labels(0))
-    with run.step("mine", "proposals") as step:
-        store = job.run(num_ranks, sections, progress=sys.stderr.isatty())
-        step.count = count_regions(store)
+    if given is None:
+        with run.step("mine", "proposals") as step:
+            store = job.run(num_ranks, sections, progress=sys.stderr.isatty())
+            step.count = count_regions(store)
+    else:
+        taken = given
+        with run.step("take", "proposals") as step:
+            run.made_once(run.proposals / MANIFEST, lambda: taken.copy_to(run.proposals))
+            store = ProposalStore(run.proposals)
+            step.count = count_regions(store)
 
     def make() -> None:
         with run.step("cluster", f"of {sections.clustering.num_classes:,} pseudo-classes have boxes") as step:
@@ -407,10 +470,7 @@ def pretrain_arm(job: ComparisonJob, arm: Arm) -> RunFolder:
     run, settings = RunFolder(Path(job.init)), run_settings(Path(job.init))
     proposals = run.proposals if arm.variant.rival is None else run.path / "rivals" / arm.variant.rival
     configs = variant_configs(run.path, detector_folder(run.path), arm.variant, arm.run)
-    if not (arm.run / "proposals").exists():
-        shutil.copytree(proposals, arm.run / "proposals.part", dirs_exist_ok=True)
-        (arm.run / "proposals.part").rename(arm.run / "proposals")
-    return pretrain(settings["data"]["images"], arm.run, configs, options=arm.variant.options)
+    return pretrain(settings["data"]["images"], arm.run, configs, options=arm.variant.options, proposals=proposals)
 
 
 def finetune_arm(job: ComparisonJob, training: ArmTraining) -> dict[str, Any]:

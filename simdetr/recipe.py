@@ -459,9 +459,19 @@ def fit_to_device(recipe: Recipe, run: RunFolder, auto_batch: bool | Scaling, *o
 
 
 def say_time(
-    recipe: Recipe, sections: PipelineSections, source: ImageSource, run: RunFolder, device: str, num_ranks: int = 1
+    recipe: Recipe,
+    sections: PipelineSections,
+    source: ImageSource,
+    run: RunFolder,
+    device: str,
+    num_ranks: int = 1,
+    *,
+    mined: bool = False,
 ) -> None:
-    """Log what is left of a run and how long it takes; nothing where all stages are trained or no image can be read."""
+    """Log what is left of a run and how long it takes; nothing where all stages are trained or no image can be read.
+
+    ``mined`` says that nothing will be mined, because the proposals are given.
+    """
     stages = sum(not run.has_detector(stage) for stage in range(1, sections.self_training.stages + 1))
     if not leads() or stages == 0:
         return
@@ -475,7 +485,7 @@ def say_time(
         device,
         objects=sections.self_training.max_boxes,
         stages=stages,
-        mined=run.labels(0).is_file(),
+        mined=mined or run.labels(0).is_file(),
         num_ranks=num_ranks,
     )
     if found is not None:

@@ -21,7 +21,11 @@ from simdetr.data.images import open_images, read_image
 from simdetr.data.label_files import read_labels, write_result
 from simdetr.data.labels import Labels
 from simdetr.data.quarantine import TooManyUnreadableError
+from simdetr.mining.batch import MiningConfig
+from simdetr.mining.colour_texture import ColourTextureEncoder
 from simdetr.mining.pseudo_labels import ClusteringConfig
+from simdetr.mining.rivals import mine_rival
+from simdetr.mining.store import ProposalStore, StoreError
 from simdetr.training.fusion import Fusion
 from simdetr.training.recipe_choice import for_pretraining
 from simdetr.training.run_folder import LEADER_LOCK, RunFolder, RunMismatchError, detector_folder
@@ -140,6 +144,68 @@ def test_after_a_failed_first_step_a_smaller_batch_goes_on_without_mining(run, s
     assert "data.batch_size 2 -> 1" in caplog.text
     with pytest.raises(RunMismatchError, match=r"data\.batch_size is 1 there, 2 asked"):
         pipeline.pretrain(scenes, out, [tiny_config], options=["--self_training.stages=2"])
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory, scenes) -> Path:
+    """Random boxes on the twelve scenes, 6 of each, as `simdetr rivals` stores them."""
+    out = tmp_path_factory.mktemp("rivals") / "random"
+    mine_rival("random", open_images(scenes), ColourTextureEncoder(), MiningConfig(image_size=64), out, max_boxes=6)
+    return out
+
+
+def test_given_proposals_take_the_place_of_mining(strangers, scenes, tiny_config, tmp_path):
+    run = pipeline.pretrain(scenes, tmp_path / "run", [tiny_config], proposals=strangers)
+    steps = [json.loads(line)["name"] for line in run.steps.read_text().splitlines()]
+    assert steps == ["take", "cluster", "fit-stage1", "relabel-stage1"]
+    labels, given = read_labels(run.labels(0)), list(ProposalStore(strangers).iter_rows())
+    assert labels.num_classes == 3 and labels.image_ids == tuple(row.image_id for row in given)
+    assert np.array_equal(labels.boxes_xyxy, np.concatenate([row.regions.boxes_xyxy for row in given]))
+    before = times(run.path)
+    shutil.copytree(strangers, tmp_path / "moved")
+    pipeline.pretrain(scenes, run.path, [tiny_config], proposals=tmp_path / "moved")  # the same, elsewhere
+    assert times(run.path) == before
+
+
+def test_a_run_goes_on_with_the_proposals_it_was_begun_with(run, strangers, scenes, tiny_config, tmp_path, monkeypatch):
+    with pytest.raises(RunMismatchError, match="was mined by itself"):
+        pipeline.pretrain(scenes, run.path, [tiny_config], options=["--self_training.stages=2"], proposals=strangers)
+
+    def die(*args, **kwargs):
+        raise InterruptedError
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(pipeline, "make_pseudo_labels", die)
+        pipeline.pretrain(scenes, out, [tiny_config], proposals=strangers)
+    others = tmp_path / "others"
+    source, config = open_images(scenes), MiningConfig(image_size=64, seed=1)
+    mine_rival("random", source, ColourTextureEncoder(), config, others, max_boxes=6)
+    with pytest.raises(RunMismatchError, match="begun with --proposals of another folder"):
+        pipeline.pretrain(scenes, out, [tiny_config], proposals=others)
+    with pytest.raises(RunMismatchError, match="begun with --proposals, which are not given now"):
+        pipeline.pretrain(scenes, out, [tiny_config])
+    resumed = pipeline.pretrain(scenes, out, [tiny_config], proposals=strangers)
+    assert resumed.has_detector(1)
+    assert list(ProposalStore(strangers).written()) == list(ProposalStore(resumed.proposals).written())
+
+
+def test_proposals_that_do_not_fit_are_refused_before_the_work(strangers, scenes, own_scenes, tiny_config, tmp_path):
+    def pretrain(images=scenes, proposals=strangers, options=()):
+        pipeline.pretrain(images, tmp_path / "run", [tiny_config], proposals=proposals, options=options)
+
+    with pytest.raises(StoreError, match="was mined from 12 images, those to pretrain on are 6"):
+        pretrain(images=own_scenes)
+    with pytest.raises(StoreError, match=r"holds no proposals \(manifest.json is missing\)"):
+        pretrain(proposals=tmp_path)
+    with pytest.raises(ValueError, match="got 100 classes for 72 mined regions"):
+        pretrain(options=["--clustering.num_classes=100"])
+    part = tmp_path / "part"
+    shutil.copytree(strangers, part)
+    next(part.glob("shard-*.parquet")).unlink()
+    with pytest.raises(StoreError, match=r"lacks 1 of 1 shards \(the first is shard-00000.parquet\)"):
+        pretrain(proposals=part)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "renamed"])

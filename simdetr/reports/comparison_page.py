@@ -30,7 +30,7 @@ from simdetr.evaluation.verdict import COVERED, Comparison, Evidence, cost_in_wo
 from simdetr.recipe import PREDICTIONS, ROW, ComparisonJob
 from simdetr.reports.charts import INK, LINE_COLOURS, new_figure, read_curve, style_panel, to_svg
 from simdetr.reports.page import page_template
-from simdetr.training.arms import Arm, baseline_of, subject_of
+from simdetr.training.arms import BACKBONE, RANDOM, STAGE, Arm, baseline_of, subject_of
 from simdetr.training.run_folder import RunFolder, RunMismatchError, leads
 
 LOG = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def conclude(job: ComparisonJob, evidence: Evidence) -> Comparison:
         differences=differences,
         saved=labels_saved(rows, baseline.name, draws),
         verdicts={name: verdict(rows, differences, name, baseline.name, evidence) for name in others},
-        costs=costs_of(rows, {arm.name: pretraining_seconds(arm) for arm in arms}),
+        costs=costs_of(rows, {arm.name: pretraining_seconds(arm, Path(job.init)) for arm in arms}),
         warnings=[] if evidence.figures is None else warnings_of(evidence.figures),
         figures="" if evidence.figures is None else figures_in_words(evidence.figures),
         commands=commands(job),
@@ -134,22 +134,33 @@ def resampled(job: ComparisonJob, truth: Labels) -> Draws:
     }
 
 
-def pretraining_seconds(arm: Arm) -> float | None:
-    """What the detector of an arm took to pretrain, from its run's record; 0 without pretraining, None if not known."""
-    if arm.name in ("random", "backbone"):
+def pretraining_seconds(arm: Arm, init: Path) -> float | None:
+    """What the detector of an arm took to pretrain, from its run's record; 0 without pretraining, None if not known.
+
+    Proposals that an arm took from the run of ``init`` cost what that took to mine them.
+    """
+    if arm.name in (RANDOM, BACKBONE):
         return 0.0
-    path = None if arm.run is None else arm.run / "steps.jsonl"
-    if path is None or not path.is_file():
+    steps = None if arm.run is None else _seconds(arm.run)
+    if steps is None:
         return None
-    stage = int(arm.name.removeprefix("stage")) if arm.name.startswith("stage") else math.inf
-    seconds = 0.0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        step = json.loads(line)
-        name, _, number = step["name"].partition("-stage")
-        after = number and (int(number) > stage or (int(number) == stage and name == "relabel"))
-        if name in ("mine", "cluster", "fit", "relabel") and not after:
-            seconds += step["seconds"]
+    stage = int(arm.name.removeprefix(STAGE)) if arm.name.startswith(STAGE) else math.inf
+    seconds = (_seconds(init) or {}).get("mine", 0.0) if arm.variant is not None and arm.variant.rival is None else 0.0
+    for name, took in steps.items():
+        what, _, number = name.partition("-stage")
+        after = number and (int(number) > stage or (int(number) == stage and what == "relabel"))
+        if what in ("mine", "take", "cluster", "fit", "relabel") and not after:
+            seconds += took
     return seconds
+
+
+def _seconds(run: Path) -> dict[str, float] | None:
+    """Seconds of a run's steps, as they were done last; None where it has no record."""
+    path = RunFolder(run).steps
+    if not path.is_file():
+        return None
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {line["name"]: line["seconds"] for line in lines}
 
 
 def commands(job: ComparisonJob) -> dict[str, str]:
