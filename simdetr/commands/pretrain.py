@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
 
 from simdetr import pipeline
-from simdetr.training.run_folder import RunFolder
 
 OUT = Console()
 
@@ -35,7 +33,7 @@ def compare(**arguments: Any) -> None:
     """Is pretraining worth it here? Fine-tune several starts alike, print the answer and write a page of it."""
     found = pipeline.compare(**arguments)
     OUT.print(Markdown(found.text()))
-    OUT.print(f"report: {RunFolder(Path(arguments['out'])).report}", soft_wrap=True)
+    OUT.print(f"report: {found.page}", soft_wrap=True)
 
 
 def report(**arguments: Any) -> None:

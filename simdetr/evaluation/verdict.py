@@ -314,6 +314,7 @@ class Comparison:
         figures: What was mined, in a line; empty where nothing is known of it.
         commands: What repeats it, by what it does.
         num_images: Validation images.
+        page: Where all of it is shown; empty where it was not written.
     """
 
     rows: list[dict[str, Any]]
@@ -328,6 +329,7 @@ class Comparison:
     figures: str = ""
     commands: dict[str, str] = field(default_factory=dict)
     num_images: int = 0
+    page: str = ""
 
     @property
     def verdict(self) -> Verdict:

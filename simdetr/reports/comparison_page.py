@@ -115,6 +115,7 @@ def conclude(job: ComparisonJob, evidence: Evidence) -> Comparison:
         figures="" if evidence.figures is None else figures_in_words(evidence.figures),
         commands=commands(job),
         num_images=len(truth),
+        page=str(RunFolder(Path(job.out)).report),
     )
     if leads():
         write_rows(job)

@@ -1,4 +1,4 @@
-"""What speaks against pretraining is seen in the mined boxes: blank images, a single class, boxes blind to the image."""
+"""What speaks against pretraining is seen in the mined boxes: blank images, one class, boxes blind to the image."""
 
 from __future__ import annotations
 
