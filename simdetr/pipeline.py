@@ -24,6 +24,7 @@ from simdetr.data.label_files import read_labels, read_with_report, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
 from simdetr.data.storage import json_ready, locate, write_json
+from simdetr.evaluation.early_warning import mining_figures, warnings_of
 from simdetr.evaluation.verdict import Comparison
 from simdetr.exchange.weights import is_saved, load_detector
 from simdetr.mining.kmeans import process_group, rank
@@ -124,6 +125,8 @@ def pretrain(
         if not config and not run.labels(0).is_file():
             say_time(recipe, sections, source, run, own_device, num_ranks, mined=given is not None)
         labels = mine_and_cluster(run, sections, job, num_ranks, given)
+        if not run.has_detector(1):
+            warn_early(labels, None if truth is None else read_labels(truth, images=source))
         if not config:
             say_time(recipe, sections, source, run, own_device)
         if auto_batch and not resumed:
@@ -148,6 +151,12 @@ def check_images(run: RunFolder, source: ImageSource) -> None:
             f"images: {run.path} was mined from {mined.num_images:,} images, now there are {count}. Put the same "
             "images there again to go on, or choose another out."
         )
+
+
+def warn_early(mined: Labels, truth: Labels | None) -> None:
+    """Tell what speaks against pretraining on mined boxes before hours are spent on it."""
+    for warning in warnings_of(mining_figures(mined, truth)) if leads() else []:
+        LOG.warning("before any training: %s", warning)
 
 
 def check_proposals(proposals: str | Path, source: ImageSource, clustering: ClusteringConfig) -> ProposalStore:

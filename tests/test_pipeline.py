@@ -21,6 +21,7 @@ from simdetr.data.images import open_images, read_image
 from simdetr.data.label_files import read_labels, write_result
 from simdetr.data.labels import Labels
 from simdetr.data.quarantine import TooManyUnreadableError
+from simdetr.data.scenes import PLAIN_CLASSES, render_scenes
 from simdetr.mining.batch import MiningConfig
 from simdetr.mining.colour_texture import ColourTextureEncoder
 from simdetr.mining.pseudo_labels import ClusteringConfig
@@ -530,6 +531,44 @@ def test_a_training_that_fails_side_by_side_says_why(compare, monkeypatch, tmp_p
     (tmp_path / "cmp" / "0.5-seed0-stage2" / "detector" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(RuntimeError, match=r"a training failed: .*process\d.log"):
         compare(fractions=(0.5,), workers=2)
+
+
+def test_pretraining_warns_of_what_was_mined_before_it_trains(scenes, tiny_config, tmp_path, monkeypatch, caplog):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "fit_stage", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.pretrain(scenes, tmp_path / "run", [tiny_config], truth=scenes / "instances.json")
+    assert "before any training: only 12 images were mined" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_planted_order_comes_out(tmp_path):
+    """A detector that was trained on the truth of these very images beats random weights, in so many words."""
+    folder = Path(pipeline.__file__).parent / "commands"
+    configs = [folder / "quickstart_pretrain.yaml", folder / "quickstart_finetune.yaml"]
+    quiet = ("--trainer.enable_progress_bar=false", "--data.short_sides=[96]")
+    scenes, truth = tmp_path / "scenes", tmp_path / "scenes" / "instances.json"
+    render_scenes(scenes, 24, (96, 96), 0, PLAIN_CLASSES, "plain")
+    taught = pipeline.finetune(scenes, truth, tmp_path / "taught", configs, options=(*quiet, "--trainer.max_steps=200"))
+    found = pipeline.compare(
+        scenes,
+        truth,
+        taught,
+        tmp_path / "cmp",
+        configs,
+        val_images=scenes,
+        val_labels=truth,
+        arms=["random", "pretrained"],
+        fractions=(0.25, 0.5),
+        seeds=(0, 1, 2),
+        options=(*quiet, "--trainer.max_steps=10"),
+    )
+    assert found.verdict.answer == "pays", found.text()
+    gains = [one for one in found.differences if one.metric == "AP"]
+    assert [one.initialisation for one in gains] == ["pretrained"] * 2 and all(one.both.low > 5 for one in gains)
+    assert [one.bound for one in found.saved] == ["at least", "at least"]
 
 
 def test_a_half_written_detector_is_trained_again(run, tmp_path):
