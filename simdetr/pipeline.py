@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from simdetr.data.images import ImageSource, open_images, warn_if_dark
-from simdetr.data.label_files import read_labels, read_with_report, write_labels
+from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
 from simdetr.data.storage import json_ready, locate, write_json
@@ -489,14 +489,12 @@ def finetune_arm(job: ComparisonJob, training: ArmTraining) -> dict[str, Any]:
     recipe = job.recipe(training, start)
     trained = finetune(job.images, labels, training.folder, recipe.configs, options=recipe.options)
     seconds = time.perf_counter() - begun
-    drawn = training.budget.drawn(read_with_report(labels, images=open_images(job.images))[0], training.seed)
     scores = evaluate(job.val_images, job.val_labels, trained, predictions=training.folder / PREDICTIONS)
     return {
         "initialisation": arm.name,
         "label_budget": training.budget.value,
         "seed": training.seed,
-        "images": len(drawn),
-        "labels": int((~drawn.crowd).sum()),
+        **job.label_counts(training),
         "seconds": round(seconds, 1),
         "device": device_in_words(),
         **json_ready(scores),

@@ -31,6 +31,7 @@ from torch import nn
 
 from simdetr.data.class_paths import current_arguments
 from simdetr.data.images import IMAGE_SUFFIXES, ImageSource, open_images
+from simdetr.data.label_files import is_known, read_with_report
 from simdetr.data.machine import default_device
 from simdetr.data.storage import atomic_path, content_hash
 from simdetr.detectors.detector import Detector
@@ -647,6 +648,15 @@ class ComparisonJob:
     def labels_of(self, training: ArmTraining) -> Path:
         """The label file of a training."""
         return training.budget.file(Path(self.labels), Path(self.out) / "labels", training.seed)
+
+    def label_counts(self, training: ArmTraining) -> dict[str, int | None]:
+        """``images`` and ``labels`` (boxes) that a training learns from; None where labels are of whole images."""
+        path = self.labels_of(training)
+        if not is_known(path):
+            return {"images": None, "labels": None}
+        labels = read_with_report(path, images=open_images(self.images))[0]
+        drawn = training.budget.drawn(labels, training.seed)
+        return {"images": len(drawn), "labels": int((~drawn.crowd).sum())}
 
     def _common(self, labels: Path | None = None, fraction: float = 1.0) -> Recipe:
         """The fine-tuning's recipe before any arm, on the pretraining's backbone weights where its run names some."""

@@ -15,7 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from simdetr.evaluation.compare import Difference, Draws, budget_text, comparison_table, difference_table
+from simdetr.evaluation.compare import (
+    WITHOUT_PRETRAINING,
+    Difference,
+    Draws,
+    budget_text,
+    comparison_table,
+    difference_table,
+)
 from simdetr.evaluation.early_warning import MiningFigures, warnings_of
 from simdetr.evaluation.intervals import CONFIDENCE, Interval, image_interval
 
@@ -99,7 +106,7 @@ def labels_saved(rows: Sequence[Mapping[str, Any]], baseline: str, draws: Draws 
     Arms that have learned hardly anything are left out.
     """
     counts, scores = _by_budget(rows, "labels"), _by_budget(rows, "AP")
-    known = [budget for budget, arm in scores if arm == baseline]
+    known = [budget for budget, arm in scores if arm == baseline and (budget, arm) in counts]
     curve = sorted((counts[budget, baseline], budget) for budget in known)
     if not curve:
         return []
@@ -107,7 +114,7 @@ def labels_saved(rows: Sequence[Mapping[str, Any]], baseline: str, draws: Draws 
     drawn = _drawn_means(draws or {})
     found = []
     for budget, arm in scores:
-        if arm == baseline or (budget, baseline) not in scores or 100 * scores[budget, arm] < LEARNED:
+        if arm == baseline or budget not in known or 100 * scores[budget, arm] < LEARNED:
             continue
         own = counts[budget, arm]
         needed, bound = _needed(labels, [scores[one, baseline] for _, one in curve], scores[budget, arm])
@@ -165,7 +172,9 @@ def verdict(
     own = [one for one in differences if (one.initialisation, one.baseline, one.metric) == (subject, baseline, "AP")]
     if not own:
         return Verdict("cannot tell yet", f"Cannot tell yet: no budget has both {subject} and {baseline}.")
-    known = evidence or Evidence()
+    pretrained = subject not in WITHOUT_PRETRAINING
+    known = (evidence if pretrained else None) or Evidence()
+    what = "Pretraining" if pretrained else f"Starting from {subject}"
     scores = _by_budget(rows, "AP")
     budgets = [one.label_budget for one in own]
     weak = [
@@ -178,20 +187,20 @@ def verdict(
     said = "; ".join(f"{one.label_budget}: {_numbers(one)}" for one in own)
     answer: Answer = "cannot tell yet"
     if answers == {"pays"}:
-        answer, sentence = "pays", f"Pretraining pays: {subject} beats {baseline} ({said})."
+        answer, sentence = "pays", f"{what} pays: {subject} beats {baseline} ({said})."
     elif "pays" in answers:
         paying = [budget for budget, one in by_budget.items() if one == "pays"]
         others = [f"{budget}: {one}" for budget, one in by_budget.items() if one != "pays"]
         answer = "pays"
-        sentence = f"Pretraining pays with {_listed(paying)} of the labels ({'; '.join(others)}): {said}."
+        sentence = f"{what} pays with {_listed(paying)} of the labels ({'; '.join(others)}): {said}."
     elif answers == {"does not pay"}:
-        answer, sentence = "does not pay", f"Pretraining does not pay here: {subject} against {baseline}, {said}."
+        answer, sentence = "does not pay", f"{what} does not pay here: {subject} against {baseline}, {said}."
     else:
-        sentence = f"Cannot tell yet whether pretraining pays here: {said}."
+        sentence = f"Cannot tell yet whether {what[0].lower()}{what[1:]} pays here: {said}."
     because = _reasons(rows, own, baseline, known, answer, weak)
     if answer == "does not pay":
-        why = because[0] if because else "of nothing that is visible in the labels, the boxes or the scores"
-        sentence = f"{sentence[:-1]}, because {why}." if because else f"{sentence[:-1]}; {why} says why."
+        why = f", because {because[0]}" if because else "; nothing in the labels, the boxes or the scores says why"
+        sentence = f"{sentence[:-1]}{why}."
     return Verdict(answer, sentence, tuple(because), by_budget)
 
 

@@ -220,7 +220,7 @@ def render_comparison(comparison: Comparison, name: str, curves: Mapping[str, Ma
     for row in comparison.rows:
         amounts.setdefault((budget_text(row["label_budget"]), row["initialisation"]), []).append(row)
     counted = {
-        place: {key: float(np.mean([row[key] for row in rows])) for key in ("images", "labels")}
+        place: {key: float(np.mean([row[key] or 0 for row in rows])) for key in ("images", "labels")}
         for place, rows in amounts.items()
     }
     return page_template("comparison.html.jinja").render(
@@ -256,7 +256,7 @@ def draw_labels(comparison: Comparison) -> str:
 
 
 def _draw_arm(axes: Axes, arm: str, colour: str, budgets: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-    labels = np.array([np.mean([row["labels"] for row in rows]) for rows in budgets])
+    labels = np.array([np.mean([row["labels"] or 1 for row in rows]) for rows in budgets])
     values = [100 * np.array([row["AP"] if row["AP"] is not None else np.nan for row in rows]) for rows in budgets]
     order = np.argsort(labels)
     mean = np.array([own.mean() for own in values])[order]

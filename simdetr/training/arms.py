@@ -202,10 +202,12 @@ def detreg_arguments(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def subject_of(arms: Sequence[Arm]) -> Arm:
-    """The arm that stands for the pretraining: the last stage, or else the first that is no baseline."""
-    stages = [arm for arm in arms if arm.name.startswith(STAGE)]
-    others = [arm for arm in arms if not arm.is_baseline]
-    return max(stages, key=lambda arm: arm.name) if stages else (others or list(arms))[0]
+    """The arm that stands for the pretraining: the last stage, or else the first that a user has not without it."""
+    others = [arm for arm in arms if arm != baseline_of(arms)]
+    stages = [arm for arm in others if arm.name.startswith(STAGE)]
+    if stages:
+        return max(stages, key=lambda arm: int(arm.name.removeprefix(STAGE)))
+    return next((arm for arm in others if not arm.is_baseline), others[0])
 
 
 def baseline_of(arms: Sequence[Arm]) -> Arm:

@@ -113,8 +113,7 @@ def hold_out(labels: Path, images: str, share: float, folder: Path) -> tuple[Pat
     if not 0 < share <= MOST_HELD_OUT:
         raise ValueError(f"holdout: expected a part of the labelled images in (0, {MOST_HELD_OUT}], got {share:g}")
     train, val = folder / "train.json", folder / "val.json"
-    if train.is_file() and val.is_file():
-        return train, val
+    (folder / "labels.json").unlink(missing_ok=True)  # of labels that may have changed since
     content = load_coco(coco_file(labels, folder / "labels.json"))
     order = hash_order((image["file_name"] for image in content["images"]), HELD_OUT_SEED)
     count = round(share * len(order))

@@ -91,15 +91,17 @@ class Told:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks, self.begun = tasks, time.perf_counter()
         self._said = {task.done for task in tasks if task.done.is_file()}
-        LOG.info("%d of %d trainings are done", len(self._said), len(tasks))
+        self._before = len(self._said)
+        LOG.info("%d of %d trainings are done", self._before, len(tasks))
 
     def __call__(self) -> None:
         """Look what is done."""
         for task in self.tasks:
             if task.done not in self._said and task.done.is_file():
                 self._said.add(task.done)
-                passed = (time.perf_counter() - self.begun) / 60
-                LOG.info("%d of %d after %.0f min: %s", len(self._said), len(self.tasks), passed, task.name)
+                done, passed = len(self._said), (time.perf_counter() - self.begun) / 60
+                left = passed / (done - self._before) * (len(self.tasks) - done)
+                LOG.info("%d of %d done: %s; about %.0f min left", done, len(self.tasks), task.name, left)
 
 
 def device_in_words() -> str:

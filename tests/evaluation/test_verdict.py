@@ -48,6 +48,14 @@ def test_a_gain_in_every_seed_pays():
     assert found.sentence.startswith("Pretraining pays: stage2 beats backbone (10 %: +6.0 AP (+5.5 to +6.5, seeds))")
 
 
+def test_what_is_no_pretraining_is_not_called_so():
+    rows = rows_of({("backbone", 0.1): BASE, ("random", 0.1): [1.0, 1.2, 0.9]})
+    blank = Evidence(MiningFigures(500, 3.0, 0.6, 64, 60.0))
+    found = verdict(rows, paired_differences(rows, "backbone"), "random", "backbone", blank)
+    assert found.sentence.startswith("Starting from random does not pay here") and not found.reasons
+    assert found.sentence.endswith("; nothing in the labels, the boxes or the scores says why.")
+
+
 def test_no_difference_does_not_pay_and_says_why():
     blank = MiningFigures(500, 3.0, 0.6, 64, 60.0)
     found = answer({("backbone", 0.1): BASE, ("stage2", 0.1): [20.1, 21.0, 19.4]}, Evidence(blank))

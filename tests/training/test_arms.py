@@ -64,6 +64,8 @@ def test_the_last_stage_stands_for_the_pretraining_and_the_backbone_for_today(tr
     assert (baseline_of(arms).name, subject_of(arms).name) == ("backbone", "stage2")
     arms = read_arms((f"checkpoint={trained}", "from-scratch"), trained, OUT, with_weights=False)
     assert (baseline_of(arms).name, subject_of(arms).name) == ("checkpoint", "from-scratch")
+    arms = read_arms(("backbone", "random"), trained, OUT, with_weights=True)
+    assert (baseline_of(arms).name, subject_of(arms).name) == ("backbone", "random")
 
 
 @pytest.mark.parametrize(
