@@ -260,7 +260,6 @@ class Recipe:
         checkpoint = read_checkpoint(detector)
         stored = checkpoint.config()
         model: dict[str, Any] = {"init_weights": str(detector)} if weights else {}
-        recipe = self if weights or backbone else self._from_nothing()
         if stored is not None:
             trained, arguments = detector_class(stored["class_path"]).finetuned_as(stored["init_args"])
             arguments.pop("num_classes", None)
@@ -281,12 +280,12 @@ class Recipe:
         under = _data_of(stored or {}, sizes=not weights)
         if under:
             configs = (_write_yaml(out / "data.yaml", {"data": under}), *configs)
-        return Recipe(configs, recipe.options)
+        recipe = Recipe(configs, self.options)
+        return recipe if weights or backbone else recipe._from_nothing()
 
     def _from_nothing(self) -> Recipe:
         """This recipe without any weights, and with one rate for all: nothing in the backbone is worth a lower one."""
-        detector = [] if self._own_detector() else [_DETECTOR]
-        rate = replace(self, options=(*self.options, *detector)).resolved()[0].model.lr
+        rate = self.resolved()[0].model.lr
         none = ("--model.backbone_weights=null", "--model.init_weights=null", f"--model.backbone_lr={rate}")
         return replace(self, options=(*self.options, *none))
 

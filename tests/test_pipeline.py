@@ -561,6 +561,7 @@ def test_a_planted_order_comes_out(tmp_path):
         val_images=scenes,
         val_labels=truth,
         arms=["random", "pretrained"],
+        workers=1,
         fractions=(0.25, 0.5),
         seeds=(0, 1, 2),
         options=(*quiet, "--trainer.max_steps=10"),

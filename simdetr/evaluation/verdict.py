@@ -349,7 +349,8 @@ class Comparison:
         """For a terminal, as Markdown: the answer first, then what it rests on."""
         parts = [f"**{self.verdict.sentence}**", ""]
         parts += [f"- {reason[0].upper()}{reason[1:]}" for reason in self.verdict.reasons]
-        parts += ["", comparison_table(self.rows, baseline=self.baseline), difference_table(self.differences), COVERED]
+        scores = comparison_table(self.rows, baseline="–")  # gains have a table of their own
+        parts += ["", scores, difference_table(self.differences), COVERED]
         if self.saved:
             lines = [f"{one.initialisation}, {one.label_budget}: {one}" for one in self.saved]
             parts += ["", f"Labels that {self.baseline} needs for the same AP: {'; '.join(lines)}."]
