@@ -15,6 +15,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from torch import nn
 
 from simdetr.data.class_paths import current_arguments
 from simdetr.data.images import IMAGE_SUFFIXES, ImageSource, open_images
+from simdetr.data.label_files import is_known, read_with_report
 from simdetr.data.machine import default_device
 from simdetr.data.storage import atomic_path, content_hash
 from simdetr.detectors.detector import Detector
@@ -46,17 +48,29 @@ from simdetr.mining.encoders import Encoder
 from simdetr.mining.miner import mine
 from simdetr.mining.processes import Job, mine_in_processes
 from simdetr.mining.store import ProposalStore
+from simdetr.training.arms import (
+    BACKBONE,
+    Arm,
+    Variant,
+    default_arms,
+    detreg_arguments,
+    read_arms,
+    run_settings,
+)
 from simdetr.training.auto_batch import BatchSettings, Scaling, auto_batch_options
 from simdetr.training.datamodule import DetectionData, sizes_up_to
 from simdetr.training.detection_task import CocoValidation, DetectionTask, check_start, fixed_parts
 from simdetr.training.fusion import Fusion
-from simdetr.training.run_folder import CHECKPOINTS, RunFolder, leads
+from simdetr.training.label_budgets import LabelBudget, read_budgets
+from simdetr.training.recipe_choice import for_finetuning
+from simdetr.training.run_folder import CHECKPOINTS, RunFolder, detector_folder, leads
 from simdetr.training.run_time import QUERIES, measure
 from simdetr.training.throughput import Throughput
 from simdetr.training.train import AtomicCheckpointIO, checkpoint_callbacks
 from simdetr.training.training_bar import TrainingProgress
 
 LOG = logging.getLogger(__name__)
+SEEDS = ("data.seed", "model.seed", "seed_everything")
 _MINE = "from simdetr.mining.processes import work; from simdetr.recipe import MiningJob; work(MiningJob.build)"
 _DETECTOR = "--model.detector=simdetr.detectors.DeformableDETR"  # a recipe wants one; mining does not use it
 DEFAULT_ENCODER = f"{ColourTextureEncoder.__module__}.{ColourTextureEncoder.__name__}"
@@ -233,8 +247,11 @@ class Recipe:
         """The command line of this recipe with more options at its end."""
         return [*(f"--config={path}" for path in self.configs), *self.options, *options]
 
-    def starting_from(self, detector: Path, out: Path, *, weights: bool = True) -> Recipe:
+    def starting_from(self, detector: Path, out: Path, *, weights: bool = True, backbone: bool = True) -> Recipe:
         """This recipe with the detector of a file instead of its own, with its weights or only its architecture.
+
+        Without ``weights`` its backbone starts as its arguments and this recipe say, and without ``backbone`` from
+        random weights too, all of which learn, at the rate of the rest.
 
         The detector's class and arguments are written to ``out``/detector.yaml, a config over the others. A file that
         does not tell them, such as UP-DETR's, gives its weights to the recipe's own detector. Its architecture alone
@@ -249,6 +266,8 @@ class Recipe:
             arguments.pop("num_classes", None)
             if weights:
                 arguments = without_downloads(arguments)
+            elif not backbone:
+                arguments = trained.thawed(without_downloads(arguments))
             elif arguments == without_downloads(arguments) and not self._gives_weights():
                 given, arguments = arguments, trained.thawed(arguments)
                 if arguments != given:
@@ -262,7 +281,14 @@ class Recipe:
         under = _data_of(stored or {}, sizes=not weights)
         if under:
             configs = (_write_yaml(out / "data.yaml", {"data": under}), *configs)
-        return Recipe(configs, self.options)
+        recipe = Recipe(configs, self.options)
+        return recipe if weights or backbone else recipe._from_nothing()
+
+    def _from_nothing(self) -> Recipe:
+        """This recipe without any weights, and with one rate for all: nothing in the backbone is worth a lower one."""
+        rate = self.resolved()[0].model.lr
+        none = ("--model.backbone_weights=null", "--model.init_weights=null", f"--model.backbone_lr={rate}")
+        return replace(self, options=(*self.options, *none))
 
     def brings_weights(self) -> bool:
         """Whether its detector starts from weights, at least in its backbone."""
@@ -434,9 +460,19 @@ def fit_to_device(recipe: Recipe, run: RunFolder, auto_batch: bool | Scaling, *o
 
 
 def say_time(
-    recipe: Recipe, sections: PipelineSections, source: ImageSource, run: RunFolder, device: str, num_ranks: int = 1
+    recipe: Recipe,
+    sections: PipelineSections,
+    source: ImageSource,
+    run: RunFolder,
+    device: str,
+    num_ranks: int = 1,
+    *,
+    mined: bool = False,
 ) -> None:
-    """Log what is left of a run and how long it takes; nothing where all stages are trained or no image can be read."""
+    """Log what is left of a run and how long it takes; nothing where all stages are trained or no image can be read.
+
+    ``mined`` says that nothing will be mined, because the proposals are given.
+    """
     stages = sum(not run.has_detector(stage) for stage in range(1, sections.self_training.stages + 1))
     if not leads() or stages == 0:
         return
@@ -450,7 +486,7 @@ def say_time(
         device,
         objects=sections.self_training.max_boxes,
         stages=stages,
-        mined=run.labels(0).is_file(),
+        mined=mined or run.labels(0).is_file(),
         num_ranks=num_ranks,
     )
     if found is not None:
@@ -511,3 +547,173 @@ class MiningJob:
         if num_ranks != 1:
             return mine_in_processes(job, _MINE, asdict(self), num_ranks, progress=progress)
         return mine(job.source, job.encoder, job.config, job.out, job.device, progress=progress)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One comparison of arms as plain values that processes are told: its trainings in, the recipe of each out.
+
+
+ROW, PREDICTIONS = "row.json", "predictions.parquet"
+"""What a training of a comparison leaves in its folder beside its detector."""
+
+
+@dataclass(frozen=True)
+class ArmTraining:
+    """One fine-tuning of a comparison: an arm, so many labels, a seed."""
+
+    arm: Arm
+    budget: LabelBudget
+    seed: int
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.arm.name}, {self.budget.title} of the labels, seed {self.seed}".replace("shot of", "shots of")
+
+
+@dataclass(frozen=True)
+class ComparisonJob:
+    """What to compare and how, as plain values that another process can be told.
+
+    Attributes:
+        images: Training images.
+        labels: Labels that budgets are drawn from.
+        val_images: Images to evaluate on.
+        val_labels: Their boxes.
+        init: Run folder or detector of the pretraining.
+        out: Folder of the comparison.
+        config: YAML files of the fine-tuning.
+        arms: Names of the arms, maybe each with a place.
+        fractions: Parts of the labelled images.
+        shots: Boxes per class.
+        seeds: Of labels, order, augmentation and new weights.
+        options: ``--section.name=value`` strings, over the files.
+    """
+
+    images: str
+    labels: str
+    val_images: str
+    val_labels: str
+    init: str
+    out: str
+    config: tuple[str, ...] = ()
+    arms: tuple[str, ...] = ()
+    fractions: tuple[float, ...] = ()
+    shots: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+    options: tuple[str, ...] = ()
+
+    @staticmethod
+    def build(order: dict[str, Any]) -> ComparisonJob:
+        """The job that was told."""
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in order.items()}
+        return ComparisonJob(**values)
+
+    @cached_property
+    def detector(self) -> Path:
+        """The pretraining's detector, whose architecture every arm has but those that bring their own."""
+        return detector_folder(self.init)
+
+    @cached_property
+    def with_weights(self) -> bool:
+        """Whether the pretraining's backbone started from weights."""
+        return self._common().starting_from(self.detector, Path(self.out), weights=False).brings_weights()
+
+    @cached_property
+    def own_arms(self) -> tuple[Arm, ...]:
+        """The arms, checked."""
+        words = self.arms or default_arms(Path(self.init), with_weights=self.with_weights)
+        return read_arms(words, Path(self.init), Path(self.out), with_weights=self.with_weights)
+
+    @property
+    def budgets(self) -> tuple[LabelBudget, ...]:
+        """How many labels."""
+        return read_budgets(self.fractions, self.shots)
+
+    def trainings(self) -> list[ArmTraining]:
+        """All fine-tunings, seed by seed, so that pairs are complete early; the fewest labels first."""
+        return [
+            ArmTraining(arm, budget, seed, Path(self.out) / f"{budget.name}-seed{seed}-{arm.name}")
+            for seed in self.seeds
+            for budget in self.budgets
+            for arm in self.own_arms
+        ]
+
+    @property
+    def devices(self) -> object:
+        """Of one fine-tuning, as its recipe says."""
+        return self._common().starting_from(self.detector, Path(self.out), weights=False).resolved()[0].trainer.devices
+
+    def labels_of(self, training: ArmTraining) -> Path:
+        """The label file of a training."""
+        return training.budget.file(Path(self.labels), Path(self.out) / "labels", training.seed)
+
+    def label_counts(self, training: ArmTraining) -> dict[str, int | None]:
+        """``images`` and ``labels`` (boxes) that a training learns from; None where labels are of whole images."""
+        path = self.labels_of(training)
+        if not is_known(path):
+            return {"images": None, "labels": None}
+        labels = read_with_report(path, images=open_images(self.images))[0]
+        drawn = training.budget.drawn(labels, training.seed)
+        return {"images": len(drawn), "labels": int((~drawn.crowd).sum())}
+
+    def _common(self, labels: Path | None = None, fraction: float = 1.0) -> Recipe:
+        """The fine-tuning's recipe before any arm, on the pretraining's backbone weights where its run names some."""
+        data = (f"--data.images={self.images}", f"--data.labels={labels or self.labels}")
+        chosen = for_finetuning(self.config, self.images, labels or self.labels, self.detector, self.options, fraction)
+        weights = (run_settings(Path(self.init)).get("model") or {}).get("backbone_weights")
+        given = () if weights is None else (f"--model.backbone_weights={weights}",)
+        return Recipe(chosen.configs, (*data, *given, *chosen.options, *self.options))
+
+    def recipe(self, training: ArmTraining, start: Path | None) -> Recipe:
+        """The recipe of a training: for all arms of a budget the same but for what they start from.
+
+        Args:
+            training: Which.
+            start: The detector that its arm starts from, None for those that start from none.
+        """
+        budget, out = training.budget, training.folder
+        common = self._common(self.labels_of(training), budget.amount if budget.kind == "fraction" else 1.0)
+        seeded = tuple(f"--{name}={training.seed}" for name in SEEDS)
+        recipe = replace(common, options=(*common.options, *budget.options(), *seeded))
+        if start is None:
+            return recipe.starting_from(self.detector, out, weights=False, backbone=training.arm.name == BACKBONE)
+        if read_checkpoint(start).config() is not None:
+            return recipe.starting_from(start, out)
+        recipe = recipe.starting_from(self.detector, out, weights=False)
+        return replace(recipe, options=(*recipe.options, f"--model.init_weights={start}"))
+
+    def claim(self, *, begun: bool) -> None:
+        """Keep what the rows depend on beside them, or a RunMismatchError: theirs would be mixed with others.
+
+        Arms, budgets and seeds may be added to a comparison that has begun.
+        """
+        folder, own = RunFolder(Path(self.out)), self._common()
+        settings, text = own.starting_from(self.detector, folder.path, weights=False).resolved()
+        inputs = {"init": self.init, "val_images": self.val_images, "val_labels": self.val_labels}
+        folder.claim(text + yaml.safe_dump({"compare": inputs}))
+        contents = contents_of(settings) | {"val_labels": content_hash(Path(self.val_labels), IMAGE_SUFFIXES)}
+        folder.claim_contents(contents, begun=begun)
+
+
+def variant_configs(init: Path, detector: Path, variant: Variant, out: Path) -> tuple[str, ...]:
+    """Config files of a pretraining like a run's but for one thing; its options come beside them.
+
+    Args:
+        init: The run folder.
+        detector: Its detector.
+        variant: What differs.
+        out: Where a file of its own is written, if it needs one.
+    """
+    own = str(RunFolder(init).config)
+    if variant.random:
+        recipe = Recipe((own,)).starting_from(detector, out, weights=False, backbone=False)
+        names = ("backbone_weights", "init_weights", "backbone_lr")
+        model = recipe.resolved()[0].model
+        return (*recipe.configs, _write_yaml(out / "random.yaml", {"model": {name: model[name] for name in names}}))
+    if variant.detector is None:
+        return (own,)
+    arguments = detreg_arguments(run_settings(init))
+    described = {"model": {"detector": {"class_path": variant.detector, "init_args": arguments}}}
+    return own, _write_yaml(out / "variant.yaml", described)

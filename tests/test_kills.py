@@ -178,7 +178,10 @@ def test_comparison_has_every_row_once(config, scenes, whole, tmp_path):
     undisturbed = Undisturbed(words, tmp_path / "whole")
     assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=3, seed=3) >= 2
     rows, expected = (json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("run", "whole"))
+    for row in (*rows, *expected):
+        assert row.pop("seconds") > 0
     assert rows == expected and len(rows) == 4
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
 
 
 @pytest.mark.slow

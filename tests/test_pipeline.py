@@ -21,7 +21,12 @@ from simdetr.data.images import open_images, read_image
 from simdetr.data.label_files import read_labels, write_result
 from simdetr.data.labels import Labels
 from simdetr.data.quarantine import TooManyUnreadableError
+from simdetr.data.scenes import PLAIN_CLASSES, render_scenes
+from simdetr.mining.batch import MiningConfig
 from simdetr.mining.clustering_config import ClusteringConfig
+from simdetr.mining.colour_texture import ColourTextureEncoder
+from simdetr.mining.rivals import mine_rival
+from simdetr.mining.store import ProposalStore, StoreError
 from simdetr.training.fusion import Fusion
 from simdetr.training.recipe_choice import for_pretraining
 from simdetr.training.run_folder import LEADER_LOCK, RunFolder, RunMismatchError, detector_folder
@@ -140,6 +145,68 @@ def test_after_a_failed_first_step_a_smaller_batch_goes_on_without_mining(run, s
     assert "data.batch_size 2 -> 1" in caplog.text
     with pytest.raises(RunMismatchError, match=r"data\.batch_size is 1 there, 2 asked"):
         pipeline.pretrain(scenes, out, [tiny_config], options=["--self_training.stages=2"])
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory, scenes) -> Path:
+    """Random boxes on the twelve scenes, 6 of each, as `simdetr rivals` stores them."""
+    out = tmp_path_factory.mktemp("rivals") / "random"
+    mine_rival("random", open_images(scenes), ColourTextureEncoder(), MiningConfig(image_size=64), out, max_boxes=6)
+    return out
+
+
+def test_given_proposals_take_the_place_of_mining(strangers, scenes, tiny_config, tmp_path):
+    run = pipeline.pretrain(scenes, tmp_path / "run", [tiny_config], proposals=strangers)
+    steps = [json.loads(line)["name"] for line in run.steps.read_text().splitlines()]
+    assert steps == ["take", "cluster", "fit-stage1", "relabel-stage1"]
+    labels, given = read_labels(run.labels(0)), list(ProposalStore(strangers).iter_rows())
+    assert labels.num_classes == 3 and labels.image_ids == tuple(row.image_id for row in given)
+    assert np.array_equal(labels.boxes_xyxy, np.concatenate([row.regions.boxes_xyxy for row in given]))
+    before = times(run.path)
+    shutil.copytree(strangers, tmp_path / "moved")
+    pipeline.pretrain(scenes, run.path, [tiny_config], proposals=tmp_path / "moved")  # the same, elsewhere
+    assert times(run.path) == before
+
+
+def test_a_run_goes_on_with_the_proposals_it_was_begun_with(run, strangers, scenes, tiny_config, tmp_path, monkeypatch):
+    with pytest.raises(RunMismatchError, match="was mined by itself"):
+        pipeline.pretrain(scenes, run.path, [tiny_config], options=["--self_training.stages=2"], proposals=strangers)
+
+    def die(*args, **kwargs):
+        raise InterruptedError
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(pipeline, "make_pseudo_labels", die)
+        pipeline.pretrain(scenes, out, [tiny_config], proposals=strangers)
+    others = tmp_path / "others"
+    source, config = open_images(scenes), MiningConfig(image_size=64, seed=1)
+    mine_rival("random", source, ColourTextureEncoder(), config, others, max_boxes=6)
+    with pytest.raises(RunMismatchError, match="begun with --proposals of another folder"):
+        pipeline.pretrain(scenes, out, [tiny_config], proposals=others)
+    with pytest.raises(RunMismatchError, match="begun with --proposals, which are not given now"):
+        pipeline.pretrain(scenes, out, [tiny_config])
+    resumed = pipeline.pretrain(scenes, out, [tiny_config], proposals=strangers)
+    assert resumed.has_detector(1)
+    assert list(ProposalStore(strangers).written()) == list(ProposalStore(resumed.proposals).written())
+
+
+def test_proposals_that_do_not_fit_are_refused_before_the_work(strangers, scenes, own_scenes, tiny_config, tmp_path):
+    def pretrain(images=scenes, proposals=strangers, options=()):
+        pipeline.pretrain(images, tmp_path / "run", [tiny_config], proposals=proposals, options=options)
+
+    with pytest.raises(StoreError, match="was mined from 12 images, those to pretrain on are 6"):
+        pretrain(images=own_scenes)
+    with pytest.raises(StoreError, match=r"holds no proposals \(manifest.json is missing\)"):
+        pretrain(proposals=tmp_path)
+    with pytest.raises(ValueError, match="got 100 classes for 72 mined regions"):
+        pretrain(options=["--clustering.num_classes=100"])
+    part = tmp_path / "part"
+    shutil.copytree(strangers, part)
+    next(part.glob("shard-*.parquet")).unlink()
+    with pytest.raises(StoreError, match=r"lacks 1 of 1 shards \(the first is shard-00000.parquet\)"):
+        pretrain(proposals=part)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "renamed"])
@@ -312,11 +379,12 @@ def test_corrected_labels_are_no_finished_training(own_scenes, tiny_config, tmp_
 def test_rows_of_a_comparison_are_of_one_set_of_labels(run, own_scenes, tiny_config, tmp_path):
     truth, val = own_scenes / "instances.json", tmp_path / "val.json"
     shutil.copyfile(truth, val)
-    arguments = (own_scenes, truth, own_scenes, val, run.path, tmp_path / "cmp", [tiny_config])
-    pipeline.compare(*arguments, fractions=(0.5,), seeds=(0,))
+    arguments = (own_scenes, truth, run.path, tmp_path / "cmp", [tiny_config])
+    checked = {"val_images": own_scenes, "val_labels": val, "workers": 1}
+    pipeline.compare(*arguments, **checked, fractions=(0.5,), seeds=(0,))
     without_last_box(val)
     with pytest.raises(RunMismatchError, match=r"on other labels \(val_labels changed since\)"):
-        pipeline.compare(*arguments, fractions=(0.5,), seeds=(0, 1))
+        pipeline.compare(*arguments, **checked, fractions=(0.5,), seeds=(0, 1))
 
 
 def test_evaluation_looks_at_labelled_images_only_and_refuses_strangers(run, own_scenes, scenes, tiny_config, tmp_path):
@@ -344,13 +412,29 @@ def test_other_classes_of_validation_stop_before_the_first_step(own_scenes, scen
         pipeline.finetune(scenes, truth, out, [tiny_config], val_images=own_scenes, val_labels=path)
     assert not (out / "detector").exists() and not [*out.rglob("metrics.csv")]
     with pytest.raises(LabelError, match="no category in common"):
-        pipeline.compare(scenes, truth, own_scenes, path, run.path, tmp_path / "cmp", [tiny_config])
+        pipeline.compare(
+            scenes, truth, run.path, tmp_path / "cmp", [tiny_config], val_images=own_scenes, val_labels=path
+        )
     assert not (tmp_path / "cmp").exists()
 
 
-def test_comparison_resumes_row_by_row(run, scenes, tiny_config, tmp_path, monkeypatch):
-    truth = scenes / "instances.json"
-    arguments = (scenes, truth, scenes, truth, run.path, tmp_path / "cmp", [tiny_config])
+@pytest.fixture
+def compare(run, scenes, tiny_config, tmp_path):
+    """Compare on the twelve scenes, in this process."""
+
+    def make(out="cmp", **more):
+        truth = scenes / "instances.json"
+        given = {"val_images": scenes, "val_labels": truth, "fractions": (0.5,), "seeds": (0,), "workers": 1}
+        return pipeline.compare(scenes, truth, run.path, tmp_path / out, [tiny_config], **given | more)
+
+    return make
+
+
+def keys_of(rows):
+    return [(row["initialisation"], row["label_budget"], row["seed"]) for row in rows]
+
+
+def test_comparison_resumes_row_by_row(compare, tmp_path, monkeypatch):
     evaluate = pipeline.evaluate
     calls = []
 
@@ -362,16 +446,130 @@ def test_comparison_resumes_row_by_row(run, scenes, tiny_config, tmp_path, monke
 
     monkeypatch.setattr(pipeline, "evaluate", dying)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.compare(*arguments, fractions=(0.5,), seeds=(0,))
-    rows = pipeline.compare(*arguments, fractions=(0.5,), seeds=(0,))
+        compare()
+    found = compare()
     assert len(calls) == 3  # one was done, one interrupted and done again
-    assert [(row["initialisation"], row["label_budget"], row["seed"]) for row in rows] == [
-        ("pretrained", 0.5, 0),
-        ("scratch", 0.5, 0),
-    ]
-    assert json.loads((tmp_path / "cmp" / "comparison.json").read_text()) == rows
+    assert keys_of(found.rows) == [("random", 0.5, 0), ("stage2", 0.5, 0)]
+    assert json.loads((tmp_path / "cmp" / "comparison.json").read_text()) == found.rows
     with pytest.raises(RunMismatchError, match=r"model\.lr"):
-        pipeline.compare(*arguments, fractions=(0.5,), seeds=(0,), options=["--model.lr=0.7"])
+        compare(options=["--model.lr=0.7"])
+
+
+def test_arms_budgets_and_seeds_may_be_added_and_pairs_learn_from_the_same_labels(compare, run, tmp_path):
+    first = compare()
+    before = times(tmp_path / "cmp" / "0.5-seed0-stage2")
+    more = compare(arms=["random", "stage1", f"checkpoint={run.detector(1)}"], shots=(1,), seeds=(0, 1))
+    assert times(tmp_path / "cmp" / "0.5-seed0-stage2") == before
+    expected = [
+        (arm, budget, seed)
+        for budget in (0.5, "1-shot")
+        for arm in ("random", "stage1", "checkpoint")
+        for seed in (0, 1)
+    ]
+    assert keys_of(more.rows) == expected
+    assert more.rows[0] == first.rows[0]
+    kept = json.loads((tmp_path / "cmp" / "comparison.json").read_text())
+    assert keys_of(kept) == [*expected, ("stage2", 0.5, 0)]  # no row is lost
+    labels = {}
+    for row in kept:
+        labels.setdefault((row["label_budget"], row["seed"]), set()).add((row["images"], row["labels"]))
+    assert all(len(counts) == 1 for counts in labels.values())
+    one = [row for row in kept if row["label_budget"] == "1-shot"]
+    assert all(row["labels"] <= 8 for row in one)  # classes
+    assert (more.baseline, more.subject) == ("random", "stage1")
+    assert set(more.verdicts) == {"stage1", "checkpoint"}
+    assert (tmp_path / "cmp" / "report" / "index.html").is_file()
+    summary = json.loads((tmp_path / "cmp" / "summary.json").read_text())
+    assert summary["verdict"]["answer"] == more.verdict.answer == "cannot tell yet"  # one step teaches nothing
+
+
+def test_arms_of_their_own_are_pretrained_once_on_the_same_proposals(compare, run, tmp_path):
+    found = compare(arms=["random", "class-unaware", "from-scratch"])
+    assert keys_of(found.rows) == [(arm, 0.5, 0) for arm in ("random", "class-unaware", "from-scratch")]
+    unaware, scratch = (RunFolder(tmp_path / "cmp" / "pretraining" / arm) for arm in ("class-unaware", "from-scratch"))
+    assert read_labels(unaware.labels(0)).num_classes == 1
+    assert read_labels(scratch.labels(0)).fingerprint() == read_labels(run.labels(0)).fingerprint()
+    assert unaware.stages() == scratch.stages() == run.stages()  # as many steps
+    before = times(unaware.path)
+    assert compare(arms=["random", "class-unaware", "from-scratch"]).rows == found.rows
+    assert times(unaware.path) == before
+    spent = {cost.initialisation: cost.pretraining_s for cost in found.costs}
+    assert spent["random"] == 0 < spent["class-unaware"]
+
+
+def test_without_validation_images_a_part_of_the_labelled_ones_is_held_out(compare, tmp_path):
+    compare(val_images=None, val_labels=None, holdout=0.25, fractions=(1.0,))
+    train, val = (read_labels(tmp_path / "cmp" / "labels" / f"{name}.json") for name in ("train", "val"))
+    assert (len(train), len(val)) == (9, 3) and not set(train.image_ids) & set(val.image_ids)
+    rows = json.loads((tmp_path / "cmp" / "comparison.json").read_text())
+    assert {row["images"] for row in rows} == {9}
+
+
+def test_a_comparison_of_an_earlier_version_is_refused_in_words(compare, tmp_path):
+    (tmp_path / "cmp").mkdir()
+    old = [{"initialisation": "pretrained", "label_budget": 0.5, "seed": 0, "AP": 0.2}]
+    (tmp_path / "cmp" / "comparison.json").write_text(json.dumps(old))
+    with pytest.raises(RunMismatchError, match=r"is of an earlier version.*choose another out"):
+        compare()
+
+
+def test_trainings_side_by_side_give_the_same_rows(compare, caplog):
+    alone = compare("alone", seeds=(0, 1))
+    with caplog.at_level("INFO"):
+        together = compare("together", seeds=(0, 1), workers=2)
+
+    def scores(rows):
+        return [{name: value for name, value in row.items() if name not in ("seconds", "device")} for row in rows]
+
+    assert scores(together.rows) == scores(alone.rows)
+    assert sum("random, 50 % of the labels" in record.message for record in caplog.records) == 2
+
+
+def test_a_training_that_fails_side_by_side_says_why(compare, monkeypatch, tmp_path):
+    compare(fractions=(0.5,))
+    (tmp_path / "cmp" / "0.5-seed0-stage2" / "row.json").unlink()
+    (tmp_path / "cmp" / "0.5-seed0-stage2" / "detector" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(RuntimeError, match=r"a training failed: .*process\d.log"):
+        compare(fractions=(0.5,), workers=2)
+
+
+def test_pretraining_warns_of_what_was_mined_before_it_trains(scenes, tiny_config, tmp_path, monkeypatch, caplog):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "fit_stage", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.pretrain(scenes, tmp_path / "run", [tiny_config], truth=scenes / "instances.json")
+    assert "before any training: only 12 images were mined" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_planted_order_comes_out(tmp_path):
+    """A detector that was trained on the truth of these very images beats random weights, in so many words."""
+    folder = Path(pipeline.__file__).parent / "commands"
+    configs = [folder / "quickstart_pretrain.yaml", folder / "quickstart_finetune.yaml"]
+    quiet = ("--trainer.enable_progress_bar=false", "--data.short_sides=[96]")
+    scenes, truth = tmp_path / "scenes", tmp_path / "scenes" / "instances.json"
+    render_scenes(scenes, 24, (96, 96), 0, PLAIN_CLASSES, "plain")
+    taught = pipeline.finetune(scenes, truth, tmp_path / "taught", configs, options=(*quiet, "--trainer.max_steps=200"))
+    found = pipeline.compare(
+        scenes,
+        truth,
+        taught,
+        tmp_path / "cmp",
+        configs,
+        val_images=scenes,
+        val_labels=truth,
+        arms=["random", "pretrained"],
+        workers=1,
+        fractions=(0.25, 0.5),
+        seeds=(0, 1, 2),
+        options=(*quiet, "--trainer.max_steps=10"),
+    )
+    assert found.verdict.answer == "pays", found.text()
+    gains = [one for one in found.differences if one.metric == "AP"]
+    assert [one.initialisation for one in gains] == ["pretrained"] * 2 and all(one.both.low > 5 for one in gains)
+    assert [one.bound for one in found.saved] == ["at least", "at least"]
 
 
 def test_a_half_written_detector_is_trained_again(run, tmp_path):

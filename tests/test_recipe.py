@@ -200,6 +200,16 @@ def test_an_architecture_without_weights_learns_its_whole_backbone(given, recipe
     assert ("learns its whole backbone" in caplog.text) is not given
 
 
+def test_without_its_backbones_weights_nothing_is_left_of_a_detector(recipe, make_detector, tmp_path):
+    detector = make_detector(3, frozen_batch_norm=True, freeze_stem=True)
+    save_detector(detector, checkpoint_config(detector, None), tmp_path)
+    given = recipe(f"--model.backbone_weights={tmp_path}/b.pth", "--model.backbone_lr=1e-5", "--model.lr=3e-4")
+    model = given.starting_from(tmp_path, tmp_path / "out", weights=False, backbone=False).resolved()[0].model
+    arguments = model.detector.init_args
+    assert (arguments.frozen_batch_norm, arguments.freeze_stem, arguments.pretrained_backbone) == (False,) * 3
+    assert (model.backbone_weights, model.init_weights, model.backbone_lr) == (None, None, 3e-4)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors of constructors in a config reach the user as they were raised.
 

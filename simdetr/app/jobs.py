@@ -99,7 +99,7 @@ def _train(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
 
 def training_options(files: RunFiles, job: Mapping[str, Any], images: int) -> list[str]:
     """The options of a training; a user's own are over the app's."""
-    from simdetr.pipeline import SEEDS
+    from simdetr.recipe import SEEDS
 
     asked = job["parameters"]
     reporter = {"class_path": "simdetr.app.training_log.TrainingLog", "init_args": {"folder": str(files.path)}}
@@ -210,7 +210,7 @@ def _embed(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
 def _autolabel(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
     from simdetr.labelling.autolabel import autolabel
     from simdetr.labelling.choices import AutolabelSettings
-    from simdetr.pipeline import SEEDS
+    from simdetr.recipe import SEEDS
 
     asked = dict(job["parameters"])
     options = [f"--{name}={asked['seed']}" for name in SEEDS]

@@ -58,7 +58,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "split": "prepare.split_labels",
     "finetune": "pretrain.finetune_detector",
     "evaluate": "predict.evaluate_detector",
-    "compare": "pretrain.compare_trainings",
+    "compare": "pretrain.compare_arms",
     "predict": "predict.predict_images",
     "autolabel": "labelling.autolabel_images",
     "label": "app.label",

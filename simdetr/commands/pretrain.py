@@ -21,6 +21,7 @@ def pretrain_detector(
     num_ranks: int = 1,
     encoder: str | None = None,
     auto_batch: bool | Literal["linear", "sqrt"] = False,
+    proposals: Path | None = None,
 ) -> None:
     """Pretrain a detector on unlabelled images: mine, cluster, then train and relabel for each stage.
 
@@ -36,6 +37,8 @@ def pretrain_detector(
         num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
         encoder: Folder of ``simdetr encoder fit``, or a timm model whose weights are fetched; over the config's.
         auto_batch: Train with the largest batch that fits, with rates ``linear`` (true) in its size, or by ``sqrt``.
+        proposals: Folder of boxes mined before on these images, such as ``runs/x/rivals/lost`` of ``simdetr rivals``;
+            they are taken into the run instead of mining, and clustered as ours are.
     """
     from simdetr import pipeline
 
@@ -49,6 +52,7 @@ def pretrain_detector(
         num_ranks=num_ranks,
         encoder=encoder,
         auto_batch=auto_batch,
+        proposals=proposals,
     )
     trained = [run.detector(stage) for stage in run.stages() if run.has_detector(stage)]
     if trained:
@@ -96,48 +100,64 @@ def finetune_detector(
     OUT.print(f"detector: {detector}", soft_wrap=True)
 
 
-def compare_trainings(
+def compare_arms(
     images: str,
     labels: str,
-    val_images: str,
-    val_labels: str,
     init: Path,
     out: Path,
     config: tuple[str, ...] = (),
-    fractions: tuple[float, ...] = (0.01, 0.1),
+    val_images: str | None = None,
+    val_labels: str | None = None,
+    holdout: float = 0.3,
+    arms: tuple[str, ...] = (),
+    fractions: tuple[float, ...] | None = None,
+    shots: tuple[int, ...] = (),
     seeds: tuple[int, ...] = (0, 1),
     options: tuple[str, ...] = (),
+    workers: int | None = None,
 ) -> None:
-    """Fine-tune with and without the pretraining, with equal budgets, and print what it was worth.
+    """Is pretraining worth it here? Fine-tune several starts alike, print the answer and write a page of it.
 
     Args:
         images: Training images.
         labels: Their boxes.
-        val_images: Images to evaluate on.
-        val_labels: Their boxes.
         init: Run folder or detector folder of the pretraining.
-        out: Folder of the comparison; ``comparison.json`` grows with every finished training.
+        out: Folder of the comparison; ``comparison.json`` grows with every finished training, ``report/index.html`` is
+            the page. Arms, budgets and seeds may be added later.
         config: YAML files of the fine-tuning; a recipe for few labels without any.
-        fractions: Parts of the labelled images to train on.
-        seeds: Seeds of subset, order, augmentation and new weights; at least two tell noise from gain.
+        val_images: Images to evaluate on; a part of the labelled ones is held out without any.
+        val_labels: Their boxes.
+        holdout: That part.
+        arms: What to start from, see ``simdetr.training.arms``: random, backbone, stage1, stage2, pretrained,
+            class-unaware, frozen-backbone, detreg, selective-search, from-scratch and checkpoint=FILE; any of them may
+            be followed by =PLACE of its detector. By default the backbone's weights (random where it has none) and
+            the last stage.
+        fractions: Parts of the labelled images to train on; 1 and 10 % where no shots are given either.
+        shots: Boxes per class to train on, as `simdetr split` draws them.
+        seeds: Seeds of labels, order, augmentation and new weights; at least two tell noise from gain.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
+        workers: Trainings side by side; without a GPU as many as there are cores, at most four, by default.
     """
     from simdetr import pipeline
-    from simdetr.evaluation.compare import comparison_table
 
-    rows = pipeline.compare(
+    found = pipeline.compare(
         images,
         labels,
-        val_images,
-        val_labels,
         init,
         out,
         config,
+        val_images=val_images,
+        val_labels=val_labels,
+        holdout=holdout,
+        arms=arms,
         fractions=fractions,
+        shots=shots,
         seeds=seeds,
         options=options,
+        workers=workers,
     )
-    OUT.print(Markdown(comparison_table(rows)))
+    OUT.print(Markdown(found.text()))
+    OUT.print(f"report: {found.page}", soft_wrap=True)
 
 
 def report_run(run: Path, images: str, truth: Path | None = None) -> None:

@@ -89,21 +89,21 @@ def pretrain_and_compare(
     built_in = own is None
     pretraining, finetuning = ((path,) if built_in else () for path in (PRETRAIN_CONFIG, FINETUNE_CONFIG))
     run = pipeline.pretrain(data.images, out, (*pretraining, *config), truth=data.labels, options=options)
-    rows = pipeline.compare(
+    found = pipeline.compare(
         data.images,
         data.labels,
-        data.val_images,
-        data.val_labels,
         run.path,
         out / "comparison",
         (*finetuning, *config),
+        val_images=data.val_images,
+        val_labels=data.val_labels,
         fractions=(LABEL_FRACTION,),
         seeds=SEEDS,
         options=options,
     )
     shutil.copyfile(out / "comparison" / "comparison.json", out / "comparison.json")
     page = pipeline.report(run.path, data.images, truth=data.labels)
-    return comparison_table(rows), page
+    return comparison_table(found.rows), page
 
 
 def draw_scenes(folder: Path) -> LabelledSet:

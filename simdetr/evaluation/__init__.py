@@ -7,7 +7,10 @@ In reading order:
     point_metric         landmarks: accuracy, errors and point-AP
     heat_map_boxes       score map of an image -> boxes around its high values
     localisation_metric  MaxBoxAcc, MaxBoxAccV2, PxAP
-    compare              rows of trainings -> means over seeds
+    intervals            differences of equal seeds -> intervals over seeds and images
+    compare              rows of trainings -> means over seeds, paired differences
+    early_warning        mined boxes -> signs that pretraining on them will not pay
+    verdict              rows and evidence -> whether pretraining is worth it, and why
 """
 
 from simdetr.evaluation.coco_metric import coco_metrics, per_class_ap

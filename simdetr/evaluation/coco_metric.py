@@ -205,3 +205,48 @@ def _columns(
         "iscrowd": (labels.crowd & (not as_detections)).astype(np.int64),
         "score": labels.scores.astype(np.float64),
     }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What was matched on each image, for whoever averages over other images than all of them once.
+
+
+@dataclass(frozen=True)
+class CategoryMatches:
+    """Detections of one category on all images, best first, and what COCOeval matched them to.
+
+    N images, D detections (100 best of an image), T = 10 IoU thresholds.
+    """
+
+    images: NDArray[np.int64]  # [D], index of the truth's image
+    right: NDArray[np.bool_]  # [T, D], matched to an object
+    ignored: NDArray[np.bool_]  # [T, D], matched to a crowd: neither right nor wrong
+    objects: NDArray[np.int64]  # [N]
+
+
+def matches_by_category(truth: Labels, predictions: Labels) -> list[CategoryMatches]:
+    """What `coco_metrics` averages, one per category of the truth; arguments and errors as there."""
+    images, category_ids = rows_of_images(truth, predictions), range(1, len(truth.categories) + 1)
+    human = _columns(truth, truth.owners, truth.classes + 1)
+    found = _columns(predictions, images, categories_in_truth(truth, predictions), as_detections=True)
+    evaluation = COCOeval(indexed(human, len(truth), category_ids), indexed(found, len(truth), category_ids), "bbox")
+    evaluation.params.maxDets, evaluation.params.areaRng = [100], evaluation.params.areaRng[:1]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+    by_category = np.array(evaluation.evalImgs, object).reshape(len(truth.categories), len(truth))
+    return [_matches(row, len(evaluation.params.iouThrs)) for row in by_category]
+
+
+def _matches(of_images: NDArray[Any], thresholds: int) -> CategoryMatches:
+    """One category's entries of COCOeval, in the order of the images; None where an image has neither boxes."""
+    there = [(index, entry) for index, entry in enumerate(of_images) if entry is not None]
+    objects = np.zeros(len(of_images), np.int64)
+    for index, entry in there:
+        objects[index] = np.count_nonzero(np.logical_not(entry["gtIgnore"]))
+    scores = np.concatenate([np.zeros(0), *(entry["dtScores"] for _, entry in there)])
+    images = np.repeat([index for index, _ in there], [len(entry["dtScores"]) for _, entry in there])
+    none = np.zeros((thresholds, 0), bool)
+    matched = np.concatenate([none, *(np.asarray(entry["dtMatches"]) > 0 for _, entry in there)], axis=1)
+    ignored = np.concatenate([none, *(np.asarray(entry["dtIgnore"]) > 0 for _, entry in there)], axis=1)
+    order = np.argsort(-scores, kind="mergesort")  # as COCOeval sorts
+    return CategoryMatches(images[order].astype(np.int64), (matched & ~ignored)[:, order], ignored[:, order], objects)

@@ -1,30 +1,30 @@
 """What was the pretraining worth? One row per fine-tuning run in, a table of means over seeds out.
 
-A row is a dict: ``initialisation`` (str), ``label_budget`` (a text, a fraction of the labels as float, or a number of
-images as int), ``seed`` (int, optional) and the metrics as fractions in 0..1: ``AP``, and where measured ``AP50`` and
-``AR100`` (None or nan where a run has no such number). The same rows are kept in ``comparison.json`` of a run and in
+A row is a dict: ``initialisation`` (the arm, see `simdetr.training.arms`), ``label_budget`` (a text, a fraction of the
+labels as float, or a number of images as int), ``seed`` (int, optional) and the metrics as fractions in 0..1: ``AP``,
+and where measured the other ``METRICS`` (None or nan where a run has no such number). `simdetr compare` adds ``images``
+and ``labels`` (trained on), ``seconds`` and ``device``. The same rows are kept in ``comparison.json`` of a run and in
 benchmark results, and shown in the report.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from simdetr.data.storage import json_ready, write_json
+from simdetr.evaluation.intervals import AVERAGED, Interval, image_interval, joint_interval, seed_interval
 
-LOG = logging.getLogger(__name__)
-METRICS = ("AP", "AP50", "AR100", "AR@100")
-PRETRAINED, SCRATCH, BACKBONE_ONLY = "pretrained", "scratch", "backbone only"
-"""What pretraining is compared with: a detector from random weights, or a new one on a backbone that has some."""
+METRICS = ("AP", "AP50", "AP75", "AR@1", "AR@10", "AR@100")
+WITHOUT_PRETRAINING = ("backbone", "backbone only", "random", "scratch", "checkpoint")
+"""Arms that a user has without pretraining, the first that there is being what gains are measured against; two of them
+are names of earlier versions."""
+Draws = Mapping[tuple[str, str, int], Mapping[str, NDArray[np.float64]]]
+"""(budget as text, arm, seed) -> metric -> its values on the same draws of images [B]."""
 
 
 @dataclass(frozen=True)
@@ -43,39 +43,6 @@ class SeedSummary:
     gain: float | None
 
 
-class ComparisonRows:
-    """The rows of a comparison, kept in a JSON file that grows with every training.
-
-    Args:
-        path: The file; its rows are taken up where it is there already.
-        quiet: Do not log which training comes next, as all processes but one should not.
-    """
-
-    def __init__(self, path: Path, *, quiet: bool = False) -> None:
-        self.path, self.quiet = path, quiet
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-
-    def missing(
-        self, fractions: Sequence[float], seeds: Sequence[int], baseline: str
-    ) -> Iterator[tuple[str, float, int]]:
-        """Initialisation, part of the labels and seed of every training that has no row yet."""
-        trainings = list(itertools.product(map(float, fractions), seeds, (PRETRAINED, baseline)))
-        done = {(row["label_budget"], row["seed"], row["initialisation"]) for row in self.rows}
-        for number, (fraction, seed, start) in enumerate(trainings, 1):
-            if (fraction, seed, start) in done:
-                continue
-            if not self.quiet:
-                place = f"{number} of {len(trainings)}"
-                LOG.info("%s: %s, %g %% of the labels, seed %d", place, start, 100 * fraction, seed)
-            yield start, fraction, seed
-
-    def add(self, initialisation: str, label_budget: float, seed: int, scores: Mapping[str, float]) -> None:
-        """Keep the scores of one more training."""
-        key = {"initialisation": initialisation, "label_budget": label_budget, "seed": seed}
-        self.rows.append(key | json_ready(scores))
-        write_json(self.path, self.rows, indent=1)
-
-
 def summarise_seeds(rows: Sequence[Mapping[str, Any]], *, baseline: str | None = None) -> list[SeedSummary]:
     """Group runs by label budget and initialisation, in the order in which they first appear; see `comparison_table`.
 
@@ -86,7 +53,7 @@ def summarise_seeds(rows: Sequence[Mapping[str, Any]], *, baseline: str | None =
     baseline = baseline or baseline_of(rows)
     groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        groups.setdefault(_budget_text(row["label_budget"]), {}).setdefault(str(row["initialisation"]), []).append(row)
+        groups.setdefault(budget_text(row["label_budget"]), {}).setdefault(str(row["initialisation"]), []).append(row)
     summaries = []
     for budget, by_initialisation in groups.items():
         baseline_ap = [run["AP"] for run in by_initialisation.get(baseline, [])]
@@ -104,7 +71,8 @@ def summarise_seeds(rows: Sequence[Mapping[str, Any]], *, baseline: str | None =
 
 def baseline_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the runs without pretraining started from: a backbone with weights, if any run did, else random ones."""
-    return BACKBONE_ONLY if any(row["initialisation"] == BACKBONE_ONLY for row in rows) else SCRATCH
+    there = {row["initialisation"] for row in rows}
+    return next((name for name in WITHOUT_PRETRAINING if name in there), "random")
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], *, baseline: str | None = None) -> str:
@@ -135,6 +103,70 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], *, baseline: str | None 
     return "\n".join(lines) + "\n"
 
 
+@dataclass(frozen=True)
+class Difference:
+    """An arm less the baseline in one metric, paired by seed, in percent points, and what its intervals cover."""
+
+    label_budget: str
+    initialisation: str
+    baseline: str
+    metric: str
+    by_seed: dict[int, float]
+    mean: float
+    seeds: Interval | None  # None of fewer than two seeds
+    images: Interval | None  # None where no predictions were kept, and for recall
+    both: Interval | None
+
+
+def paired_differences(
+    rows: Sequence[Mapping[str, Any]], baseline: str, draws: Draws | None = None, num_images: int = 0
+) -> list[Difference]:
+    """Every arm against the baseline, in every metric that all rows have, in the order of the rows.
+
+    Args:
+        rows: One per training.
+        baseline: The arm that the others are compared with.
+        draws: What the trainings score on validation images drawn again, fractions in 0..1.
+        num_images: Validation images that were drawn from.
+    """
+    found, drawn = [], draws or {}
+    table = {(budget_text(row["label_budget"]), str(row["initialisation"]), row["seed"]): row for row in rows}
+    for budget, arm in dict.fromkeys((budget, arm) for budget, arm, _ in table):
+        seeds = sorted(s for b, a, s in table if (b, a) == (budget, arm) and (budget, baseline, s) in table)
+        if arm == baseline or not seeds:
+            continue
+        pairs = [((budget, arm, seed), (budget, baseline, seed)) for seed in seeds]
+        for metric in _common_metrics(rows):
+            by_seed = {ours[2]: 100 * _less(table[ours][metric], table[theirs][metric]) for ours, theirs in pairs}
+            values = np.array(list(by_seed.values()))
+            images = np.zeros(0)
+            if metric in AVERAGED and all(key in drawn for pair in pairs for key in pair):
+                images = np.mean(
+                    [100 * (drawn[ours][metric] - drawn[theirs][metric]) for ours, theirs in pairs], axis=0
+                )
+            intervals = (seed_interval(values), image_interval(images), joint_interval(values, images, num_images))
+            found.append(Difference(budget, arm, baseline, metric, by_seed, float(values.mean()), *intervals))
+    return found
+
+
+def _less(ours: float | None, theirs: float | None) -> float:
+    return math.nan if ours is None or theirs is None else ours - theirs
+
+
+def difference_table(differences: Sequence[Difference]) -> str:
+    """AP of every arm against the baseline as a Markdown table in percent points, with all intervals."""
+    of_ap = [one for one in differences if one.metric == "AP"]
+    if not of_ap:
+        return ""
+    heads = ["labels", f"AP − {of_ap[0].baseline}", "mean", "pairs", "95 %: seeds", "images", "seeds and images"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "--:|" * (len(heads) - 2)]
+    for one in of_ap:
+        shown = [str(interval) if interval else "–" for interval in (one.seeds, one.images, one.both)]
+        cells = [one.label_budget, one.initialisation, f"{one.mean:+.1f}", str(len(one.by_seed)), *shown]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def format_mean(mean: float, std: float) -> str:
     """``12.3 ± 0.4``, without the deviation where there is none, and a dash where nothing was measured."""
     if math.isnan(mean):
@@ -142,7 +174,7 @@ def format_mean(mean: float, std: float) -> str:
     return f"{mean:.1f}" if math.isnan(std) else f"{mean:.1f} ± {std:.1f}"
 
 
-def _budget_text(budget: str | float) -> str:
+def budget_text(budget: str | float) -> str:
     """A fraction of the labels in percent, a number of images as such, a text as it is."""
     if isinstance(budget, str):
         return budget

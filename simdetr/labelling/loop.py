@@ -43,6 +43,7 @@ from simdetr.labelling.image_selection import (
     order_images,
 )
 from simdetr.labelling.stopping import Audit, Decision, ErrorBound, ErrorEstimate, Round, draw_audit, errors_left
+from simdetr.recipe import SEEDS
 from simdetr.training.inference import predict
 from simdetr.training.run_folder import RunFolder, detector_folder
 
@@ -213,7 +214,7 @@ def simulate_labelling(
     facts = {"loop": asdict(settings), "person": asdict(annotator), "truth": known.fingerprint(), "init": str(init)}
     facts |= {"config": [*map(str, config)], "options": [*options]}
     RunFolder(out).claim(yaml.safe_dump({"labelling": json.loads(json.dumps(facts))}))
-    trainings = (*options, *(f"--{name}={settings.seed}" for name in pipeline.SEEDS))
+    trainings = (*options, *(f"--{name}={settings.seed}" for name in SEEDS))
     rows: list[dict[str, Any]] = []
     labels = None
     for number in range(settings.rounds):

@@ -130,7 +130,7 @@ def _process(code: str, order: str, rank: Rank, bar: MiningBar) -> Iterator[_Pro
 def work(build: Callable[[dict[str, Any]], Job]) -> None:
     """What a started process does: read its order, build the job, mine free shards, tell how many images are done."""
     order = json.loads(sys.stdin.readline())
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=end_with_parent, daemon=True).start()
     counts, sys.stdout = sys.stdout, sys.stderr  # nothing but counts may get between the counts
     job = build(order)
     store = begin(job.source, job.encoder, job.config, job.out)
@@ -144,6 +144,7 @@ def work(build: Callable[[dict[str, Any]], Job]) -> None:
         mine_free_shards(claims, job.source, job.encoder, job.config, job.device, advance=advance)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """In a thread of a started process: wait until the process that started it is gone, and go too."""
     sys.stdin.read()  # returns when the other end is closed
     os._exit(1)  # at once, from a thread; what is not written yet is mined again

@@ -11,7 +11,6 @@ memory.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -80,17 +79,7 @@ def cluster_regions(
     """K-means over all region features; arguments and errors as in :func:`make_pseudo_labels`."""
     options = asdict(config)
     num_classes = options.pop("num_classes")
-    if num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1, got {num_classes}; 1 makes class-unaware labels")
-    regions = count_regions(store)
-    if regions < num_classes:
-        raise ValueError(
-            f"num_classes: got {num_classes} classes for {regions} mined regions, expected at least as many regions "
-            f"as classes; mine more images, lower num_classes to {regions} or less, or set it to 1 (class-unaware)"
-        )
-    # what the store holds, in few letters: how it was mined and the sizes of its shards
-    shards = [(shard, store.shard_path(shard).stat().st_size) for shard in store.written()]
-    fingerprint = hashlib.sha256(json.dumps([vars(store.manifest), shards]).encode()).hexdigest()[:16]
+    regions = check_regions(store, num_classes)
 
     def tell(step: Iteration) -> None:
         left = (config.max_iterations - step.number) * step.seconds
@@ -101,8 +90,21 @@ def cluster_regions(
 
     in_memory = 2 * regions * store.manifest.region_dim <= _KEEP_IN_MEMORY_BYTES
     blocks = RegionBlocks(store, device, in_memory=in_memory)
-    journal = Journal(folder and folder / CENTROIDS, fingerprint, tell)
+    journal = Journal(folder and folder / CENTROIDS, store.fingerprint(), tell)
     return fit_kmeans(blocks, num_classes, **options, journal=journal)
+
+
+def check_regions(store: ProposalStore, num_classes: int) -> int:
+    """Regions of all images, M; ValueError when they are fewer than the pseudo-classes."""
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {num_classes}; 1 makes class-unaware labels")
+    regions = count_regions(store)
+    if regions < num_classes:
+        raise ValueError(
+            f"num_classes: got {num_classes} classes for {regions} mined regions, expected at least as many regions "
+            f"as classes; mine more images, lower num_classes to {regions} or less, or set it to 1 (class-unaware)"
+        )
+    return regions
 
 
 def to_labels(store: ProposalStore, regions: int, clustering: KMeans | None) -> Labels:

@@ -10,8 +10,11 @@ the number of images. The folder may be local or a URL that fsspec knows, such a
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from simdetr.data.annotations import ImageLabels
-from simdetr.data.storage import Location, locate, write_whole
+from simdetr.data.storage import Location, atomic_path, locate, write_whole
 from simdetr.mining.regions import Regions
 
 FORMAT = 3
@@ -194,6 +197,18 @@ class ProposalStore:
             found |= read_notes(read_footer(self.shard_path(shard)))["unreadable"]
         return found
 
+    def fingerprint(self) -> str:
+        """What the store holds, in few letters: how it was mined and the sizes of its shards."""
+        shards = [(shard, self.shard_path(shard).stat().st_size) for shard in self.written()]
+        return hashlib.sha256(json.dumps([vars(self.manifest), shards]).encode()).hexdigest()[:16]
+
+    def copy_to(self, folder: Path) -> None:
+        """Put all shards into another folder, the manifest last; on one disk the files are shared, not copied."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (*map(self.shard_path, self.written()), self.folder / MANIFEST):
+            with atomic_path(folder / path.name) as temporary:
+                _share(path, temporary)
+
     def __len__(self) -> int:
         """Images that have a row, in all written shards."""
         return sum(read_footer(self.shard_path(shard)).num_rows for shard in self.written())
@@ -312,6 +327,17 @@ def best_first(row: ProposalRow) -> ImageLabels:
     """Boxes in the order of their scores, which may have any range; scores of labels end at 1."""
     boxes = row.regions.boxes_xyxy[np.argsort(-row.regions.score, kind="stable")]
     return ImageLabels.build(row.image_id, (row.height, row.width), boxes, np.zeros(len(boxes)))
+
+
+def _share(path: Location, to: Path) -> None:
+    """Give a file a second name, which stays when the first is replaced; a copy where that is not possible."""
+    if isinstance(path, Path):
+        try:
+            os.link(path, to)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(path, to)
+    else:
+        to.write_bytes(path.read_bytes())
 
 
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -10,6 +10,7 @@ In reading order:
     prediction_samples  what a trained head found on validation images
     preview_page        the page of a mining preview
     rival_recall        ours beside other methods
+    comparison_page     a comparison of arms -> its answer and page
 """
 
 from typing import TYPE_CHECKING

@@ -39,7 +39,13 @@ NOT_THERE = {
     "comparison": "this run was not compared with other initialisations; fine-tune from both and keep the rows in "
     "comparison.json (simdetr compare does it).",
 }
-STEP_TITLES = {"mine": "Mine proposals", "cluster": "Cluster regions", "finetune": "Fine-tune", "compare": "Compare"}
+STEP_TITLES = {
+    "mine": "Mine proposals",
+    "take": "Take proposals",
+    "cluster": "Cluster regions",
+    "finetune": "Fine-tune",
+    "compare": "Compare",
+}
 
 
 def collect_run(

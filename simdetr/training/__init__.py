@@ -17,4 +17,7 @@ In reading order:
     auto_batch      the largest batch that fits the device
     recipe_choice   no config -> the recipe that fits machine and images
     run_time        how long a run will take
+    arms            what a comparison compares, by name
+    label_budgets   how many labels it gives them
+    side_by_side    trainings that several processes share
 """

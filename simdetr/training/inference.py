@@ -15,7 +15,7 @@ from simdetr.data.annotations import Category, LabelError
 from simdetr.data.category_matching import are_pseudo_classes, check_comparable, match_categories
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_checks import check_has_boxes, say_match
-from simdetr.data.label_files import read_with_report, say
+from simdetr.data.label_files import read_with_report, say, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.machine import default_device
 from simdetr.data.quarantine import Quarantine, check_share
@@ -135,6 +135,7 @@ def evaluate(
     point_radius: float | None = None,
     max_unreadable: float = 1.0,
     throughput: Throughput = OF_THE_MACHINE,
+    predictions: Path | None = None,
 ) -> dict[str, float]:
     """COCO's AP family and class-agnostic recall of a detector, fractions in 0..1; of heads their own scores too.
 
@@ -152,6 +153,7 @@ def evaluate(
         point_radius: As for ``predict``.
         max_unreadable: As for ``predict``; what is on unreadable images counts as missed.
         throughput: Batch size, decoding processes and precision; by default what suits the machine.
+        predictions: Parquet file to keep the detections in that are scored.
 
     Raises:
         LabelError: No image has labels, no box is left to look for, or its classes are none of the detector's.
@@ -178,6 +180,8 @@ def evaluate(
     source = source.subset(shared)
     found, scores = score(loaded, source, truth, settings)
     _say_unreadable(found, source, max_unreadable, "; what is on them counts as missed")
+    if predictions is not None:
+        write_labels(found, predictions)
     return scores
 
 

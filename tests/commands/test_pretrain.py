@@ -17,7 +17,7 @@ def test_pretrain_ends_with_what_to_do_next(run, scenes, tiny_config, capsys):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("pretrain", ["--encoder", "Folder of ``simdetr encoder fit``", "--num_ranks"]),
+        ("pretrain", ["--encoder", "Folder of ``simdetr encoder fit``", "--num_ranks", "--proposals"]),
         ("finetune", ["--init", "Run folder, detector folder or checkpoint to start from", "--auto_batch"]),
         ("evaluate", ["--precision {fp32,bf16}", "Images per forward pass"]),
         ("compare", ["--fractions", "Parts of the labelled images to train on"]),

@@ -42,10 +42,10 @@ def few_scenes(monkeypatch):
 def test_from_nothing_to_a_table_and_a_page(few_scenes, tmp_path):
     few_scenes(20, 4, 64)
     table, page = pretrain_and_compare(tmp_path, options=MINIATURE)
-    assert "| pretrained |" in table and "| scratch |" in table and "10 %" in table
-    assert "pretrained" in page.read_text(encoding="utf-8")
+    assert "| stage2 |" in table and "| random |" in table and "10 %" in table
+    assert "stage2" in page.read_text(encoding="utf-8")
     rows = json.loads((tmp_path / "comparison.json").read_text())
-    assert [row["initialisation"] for row in rows] == ["pretrained", "scratch"]
+    assert [row["initialisation"] for row in rows] == ["random", "stage2"]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert pretrain_and_compare(tmp_path, options=MINIATURE)[0] == table  # all that is finished is kept
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
@@ -81,15 +81,16 @@ def compared(data, run, out, *options):
     return compare(
         data.images,
         data.labels,
-        data.val_images,
-        data.val_labels,
         run.path,
         out,
         (module.FINETUNE_CONFIG,),
+        val_images=data.val_images,
+        val_labels=data.val_labels,
         fractions=(module.LABEL_FRACTION,),
         seeds=(0,),
         options=(*SMALL, "--trainer.max_steps=70", *options),
-    )
+        workers=1,
+    ).rows
 
 
 @pytest.mark.slow
@@ -105,8 +106,8 @@ def test_self_training_and_pretraining_pay(few_scenes, tmp_path):
     )
     assert first > mined + 0.03  # seen: .584, .677
     assert second > first - 0.02  # seen: .694; fused with the mined labels again, .600
-    pretrained, scratch = compared(data, run, tmp_path / "comparison")
-    assert (pretrained["initialisation"], scratch["initialisation"]) == ("pretrained", "scratch")
+    scratch, pretrained = compared(data, run, tmp_path / "comparison")
+    assert (pretrained["initialisation"], scratch["initialisation"]) == ("stage2", "random")
     assert pretrained["AP"] > scratch["AP"] + 0.05
 
 
@@ -123,6 +124,6 @@ def test_pretraining_pays_beside_a_backbone_with_weights(few_scenes, tmp_path):
     backbone = [f"--model.detector.init_args.{name}={word}" for name, word in words.items()]
     options = (*backbone, "--model.channels_last=true", "--model.backbone_lr=1e-4")
     run = pretrained_on(data, tmp_path / "run", "--self_training.stages=1", *options)
-    pretrained, without = compared(data, run, tmp_path / "comparison", *options)
-    assert (pretrained["initialisation"], without["initialisation"]) == ("pretrained", "backbone only")
+    without, pretrained = compared(data, run, tmp_path / "comparison", *options)
+    assert (pretrained["initialisation"], without["initialisation"]) == ("stage1", "backbone")
     assert pretrained["AP"] > without["AP"] + 0.1

@@ -59,7 +59,7 @@ def test_another_baseline():
 
 def test_a_metric_that_was_not_measured_is_a_dash():
     assert format_mean(math.nan, math.nan) == "–"
-    assert "| 10.0 | – |" in comparison_table([row("a", "1 %", 0, 0.1, AR100=math.nan)])
+    assert "| 10.0 | – |" in comparison_table([row("a", "1 %", 0, 0.1, AP75=math.nan)])
 
 
 def test_names_cannot_break_the_table():

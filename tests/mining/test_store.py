@@ -204,3 +204,12 @@ def test_another_storage_holds_the_same(store, rows, tmp_path, scheme):
         assert far.is_sound(shard, whole=False) == (shard != 1)
     with pytest.raises(StoreError, match="holds no proposals"):
         ProposalStore(f"{url}/elsewhere")
+
+
+def test_a_copy_holds_the_same_and_keeps_it(store, rows, tmp_path):
+    store.copy_to(tmp_path / "copy")
+    copy = ProposalStore(tmp_path / "copy")
+    assert copy.fingerprint() == store.fingerprint() and not copy.missing_shards()
+    store.write_shard(0, rows[:1], unreadable={"dir/1.jpg": "gone", "dir/2.jpg": "gone"})  # in place of the old file
+    assert copy.fingerprint() != store.fingerprint()
+    assert [row.image_id for row in copy.iter_rows()][:3] == [row.image_id for row in rows[:3]]

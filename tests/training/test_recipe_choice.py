@@ -196,10 +196,19 @@ def test_a_run_without_a_config_from_images_to_a_comparison(scenes, tmp_path, wi
     trained = json.loads((detector / "config.json").read_text())
     assert trained["init_args"]["hidden_dim"] == 128 and trained["image_settings"]["short_side"] == 64  # the run's
     assert len(trained["categories"]) == len(read_labels(truth).categories)
-    rows = pipeline.compare(
-        scenes, truth, scenes, truth, run.path, tmp_path / "worth", fractions=(0.5,), seeds=(0,), options=steps
+    found = pipeline.compare(
+        scenes,
+        truth,
+        run.path,
+        tmp_path / "worth",
+        val_images=scenes,
+        val_labels=truth,
+        fractions=(0.5,),
+        seeds=(0,),
+        options=steps,
+        workers=1,
     )
-    assert [row["initialisation"] for row in rows] == ["pretrained", "scratch"]
+    assert [row["initialisation"] for row in found.rows] == ["random", "stage2"]
 
 
 def test_a_run_goes_on_with_its_own_recipe_whatever_the_machine(scenes, tmp_path, without_wheels, monkeypatch):
