@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from simdetr.data.labels import Labels
 from simdetr.evaluation.coco_metric import CategoryMatches, matches_by_category
@@ -48,7 +48,7 @@ def seed_interval(differences: ArrayLike, confidence: float = CONFIDENCE) -> Int
     values = np.asarray(differences, np.float64)
     if len(values) < 2:
         return None
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    half = float(special.stdtrit(len(values) - 1, (1 + confidence) / 2) * values.std(ddof=1) / np.sqrt(len(values)))
     return Interval(float(values.mean()) - half, float(values.mean()) + half, "seeds")
 
 
@@ -85,7 +85,7 @@ def joint_interval(
     half = 0.0
     if total > 0:
         freedom = total**2 / (of_seeds**2 / (len(values) - 1) + of_images**2 / (num_images - 1))
-        half = float(stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(total))
+        half = float(special.stdtrit(freedom, (1 + confidence) / 2) * np.sqrt(total))
     return Interval(float(values.mean()) - half, float(values.mean()) + half, "seeds and images")
 
 
