@@ -68,7 +68,8 @@ def pretrain(
         device: Torch device of mining and relabelling; the GPU if there is one.
         options: ``--section.name=value`` strings, over the files.
         num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
-        encoder: Folder of ``simdetr encoder fit``, or a timm model whose weights are fetched; over the config's.
+        encoder: Folder of ``simdetr encoder fit``, a run or a detector, or a timm model whose weights are fetched;
+            over the config's.
         proposals: Folder of boxes mined before on these images, such as ``runs/x/rivals/lost`` of ``simdetr rivals``;
             they are taken into the run instead of mining, and clustered as ours are.
         auto_batch: Train with the largest batch that fits, with rates ``linear`` (True) in its size, or by ``sqrt``.

@@ -9,6 +9,7 @@ In reading order:
     train           one training to its end, from where it stopped
     run_folder      where a run keeps things, and which of its steps are done
     progress        bars with rate and time left
+    detector_encoder  the backbone of a trained detector as the encoder of a mining
     relabel         detections over a set of images: labels of the next stage, predictions
     fusion          what becomes of the labels before and the detections
     inference       predict and evaluate
