@@ -276,6 +276,7 @@ def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSection
                 stage=stage,
                 before=before,
                 fusion=fusion,
+                min_certainty=own.min_certainty,
                 max_unreadable=sections.mining.max_unreadable,
             )
             step.count = len(labels.boxes_xyxy)

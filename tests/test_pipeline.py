@@ -62,6 +62,12 @@ def test_pretraining_makes_every_part_of_a_run(run, scenes):
         labels = read_labels(run.labels(stage))
         assert (labels.stage, labels.num_classes, labels.image_ids) == (stage, 3, mined.image_ids)
         assert max(np.diff(labels.offsets)) <= 5  # max_boxes
+    for stage in (1, 2):
+        agreement = json.loads((run.stage(stage) / "agreement.json").read_text())
+        trained_on = read_labels(run.labels(stage - 1)).sharpened(0.15, 1.0)
+        assert agreement["proposals_per_image"] == len(trained_on.classes) / 12 and agreement["classes"] == 3
+        assert agreement["agreeing"] <= agreement["found"] <= agreement["boxes"] == len(trained_on.classes)
+        assert f">{agreement['proposals_per_image']:.1f}</td>" in run.report.read_text()
     assert run.report.is_file()
 
 

@@ -29,6 +29,7 @@ from simdetr.reports.drawing import Colour, class_colour, class_montage
 from simdetr.reports.page import ReportData, StepRow
 from simdetr.reports.prediction_samples import prediction_samples, prediction_scores
 from simdetr.reports.rival_recall import recall_row, rival_labels, rival_rows, rival_samples, side_by_side
+from simdetr.training.relabel import AGREEMENT
 
 MAX_BOXES_DRAWN = 15  # per picture and stage; the best-scored, so that a picture stays readable
 MAX_CURVES = 12
@@ -109,6 +110,7 @@ def collect_run(
         births=births(stages, truth=truth is not None) if know_births else [],
         origins=origins,
         montages=_montages(stages, source, num_montages, seed, missing) if stages else [],
+        agreement=_agreement(run_dir, [*stages]),
         clustering=_read_json(run_dir / "stage0" / "clustering.json", missing),
         recall=_recall(stages, truth, rng, missing) if stages else [],
         rivals=rival_rows(rivals, truth),
@@ -139,6 +141,16 @@ def _read_json(path: Path, missing: dict[str, str]) -> Any:  # noqa: ANN401
         return json.loads(path.read_text(encoding="utf-8"))
     missing[path.stem] = NOT_THERE[path.stem]
     return None
+
+
+def _agreement(run_dir: Path, stages: list[int]) -> list[dict[str, Any]]:
+    """One row per stage that has kept what its detector says of its labels: ``stage`` (its title), and the numbers."""
+    paths = {stage: run_dir / f"stage{stage}" / AGREEMENT for stage in stages}
+    return [
+        {"stage": stage_title(stage)} | json.loads(path.read_text(encoding="utf-8"))
+        for stage, path in paths.items()
+        if path.is_file()
+    ]
 
 
 def _read_steps(path: Path, missing: dict[str, str]) -> list[StepRow]:
