@@ -63,6 +63,8 @@ def test_there_are_configs():
         "pretrain/lw_detr.yaml",
         "rf_detr_tiny.yaml",
         "pretrain/rf_detr.yaml",
+        "pretrain/from_scratch_deformable_detr.yaml",
+        "pretrain/from_scratch_vidt_plus.yaml",
         "faster_rcnn_tiny.yaml",
         "heads/landmarks_traffic_lights.yaml",
         "heads/landmarks_grid.yaml",
@@ -101,6 +103,19 @@ def test_recipes_of_the_document_mine_with_its_filters():
         assert (rounds.fusion, rounds.min_certainty, rounds.sharpening) == (None, 0, 1), path.name
         assert mining.level_sets is None and list(mining.filters) == list(MiningConfig().filters), path.name
         assert len(mining.filters) == 5
+
+
+SCRATCH = sorted((REPOSITORY / "configs" / "pretrain").glob("from_scratch_*.yaml"))
+
+
+@pytest.mark.parametrize("path", SCRATCH, ids=lambda path: path.name)
+def test_from_scratch_nothing_has_weights_and_all_of_the_backbone_learns(path):
+    recipe = Recipe((str(path),), ("--data.images=none", "--data.labels=none"))
+    detector = recipe.check_detector(2048)  # a detector that would freeze random weights is refused
+    assert not recipe.brings_weights() and all(p.requires_grad for p in detector.parameters())
+    config, _ = recipe.resolved()
+    assert (config.encoder.class_path, config.trainer.max_epochs) == ("simdetr.mining.ColourTextureEncoder", 1000)
+    assert config.model.backbone_lr == config.model.lr
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *BUILT_IN], ids=lambda path: path.relative_to(REPOSITORY).as_posix())

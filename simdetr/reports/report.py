@@ -47,6 +47,12 @@ STEP_TITLES = {
     "finetune": "Fine-tune",
     "compare": "Compare",
 }
+STAGE_STEP_TITLES = {
+    "fit": "Train",
+    "relabel": "Relabel by",
+    "mine": "Mine by the backbone of",
+    "cluster": "Cluster regions of",
+}
 
 
 def collect_run(
@@ -179,9 +185,9 @@ def _read_steps(path: Path, missing: dict[str, str]) -> list[StepRow]:
 
 
 def _step_title(name: str) -> str:
-    staged = re.fullmatch(r"(fit|relabel)-stage(\d+)", name)
+    staged = re.fullmatch(r"(fit|relabel|mine|cluster)-stage(\d+)", name)
     if staged:
-        return f"{'Train' if staged[1] == 'fit' else 'Relabel by'} stage {staged[2]}"
+        return f"{STAGE_STEP_TITLES[staged[1]]} stage {staged[2]}"
     return STEP_TITLES.get(name, name.replace("-", " ").capitalize())
 
 
