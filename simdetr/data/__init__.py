@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from simdetr.data.annotations import Category, ImageLabels, LabelError, Lineage
-    from simdetr.data.augmentation import Mosaic, eval_transforms, train_transforms
+    from simdetr.data.augmentation import Mosaic, MosaicTiles, eval_transforms, train_transforms
     from simdetr.data.coco import read_coco, write_coco, write_detections
     from simdetr.data.dataset import Batch, DetectionDataset, collate
     from simdetr.data.doctor import DoctorReport, examine, summary
@@ -60,6 +60,7 @@ __all__ = [
     "Labels",
     "Lineage",
     "Mosaic",
+    "MosaicTiles",
     "Quarantine",
     "ReferencePoints",
     "TooManyUnreadableError",
@@ -83,7 +84,7 @@ __all__ = [
 
 _NAMES = {
     "annotations": ("Category", "ImageLabels", "LabelError", "Lineage"),
-    "augmentation": ("Mosaic", "eval_transforms", "train_transforms"),
+    "augmentation": ("Mosaic", "MosaicTiles", "eval_transforms", "train_transforms"),
     "coco": ("read_coco", "write_coco", "write_detections"),
     "dataset": ("Batch", "DetectionDataset", "collate"),
     "doctor": ("DoctorReport", "examine", "summary"),
