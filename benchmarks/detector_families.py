@@ -23,6 +23,8 @@ FAMILIES = {
     "Deformable DETR, ResNet-18": "tiny",
     "ViDT+, Swin": "vidt_tiny",
     "RT-DETRv2 of transformers": "rt_detr_v2_tiny",
+    "LW-DETR of transformers": "lw_detr_tiny",
+    "RF-DETR of transformers": "rf_detr_tiny",
     "Faster R-CNN of torchvision": "faster_rcnn_tiny",
 }
 MAX_BOXES = (25, 100)

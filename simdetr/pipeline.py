@@ -3,7 +3,7 @@
 In: a folder of images, and for the second half a handful of labels. Out: a run folder with proposals, the labels and
 detector of every stage, and a report.
 
-    images -> mine -> cluster -> (fit -> relabel) x stages -> finetune -> evaluate | compare | predict
+    images -> mine -> cluster -> (fit -> relabel | mine -> cluster) x stages -> finetune -> evaluate | compare | predict
 
 Every step looks for its own output first: the same call again goes on where the last one stopped.
 """
@@ -15,7 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from simdetr.reports.report import collect_run
 from simdetr.training.arms import Arm, run_settings
 from simdetr.training.auto_batch import Scaling
 from simdetr.training.datamodule import check_comparable_files
+from simdetr.training.fusion import inherit
 from simdetr.training.inference import evaluate as evaluate
 from simdetr.training.inference import predict as predict
 from simdetr.training.label_budgets import hold_out, read_budgets
@@ -89,7 +90,8 @@ def pretrain(
         device: Torch device of mining and relabelling; the GPU if there is one.
         options: ``--section.name=value`` strings, over the files.
         num_ranks: Processes on this machine that mine; under torchrun all of its processes do.
-        encoder: Folder of ``simdetr encoder fit``, or a timm model whose weights are fetched; over the config's.
+        encoder: Folder of ``simdetr encoder fit``, a run or a detector, or a timm model whose weights are fetched;
+            over the config's.
         proposals: Folder of boxes mined before on these images, such as ``runs/x/rivals/lost`` of ``simdetr rivals``;
             they are taken into the run instead of mining, and clustered as ours are.
         auto_batch: Train with the largest batch that fits, with rates ``linear`` (True) in its size, or by ``sqrt``.
@@ -135,7 +137,10 @@ def pretrain(
             run.claim(recipe.resolved()[1], *run.settled(stages))
         for stage in range(1, stages + 1):
             fit_stage(run, recipe, sections, stage, num_images=len(labels))
-            labels = relabel_stage(run, source, sections, stage, own_device)
+            if sections.self_training.remine:
+                labels = remine_stage(run, job, stage, num_ranks)
+            else:
+                labels = relabel_stage(run, source, sections, stage, own_device)
         if leads() and (truth is not None or run.is_newer_than_report()):
             report(run.path, images, truth=truth)
     return run
@@ -304,11 +309,34 @@ def relabel_stage(run: RunFolder, source: ImageSource, sections: PipelineSection
                 stage=stage,
                 before=before,
                 fusion=fusion,
+                min_certainty=own.min_certainty,
                 max_unreadable=sections.mining.max_unreadable,
             )
             step.count = len(labels.boxes_xyxy)
 
     return run.labels_once(stage, make)
+
+
+def remine_stage(run: RunFolder, job: MiningJob, stage: int, num_ranks: int = 1) -> Labels:
+    """Mine and cluster anew with the backbone that a stage has trained, in the stage's own folder: its labels."""
+    if run.labels(stage).is_file():
+        return read_labels(run.labels(stage))
+    encoder = encoder_options(str(run.detector(stage)))
+    own = replace(job, out=str(run.stage(stage) / "proposals"), options=(*job.options, *encoder))
+    sections = own.sections()
+    with run.step(f"mine-stage{stage}", "proposals") as step:
+        store = own.run(num_ranks, sections, progress=sys.stderr.isatty())
+        step.count = count_regions(store)
+    with run.step(f"cluster-stage{stage}", f"of {sections.clustering.num_classes:,} pseudo-classes have boxes") as step:
+        with process_group(own.own_device):  # of a training on several devices, which is still there
+            labels = make_pseudo_labels(store, sections.clustering, device=own.own_device, folder=run.stage(stage))
+        step.count = labels.used_classes
+
+    def write() -> None:
+        before = read_labels(run.labels(stage - 1))
+        write_labels(inherit(replace(labels, stage=stage), before), run.labels(stage))
+
+    return run.labels_once(stage, write)
 
 
 def finetune(

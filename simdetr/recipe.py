@@ -89,6 +89,8 @@ class SelfTrainingConfig:
         sharpening: Exponent on the certainty of the others, which is how much a box counts in training: above 1, a
             detector learns more from what is certain, and is surer itself.
         from_scratch: Start each round from new weights instead of the last round's.
+        remine: Make the labels of a round by mining and clustering anew, with the backbone that it has trained as the
+            encoder (Algorithm 1, line 3), instead of taking its detections; ``fusion`` then has no part.
         checkpoint_every_steps: Steps of any training, also of a fine-tuning, between two points a killed run can resume
             from; a tenth of the training, but 10 to 500, when left out.
     """
@@ -100,6 +102,7 @@ class SelfTrainingConfig:
     min_certainty: float = 0.15
     sharpening: float = 1.5
     from_scratch: bool = False
+    remine: bool | None = None
     checkpoint_every_steps: int | None = None
 
     def data_options(self) -> tuple[str, ...]:

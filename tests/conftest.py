@@ -95,6 +95,39 @@ _RT_DETR = {
     "num_queries": 10,
     "num_denoising": 6,
 }
+_GROUPS = {
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_self_attention_heads": 2,
+    "decoder_cross_attention_heads": 2,
+    "decoder_ffn_dim": 32,
+    "decoder_n_points": 2,
+    "c2f_num_blocks": 1,
+    "num_queries": 10,
+    "group_detr": 3,
+    "dropout": 0.0,
+}
+_VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "mlp_ratio": 2,
+    "image_size": 64,
+    "patch_size": 8,
+    "out_indices": [1, 3],
+}
+_LW_DETR = {
+    "projector_scale_factors": [1.0],
+    "backbone_config": {
+        "model_type": "lw_detr_vit",
+        "pretrain_image_size": 64,
+        "num_windows": 4,
+        "window_block_indices": [0, 2],
+        **_VIT,
+    },
+    **_GROUPS,
+}
+_RF_DETR = {"backbone_config": {"model_type": "rf_detr_dinov2", "num_windows": 2, **_VIT}, **_GROUPS}
 _RESNET18 = {"backbone": "resnet18", "trainable_layers": 5, "frozen_batch_norm": False}
 _FEW_REGIONS = {
     "rpn_post_nms_top_n_train": 50,
@@ -108,6 +141,8 @@ OTHERS = {
     "detr": (_TRANSFORMERS, {"config": {"model_type": "detr", **_DETR}}),
     "rt_detr_v2": (_TRANSFORMERS, {"config": {"model_type": "rt_detr_v2", **_RT_DETR}}),
     "d_fine": (_TRANSFORMERS, {"config": {"model_type": "d_fine", **_RT_DETR}}),
+    "lw_detr": (_TRANSFORMERS, {"config": {"model_type": "lw_detr", **_LW_DETR}}),
+    "rf_detr": (_TRANSFORMERS, {"config": {"model_type": "rf_detr", **_RF_DETR}}),
     "faster_rcnn": (
         _TORCHVISION,
         {"architecture": "fasterrcnn_resnet50_fpn", "options": _FEW_REGIONS, **_RESNET18},

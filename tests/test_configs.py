@@ -32,11 +32,20 @@ TINY = {
     "DETReg": ("tiny.yaml", {"backbone": "test_resnet"}),
     "ViDT": ("vidt_tiny.yaml", {"backbone": "swin_pico"}),
     "TorchvisionDetector": ("faster_rcnn_tiny.yaml", {}),
-    "TransformersDetector": ("rt_detr_v2_tiny.yaml", {}),
+    "rt_detr_v2": ("rt_detr_v2_tiny.yaml", {}),
+    "lw_detr": ("lw_detr_tiny.yaml", {}),
+    "rf_detr": ("rf_detr_tiny.yaml", {}),
     "HeadedDetector": (None, {"detector.init_args.backbone": "test_resnet", "detector.init_args.num_queries": 10}),
     "HeadedBackbone": (None, {"backbone": "test_resnet"}),
 }
-"""Config that shrinks those of a detector, where there is one, and arguments that shrink it further."""
+"""Config that shrinks those of a detector (or of a family of transformers'), where there is one, and arguments that
+shrink it further."""
+
+
+def kind_of(detector):
+    """The key in ``TINY`` of a section ``detector``."""
+    name = detector["class_path"].rpartition(".")[2]
+    return detector["init_args"]["config"]["model_type"] if name == "TransformersDetector" else name
 
 
 def test_there_are_configs():
@@ -50,6 +59,12 @@ def test_there_are_configs():
         "finetune/vidt_plus_swin_tiny.yaml",
         "rt_detr_v2_tiny.yaml",
         "pretrain/rt_detr_v2.yaml",
+        "lw_detr_tiny.yaml",
+        "pretrain/lw_detr.yaml",
+        "rf_detr_tiny.yaml",
+        "pretrain/rf_detr.yaml",
+        "pretrain/from_scratch_deformable_detr.yaml",
+        "pretrain/from_scratch_vidt_plus.yaml",
         "faster_rcnn_tiny.yaml",
         "heads/landmarks_traffic_lights.yaml",
         "heads/landmarks_grid.yaml",
@@ -80,7 +95,7 @@ def test_recipes_of_the_document_mine_with_its_filters():
         for path in (REPOSITORY / "configs" / "pretrain").glob("*.yaml")
         if path.read_text().startswith("# The document's")
     ]
-    assert len(claiming) == 3
+    assert len(claiming) == 5
     for path in claiming:
         untrained = "--encoder.init_args.random_weights=true"
         sections = Recipe((str(path),), ("--data.images=none", "--data.labels=none", untrained)).sections()
@@ -90,10 +105,23 @@ def test_recipes_of_the_document_mine_with_its_filters():
         assert len(mining.filters) == 5
 
 
+SCRATCH = sorted((REPOSITORY / "configs" / "pretrain").glob("from_scratch_*.yaml"))
+
+
+@pytest.mark.parametrize("path", SCRATCH, ids=lambda path: path.name)
+def test_from_scratch_nothing_has_weights_and_all_of_the_backbone_learns(path):
+    recipe = Recipe((str(path),), ("--data.images=none", "--data.labels=none"))
+    detector = recipe.check_detector(2048)  # a detector that would freeze random weights is refused
+    assert not recipe.brings_weights() and all(p.requires_grad for p in detector.parameters())
+    config, _ = recipe.resolved()
+    assert (config.encoder.class_path, config.trainer.max_epochs) == ("simdetr.mining.ColourTextureEncoder", 1000)
+    assert config.model.backbone_lr == config.model.lr
+
+
 @pytest.mark.parametrize("path", [*CONFIGS, *BUILT_IN], ids=lambda path: path.relative_to(REPOSITORY).as_posix())
 def test_trains_one_step(path, scenes, learned_backbone, tmp_path):
     detector = yaml.safe_load(path.read_text())["model"].get("detector")
-    name, changes = TINY[detector["class_path"].rpartition(".")[2] if detector else "DeformableDETR"]
+    name, changes = TINY[kind_of(detector) if detector else "DeformableDETR"]
     tiny = [REPOSITORY / "configs" / name] if name else []
     configs = [path, *tiny] if detector else [*tiny, path]  # a config without detector is put after one that has it
     data = (f"--data.images={scenes}", f"--data.labels={scenes / 'instances.json'}")

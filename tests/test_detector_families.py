@@ -15,7 +15,10 @@ from simdetr.data import Category, open_images, read_labels, write_coco
 from simdetr.detectors.predictions import best_per_query
 from simdetr.training.relabel import InferenceSettings, detect
 
-OTHERS = ("deformable_detr", "conditional_detr", "detr", "rt_detr_v2", "d_fine", "faster_rcnn", "fcos", "retinanet")
+OTHERS = (
+    *("deformable_detr", "conditional_detr", "detr", "rt_detr_v2", "d_fine", "lw_detr", "rf_detr"),
+    *("faster_rcnn", "fcos", "retinanet"),
+)
 CATEGORIES = tuple(Category(number, f"class {number}") for number in range(3))
 SETTINGS = InferenceSettings(short_side=64, max_side=80, iou_threshold=0.55, max_boxes=5, batch_size=4)
 
@@ -39,7 +42,9 @@ def test_relabelled_filtered_and_written(name, make_other, scenes, tmp_path):
     np.testing.assert_allclose(again.scores, labels.scores, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["rt_detr_v2", pytest.param("faster_rcnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["rt_detr_v2", "lw_detr", "rf_detr", pytest.param("faster_rcnn", marks=pytest.mark.slow)]
+)
 def test_the_whole_method(name, config_of_other, tiny_config, scenes, own_scenes, tmp_path):
     """Pretraining, relabelling, a second stage, fine-tuning and evaluation."""
     detector = config_of_other(name)

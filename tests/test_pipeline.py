@@ -27,6 +27,7 @@ from simdetr.mining.clustering_config import ClusteringConfig
 from simdetr.mining.colour_texture import ColourTextureEncoder
 from simdetr.mining.rivals import mine_rival
 from simdetr.mining.store import ProposalStore, StoreError
+from simdetr.training.detector_encoder import DetectorEncoder
 from simdetr.training.fusion import Fusion
 from simdetr.training.recipe_choice import for_pretraining
 from simdetr.training.run_folder import LEADER_LOCK, RunFolder, RunMismatchError, detector_folder
@@ -63,6 +64,12 @@ def test_pretraining_makes_every_part_of_a_run(run, scenes):
         labels = read_labels(run.labels(stage))
         assert (labels.stage, labels.num_classes, labels.image_ids) == (stage, 3, mined.image_ids)
         assert max(np.diff(labels.offsets)) <= 5  # max_boxes
+    for stage in (1, 2):
+        agreement = json.loads((run.stage(stage) / "agreement.json").read_text())
+        trained_on = read_labels(run.labels(stage - 1)).sharpened(0.15, 1.0)
+        assert agreement["proposals_per_image"] == len(trained_on.classes) / 12 and agreement["classes"] == 3
+        assert agreement["agreeing"] <= agreement["found"] <= agreement["boxes"] == len(trained_on.classes)
+        assert f">{agreement['proposals_per_image']:.1f}</td>" in run.report.read_text()
     assert run.report.is_file()
 
 
@@ -258,6 +265,45 @@ def test_the_next_stage_starts_from_the_last_or_from_scratch(run, scenes, tiny_c
         )
         pipeline.fit_stage(run, recipe, recipe.sections(), 2, num_images=1)
     assert seen == [str(run.detector(1)), None]
+
+
+@pytest.mark.parametrize("killed_in", [None, "make_pseudo_labels"])
+def test_a_stage_may_mine_anew_with_its_own_backbone(killed_in, scenes, tiny_config, tmp_path, monkeypatch):
+    out, options = tmp_path / "run", ["--self_training.stages=2", "--self_training.remine=true"]
+    if killed_in:
+        once = getattr(pipeline, killed_in)
+
+        def die(*args, **kwargs):
+            if kwargs["folder"].name == "stage1":
+                raise InterruptedError
+            return once(*args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(pipeline, killed_in, die)
+            pipeline.pretrain(scenes, out, [tiny_config], options=options)
+        before = times(out / "stage1" / "proposals")
+    run = pipeline.pretrain(scenes, out, [tiny_config], options=options)
+    stores = [ProposalStore(folder) for folder in (run.proposals, *(run.stage(j) / "proposals" for j in (1, 2)))]
+    mined, first, second = (store.manifest.encoder for store in stores)
+    assert not mined.startswith("detector:") and first.startswith("detector:") and first != second
+    assert first == DetectorEncoder(run.detector(1)).fingerprint
+    assert not killed_in or times(out / "stage1" / "proposals") == before  # mined once
+    steps = [json.loads(line)["name"] for line in run.steps.read_text().splitlines()]
+    assert list(dict.fromkeys(name for name in steps if "stage1" in name)) == [
+        "fit-stage1",
+        "mine-stage1",
+        "cluster-stage1",
+    ]
+    labels = [read_labels(run.labels(stage)) for stage in range(3)]
+    for stage in (1, 2):
+        rows = list(stores[stage].iter_rows(["boxes_xyxy"]))
+        assert np.array_equal(labels[stage].boxes_xyxy, np.concatenate([row.regions.boxes_xyxy for row in rows]))
+        assert (labels[stage].stage, labels[stage].num_classes) == (stage, 3)
+        assert labels[stage].categories != labels[stage - 1].categories  # another clustering, other classes
+    assert "Mine by the backbone of stage 1" in run.report.read_text()
+    before = times(run.path)
+    pipeline.pretrain(scenes, out, [tiny_config], options=options)
+    assert times(run.path) == before
 
 
 def test_class_unaware_pretraining(scenes, tiny_config, tmp_path):

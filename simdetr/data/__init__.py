@@ -38,7 +38,7 @@ from simdetr.data.first_use import names_on_first_use
 
 if TYPE_CHECKING:
     from simdetr.data.annotations import Category, ImageLabels, LabelError, Lineage
-    from simdetr.data.augmentation import Mosaic, eval_transforms, train_transforms
+    from simdetr.data.augmentation import Mosaic, MosaicTiles, eval_transforms, train_transforms
     from simdetr.data.coco import read_coco, write_coco, write_detections
     from simdetr.data.dataset import Batch, DetectionDataset, collate
     from simdetr.data.doctor import DoctorReport, examine, summary
@@ -54,7 +54,7 @@ else:
         __name__,
         {
             "annotations": ("Category", "ImageLabels", "LabelError", "Lineage"),
-            "augmentation": ("Mosaic", "eval_transforms", "train_transforms"),
+            "augmentation": ("Mosaic", "MosaicTiles", "eval_transforms", "train_transforms"),
             "coco": ("read_coco", "write_coco", "write_detections"),
             "dataset": ("Batch", "DetectionDataset", "collate"),
             "doctor": ("DoctorReport", "examine", "summary"),
@@ -81,6 +81,7 @@ __all__ = [
     "Labels",
     "Lineage",
     "Mosaic",
+    "MosaicTiles",
     "Quarantine",
     "ReferencePoints",
     "TooManyUnreadableError",

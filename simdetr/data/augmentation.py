@@ -300,6 +300,37 @@ class Placement:
     width: int
 
 
+@dataclass(frozen=True)
+class MosaicTiles:
+    """How the images of a mosaic are put together (US 2025/0265826 [0066], [0068]).
+
+    Args:
+        canvas_px: Side of the square canvas in pixels; 0 takes the size of the sample's own image.
+        low_resolution: Share of tiles that are put in at a lower resolution, which makes their objects small.
+        scale_range: Smallest and largest factor of a lower resolution.
+        colour: Strength of colour changes that each tile gets for itself, before they are combined: none, light, strong
+            or 0 to 1; the whole mosaic gets those of any image beside.
+    """
+
+    canvas_px: int = 0
+    low_resolution: float = 0.5
+    scale_range: tuple[float, float] = (0.4, 0.8)
+    colour: Colour | float = "none"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low_resolution <= 1:
+            raise ValueError(f"mosaic_tiles.low_resolution: expected a share from 0 to 1, got {self.low_resolution}")
+        if not 0 < self.scale_range[0] <= self.scale_range[1] <= 1:
+            raise ValueError(
+                f"mosaic_tiles.scale_range: expected 0 < smallest <= largest <= 1, got {tuple(self.scale_range)}"
+            )
+        if self.canvas_px < 0:
+            raise ValueError(
+                f"mosaic_tiles.canvas_px: expected a side in pixels, or 0 for the image's own, got {self.canvas_px}"
+            )
+        _colour_changes(self.colour)
+
+
 class Mosaic(Dataset[Sample | None]):
     """A detection dataset whose items are, with some probability, mosaics of 2 × 2 images.
 
@@ -310,9 +341,7 @@ class Mosaic(Dataset[Sample | None]):
     Args:
         dataset: the images and labels.
         probability: share of items that become mosaics.
-        canvas_px: side of the square canvas in pixels; 0 takes the size of the item's own image.
-        low_resolution: share of tiles that are put in at a lower resolution.
-        scale_range: smallest and largest factor of a lower resolution.
+        tiles: how the images are put together.
         seed: seed of the draws; the dataset's own by default.
     """
 
@@ -320,22 +349,15 @@ class Mosaic(Dataset[Sample | None]):
         self,
         dataset: DetectionDataset,
         probability: float = 0.5,
-        canvas_px: int = 0,
-        low_resolution: float = 0.5,
-        scale_range: tuple[float, float] = (0.4, 0.8),
+        tiles: MosaicTiles | None = None,
         seed: int | None = None,
     ) -> None:
-        if not 0 <= probability <= 1 or not 0 <= low_resolution <= 1:
-            raise ValueError(f"expected shares from 0 to 1, got {probability=} and {low_resolution=}")
-        if not 0 < scale_range[0] <= scale_range[1] <= 1:
-            raise ValueError(f"scale_range: expected 0 < smallest <= largest <= 1, got {tuple(scale_range)}")
-        if canvas_px < 0:
-            raise ValueError(f"canvas_px: expected a side in pixels, or 0 for the image's own size, got {canvas_px}")
+        if not 0 <= probability <= 1:
+            raise ValueError(f"mosaic: expected a share from 0 to 1, got {probability}")
         self.dataset = dataset
         self.probability = probability
-        self.canvas_px = canvas_px
-        self.low_resolution = low_resolution
-        self.scale_range = (float(scale_range[0]), float(scale_range[1]))
+        self.tiles = tiles or MosaicTiles()
+        self._changes = v2.Compose(changes) if (changes := _colour_changes(self.tiles.colour)) else None
         self.seed = dataset.seed if seed is None else seed
 
     def set_epoch(self, epoch: int) -> None:
@@ -356,8 +378,10 @@ class Mosaic(Dataset[Sample | None]):
         samples = [sample for sample in map(self.dataset.load, indices) if sample is not None]
         if not samples:
             return None
+        if self._changes is not None:
+            samples = [(self._changes(image), target) for image, target in samples]
         own_height, own_width = samples[0][0].shape[-2:]
-        canvas_hw = (max(2, self.canvas_px or own_height), max(2, self.canvas_px or own_width))
+        canvas_hw = (max(2, self.tiles.canvas_px or own_height), max(2, self.tiles.canvas_px or own_width))
         pairs = zip(self._tiles(canvas_hw), samples, strict=False)  # fewer samples than tiles where some are unreadable
         placements = [self._place(tile, (image.shape[-2], image.shape[-1])) for tile, (image, _) in pairs]
         return compose_tiles(samples, placements, canvas_hw)
@@ -373,8 +397,8 @@ class Mosaic(Dataset[Sample | None]):
     def _place(self, tile: Placement, size_hw: tuple[int, int]) -> Placement:
         """Fit an image of (height, width) into a tile, perhaps at a lower resolution, at a random place."""
         scale = min(tile.height / size_hw[0], tile.width / size_hw[1])
-        if float(torch.rand(())) < self.low_resolution:
-            low, high = self.scale_range
+        if float(torch.rand(())) < self.tiles.low_resolution:
+            low, high = self.tiles.scale_range
             scale *= low + (high - low) * float(torch.rand(()))
         height = min(max(1, round(size_hw[0] * scale)), tile.height)
         width = min(max(1, round(size_hw[1] * scale)), tile.width)

@@ -36,6 +36,18 @@ from simdetr.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 _NESTS = ("teacher", "state_dict", "model_state_dict", "model", "module", "student")
 # Of twins that fit equally well these are not the one that is meant to be used.
 _COPIES = ("encoder_k", "momentum_encoder", "student")
+_POSITIONS = ("pos_embed", "position_embeddings")
+# Parts of names in a ViT of DINOv2's code or timm's, and in transformers' own ViTs.
+_VIT_NAMES = (
+    (r"(^|\.)patch_embed\.proj\.", r"\1embeddings.patch_embeddings.projection."),
+    (r"(^|\.)(cls_token|mask_token)$", r"\1embeddings.\2"),
+    (r"(^|\.)pos_embed$", r"\1embeddings.position_embeddings"),
+    (r"(^|\.)norm\.(weight|bias)$", r"\1layernorm.\2"),
+    (r"(^|\.)blocks\.(\d+)\.", r"\1encoder.layer.\2."),
+    (r"\.attn\.([qkvo]_)?proj\.", r".attention.\1proj."),
+    (r"\.attention\.proj\.", ".attention.o_proj."),
+    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+)
 _BUFFERS = ("attn_mask", "relative_position_index", "relative_coords_table")
 
 Colour = tuple[float, float, float]
@@ -91,14 +103,14 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], min_matched: flo
     """Copy weights into a module in place; names may differ by a prefix and by timm's ``features_only`` wrappers.
 
     Args:
-        module: a timm model, plain or ``features_only``.
+        module: a timm model, plain or ``features_only``, or transformers' own ViT of DINOv2.
         weights: as :func:`load_backbone_weights` returns them.
         min_matched: smallest acceptable part of the module's parameter tensors that the weights set, 0..1.
 
     Raises:
         PretrainedWeightsError: when fewer match; nothing is copied then.
     """
-    given = _encoder_for(module, weights)
+    given = _encoder_for(module, _vit_of_transformers(weights) if _is_vit_of_transformers(module) else weights)
     chosen: dict[str, Tensor] = {}
     missing, mismatched = [], []
     for name, own in module.state_dict().items():
@@ -106,7 +118,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], min_matched: flo
         if stored is None:
             missing.append(name)
             continue
-        value = _resize_pos_embed(stored, own) if name.endswith("pos_embed") else stored
+        value = _resize_pos_embed(stored, own) if name.endswith(_POSITIONS) else stored
         if value.shape == own.shape:
             chosen[name] = value
         else:
@@ -197,6 +209,23 @@ def _encoder_for(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
     )
     first = sorted(prefixes, key=lambda prefix: any(copy in prefix for copy in _COPIES))
     return _below(max(first, key=fitting, default=""), tensors)
+
+
+def _is_vit_of_transformers(module: nn.Module) -> bool:
+    return any(name == "embeddings.patch_embeddings.projection.weight" for name, _ in module.named_parameters())
+
+
+def _vit_of_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a ViT under transformers' names, which knows queries, keys and values apart; other names stay."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        packed = re.fullmatch(r"(.*\.attn\.)qkv(\.weight|\.bias)", name)
+        names = [f"{packed[1]}{part}_proj{packed[2]}" for part in "qkv"] if packed else [name]
+        for new, value in zip(names, tensor.chunk(len(names)) if packed else [tensor], strict=True):
+            for old, wanted in _VIT_NAMES:
+                new = re.sub(old, wanted, new)
+            renamed[new] = value
+    return renamed
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

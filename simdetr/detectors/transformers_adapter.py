@@ -1,10 +1,13 @@
 """Any DETR of transformers behind this package's contract: its config in, predictions and its own losses out.
 
 What ``AutoModelForObjectDetection`` builds and answers with ``logits`` and ``pred_boxes`` serves: Deformable DETR,
-Conditional DETR, DETR, DAB-DETR, RT-DETR, RT-DETRv2, D-FINE, YOLOS and their kin. The second part holds all that
-depends on transformers' families. Nothing is downloaded unless a hub id is given.
+Conditional DETR, DETR, DAB-DETR, RT-DETR, RT-DETRv2, D-FINE, LW-DETR, RF-DETR, YOLOS and their kin. The second part
+holds all that depends on transformers' families. Nothing is downloaded unless a hub id is given.
+
+LW-DETR and RF-DETR train G groups of Q queries, each matched with all objects, and detect by the first (Group DETR,
+Chen et al. 2023): ``forward`` gives the first in training too, the losses are of all.
 Source: transformers (Apache-2.0).
-Letters: B images, Q queries, K classes, L decoder layers.
+Letters: B images, Q queries, K classes, L decoder layers, G groups of queries.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from inspect import signature
 from typing import Any, Literal, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional
 
 from simdetr.detectors.backbone import pad_to_multiple
 from simdetr.detectors.detector import Detector, DetectorOutput, Prediction, softmax_log_odds
@@ -68,6 +73,8 @@ class TransformersDetector(Detector):
         self.model = build_model(settings, num_classes, pretrained)
         self.backbone_name, self.body_name = (f"model.{name}" for name in backbone_names(self.model))
         self.pad_multiple = sides_multiple(settings) if pad_multiple is None else pad_multiple
+        self.pad_square = wants_squares(settings)
+        self.num_groups = int(settings.get("group_detr") or 1)
         self.boxes_of = boxes_are_of(self.model, boxes_of)
         self.own_loss: Callable[..., Any] = self.model.loss_function
         # the encoder of Deformable DETR proposes by the logit of class 0, those of others by the best class
@@ -84,6 +91,15 @@ class TransformersDetector(Detector):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> DetectorOutput:
         """Detect; in training mode with the predictions of earlier layers, where ``auxiliary_loss`` is on."""
+        found = self._detect(images, mask)
+        if not self.training or self.num_groups == 1:
+            return found
+        return cast(
+            DetectorOutput, _of_all_layers(found, lambda values: values[:, : values.shape[1] // self.num_groups])
+        )
+
+    def _detect(self, images: Tensor, mask: Tensor | None) -> DetectorOutput:
+        """What ``forward`` gives, but of all G Q queries in training mode."""
         images, mask = self._pad(images, mask)
         to_valid = 1.0 / self._box_scale(mask)[:, None]
         if self.training:
@@ -106,7 +122,11 @@ class TransformersDetector(Detector):
             ValueError: ``loss="simdetr"`` for a family whose classes compete in a softmax.
         """
         if self.criterion is not None:
-            terms: dict[str, Tensor] = self.criterion(self(images, mask), targets)
+            # a group of queries is matched as if it were alone: each is an image of its own to the criterion
+            outputs, groups = self._detect(images, mask), self.num_groups
+            folded = _of_all_layers(outputs, lambda values: rearrange(values, "b (g q) c -> (b g) q c", g=groups))
+            repeated = [target for target in targets for _ in range(groups)]
+            terms: dict[str, Tensor] = self.criterion(folded, repeated)
         else:
             images, mask = self._pad(images, mask)
             labels = [
@@ -145,9 +165,13 @@ class TransformersDetector(Detector):
     def _own_loss_or_nan(
         self, logits: Tensor, labels: object, device: object, pred_boxes: Tensor, *rest: object, **more: object
     ) -> object:
-        """The family's loss; NaN where it would raise, so that the caller can stop and keep the batch."""
+        """The family's loss; NaN where it would raise, so that the caller can stop and keep the batch.
+
+        Computed in single precision whatever the network's: LW-DETR's takes the logarithm of one minus a probability,
+        which half precision rounds to zero.
+        """
         if torch.isfinite(logits).all() and torch.isfinite(pred_boxes).all():
-            return self.own_loss(logits, labels, device, pred_boxes, *rest, **more)
+            return self.own_loss(_single(logits), labels, device, _single(pred_boxes), *map(_single, rest), **more)
         return (logits.sum() + pred_boxes.sum()) * torch.nan, {}, None
 
     def _prediction(self, layer: Mapping[str, Any], to_valid: Tensor) -> Prediction:
@@ -166,6 +190,8 @@ class TransformersDetector(Detector):
         """What the encoder of a two-stage model proposes."""
         if found.get("enc_topk_logits") is not None:
             return {"logits": found["enc_topk_logits"], "pred_boxes": found["enc_topk_bboxes"]}
+        if self.num_groups > 1:  # boxes, whatever their name says
+            return {"logits": found["enc_outputs_class"], "pred_boxes": found["enc_outputs_coord_logits"]}
         if self.model.config.model_type == "deformable_detr" and self.model.config.two_stage:
             boxes = found["enc_outputs_coord_logits"].sigmoid()
             return {"logits": found["enc_outputs_class"], "pred_boxes": boxes}
@@ -174,7 +200,13 @@ class TransformersDetector(Detector):
     def _pad(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Zero-pad to the sides that the model needs."""
         images, mask = pad_to_multiple(images, mask, self.pad_multiple)
-        return images, mask.expand(len(images), -1, -1)
+        mask = mask.expand(len(images), -1, -1)
+        if self.pad_square:
+            height, width = images.shape[-2:]
+            side: Any = torch.sym_max(height, width)  # an exported graph serves every size
+            extra = (0, side - width, 0, side - height)
+            images, mask = functional.pad(images, extra), functional.pad(mask, extra, value=True)
+        return images, mask
 
     def _box_scale(self, mask: Tensor) -> Tensor:
         """What turns fractions of the valid image into the model's, float [B, 4], from a mask [B, H, W]."""
@@ -198,12 +230,27 @@ def _layers_instead_of_loss(
     """In place of a model's loss, with the same arguments: no loss, and the predictions of its earlier layers."""
     layers: list[dict[str, Tensor]] = []
     if outputs_class is not None and outputs_coord is not None:
-        # some families stack layers first [L, B, Q, K], others images first [B, L, Q, K]
-        if outputs_class.shape[1] != len(logits) or not torch.equal(outputs_class[-1], logits):
-            outputs_class, outputs_coord = outputs_class.transpose(0, 1), outputs_coord.transpose(0, 1)
+        # some families stack layers first [L, B, Q, K], others images first [B, L, Q, K]; equal but for rounding
+        ways = [(outputs_class, outputs_coord), (outputs_class.transpose(0, 1), outputs_coord.transpose(0, 1))]
+        fitting = [way for way in ways if way[0].shape[1] == len(logits)]
+        outputs_class, outputs_coord = min(fitting, key=lambda way: float((way[0][-1] - logits).detach().abs().max()))
         pairs = zip(outputs_class[:-1], outputs_coord[:-1], strict=True)
         layers = [{"logits": classes, "pred_boxes": boxes} for classes, boxes in pairs]
     return logits.new_zeros(()), {}, layers
+
+
+def _of_all_layers(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401
+    """Predictions of all layers, with every tensor [B, Q, ...] in them changed."""
+    if isinstance(outputs, Tensor):
+        return change(outputs)
+    if isinstance(outputs, list):
+        return [_of_all_layers(layer, change) for layer in outputs]
+    return {name: _of_all_layers(value, change) for name, value in outputs.items()}
+
+
+def _single(value: Any) -> Any:  # noqa: ANN401
+    """A tensor of half precision as float32; anything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -278,22 +325,39 @@ def build_model(settings: dict[str, Any], num_classes: int, pretrained: str | No
 def backbone_names(model: nn.Module) -> tuple[str, str]:
     """Dotted names, within a model, of its backbone and of the feature network in it.
 
-    A model without backbone (YOLOS is one transformer) gives everything but its heads for both.
+    Where a projector stands beside the feature network, as in LW-DETR, the network alone is the backbone. A model
+    without backbone (YOLOS is one transformer) gives everything but its heads for both.
     """
     named = [name for name, _ in model.named_modules() if name.split(".")[-1] == "backbone"]
     if not named:
         base = str(getattr(model, "base_model_prefix", ""))
         return base, base
-    backbone = body = min(named, key=len)
+    backbone = min(named, key=len)
+    if "backbone" in _children(model, backbone):
+        backbone = f"{backbone}.backbone"
+    body = backbone
     while inner := [part for part in ("conv_encoder", "model", "_backbone") if part in _children(model, body)]:
         body = f"{body}.{inner[0]}"
     return backbone, body
 
 
 def sides_multiple(settings: dict[str, Any]) -> int:
-    """Pixels that image sides must be multiples of: the coarsest stride of a pyramid that is added up, or a patch."""
+    """Pixels that image sides must be multiples of.
+
+    The coarsest stride of a pyramid that is added up, a patch, or a patch for each window along a side.
+    """
+    backbone = settings.get("backbone_config") or {}
+    if "num_windows" in backbone:
+        windows, patch = backbone.get("num_windows_side") or backbone["num_windows"], backbone["patch_size"]
+        return int(windows) * (max(patch) if isinstance(patch, list) else int(patch))
     strides = settings.get("feat_strides") or settings.get("patch_size") or 1
     return max(strides) if isinstance(strides, list) else int(strides)
+
+
+def wants_squares(settings: dict[str, Any]) -> bool:
+    """Whether a model takes square canvases alone: RF-DETR cuts others into windows with the sides exchanged."""
+    backbone = settings.get("backbone_config") or {}
+    return bool(backbone.get("model_type") == "rf_detr_dinov2" and backbone["num_windows"] > 1)
 
 
 def boxes_are_of(model: nn.Module, boxes_of: BoxesOf) -> Literal["valid", "canvas"]:

@@ -4,6 +4,7 @@ In reading order:
 
     coco_metric          average precision as COCO defines it, overall and per class
     recall               how many objects are found, whatever their class
+    class_agreement      does a detector know the pseudo-classes that it was trained on
     point_metric         landmarks: accuracy, errors and point-AP
     heat_map_boxes       score map of an image -> boxes around its high values
     localisation_metric  MaxBoxAcc, MaxBoxAccV2, PxAP

@@ -163,7 +163,8 @@ def _trace_any_size(
 
 def _trace_checked(detector: Detector, example: tuple[int, int], opset: int) -> Any:  # noqa: ANN401
     """A program for any size, tried at another one: numbers that pass through Python's lists become constants."""
-    if any(getattr(module, "window_size", None) for module in detector.modules()):
+    names = ("window_size", "num_windows")  # of Swin; of the ViTs of LW-DETR and RF-DETR
+    if any(getattr(module, name, None) for module in detector.modules() for name in names):
         # Swin's windows are padded, shifted and masked by the map's size: the exporter would work on that for hours
         raise OnnxExportError(_cannot(detector, "any size", "its backbone attends within windows"))
     program = _trace(detector, example, opset, any_size=True)

@@ -115,7 +115,7 @@ class TimmEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1))
         self.requires_grad_(False)
         self.eval()
-        self.fingerprint: str = f"timm:{timm_name(model)}:{_digest(self)}"
+        self.fingerprint: str = f"timm:{timm_name(model)}:{digest_of(self)}"
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode whatever is asked: a frozen encoder keeps its statistics."""
@@ -138,7 +138,7 @@ class TimmEncoder(nn.Module):
         if self.single_map:
             fine = self.net.forward_intermediates(padded, indices=1, norm=True, intermediates_only=True)[-1]
             maps = {
-                stride: _resample(fine, padded.shape[-2] // stride, padded.shape[-1] // stride) for stride in STRIDES
+                stride: resample(fine, padded.shape[-2] // stride, padded.shape[-1] // stride) for stride in STRIDES
             }
         else:
             levels = self.net(padded)
@@ -162,14 +162,14 @@ def _build(model: str, pretrained: bool) -> tuple[Any, list[int], list[int]]:
     return net, reductions, channels
 
 
-def _resample(level: Tensor, height: int, width: int) -> Tensor:
+def resample(level: Tensor, height: int, width: int) -> Tensor:
     """A map [B, C, h, w] averaged (or, where it is coarser, interpolated) to height x width cells."""
     if level.shape[-2] >= height and level.shape[-1] >= width:
         return functional.adaptive_avg_pool2d(level, (height, width))
     return functional.interpolate(level, (height, width), mode="bilinear", align_corners=False)
 
 
-def _digest(module: nn.Module) -> str:
+def digest_of(module: nn.Module) -> str:
     """Hash of all names and values, so that equal weights are equal wherever they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):

@@ -83,6 +83,8 @@ class ReportData:
     """What the colours of these boxes say, (title, RGB); empty if a colour is a class."""
     origins: list[dict[str, Any]] = field(default_factory=list)  # per stage, of `simdetr.reports.report.origin_rows`
     montages: list[tuple[str, Image.Image]] = field(default_factory=list)  # (title, sheet of crops) per pseudo-class
+    agreement: list[dict[str, Any]] = field(default_factory=list)
+    """Per stage what its detector says of its pseudo-classes; the page has this table only if there are any."""
     clustering: Mapping[str, Any] | None = None  # `simdetr.mining.kmeans.clustering_record` of the pseudo-classes
     recall: list[dict[str, Any]] = field(default_factory=list)  # a `recall_row` per stage
     rivals: list[dict[str, Any]] = field(default_factory=list)

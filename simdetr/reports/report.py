@@ -29,6 +29,7 @@ from simdetr.reports.drawing import Colour, class_colour, class_montage
 from simdetr.reports.page import ReportData, StepRow
 from simdetr.reports.prediction_samples import prediction_samples, prediction_scores
 from simdetr.reports.rival_recall import recall_row, rival_labels, rival_rows, rival_samples, side_by_side
+from simdetr.training.relabel import AGREEMENT
 
 MAX_BOXES_DRAWN = 15  # per picture and stage; the best-scored, so that a picture stays readable
 MAX_CURVES = 12
@@ -45,6 +46,12 @@ STEP_TITLES = {
     "cluster": "Cluster regions",
     "finetune": "Fine-tune",
     "compare": "Compare",
+}
+STAGE_STEP_TITLES = {
+    "fit": "Train",
+    "relabel": "Relabel by",
+    "mine": "Mine by the backbone of",
+    "cluster": "Cluster regions of",
 }
 
 
@@ -109,6 +116,7 @@ def collect_run(
         births=births(stages, truth=truth is not None) if know_births else [],
         origins=origins,
         montages=_montages(stages, source, num_montages, seed, missing) if stages else [],
+        agreement=_agreement(run_dir, [*stages]),
         clustering=_read_json(run_dir / "stage0" / "clustering.json", missing),
         recall=_recall(stages, truth, rng, missing) if stages else [],
         rivals=rival_rows(rivals, truth),
@@ -141,6 +149,16 @@ def _read_json(path: Path, missing: dict[str, str]) -> Any:  # noqa: ANN401
     return None
 
 
+def _agreement(run_dir: Path, stages: list[int]) -> list[dict[str, Any]]:
+    """One row per stage that has kept what its detector says of its labels: ``stage`` (its title), and the numbers."""
+    paths = {stage: run_dir / f"stage{stage}" / AGREEMENT for stage in stages}
+    return [
+        {"stage": stage_title(stage)} | json.loads(path.read_text(encoding="utf-8"))
+        for stage, path in paths.items()
+        if path.is_file()
+    ]
+
+
 def _read_steps(path: Path, missing: dict[str, str]) -> list[StepRow]:
     if not path.is_file():
         missing["steps"] = f"no step of this run has finished yet (there is no {path.name})."
@@ -167,9 +185,9 @@ def _read_steps(path: Path, missing: dict[str, str]) -> list[StepRow]:
 
 
 def _step_title(name: str) -> str:
-    staged = re.fullmatch(r"(fit|relabel)-stage(\d+)", name)
+    staged = re.fullmatch(r"(fit|relabel|mine|cluster)-stage(\d+)", name)
     if staged:
-        return f"{'Train' if staged[1] == 'fit' else 'Relabel by'} stage {staged[2]}"
+        return f"{STAGE_STEP_TITLES[staged[1]]} stage {staged[2]}"
     return STEP_TITLES.get(name, name.replace("-", " ").capitalize())
 
 

@@ -11,6 +11,7 @@ In reading order:
     progress        bars with rate and time left
     training_bar    the bar of a training
     throughput      how fast images go through a trained detector
+    detector_encoder  the backbone of a trained detector as the encoder of a mining
     relabel         detections over a set of images: labels of the next stage, predictions
     fusion          what becomes of the labels before and the detections
     inference       predict and evaluate

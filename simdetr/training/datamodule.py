@@ -17,7 +17,14 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from simdetr.data.annotations import Category, LabelError
-from simdetr.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Mosaic, eval_transforms, train_transforms
+from simdetr.data.augmentation import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Mosaic,
+    MosaicTiles,
+    eval_transforms,
+    train_transforms,
+)
 from simdetr.data.category_matching import check_comparable
 from simdetr.data.dataset import DetectionDataset, WithUnlabelled, collate, collate_pairs
 from simdetr.data.image_level import image_level as image_level_of
@@ -123,6 +130,8 @@ class DetectionData(pl.LightningDataModule):
         flip: Mirror half of the training images; False where left and right make classes.
         colour: Strength of the colour augmentation.
         mosaic: Probability that a training sample is a mosaic of four images.
+        mosaic_tiles: How they are put together: the canvas, tiles of a low resolution, colours; as published when left
+            out.
         rotation: Largest angle in degrees by which training images are rotated, to either side; their boxes grow as
             ellipses in them do.
         noise: Largest deviation of noise that is added, as a part of the range of the values.
@@ -168,6 +177,7 @@ class DetectionData(pl.LightningDataModule):
         flip: bool = True,
         colour: Literal["none", "light", "strong"] = "light",
         mosaic: float = 0.0,
+        mosaic_tiles: MosaicTiles | None = None,
         rotation: float = 0.0,
         noise: float = 0.0,
         brightness: float = 0.0,
@@ -191,7 +201,7 @@ class DetectionData(pl.LightningDataModule):
         self.max_unreadable = max_unreadable
         self._images = (short_sides, max_side, mean, std)
         self.follow({})
-        self.crop, self.flip, self.colour, self.mosaic = crop, flip, colour, mosaic
+        self.crop, self.flip, self.colour, self.mosaic, self.mosaic_tiles = crop, flip, colour, mosaic, mosaic_tiles
         self._changes = {"rotation": rotation, "noise": noise, "brightness": brightness}
         self._samples: DetectionDataset | Mosaic | WithUnlabelled
         self._loader: ResumableLoader | None = None
@@ -332,7 +342,7 @@ class DetectionData(pl.LightningDataModule):
             max_objects=max(1, self.num_queries // 2),
             reference_points=self.reference_points,
         )
-        self._samples = Mosaic(dataset, probability=self.mosaic, seed=self.seed) if self.mosaic > 0 else dataset
+        self._samples = Mosaic(dataset, self.mosaic, self.mosaic_tiles, self.seed) if self.mosaic > 0 else dataset
         if self.unlabelled is not None:
             others = DetectionDataset(
                 self.unlabelled, None, transform, quarantine=quarantine, replace_unreadable=True, seed=self.seed

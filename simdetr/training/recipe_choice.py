@@ -24,9 +24,9 @@ from PIL import Image
 from simdetr.data.images import ImageSource, open_images
 from simdetr.data.label_files import read_with_report
 from simdetr.data.pretrained_weights import PACKAGED, PretrainedWeightsError
-from simdetr.mining.encoders import TimmEncoder, read_record
+from simdetr.mining.encoders import TimmEncoder, is_fitted, read_record
 from simdetr.mining.pseudo_labels import RECORD
-from simdetr.training.run_folder import RunFolder, leads
+from simdetr.training.run_folder import RunFolder, holds_detector, leads
 
 LOG = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ WEIGHTS, FINETUNE = _HERE / "recipe_weights.yaml", _HERE / "recipe_finetune.yaml
 WORD = "efficientnet-lite0"
 _SAMPLE = 32
 _ENLARGE = 1.25  # of a side in training, at most; mining, whose cells are coarse, enlarges up to twice
-_FOLDER = "a folder of `simdetr encoder fit`"
+_FOLDER = "a folder (of `simdetr encoder fit`, a run or a detector)"
 _ELSE = "for weights of your own, see TimmEncoder in docs/encoders.md"
 _SMALLEST = 128  # pixels; fewer give fewer cells than a two-stage detector chooses queries from
 
@@ -210,7 +210,8 @@ def encoder_options(encoder: str | None) -> tuple[str, ...]:
     Weights of timm are fetched here, once, before any process of the run needs them.
 
     Args:
-        encoder: a folder, a timm name such as ``resnet50.a1_in1k`` or a word of ``PACKAGED``; None leaves the config's.
+        encoder: a folder of a fitted encoder, of a run or of a detector, a timm name such as ``resnet50.a1_in1k`` or a
+            word of ``PACKAGED``; None leaves the config's.
 
     Raises:
         FileNotFoundError: a folder that is absent, or holds no finished training.
@@ -219,14 +220,16 @@ def encoder_options(encoder: str | None) -> tuple[str, ...]:
     if encoder is None:
         return ()
     if Path(encoder).is_dir():
+        if not is_fitted(encoder) and holds_detector(encoder):
+            return (_option("simdetr.training.detector_encoder.DetectorEncoder", checkpoint=str(encoder)),)
         read_record(encoder)
-        return (_option("FittedEncoder", folder=str(encoder)),)
+        return (_option("simdetr.mining.FittedEncoder", folder=str(encoder)),)
     if Path(encoder).exists() or any(separator in encoder for separator in "/\\"):
         what = "a file" if Path(encoder).exists() else "which is not there"
         raise FileNotFoundError(f"encoder: expected {_FOLDER} or a timm name, got {encoder}, {what}; {_ELSE}")
     if encoder in PACKAGED:
         PACKAGED[encoder].path()
-        return (_option("TimmEncoder", model=encoder, pretrained=True),)
+        return (_option("simdetr.mining.TimmEncoder", model=encoder, pretrained=True),)
     _check_name(encoder)
     try:
         TimmEncoder(encoder, pretrained=True)
@@ -234,11 +237,11 @@ def encoder_options(encoder: str | None) -> tuple[str, ...]:
         raise ValueError(
             f"encoder: {encoder} of timm cannot be used: {error} Without a network, give {_FOLDER}; {_ELSE}"
         ) from error
-    return (_option("TimmEncoder", model=encoder, pretrained=True),)
+    return (_option("simdetr.mining.TimmEncoder", model=encoder, pretrained=True),)
 
 
-def _option(name: str, **arguments: object) -> str:
-    return f"--encoder={json.dumps({'class_path': f'simdetr.mining.{name}', 'init_args': arguments})}"
+def _option(class_path: str, **arguments: object) -> str:
+    return f"--encoder={json.dumps({'class_path': class_path, 'init_args': arguments})}"
 
 
 def _check_name(name: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from simdetr.data.images import ImageSource
 from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.labels import Labels
 from simdetr.data.quarantine import Quarantine
+from simdetr.data.storage import write_json
 from simdetr.detectors.mask_vectors import decode_masks, portions
 from simdetr.detectors.predictions import Detections, best_per_query, postprocess
+from simdetr.evaluation.class_agreement import class_agreement
 from simdetr.exchange.weights import LoadedDetector
 from simdetr.training.fusion import Fusion, fuse, inherit
 from simdetr.training.progress import image_progress
@@ -42,6 +44,8 @@ Reading = Callable[..., list[Detections]]
 """How a batch's outputs are read: ``postprocess`` for scores and users, ``best_per_query`` for self-training."""
 PART_SIZE = 1024
 """Images per part of a resumable run."""
+AGREEMENT = "agreement.json"
+"""Beside the labels of a stage: what its detector says of those that it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,15 @@ def relabel(
     stage: int,
     before: Labels | None = None,
     fusion: Fusion | None = None,
+    min_certainty: float = 0.0,
     max_unreadable: float = 0.05,
 ) -> Labels:
     """Label every readable image with the detector and write ``out`` (Parquet); resumes part by part.
 
     Unreadable images go to ``quarantine.csv`` beside ``out``; more than ``max_unreadable`` of all stop it. Boxes
     get the lineage of those of ``before``, the labels that the detector was trained on; with a ``fusion`` both speak
-    for the labels, see ``simdetr.training.fusion``.
+    for the labels, see ``simdetr.training.fusion``. How well the detector knows their classes is kept beside ``out``,
+    in ``agreement.json``; of ``before`` it was trained on boxes that are at least so certain.
     """
     parts = out.with_suffix(".parts")
     quarantine = Quarantine(out.with_name("quarantine.csv"), len(source), max_unreadable)
@@ -136,6 +142,11 @@ def relabel(
             write_labels(labels, part)
     rows = (part.image(i) for part in map(read_labels, names) for i in range(len(part)))
     labels = Labels.from_images(rows, loaded.categories, stage)
+    if before is not None:
+        agreement = class_agreement(before.sharpened(min_certainty, 1.0), labels)
+        LOG.info("stage %d: %s", stage, agreement.summary())
+        numbers = {"accuracy": agreement.accuracy, "proposals_per_image": agreement.proposals_per_image}
+        write_json(out.with_name(AGREEMENT), {**numbers, **asdict(agreement)}, indent=1)
     if before is not None and fusion is not None:
         labels = fuse(labels, before, fusion, max_boxes=settings.max_boxes)
     if before is not None:

@@ -325,6 +325,15 @@ def detector_folder(path: str | Path) -> Path:
     )
 
 
+def holds_detector(path: str | Path) -> bool:
+    """Whether ``detector_folder`` finds one."""
+    try:
+        detector_folder(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def is_begun(training: Path) -> bool:
     """Whether the training of a folder has something to go on from: a resume point, or its detector."""
     return is_saved(training / "detector") or (training / CHECKPOINTS / RESUME).is_file()

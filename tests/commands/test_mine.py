@@ -12,12 +12,16 @@ import pytest
 
 from simdetr import pipeline
 from simdetr.commands.main import main
+from simdetr.data.images import open_images
+from simdetr.detectors import DeformableDETR
+from simdetr.exchange.weights import checkpoint_config, save_detector
 from simdetr.mining import FittedEncoder
 from simdetr.mining.clustering_config import ClusteringConfig
 from simdetr.mining.store import ProposalStore, StoreError
 from simdetr.reports import preview_page
 from simdetr.reports.rival_recall import mine_rivals
 from simdetr.training.run_folder import RunMismatchError
+from tests.conftest import TINY_DETECTOR
 
 SMALL = "--mining.image_size 64".split()
 
@@ -253,3 +257,35 @@ def test_clustering_says_how_many_classes_have_boxes(run, tmp_path, monkeypatch,
     shutil.copytree(run / "proposals", tmp_path / "proposals")
     main(["cluster", "--run", str(tmp_path), "--num_classes", "3"])
     assert "boxes in 2 of 3 pseudo-classes" in " ".join(capsys.readouterr().out.split())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# `simdetr probe`: what an encoder's, or a detector's, frozen features are worth.
+
+
+def test_probe_looks_at_encoders_and_detectors(scenes, tmp_path, capsys):
+    run = tmp_path / "run"
+    detector = DeformableDETR(3, **TINY_DETECTOR)
+    save_detector(detector, checkpoint_config(detector, None), run / "stage1" / "detector")
+    rows = [f"{name},{'ab'[place % 2]}" for place, name in enumerate(open_images(scenes).ids)]
+    (tmp_path / "classes.csv").write_text("\n".join(["image,label", *rows]))
+    words = ["probe", "--images", str(scenes), "--labels", str(tmp_path / "classes.csv"), "--image_size", "64"]
+    seen = {}
+    for name, encoder in {
+        "colour": ["--encoder.class_path", "simdetr.mining.ColourTextureEncoder"],
+        "run": ["--checkpoint", str(run)],
+        "stage": ["--encoder", str(run / "stage1" / "detector")],
+    }.items():
+        main([*words, "--out", str(tmp_path / f"{name}.json"), *encoder])
+        said = " ".join(capsys.readouterr().out.split())
+        seen[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        assert f"accuracy {100 * seen[name]['accuracy']:.1f} %" in said and "images to learn" in said
+    assert seen["run"] == seen["stage"]  # the last detector of the run
+    assert seen["run"]["encoder"].startswith("detector:") and seen["colour"]["encoder"] != seen["run"]["encoder"]
+
+
+def test_probe_wants_one_of_encoder_and_checkpoint(scenes, tmp_path, error_of):
+    run = tmp_path
+    expected = "encoder: expected either --encoder or --checkpoint"
+    assert expected in error_of("probe", "--images", scenes)
+    assert expected in error_of("probe", "--images", scenes, "--encoder", run, "--checkpoint", run)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -18,6 +19,7 @@ from simdetr.data.augmentation import (
     IMAGENET_STD,
     DropSmallBoxes,
     Mosaic,
+    MosaicTiles,
     Placement,
     RandomMirror,
     RandomNoise,
@@ -415,7 +417,7 @@ def assert_boxes_match_pixels(image, boxes_xyxy, labels, tolerance):
 
 @pytest.mark.parametrize("canvas_px", [0, 200])
 def test_boxes_of_the_mosaic_are_those_of_the_rendered_masks(dataset, canvas_px):
-    mosaic = Mosaic(dataset, probability=1, canvas_px=canvas_px)
+    mosaic = Mosaic(dataset, probability=1, tiles=MosaicTiles(canvas_px=canvas_px))
     for epoch in range(10):
         for index in range(len(mosaic)):
             with item_randomness(0, epoch, index):
@@ -428,7 +430,7 @@ def test_boxes_of_the_mosaic_are_those_of_the_rendered_masks(dataset, canvas_px)
 
 
 def test_boxes_of_the_transformed_mosaic_follow(dataset):
-    mosaic = Mosaic(dataset, probability=1, canvas_px=200)
+    mosaic = Mosaic(dataset, probability=1, tiles=MosaicTiles(canvas_px=200))
     for index in range(len(mosaic)):
         image, target = mosaic[index]
         height, width = image.shape[-2:]
@@ -440,7 +442,7 @@ def test_boxes_of_the_transformed_mosaic_follow(dataset):
 
 def test_boxes_shrink_and_some_more_at_low_resolution(dataset):
     def mean_area(**options):
-        mosaic = Mosaic(dataset, probability=1, canvas_px=200, **options)
+        mosaic = Mosaic(dataset, probability=1, tiles=MosaicTiles(canvas_px=200, **options))
         areas = []
         for index in range(len(mosaic)):
             with item_randomness(1, 0, index):
@@ -490,7 +492,8 @@ def masked(dataset):
 
 
 def test_masks_of_the_mosaic_lie_in_their_boxes(masked, dataset):
-    mosaic, plain = Mosaic(masked, probability=1, canvas_px=200), Mosaic(dataset, probability=1, canvas_px=200)
+    tiles = MosaicTiles(canvas_px=200)
+    mosaic, plain = Mosaic(masked, probability=1, tiles=tiles), Mosaic(dataset, probability=1, tiles=tiles)
     for index in range(len(mosaic)):
         with item_randomness(0, 0, index):
             image, target = mosaic.compose(index)
@@ -566,7 +569,7 @@ def test_set_of_one_image_without_objects_and_of_one_pixel(tmp_path):
 def test_unreadable_tiles_leave_their_place_empty(dataset, tmp_path):
     for number in range(1, 6):
         (tmp_path / f"{number}.png").write_bytes(b"")
-    image, target = Mosaic(dataset, probability=1, canvas_px=200)[0]
+    image, target = Mosaic(dataset, probability=1, tiles=MosaicTiles(canvas_px=200))[0]
     assert image.shape == (3, 160, 160) and set(target["labels"].tolist()) == {0}
     (tmp_path / "0.png").write_bytes(b"")
     assert Mosaic(dataset, probability=1)[0] is None and Mosaic(dataset, probability=0)[0] is None
@@ -575,8 +578,8 @@ def test_unreadable_tiles_leave_their_place_empty(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"probability": 1.5}, "shares from 0 to 1, got probability=1.5"),
-        ({"low_resolution": -1}, "low_resolution=-1"),
+        ({"low_resolution": -1}, "low_resolution: expected a share from 0 to 1, got -1"),
+        ({"colour": "loud"}, "colour: expected none, light, strong or a number from 0 to 1, got 'loud'"),
         ({"scale_range": (0.0, 0.5)}, "scale_range: expected 0 < smallest"),
         ({"scale_range": (0.8, 0.5)}, "scale_range"),
         ({"canvas_px": -1}, "canvas_px: expected a side in pixels"),
@@ -584,4 +587,24 @@ def test_unreadable_tiles_leave_their_place_empty(dataset, tmp_path):
 )
 def test_bad_arguments_of_a_mosaic_are_named(dataset, options, message):
     with pytest.raises(ValueError, match=message):
-        Mosaic(dataset, **options)
+        MosaicTiles(**options)
+    with pytest.raises(ValueError, match=r"mosaic: expected a share from 0 to 1, got 1\.5"):
+        Mosaic(dataset, probability=1.5)
+
+
+def test_every_tile_may_have_colours_of_its_own(tmp_path):
+    """Four copies of one picture: alike without, of different colours with; places and boxes do not change."""
+    Image.new("RGB", (40, 40), (180, 120, 60)).save(tmp_path / "a.png")
+    row = ImageLabels.build("a.png", (40, 40), [[5, 5, 35, 35]], [0])
+    data = DetectionDataset(open_images(tmp_path), Labels.from_images([row], [Category(1, "x")]), nn.Identity())
+
+    def tiles_of(colour):
+        mosaic = Mosaic(data, 1, MosaicTiles(canvas_px=80, low_resolution=0, colour=colour), seed=4)
+        with item_randomness(4, 0, 0):
+            image, target = mosaic.compose(0)
+        middles = target["boxes"].reshape(-1, 2, 2).mean(dim=1).long()
+        return {tuple(image[:, y, x].tolist()) for x, y in middles.tolist()}, target["boxes"].shape
+
+    assert tiles_of("none") == ({(180, 120, 60)}, (4, 4))
+    colours, shape = tiles_of("strong")
+    assert len(colours) == 4 and shape == (4, 4)

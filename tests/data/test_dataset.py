@@ -11,7 +11,7 @@ from torchvision import tv_tensors
 
 from simdetr.data import masks
 from simdetr.data.annotations import Category, ImageLabels, LabelError
-from simdetr.data.augmentation import Mosaic, eval_transforms, train_transforms
+from simdetr.data.augmentation import Mosaic, MosaicTiles, eval_transforms, train_transforms
 from simdetr.data.dataset import DetectionDataset, WithUnlabelled, collate, collate_pairs, item_seed
 from simdetr.data.images import UnreadableImageError, open_images
 from simdetr.data.labels import Labels
@@ -70,7 +70,8 @@ def test_crowds_are_to_be_ignored_and_an_image_may_have_no_objects(image_folder)
     evaluated = DetectionDataset(source, labels, PLAIN(40, 60))[0][1]
     assert evaluated["labels"].tolist() == [0] and evaluated["boxes"].shape == (1, 4)
     assert torch.allclose(evaluated["ignore"], torch.tensor([[4.5 / 60, 4.5 / 40, 9 / 60, 9 / 40]]))
-    mosaic = Mosaic(dataset, probability=1, low_resolution=0)[0][1]  # of four images, with the region in each of two
+    tiles = MosaicTiles(low_resolution=0)
+    mosaic = Mosaic(dataset, probability=1, tiles=tiles)[0][1]  # of four images, with the region in each of two
     assert len(mosaic["labels"]) == len(mosaic["boxes"]) and (mosaic["labels"] == 0).all() and len(mosaic["ignore"])
 
 
@@ -99,7 +100,7 @@ def test_four_crowded_images_in_one_leave_the_most_certain_objects(image_folder)
     source = open_images(image_folder(4))
     labels = scored_labels(source, [round(0.04 * (rank + 1), 2) for rank in range(25)])
     dataset = DetectionDataset(source, labels, PLAIN(160, 240), max_objects=60 // 2)
-    mosaic = Mosaic(dataset, probability=1, low_resolution=0, canvas_px=240)
+    mosaic = Mosaic(dataset, probability=1, tiles=MosaicTiles(low_resolution=0, canvas_px=240))
     for index in range(4):
         target = mosaic[index][1]
         assert len(target["labels"]) == len(target["boxes"]) == 30 and int(target["dropped"]) == 70

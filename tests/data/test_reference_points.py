@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from simdetr.data.annotations import Category, ImageLabels, LabelError
-from simdetr.data.augmentation import Mosaic, eval_transforms, train_transforms
+from simdetr.data.augmentation import Mosaic, MosaicTiles, eval_transforms, train_transforms
 from simdetr.data.dataset import DetectionDataset, collate
 from simdetr.data.images import open_images
 from simdetr.data.labels import Labels
@@ -335,7 +335,7 @@ def test_rules_read_the_flipped_and_cut_boxes(dataset, index):
 @pytest.mark.parametrize("by_point", [False, True])
 def test_points_of_mosaics_stay_on_their_pixels(dataset, by_point):
     made = dataset(PLAIN, change=post_only_by_point if by_point else lambda image: image)
-    mosaic = Mosaic(made, probability=1, canvas_px=240, scale_range=(0.6, 0.8))
+    mosaic = Mosaic(made, probability=1, tiles=MosaicTiles(canvas_px=240, scale_range=(0.6, 0.8)))
     for index in range(len(mosaic)):
         for epoch in range(6):
             mosaic.set_epoch(epoch)
@@ -350,7 +350,7 @@ def test_points_of_mosaics_stay_on_their_pixels(dataset, by_point):
 
 
 def test_a_mosaic_may_be_augmented_too(dataset):
-    mosaic = Mosaic(dataset(), probability=1, canvas_px=240, scale_range=(0.8, 0.8))
+    mosaic = Mosaic(dataset(), probability=1, tiles=MosaicTiles(canvas_px=240, scale_range=(0.8, 0.8)))
     assert sum(
         assert_on_dots(image, in_pixels(image, target, 0)) for image, target in map(mosaic.__getitem__, range(4))
     )

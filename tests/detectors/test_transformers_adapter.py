@@ -10,8 +10,10 @@ import sys
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from simdetr.data.pretrained_weights import load_into
 from simdetr.detectors import TransformersDetector
 from simdetr.detectors.detector import softmax_log_odds
 from simdetr.detectors.losses import DetectionLoss
@@ -25,10 +27,12 @@ from simdetr.detectors.transformers_adapter import (
 )
 from simdetr.exchange.parameter_names import plain_heads, to_transformers
 from simdetr.exchange.weights import checkpoint_config, load_detector, load_weights, save_detector
+from tests.conftest import OTHERS
 
 pytest.importorskip("transformers", reason="an optional dependency")
 
-FAMILIES = ("deformable_detr", "conditional_detr", "detr", "rt_detr_v2", "d_fine")
+FAMILIES = ("deformable_detr", "conditional_detr", "detr", "rt_detr_v2", "d_fine", "lw_detr", "rf_detr")
+GROUPED = ("lw_detr", "rf_detr")  # three groups of ten queries
 OURS_AS_CONFIG = {  # the fixture make_detector's
     "model_type": "deformable_detr",
     "backbone": "resnet18",
@@ -153,6 +157,92 @@ def test_earlier_layers_of_models_that_put_images_first(name, detectors, batch):
     torch.testing.assert_close(found["enc_outputs"]["pred_boxes"], raw.enc_topk_bboxes)
 
 
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_of_queries(name, detectors, batch):
+    """The first group is what the model detects by, in training as in inference; the others are for the losses."""
+    detector = copy.deepcopy(detectors(name))
+    images = torch.zeros(2, 3, 144, 144)
+    images[:, :, :120, :136] = batch[0]  # to multiples of two windows of patches, and square
+    mask = torch.ones(2, 144, 144, dtype=torch.bool)
+    mask[:, :120, :136] = batch[1]
+    with torch.no_grad():
+        raw = detector.model(pixel_values=images, pixel_mask=(~mask).long())
+        found = detector(images, mask)
+        close(found, {"pred_logits": raw.logits, "pred_boxes": raw.pred_boxes})
+        for module in detector.modules():  # batch norm of the projector tells the modes apart too
+            module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        trained = detector(images, mask)
+        everything = detector.model(pixel_values=images, pixel_mask=(~mask).long())
+    assert everything.logits.shape[1] == 30 and trained["pred_logits"].shape[1] == 10
+    close(trained, found)
+    assert len(trained["aux_outputs"]) == 1
+    close(trained["enc_outputs"], {"pred_logits": raw.enc_outputs_class, "pred_boxes": raw.enc_outputs_coord_logits})
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_our_loss_matches_every_group_for_itself(name, make_other, batch):
+    detector = make_other(name, num_classes=7, loss="simdetr").train()
+    images, mask, targets = batch
+    found = detector.losses(images, mask, targets)
+    outputs, criterion, alone = detector._detect(images, mask), DetectionLoss(class_aware_encoder=True), []
+    for first in (0, 10, 20):
+        own = slice(first, first + 10)
+        layers = [outputs, *outputs["aux_outputs"], outputs["enc_outputs"]]
+        last, aux, enc = ({key: layer[key][:, own] for key in ("pred_logits", "pred_boxes")} for layer in layers)
+        alone.append(criterion({**last, "aux_outputs": [aux], "enc_outputs": enc}, targets))
+    for term in ("loss", "loss_ce", "loss_giou_0", "loss_bbox_enc"):
+        torch.testing.assert_close(found[term], torch.stack([losses[term] for losses in alone]).mean())
+    assert alone[0]["loss"] != alone[1]["loss"]
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_sure_network_of_half_precision_has_a_finite_loss(name, detectors, batch):
+    """The loss of the family has the logarithm of one minus a probability, which bfloat16 rounds to zero from 6 on."""
+    detector = copy.deepcopy(detectors(name)).train()
+    with torch.no_grad():
+        detector.model.class_embed.bias[:] = 9.0
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = detector.losses(*batch)["loss"]
+    assert torch.isfinite(loss) and loss.dtype == torch.float32
+
+
+def test_where_an_object_is_does_not_depend_on_the_shape_of_the_image(make_other):
+    """Windows of RF-DETR on a canvas that is not square would put the object elsewhere; LW-DETR's do not."""
+    for name in GROUPED:
+        detector = make_other(name, num_classes=7).eval()
+        body = detector.get_submodule(detector.body_name)
+        seen = []
+        body.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.feature_maps[-1]))
+        for layer in body.encoder.layer:
+            nn.init.zeros_(layer.gamma_1 if name == "lw_detr" else layer.layer_scale1.lambda1)  # no attention
+        plain, marked = torch.zeros(1, 3, 64, 96), torch.zeros(1, 3, 64, 96)
+        marked[:, :, 16:24, 40:48] = 1.0
+        with torch.no_grad():
+            detector(plain), detector(marked)
+        assert (seen[0] - seen[1]).abs().sum(1)[0].gt(1e-4).nonzero().tolist() == [[2, 5]], name
+
+
+@pytest.mark.parametrize("prefix", ["", "teacher.backbone."])
+def test_weights_of_dinov2_are_the_backbone_of_rf_detr(prefix, shake):
+    """The maps are those of timm's ViT with the same weights, at the size of the learned positions and resampled."""
+    vit = VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=32, depth=3, num_heads=2, mlp_ratio=2, init_values=1.0, num_classes=0
+    )
+    shake(vit).eval()
+    given = {f"{prefix}{name}": value for name, value in vit.state_dict().items()} | {"head.weight": torch.zeros(3, 32)}
+    for size in (64, 48):
+        settings = copy.deepcopy(OTHERS["rf_detr"][1]["config"])
+        settings["backbone_config"] |= {"num_windows": 1, "image_size": size}
+        body = TransformersDetector(2, settings).eval().model.model.backbone.backbone
+        report = load_into(body, given)
+        assert report.missing == ("embeddings.mask_token",) and not report.mismatched
+        if size == 64:
+            image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                expected = vit.forward_features(image)[:, 1:].transpose(1, 2).reshape(1, 32, 8, 8)
+                torch.testing.assert_close(body(image).feature_maps[-1], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["conditional_detr", "rt_detr_v2"])
 def test_our_loss_on_their_layers(name, make_other, batch):
     detector = make_other(name, num_classes=7, loss="simdetr").train()
@@ -269,6 +359,20 @@ CONFIGS = {
     "rt_detr": (RT_DETR, "model.backbone", "model.backbone.model._backbone", "canvas", 32),
     "rt_detr_v2": (RT_DETR, "model.backbone", "model.backbone.model._backbone", "canvas", 32),
     "d_fine": (RT_DETR, "model.backbone", "model.backbone.model._backbone", "canvas", 32),
+    "lw_detr": (
+        OTHERS["lw_detr"][1]["config"],
+        "model.backbone.backbone",
+        "model.backbone.backbone",
+        "valid",
+        16,
+    ),
+    "rf_detr": (
+        OTHERS["rf_detr"][1]["config"],
+        "model.backbone.backbone",
+        "model.backbone.backbone",
+        "valid",
+        16,
+    ),
     "yolos": (YOLOS, "vit", "vit", "canvas", 16),
 }
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
 
 from simdetr.data.images import open_images
 from simdetr.data.label_files import read_labels
 from simdetr.encoder_training import probe as encoder_recall
 from simdetr.encoder_training.probe import (
+    STRENGTHS,
+    classed_images,
     effective_rank,
     feature_spread,
+    linear_probe,
     load_encoder_recall,
     probe_images,
     read_rows,
     warn_of_collapse,
+    wilson_interval,
     write_row,
 )
 from simdetr.mining import ColourTextureEncoder, MiningConfig
+from simdetr.mining.batch import encode, load_image
 from simdetr.mining.encoders import TimmEncoder
 from simdetr.mining.regions import Regions
 
@@ -176,3 +185,104 @@ def test_labels_of_other_images_are_refused(scenes, own_scenes, tmp_path):
     (other / "x.png").write_bytes((scenes / labels.image_ids[0]).read_bytes())
     with pytest.raises(ValueError, match=r"truth: none of its 12 images is in .*ids like 'x.png'.*give the folder"):
         load_encoder_recall(scenes / "instances.json", other, 3, CONFIG)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The linear probe.
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """24 images, 8 each of stripes across, stripes down and a plain colour, in a folder per class; noise in all."""
+    folder, rng = tmp_path_factory.mktemp("kinds"), np.random.default_rng(0)
+    for kind in ("across", "down", "plain"):
+        (folder / kind).mkdir()
+        for number in range(8):
+            pixels = rng.integers(0, 60, (64, 64, 3)) + rng.integers(40, 140, 3)
+            period = 4 + number % 3
+            stripes = 80 * (np.arange(64) // period % 2)
+            pixels += {"across": stripes[:, None, None], "down": stripes[None, :, None], "plain": 0}[kind]
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / kind / f"{number}.png")
+    return folder
+
+
+def test_the_linear_probe_is_scikit_learn_by_hand(kinds):
+    encoder = TimmEncoder("test_resnet", random_weights=True)
+    images = classed_images(kinds, None)
+    assert images.names == ("across", "down", "plain") and len(images) == 24
+    train, val = images.at(np.arange(0, 24, 2)), images.at(np.arange(1, 24, 2))
+    found = linear_probe(encoder, train, val, image_size=64, seed=3)
+
+    def features(part):
+        maps = [encode(load_image(images.source.record(name), 64).pixels[None], encoder)[32] for name in part.image_ids]
+        return torch.cat(maps).mean(dim=(2, 3)).numpy()
+
+    x, y = features(train).astype(np.float64), train.classes
+    mean, std = x.mean(axis=0), x.std(axis=0)
+    std[std == 0] = 1
+    parts = StratifiedKFold(4, shuffle=True, random_state=3)  # four images of each class
+    scores = {}
+    for strength in STRENGTHS:
+        right = []
+        for own, other in parts.split(x, y):
+            m, s = x[own].mean(axis=0), x[own].std(axis=0)
+            s[s == 0] = 1
+            classifier = LogisticRegression(C=strength, max_iter=5000).fit((x[own] - m) / s, y[own])
+            right.append(classifier.score((x[other] - m) / s, y[other]))
+        scores[strength] = np.mean(right)
+    best = max(STRENGTHS, key=lambda strength: (round(scores[strength], 9), -strength))
+    classifier = LogisticRegression(C=best, max_iter=5000).fit((x - mean) / std, y)
+    assert found.strength == best
+    assert found.accuracy == classifier.score((features(val) - mean) / std, val.classes)
+    assert (found.classes, found.train_images, found.val_images) == (3, 12, 12)
+    assert found.feature_dim == encoder.region_dim and found.chance == pytest.approx(1 / 3)
+    assert found.low < found.accuracy <= found.high
+
+
+def test_wilson_interval():
+    assert wilson_interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+    assert wilson_interval(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-3)
+    assert wilson_interval(0.0, 20)[0] == 0
+
+
+def test_an_image_is_of_the_class_that_most_of_its_boxes_have(tmp_path, caplog):
+    for name in "abcd":
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    rows = [("a.png", 1), ("a.png", 2), ("a.png", 2), ("b.png", 1), ("c.png", 1), ("c.png", 2)]  # d has none
+    content = {
+        "images": [{"id": i, "file_name": f"{name}.png", "width": 64, "height": 64} for i, name in enumerate("abcd")],
+        "annotations": [
+            {
+                "id": i + 1,
+                "image_id": "abcd".index(name[0]),
+                "category_id": c,
+                "bbox": [i, 0, 9, 9],
+                "area": 81,
+                "iscrowd": 0,
+            }
+            for i, (name, c) in enumerate(rows)
+        ],
+        "categories": [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}],
+    }
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    with caplog.at_level("INFO"):
+        found = classed_images(tmp_path, tmp_path / "labels.json")
+    assert [(name, found.names[c]) for name, c in zip(found.image_ids, found.classes, strict=True)] == [
+        ("a.png", "two"),
+        ("b.png", "one"),
+    ]
+    assert "left out: 1 images with several classes, none of most boxes, and 1 without any" in caplog.text
+
+
+def test_rare_and_foreign_classes_are_counted(kinds, caplog):
+    encoder, images = ColourTextureEncoder(), classed_images(kinds, None)
+    rare = images.at(np.array([*range(6), *range(8, 14), 16]))  # one plain image
+    found = linear_probe(encoder, rare, images.at(np.array([6, 7, 14, 15, 20])), image_size=64)
+    assert (found.classes, found.val_images) == (2, 4)
+    assert "1 classes with fewer than 2 images to train on, and 1 images to predict of classes" in caplog.text
+    with pytest.raises(ValueError, match="expected two classes or more"):
+        linear_probe(encoder, images.at(np.arange(8)), images.at(np.arange(8, 16)), image_size=64)
+    with pytest.raises(ValueError, match=r"1 images are trained on as well, such as 'across/0\.png'"):
+        linear_probe(encoder, images, images.at(np.array([0])), image_size=64)
+    with pytest.raises(ValueError, match="val_fraction: expected a part between 0 and 1, got 1"):
+        linear_probe(encoder, images, val_fraction=1.0, image_size=64)

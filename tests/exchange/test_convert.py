@@ -467,6 +467,20 @@ def test_detectors_of_transformers_write_and_read_themselves(tmp_path, equal_sta
         read_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["lw_detr", "rf_detr"])
+def test_detectors_with_groups_of_queries_come_back(name, make_other, equal_states, tmp_path):
+    """All groups, though one detects: pretraining goes on with all of them."""
+    detector = make_other(name).eval()
+    write_transformers_folder(LoadedDetector(detector, CATEGORIES[:3], IMAGES), tmp_path)
+    theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = theirs(image), detector(image)
+    assert torch.equal(found["pred_logits"], expected.logits) and torch.equal(found["pred_boxes"], expected.pred_boxes)
+    again = read_transformers_folder(tmp_path).detector
+    assert equal_states(again.state_dict(), detector.state_dict()) and again.num_groups == 3
+
+
 def test_pickled_weights_of_transformers_are_not_read(tmp_path):
     (tmp_path / CONFIG_NAME).write_text(json.dumps({"model_type": "rt_detr_v2"}))
     torch.save({}, tmp_path / "pytorch_model.bin")

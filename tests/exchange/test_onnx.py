@@ -218,6 +218,12 @@ def test_rt_detr_of_transformers_has_one_size(tmp_path):
     assert "any number of images, 96 x 128 px" in summary and "2 x 96 x 128 px: logits differ by" in summary
 
 
+def test_a_vit_with_windows_has_one_size(make_other):
+    """Seen before the graph is traced: it might serve the other size that is tried, and yet not all."""
+    with pytest.raises(OnnxExportError, match="any size: its backbone attends within windows"):
+        onnx_export._trace_checked(make_other("rf_detr").eval(), (64, 64), 18)
+
+
 def test_detectors_that_cannot_be_exported(tmp_path):
     source = saved(lambda: TorchvisionDetector(3, "retinanet_resnet50_fpn", "resnet18"), tmp_path / "detector")
     with pytest.raises(OnnxExportError, match="retinanet_resnet50_fpn of torchvision chooses boxes one by one"):

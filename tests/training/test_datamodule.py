@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from simdetr.data.annotations import Category, ImageLabels, LabelError
+from simdetr.data.augmentation import MosaicTiles
 from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
 from simdetr.data.protocols import split
@@ -128,6 +129,22 @@ def crowded(*counts, crowd=0):
         for number, count in enumerate(counts)
     ]
     return Labels.from_images(images, [Category(1, "thing")])
+
+
+def test_tiles_of_mosaics_are_settings_of_a_recipe(recipe):
+    options = ("low_resolution=1", "scale_range=[0.25,0.25]", "canvas_px=96", "colour=light")
+    config, _ = recipe(*(f"--data.mosaic_tiles.{option}" for option in options), "--data.mosaic=1").resolved()
+    assert vars(config.data.mosaic_tiles) == {
+        "canvas_px": 96, "low_resolution": 1.0, "scale_range": (0.25, 0.25), "colour": "light",
+    }  # fmt: skip
+    assert recipe().resolved()[0].data.mosaic_tiles is None
+
+
+def test_tiles_reach_the_samples(scenes):
+    tiles = MosaicTiles(canvas_px=96, low_resolution=1.0, scale_range=(0.25, 0.25))
+    module = data(scenes, mosaic=1, mosaic_tiles=tiles)
+    batch = next(iter(module.train_dataloader()))
+    assert all(target["orig_size"].tolist() == [96, 96] for target in batch.targets)
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def test_mistakes_are_named(given, said):
 
 def test_files_and_unfinished_folders_are_refused(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match=r"a folder of `simdetr encoder fit` or a timm name.*a file"):
+    with pytest.raises(FileNotFoundError, match=r"a folder \(of `simdetr encoder fit`, .*\) or a timm name.*a file"):
         encoder_options(str(tmp_path / "weights.pth"))
     with pytest.raises(FileNotFoundError, match=r"expected encoder\.safetensors and encoder\.json in"):
         encoder_options(str(tmp_path))
