@@ -19,7 +19,7 @@ from simdetr.encoder_training.fit_encoder import EncoderFitConfig, fit_encoder, 
 from simdetr.encoder_training.objectives import LearningEncoder, timm_weights
 from simdetr.encoder_training.probe import read_rows
 from simdetr.mining import FittedEncoder, MiningConfig, TimmEncoder, mine_batch
-from simdetr.training import progress
+from simdetr.training import training_bar
 from simdetr.training.detection_task import NonFiniteLossError
 from simdetr.training.run_folder import RunMismatchError
 
@@ -157,10 +157,10 @@ def test_divergence_stops_with_the_way_out(scenes, tmp_path):
 
 @pytest.mark.parametrize("lr", [1e-3, 1e30], ids=["ends", "diverges"])
 def test_bar_counts_steps_and_is_closed(lr, scenes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(stderr=True, force_terminal=True, width=100))
+    monkeypatch.setattr(training_bar, "Console", lambda stderr: Console(stderr=True, force_terminal=True, width=100))
     closed = []
-    stop = progress.Progress.stop
-    monkeypatch.setattr(progress.Progress, "stop", lambda bar: (closed.append(bar), stop(bar)))
+    stop = training_bar.Progress.stop
+    monkeypatch.setattr(training_bar.Progress, "stop", lambda bar: (closed.append(bar), stop(bar)))
     with pytest.raises(NonFiniteLossError) if lr > 1 else nullcontext():
         fit_encoder(scenes, tmp_path, replace(DINO, warmup=0.0, lr=lr), device="cpu")
     last = [line for line in capsys.readouterr().err.splitlines() if "training" in line][-1]
