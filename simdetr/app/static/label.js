@@ -27,6 +27,11 @@ const STATES = {
 
 // As `n` walks them: what a machine was surest of first, what has no score last.
 const inOrder = (boxes) => [...boxes].sort((a, b) => (b.score ?? -1) - (a.score ?? -1));
+// A box that a person drew is drawn, however often it is moved; one that a machine found is corrected then.
+const touch = (box) => {
+  if (box.id) box.status = box.source === "user" ? "manual" : "corrected";
+};
+const asDrawn = (box) => (box.source === "user" && box.status === "corrected" ? { ...box, status: "manual" } : box);
 const stamp = (box) => JSON.stringify([box.status, box.class_id, box.xyxy, box.ignore]);
 
 export class LabelScreen {
@@ -62,7 +67,10 @@ export class LabelScreen {
       right(this),
     );
     this.editor.addEventListener("edit", (event) => this.#edited(event.detail));
-    this.editor.addEventListener("select", () => (this.#stale ? this.#paint() : this.#selected()));
+    this.editor.addEventListener("select", () => this.#selected());
+    this.editor.addEventListener("rest", () => {
+      if (this.#stale) this.#paint();
+    });
     this.editor.addEventListener("view", (event) => {
       this.zoom.textContent = percent(event.detail.zoom);
     });
@@ -237,6 +245,7 @@ export class LabelScreen {
         if (this.#saver === saver) this.#adopt(now, boxes);
       },
       state: (name, error) => this.#state(saver, name, error),
+      told: (error) => this.#say(error),
       conflict: (mine, current) => chooseSide(image, mine, current.boxes, this.classes),
     });
     this.#saver = saver;
@@ -364,19 +373,19 @@ export class LabelScreen {
   }
 
   #state(saver, name, error) {
-    if (saver !== this.#saver && name !== "failed") {
+    if (saver !== this.#saver && name !== "failed" && name !== "refused") {
       if (name === "saved") this.app.banner(null);
       return;
     }
     this.saved.textContent = STATES[name];
     this.saved.dataset.state = name;
-    if (name === "failed") {
+    if (name === "failed" || name === "refused") {
+      const kept = name === "failed" ? "is kept here and tried again" : "is kept here, and goes with your next edit";
       this.app.banner(
-        `Your last edit is not saved yet. ${error.message} It is kept here and tried again.`,
+        `Your last edit is not saved${name === "failed" ? " yet" : ""}. ${error.message} It ${kept}.`,
         button("retry-save", "Try now", () => saver.retry()),
       );
-    } else if (name === "refused") this.#say(error);
-    else if (name === "saved") this.app.banner(null);
+    } else if (name === "saved") this.app.banner(null);
   }
 
   #say(error) {
@@ -395,7 +404,7 @@ export class LabelScreen {
     this.queue.mark(this.#counted(sheet));
     if (this.#nudge) return; // what is shown is newer, and will be written
     const unnamed = this.#boxes.filter((box) => !box.class_id && this.#drawnOn === sheet.image.id);
-    this.#boxes = inOrder([...boxes.filter((box) => box.status !== "rejected"), ...unnamed]);
+    this.#boxes = inOrder([...boxes.filter((box) => box.status !== "rejected").map(asDrawn), ...unnamed]);
     if (boxes.some((box) => !this.classes.has(box.class_id))) this.picker.load().catch(() => {}); // a run made one
     this.#drawnOn = sheet.image.id;
     this.#paint();
@@ -424,10 +433,7 @@ export class LabelScreen {
   #paint() {
     const shown = this.#boxes.filter((box) => this.#isShown(box));
     this.#stale = this.editor.busy;
-    if (!this.#stale) {
-      this.editor.currentClass = this.picker.current;
-      this.editor.boxes = [...this.#rejected, ...shown];
-    }
+    if (!this.#stale) this.editor.boxes = [...this.#rejected, ...shown];
     const hidden = this.#boxes.length - shown.length;
     this.boxCount.textContent = shown.length ? plural(shown.length, "box", "boxes") : "Boxes";
     this.hiddenNote.textContent = hidden
@@ -505,14 +511,18 @@ export class LabelScreen {
     for (const one of this.shots.children) one.disabled = !usable;
   }
 
-  #edited({ what, key }) {
-    const seen = this.editor.boxes.find((box) => box.key === key);
-    const box = this.#boxes.find((one) => one.key === key);
+  // A box was drawn or changed. One that was taken away while it was being changed is as if it had been drawn.
+  #edited({ what, box: seen }) {
+    const box = this.#find(seen.key);
     if (box) {
       box.xyxy = [...seen.xyxy];
       if (this.#isUnnamed(box)) box.class_id = this.picker.current;
-      if (box.id) box.status = "corrected";
-    } else this.#boxes.push({ ...seen, class_id: this.picker.current });
+      touch(box);
+    } else {
+      const class_id = this.#isUnnamed(seen) ? this.picker.current : (seen.class_id ?? this.picker.current);
+      const drawn = { id: undefined, class_id, status: "manual", source: "user", score: null };
+      this.#boxes.push({ ...seen, ...drawn, xyxy: [...seen.xyxy] });
+    }
     this.#paint();
     if (this.#boxes.some((one) => !one.class_id)) {
       this.picker.focus();
@@ -545,7 +555,8 @@ export class LabelScreen {
       const undecided = box?.status === "proposed";
       if (box && (undecided || box.class_id !== id || !box.id)) {
         const asProposed = box.class_id === id || this.#isUnnamed(box);
-        if (box.id) box.status = undecided && asProposed ? "inspected" : "corrected";
+        if (undecided && asProposed) box.status = "inspected";
+        else touch(box);
         box.class_id = id;
         this.#paint();
         this.#save();
@@ -599,6 +610,7 @@ export class LabelScreen {
   #remove(key) {
     const place = this.#boxes.findIndex((box) => box.key === key);
     if (place < 0) return;
+    this.editor.cancel(); // a drag on it would bring it back
     const [box] = this.#boxes.splice(place, 1);
     if (box.source !== "user" && box.id) this.#rejected.push({ ...box, status: "rejected", key: `r${box.id}` });
     this.#paint();
@@ -756,7 +768,7 @@ export class LabelScreen {
     if (!box) return;
     box.ignore = !box.ignore;
     if (this.#isUnnamed(box)) box.class_id = this.picker.current ?? box.class_id;
-    if (box.id) box.status = "corrected";
+    touch(box);
     this.#paint();
     this.#save();
   }
