@@ -40,6 +40,7 @@ export class LabelScreen {
   #sheet = null;
   #saver = null;
   #nudge = null;
+  #nameless = null; // what a person wanted done with boxes that had no name: it is done once there is one
   #moving = false;
   #stale = false; // what is shown is older than the boxes, since a drag was going on
   #drawnOn = null; // the image that the boxes are of
@@ -54,7 +55,7 @@ export class LabelScreen {
     const minScore = () => this.minScore;
     this.queue = new Queue(this.project, { open: (id) => this.open(id), minScore });
     this.picker = new ClassPicker(this.project.id, {
-      pick: (id, gone) => this.#picked(id, gone),
+      pick: (id, how) => this.#picked(id, how),
       changed: (classes) => this.#classesChanged(classes),
       minScore,
     });
@@ -250,6 +251,7 @@ export class LabelScreen {
     });
     this.#saver = saver;
     this.#rejected = [];
+    this.#nameless = null;
     this.#sheet = sheet;
     this.cover.hidden = true;
     this.editor.load({
@@ -548,8 +550,19 @@ export class LabelScreen {
     return this.#saver?.save(this.#boxes, options);
   }
 
-  #picked(id, gone) {
-    if (id !== null) {
+  // A class was chosen: it is that of the selected box, which so is accepted, and of the next one drawn. One that was just
+  // added is that of boxes that waited for a name, and of no other: somebody may be listing all classes in advance.
+  #picked(id, { added = false, gone = false } = {}) {
+    const asked = this.#nameless;
+    this.#nameless = null;
+    if (id !== null && added) {
+      const drawn = this.#boxes.filter((one) => !one.class_id);
+      for (const one of drawn) one.class_id = id;
+      this.#paint();
+      if (drawn.length) this.#save();
+      else if (asked) asked();
+      else toast(`Boxes that you draw now are “${this.classes.get(id).name}”.`);
+    } else if (id !== null) {
       const box = this.#find(this.editor.selected?.key);
       for (const one of this.#boxes) if (!one.class_id) one.class_id = id;
       const undecided = box?.status === "proposed";
@@ -587,7 +600,7 @@ export class LabelScreen {
     const box = this.#find(key);
     if (!box) return;
     if (box.status === "proposed") {
-      if (!this.#name([box])) return;
+      if (!this.#name([box], () => this.#accept(key))) return;
       box.status = "inspected";
       this.#paint();
       this.#save();
@@ -595,10 +608,11 @@ export class LabelScreen {
     this.#onward(this.#boxes.indexOf(box) + 1);
   }
 
-  // Give boxes that have no name the current class; where there is none, ask for it and say no.
-  #name(boxes) {
+  // Give boxes that have no name the current class; where there is none, ask for it, say no, and do `again` afterwards.
+  #name(boxes, again) {
     const unnamed = boxes.filter((box) => this.#isUnnamed(box));
     if (unnamed.length && !this.picker.current) {
+      this.#nameless = again;
       this.picker.focus();
       toast("Name it: type a class and press Enter.");
       return false;
@@ -675,6 +689,7 @@ export class LabelScreen {
     }
     if (!this.#sheet || this.#moving) return;
     this.#say(null);
+    this.#nameless = null;
     if (action !== "move" && action !== "resize") this.#commit();
     switch (action) {
       case "next-box":
@@ -775,7 +790,7 @@ export class LabelScreen {
 
   #acceptShown() {
     const shown = this.#boxes.filter((box) => box.status === "proposed" && this.#isShown(box));
-    if (!shown.length || !this.#name(shown)) return;
+    if (!shown.length || !this.#name(shown, () => this.#acceptShown())) return;
     for (const box of shown) box.status = "inspected";
     this.#paint();
     this.#save();
