@@ -5,7 +5,7 @@ import "./box-editor.js";
 import { ClassPicker, isUnnamed } from "./class-picker.js";
 import { chooseSide } from "./conflict.js";
 import { button, complain, empty, h, iconButton, put, toast } from "./elements.js";
-import { middle, right } from "./label-parts.js";
+import { middle, right, SCORE_STEP } from "./label-parts.js";
 import { count, decimal, percent, plural } from "./numbers.js";
 import { Queue } from "./queue.js";
 import { AT_WORK, finished } from "./runs.js";
@@ -15,6 +15,7 @@ import { uploadPanel } from "./upload.js";
 
 const LEASE_MS = 240_000;
 const NUDGE_MS = 350; // arrow presses closer than this are one edit
+const BEST = 10; // so many more proposals are shown at once
 const RECOUNT_MS = 300; // the slider stands still
 const LOOK_MS = 1500; // for proposals of a run that is at work
 const STATES = {
@@ -428,7 +429,6 @@ export class LabelScreen {
   }
 
   #isShown(box) {
-    if (box.source === "mined") return true; // few, and their scores are not those of a detector
     return box.status !== "proposed" || box.score === null || box.score === undefined || box.score >= this.minScore;
   }
 
@@ -438,9 +438,7 @@ export class LabelScreen {
     if (!this.#stale) this.editor.boxes = [...this.#rejected, ...shown];
     const hidden = this.#boxes.length - shown.length;
     this.boxCount.textContent = shown.length ? plural(shown.length, "box", "boxes") : "Boxes";
-    this.hiddenNote.textContent = hidden
-      ? `${plural(hidden, "proposal")} below ${this.minScore.toFixed(2)} hidden; rejected once the image is inspected.`
-      : "";
+    this.#tellHidden(shown.length, hidden);
     this.acceptAll.disabled = !shown.some((box) => box.status === "proposed");
     put(
       this.boxList,
@@ -450,12 +448,35 @@ export class LabelScreen {
             "li.note",
             {},
             hidden
-              ? "Every proposal has a lower score than the slider above asks for. Lower it to see them."
+              ? "Every proposal has a lower score than the slider asks for."
               : "No box. Drag on the image to draw one, or save it as inspected: then it shows no object.",
           )
         : null,
     );
     this.#selected();
+  }
+
+  // Proposals below the slider are spoken of beside the list; above the image too where nothing else is to be seen.
+  #tellHidden(shown, hidden) {
+    const lie = `${plural(hidden, "proposal")} below ${this.minScore.toFixed(2)}`;
+    const show = (testid) =>
+      button(testid, hidden > BEST ? "Show the best" : hidden > 1 ? "Show them" : "Show it", () => this.#showBest(), {
+        kind: "quiet",
+        title: "Move the slider down to them",
+      });
+    put(this.hiddenNote, hidden ? [`${lie} hidden; gone once the image is inspected. `, show("show-hidden")] : null);
+    this.onlyHidden.hidden = shown > 0 || !hidden;
+    put(this.onlyHidden, shown || !hidden ? null : [`${lie}, none above. `, show("show-best")]);
+  }
+
+  // Move the slider to where some more proposals are seen, all of them if they are few.
+  #showBest() {
+    const hidden = inOrder(this.#boxes.filter((box) => !this.#isShown(box)));
+    if (!hidden.length) return;
+    const { score } = hidden[Math.min(BEST, hidden.length) - 1];
+    this.score.value = Math.floor(score / SCORE_STEP + 1e-6) * SCORE_STEP;
+    this.setScore(Number(this.score.value));
+    this.editor.focus({ preventScroll: true });
   }
 
   #row(box, place) {
