@@ -2,6 +2,7 @@
 
 import { address, ask, get, post } from "./api.js";
 import { button, complain, empty, field, h, put } from "./elements.js";
+import { inUse, offerModels, pretrained } from "./models.js";
 import { count, decimal, DASH, percent } from "./numbers.js";
 import { AT_WORK } from "./runs.js";
 
@@ -89,12 +90,8 @@ export class FewShotScreen {
         get(`/projects/${this.project.id}/models`),
       ]);
       this.classes = new Map(classes.map((one) => [one.id, one]));
-      put(
-        this.init,
-        models.length
-          ? models.map((one) => h("option", { value: one.id }, one.title || one.id))
-          : h("option", { value: "" }, "no detector yet"),
-      );
+      offerModels(this.init, models, models.length ? [] : [["", "no detector yet"]]);
+      this.init.value = pretrained(models) ?? inUse(models)?.id ?? models[0]?.id ?? "";
       this.init.disabled = !models.length;
       this.#gallery(shots);
       this.go.disabled = !models.length || !shots.some((shot) => !shot.negative);

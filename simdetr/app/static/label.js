@@ -6,6 +6,7 @@ import { ClassPicker, isUnnamed } from "./class-picker.js";
 import { chooseSide } from "./conflict.js";
 import { button, complain, empty, h, iconButton, put, toast } from "./elements.js";
 import { middle, right, SCORE_STEP } from "./label-parts.js";
+import { inUse, offerModels } from "./models.js";
 import { count, decimal, percent, plural } from "./numbers.js";
 import { Queue } from "./queue.js";
 import { AT_WORK, finished } from "./runs.js";
@@ -886,11 +887,8 @@ export class LabelScreen {
     if (!models.length)
       this.detectButton.title = "There is no detector yet: what may be objects is told from the images alone";
     this.model.hidden = models.length < 2;
-    put(
-      this.model,
-      models.map((one) => h("option", { value: one.id }, one.title || one.id)),
-    );
-    this.model.value = models.find((one) => one.active)?.id ?? models[0]?.id ?? "";
+    offerModels(this.model, models);
+    this.model.value = inUse(models)?.id ?? models[0]?.id ?? "";
   }
 
   // ------------------------------------------------------------------------------------------------- keys

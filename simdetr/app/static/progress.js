@@ -4,6 +4,7 @@
 import { address, get, post } from "./api.js";
 import { lineChart } from "./charts.js";
 import { button, complain, empty, h, put, status } from "./elements.js";
+import { inUse } from "./models.js";
 import { bytes, clock, count, DASH, decimal, duration, percent, seconds, sentence, when } from "./numbers.js";
 import { AT_WORK, KINDS, RunFeed, stateOf } from "./runs.js";
 
@@ -137,12 +138,53 @@ export class ProgressScreen {
     this.app.address(`progress/${id}`);
   }
 
+  // Once a training is done: whether its model is the one that proposes, and the way to make it so.
+  async #afterwards(run) {
+    const made = run.state === "done" && ["train", "autolabel"].includes(run.kind);
+    const key = made ? `${run.id}` : "";
+    if (key === this.told) return;
+    this.told = key;
+    if (!made) {
+      put(this.after);
+      return;
+    }
+    const base = `/projects/${this.app.project.id}/models`;
+    const { models } = await get(base).catch(() => ({ models: [] }));
+    const model = models.find((one) => one.run_id === run.id);
+    if (!model || this.told !== key) return;
+    const before = inUse(models);
+    put(
+      this.after,
+      model.active
+        ? "This model is in use: it makes the next proposals. "
+        : `This model is not in use yet${before ? `: proposals are still made by ${before.title || before.id}` : ""}. `,
+      model.active
+        ? button("detect-with-it", "Detect on all images", () => this.#begin("detect", {}))
+        : button(
+            "use-model",
+            "Use this model",
+            async () => {
+              try {
+                await post(`${base}/${model.id}/activate`);
+                this.told = null;
+                await this.#afterwards(run);
+              } catch (error) {
+                complain(this.detail, error);
+              }
+            },
+            { kind: "primary" },
+          ),
+    );
+  }
+
   #build() {
     this.title = h("h2.run-title", {});
     this.actions = h("div.row", {});
     this.bar = h("progress", { max: 1, value: 0, "aria-label": "Progress", testid: "run-progress" });
     this.share = h("output.share", { testid: "run-percent" }, DASH);
     this.words = h("p.run-words", { testid: "run-message" });
+    this.after = h("p.after", { testid: "after-training" });
+    this.told = "";
     this.facts = h("dl.facts.tiles", { testid: "run-facts" });
     this.charts = h("div.charts", { testid: "run-charts" });
     this.log = h("ol.log", { testid: "run-log", tabindex: 0, "aria-label": "Log" });
@@ -152,6 +194,7 @@ export class ProgressScreen {
       h("div.page-head", {}, this.title, this.actions),
       h("div.progress-line", {}, this.bar, this.share),
       this.words,
+      this.after,
       this.facts,
       this.charts,
       h("h3", {}, "Log"),
@@ -182,6 +225,7 @@ export class ProgressScreen {
     );
     if (AT_WORK.has(run.state)) this.machine = await get("/system").catch(() => this.machine);
     if (!AT_WORK.has(run.state)) this.app.runs.look();
+    await this.#afterwards(run);
   }
 
   #buttons(run) {

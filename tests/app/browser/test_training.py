@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 
 from simdetr.app.database import writing
 from simdetr.app.detectors_at_hand import files_of
-from simdetr.app.tables import Run, RunKind, RunState
+from simdetr.app.tables import Project, Run, RunKind, RunState
 from tests.app.browser.stage import opened
 
 TRAINS_MS = 240_000
@@ -69,6 +69,55 @@ def test_before_and_after_are_shown_and_nothing_is_proposed(page, serve, small_d
         pictures.nth(place).evaluate("img => img.decode()")
     assert {image["status"] for image in site.images()} == {"new"}
     assert site.ask("GET", "/projects/1")["boxes"] == 0
+
+
+def trained(site, folder, *, used=False):
+    """A training that has ended, with this detector."""
+    desk = site.app.state.desk
+    with writing(desk.engine) as session:
+        run = Run(project_id=1, kind=RunKind.TRAIN, state=RunState.DONE, done=8, total=8, unit="steps")
+        session.add(run)
+        session.flush()
+        kept = files_of(desk.settings, 1, run.id).training / "detector"
+        kept.parent.mkdir(parents=True)
+        kept.symlink_to(folder)
+        if used:
+            session.get(Project, 1).active_model = f"run-{run.id}"
+        return run.id
+
+
+def test_trainings_start_from_the_pretrained_detector_and_not_from_the_one_before(page, serve, small_detector):
+    site = serve(run=small_detector, device="cpu")
+    labelled(site, 1)
+    trained(site, small_detector, used=True)
+    page.goto(site.screen("train"))
+    for screen in ("init", "fewshot-init"):
+        choice = page.get_by_test_id(screen)
+        expect(choice).to_have_value("start")
+        expect(choice.locator("option[value=run-1]")).to_have_text("Training 1 (in use)")
+        page.goto(site.screen("fewshot"))
+
+
+def test_without_a_pretrained_detector_a_training_starts_from_scratch(page, serve, small_detector):
+    site = serve(device="cpu")
+    labelled(site, 1)
+    trained(site, small_detector, used=True)
+    page.goto(site.screen("train"))
+    expect(page.get_by_test_id("init")).to_have_value("")
+    expect(page.get_by_test_id("init").locator("option")).to_have_text(["Training 1 (in use)", "Scratch: no weights"])
+
+
+def test_a_later_training_says_that_it_is_not_in_use_and_offers_to_be(page, serve, small_detector):
+    site = serve(device="cpu")
+    first, second = trained(site, small_detector, used=True), trained(site, small_detector)
+    page.goto(site.screen("progress", first))
+    after = page.get_by_test_id("after-training")
+    expect(after).to_contain_text("This model is in use")
+    page.goto(site.screen("progress", second))
+    expect(after).to_contain_text("not in use yet: proposals are still made by Training 1.")
+    page.get_by_test_id("use-model").click()
+    expect(after).to_contain_text("This model is in use")
+    assert site.ask("GET", "/projects/1")["active_model"] == f"run-{second}"
 
 
 def test_nothing_to_learn_from_is_said_before_anything_starts(page, serve):
