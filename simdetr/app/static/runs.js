@@ -71,6 +71,14 @@ export async function finished(run, waits = () => {}) {
   return run;
 }
 
+// How long a step of the last training took here, in seconds; null where there was none.
+export async function secondsPerStep(runs) {
+  const last = runs.find((run) => ["train", "autolabel"].includes(run.kind) && run.done && !AT_WORK.has(run.state));
+  if (!last) return null;
+  const { metrics } = await get(`/runs/${last.id}`, { since: 0 }).catch(() => ({ metrics: [] }));
+  return metrics.findLast((row) => row.seconds_per_step)?.seconds_per_step ?? null;
+}
+
 // Ask for a run and its metrics each second until it ends. `seen(run, rows)` gets all rows so far.
 export class RunFeed {
   #rows = [];

@@ -145,3 +145,25 @@ def test_a_training_that_was_stopped_at_a_step_is_paused_and_offers_to_go_on(pag
     expect(page.locator("li", has=page.get_by_test_id("past-run")).locator(".status")).to_have_text(
         ["cancelled", "paused"]
     )
+
+
+def test_few_shots_train_as_long_as_is_set_and_say_how_long_that_takes(page, serve, watch, small_detector):
+    watch.expected += ["ERR_FAILED"]
+    site = serve(run=small_detector, device="cpu")
+    labelled(site, 1)
+    image = next(image for image in site.images() if image["status"] == "inspected")
+    site.ask("POST", "/projects/1/shots", {"box_id": site.boxes(image["id"])[0]["id"]})
+    page.goto(site.screen("fewshot"))
+    time = page.get_by_test_id("fewshot-time")
+    expect(time).to_contain_text("known once something was trained here")
+    run = trained(site, small_detector)
+    files_of(site.app.state.desk.settings, 1, run).tell(step=8, total_steps=8, loss=1.0, seconds_per_step=0.5)
+    page.reload()
+    expect(time).to_contain_text("About 6 min 40 s")
+    page.get_by_test_id("fewshot-steps").fill("60")
+    expect(time).to_contain_text("About 1 min 0 s")
+    asked = []
+    page.route("**/runs", lambda route: (asked.append(route.request.post_data_json), route.abort()))
+    with page.expect_request(lambda request: request.method == "POST"):
+        page.get_by_test_id("start-autolabel").click()
+    assert asked[0]["kind"] == "autolabel" and asked[0]["parameters"]["max_steps"] == 60
