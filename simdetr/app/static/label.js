@@ -18,6 +18,7 @@ const LEASE_MS = 240_000;
 const NUDGE_MS = 350; // arrow presses closer than this are one edit
 const BEST = 10; // so many more proposals are shown at once
 const RECOUNT_MS = 300; // the slider stands still
+const TRAIL = 200; // images that `[` goes back over
 const LOOK_MS = 1500; // for proposals of a run that is at work
 const STATES = {
   saved: "Saved",
@@ -165,6 +166,7 @@ export class LabelScreen {
       this.miningNote.textContent = mining.total
         ? `First proposals: ${count(mining.done)} of ${count(mining.total)} images.`
         : "The first proposals are being made…";
+    if (mining || this.mined) this.#queueAfter(`${mining?.id} ${mining?.done}`);
     if (this.project.indexing) {
       // the run is asked for once the folder is read
       this.project = await this.app.refresh().catch(() => this.project);
@@ -185,6 +187,13 @@ export class LabelScreen {
     } catch {
       /* the next look may work */
     }
+  }
+
+  // The queue shows what a run found so far.
+  #queueAfter(mark) {
+    if (mark === this.queueMark) return;
+    this.queueMark = mark;
+    this.queue.refresh().catch(() => {}); // the next look may work
   }
 
   #isUnnamed(box) {
@@ -269,6 +278,7 @@ export class LabelScreen {
     this.#onward();
     this.#state(saver, "saved");
     this.queue.current(this.#counted(sheet));
+    this.#remember(image.id);
     this.app.address(`label/${image.id}`);
     const inside = document.activeElement;
     if (!inside || inside === document.body || !inside.closest?.("dialog, .left input, .left select, .right input"))
@@ -291,6 +301,22 @@ export class LabelScreen {
       saver.save(this.#boxes);
       toast("An edit that was not saved before is back.");
     }
+  }
+
+  // Images in the order in which this tab first showed them, also over a reload: the list has only those that are to do.
+  get #trail() {
+    return JSON.parse(sessionStorage.getItem(`simdetr.trail.${this.project.id}`) ?? "[]");
+  }
+
+  #remember(id) {
+    const trail = this.#trail;
+    if (trail.includes(id)) return;
+    sessionStorage.setItem(`simdetr.trail.${this.project.id}`, JSON.stringify([...trail, id].slice(-TRAIL)));
+  }
+
+  #openBefore(id) {
+    const trail = this.#trail;
+    return trail[trail.indexOf(id) - 1] ?? null;
   }
 
   #prefetch(id) {
@@ -774,8 +800,9 @@ export class LabelScreen {
         if (!this.redo.disabled) await this.#travel("/redo");
         break;
       case "back": {
-        const image = this.queue.beside(this.#sheet.image.id, -1);
-        if (image) await this.open(image.id);
+        const before = this.queue.beside(this.#sheet.image.id, -1)?.id ?? this.#openBefore(this.#sheet.image.id);
+        if (before) await this.open(before);
+        else toast("This is the first image.");
         break;
       }
       case "detect":
@@ -869,6 +896,7 @@ export class LabelScreen {
       const sheet = await get(`/images/${image.id}/boxes`);
       this.#saver.know(sheet);
       this.#adopt(sheet, this.#saver.keyed(sheet.boxes));
+      this.queue.current(this.#counted(sheet));
       this.#onward();
       const found = this.#boxes.filter((box) => box.status === "proposed");
       const shown = found.filter((box) => this.#isShown(box)).length;

@@ -5,8 +5,8 @@ import { address, get, post } from "./api.js";
 import { lineChart } from "./charts.js";
 import { button, complain, empty, h, put, status } from "./elements.js";
 import { inUse } from "./models.js";
-import { bytes, clock, count, DASH, decimal, duration, percent, seconds, sentence, when } from "./numbers.js";
-import { AT_WORK, KINDS, RunFeed, stateOf } from "./runs.js";
+import { bytes, clock, count, DASH, decimal, duration, percent, plural, score, seconds, sentence, when } from "./numbers.js";
+import { AT_WORK, isForGood, KINDS, RunFeed, stateOf } from "./runs.js";
 
 const LOG_ROWS = 200;
 const STRATEGIES = [
@@ -60,7 +60,7 @@ export class ProgressScreen {
   async start(argument) {
     await this.app.runs.look();
     this.#runs();
-    const run = Number(argument) || this.app.runs.active?.id || this.app.runs.runs[0]?.id;
+    const run = Number(argument) || this.app.runs.active?.id || this.app.runs.runs.find(isForGood)?.id;
     if (run) this.#follow(run);
     else {
       put(
@@ -86,7 +86,7 @@ export class ProgressScreen {
   #runs() {
     put(
       this.list,
-      this.app.runs.runs.map((run) =>
+      this.app.runs.runs.filter((run) => isForGood(run) || run.id === this.#feed?.id).map((run) =>
         h(
           "li",
           {},
@@ -297,12 +297,12 @@ export class ProgressScreen {
     if (run.message && this.#messages.at(-1)?.text !== run.message)
       this.#messages.push({ time: new Date().toISOString(), text: run.message });
     const lines = rows
-      .filter((row) => row.step !== undefined)
+      .filter((row) => row.step !== undefined && (row.scores || "loss" in row)) // not: begun, paused
       .map((row) => ({
         time: row.time,
         text: row.scores
           ? `step ${count(row.step)}: ${Object.entries(row.scores)
-              .map(([name, value]) => `${name} ${decimal(value)}`)
+              .map(([name, value]) => `${name} ${score(value)}`)
               .join(", ")}`
           : `step ${count(row.step)} of ${count(row.total_steps)}: loss ${decimal(row.loss)}`,
       }));
@@ -357,12 +357,28 @@ export function trainingCharts(rows) {
       }),
     );
   }
-  if (names.length) {
+  if (names.length && tested.length === 1) {
+    curves.push(
+      h(
+        "figure.chart",
+        { testid: "chart-scores" },
+        h("figcaption", {}, "Average precision"),
+        h(
+          "dl.facts.tiles",
+          {},
+          names.map((name) => h("div", {}, h("dt", {}, name), h("dd", {}, score(tested[0].scores[name])))),
+        ),
+        h("p.reading", {}, `Measured once, after ${plural(tested[0].step, "step")}.`),
+      ),
+    );
+  } else if (names.length) {
     curves.push(
       lineChart({
         title: "Average precision",
         xName: "step",
         most: 1,
+        text: score,
+        tick: (share) => percent(share),
         testid: "chart-scores",
         series: names.map((name) => ({ name, points: tested.map((row) => [row.step, row.scores[name]]) })),
       }),

@@ -18,6 +18,9 @@ export const KINDS = {
 export const stateOf = (run) =>
   run.state === "cancelled" && run.kind === "train" && run.checkpoint ? "paused" : run.state;
 
+// Not one whose boxes were only to be looked at ("Before and after"), once it has ended.
+export const isForGood = (run) => run.parameters.propose !== false || AT_WORK.has(run.state);
+
 export class RunWatch extends EventTarget {
   runs = [];
   #project = null;

@@ -142,7 +142,7 @@ export class TrainScreen {
           "dl.facts",
           {},
           h("div", {}, h("dt", {}, "Device"), h("dd", {}, this.device)),
-          h("div", {}, h("dt", {}, "Memory, about"), h("dd", {}, this.need)),
+          h("div", {}, h("dt", {}, "Memory"), h("dd", {}, this.need)),
         ),
         this.hint,
         this.startButton,

@@ -69,6 +69,9 @@ def test_before_and_after_are_shown_and_nothing_is_proposed(page, serve, small_d
         pictures.nth(place).evaluate("img => img.decode()")
     assert {image["status"] for image in site.images()} == {"new"}
     assert site.ask("GET", "/projects/1")["boxes"] == 0
+    page.goto(site.screen("progress"))  # such a look is no run to keep
+    expect(page.get_by_test_id("run-detail")).to_contain_text("No run yet")
+    expect(page.get_by_test_id("run")).to_have_count(0)
 
 
 def trained(site, folder, *, used=False):
@@ -167,3 +170,39 @@ def test_few_shots_train_as_long_as_is_set_and_say_how_long_that_takes(page, ser
     with page.expect_request(lambda request: request.method == "POST"):
         page.get_by_test_id("start-autolabel").click()
     assert asked[0]["kind"] == "autolabel" and asked[0]["parameters"]["max_steps"] == 60
+
+
+def test_scores_are_percent_everywhere_and_one_validation_is_a_number_and_no_curve(page, serve, small_detector):
+    site = serve(device="cpu")
+    run = trained(site, small_detector)
+    files = files_of(site.app.state.desk.settings, 1, run)
+    files.tell(step=0, total_steps=8, message="training")
+    files.tell(step=8, total_steps=8, loss=1.5, losses={}, lr=1e-3)
+    files.tell(step=8, total_steps=8, scores={"AP": 0.00032, "AP50": 0.612})
+    page.goto(site.screen("progress", run))
+    log = page.get_by_test_id("run-log")
+    expect(log).to_contain_text("step 8: AP 0.0 %, AP50 61.2 %")
+    expect(log).to_contain_text("step 8 of 8: loss 1.500")
+    expect(log).not_to_contain_text("step 0")
+    page.goto(site.screen("results", f"run-{run}"))
+    scores = page.get_by_test_id("chart-scores")
+    expect(scores).to_contain_text("AP5061.2 %Measured once, after 8 steps.")
+    expect(scores.locator("svg")).to_have_count(0)
+    files.tell(step=9, total_steps=9, scores={"AP": 0.5, "AP50": 0.75})
+    page.reload()
+    expect(scores.locator("path.curve")).to_have_count(2)
+    expect(scores.locator(".legend")).to_contain_text("AP 50.0 %")
+
+
+def test_the_bar_that_starts_a_training_leaves_the_previews_to_be_seen(page, serve):
+    site = serve()
+    labelled(site, 1)
+    page.goto(site.screen("train"))
+    pictures = page.get_by_test_id("augmentation-preview").locator("img")
+    expect(pictures).to_have_count(4)
+    pictures.first.evaluate("img => img.decode()")
+    pictures.first.scroll_into_view_if_needed()
+    tile = pictures.first.bounding_box()
+    bar = page.get_by_test_id("start-training").locator("xpath=ancestor::section").bounding_box()
+    assert bar["height"] <= 60
+    assert tile["y"] + 0.75 * tile["height"] < bar["y"]
