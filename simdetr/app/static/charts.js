@@ -28,7 +28,8 @@ export function lineChart({ title, xName, series, most, testid, text = decimal, 
     false,
   );
   const y = scale(points.map((point) => point[1]).concat(0, most ?? []), HEIGHT - BOTTOM, TOP, true);
-  const picture = s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": spoken(title, shown, text) });
+  const size = `0 0 ${WIDTH} ${HEIGHT}`;
+  const picture = s("svg", { viewBox: size, role: "img", "aria-label": spoken(title, shown, text) });
   for (const tick of y.ticks) {
     picture.append(
       s("line.grid", { x1: LEFT, x2: WIDTH - RIGHT, y1: y.at(tick), y2: y.at(tick) }),

@@ -210,7 +210,11 @@ export class FewShotScreen {
     try {
       const run = await post(`/projects/${this.project.id}/runs`, {
         kind: "autolabel",
-        parameters: { score_rule: this.rule.value, max_steps: Number(this.steps.value), ...(this.init.value ? { init: this.init.value } : {}) },
+        parameters: {
+          score_rule: this.rule.value,
+          max_steps: Number(this.steps.value),
+          ...(this.init.value ? { init: this.init.value } : {}),
+        },
       });
       this.app.runs.look();
       this.app.go("progress", run.id);

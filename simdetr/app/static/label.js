@@ -491,7 +491,8 @@ export class LabelScreen {
         kind: "quiet",
         title: "Move the slider down to them",
       });
-    put(this.hiddenNote, hidden ? [`${lie} hidden; gone once the image is inspected. `, show("show-hidden")] : null);
+    const gone = `${lie} hidden; gone once the image is inspected. `;
+    put(this.hiddenNote, hidden ? [gone, shown ? show("show-hidden") : null] : null);
     this.onlyHidden.hidden = shown > 0 || !hidden;
     put(this.onlyHidden, shown || !hidden ? null : [`${lie}, none above. `, show("show-best")]);
   }

@@ -136,7 +136,7 @@ export class StopScreen {
           tile("Rejected", count(found.rejected)),
           tile("Drawn", count(found.drawn)),
           tile("Images left", count(found.left_images)),
-          tile("Proposals left", count(found.left_detections), "of a detector; mined ones do not count"),
+          tile("Proposals left", count(found.left_detections), "without mined ones"),
         ),
       ),
     );

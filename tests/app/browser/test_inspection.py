@@ -230,4 +230,4 @@ def test_the_estimate_of_errors_is_said_once_and_in_one_manner(page, serve):
     expect(estimate).to_contain_text("between 24,000 and 29,000, at 95 %")
     expect(estimate).to_contain_text("about 635 errors in about 1 minute of your time")
     expect(estimate).not_to_contain_text("errors are left")
-    expect(estimate).to_contain_text("26,542of a detector; mined ones do not count")
+    expect(estimate).to_contain_text("26,542without mined ones")
