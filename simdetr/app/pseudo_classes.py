@@ -38,7 +38,8 @@ from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
 
 _TILE_PX, _GAP_PX = 96, 4
-_GROUND = (214, 217, 222)
+_GROUND = (128, 132, 138)
+"""Between pictures; neither light nor dark, for the page has both colours."""
 _CHUNK = 200
 _WHAT = "cluster "
 """How the names of these events begin."""
@@ -140,10 +141,14 @@ def _rows_at(labels: Labels, image: str, xyxy: Sequence[float]) -> NDArray[np.in
 
 
 def rows_of(session: Session, cluster: Cluster, labels: Labels) -> list[int]:
-    """The rows of a cluster's boxes in the order in which they are shown: shuffled, but always the same."""
+    """The rows of a cluster's boxes in the order in which they are shown.
+
+    Shuffled, by a key that each box has for good: those that stay keep their order when others are moved away.
+    """
     clusters = _clusters(session, cluster.project_id)
     rows = np.flatnonzero(owners_of(clusters, labels) == clusters.index(cluster))
-    shuffled: list[int] = np.random.default_rng(cluster.id).permutation(rows).tolist()
+    keys = np.random.default_rng(0).permutation(len(labels.boxes_xyxy))
+    shuffled: list[int] = rows[np.argsort(keys[rows])].tolist()
     return shuffled
 
 

@@ -1,10 +1,12 @@
-// <box-editor>: an image with boxes that are drawn, moved and resized. It knows nothing of the server.
+// <box-editor>: an image with boxes that are drawn, moved and resized. It knows nothing of the server, and owns no box:
+// it shows those that it is given, and tells what a person drew or changed; whoever keeps the boxes gives them anew.
 //
 // Coordinates are image pixels as floats. Everything that follows the pointer is done in its own event, so that a box
 // is where the pointer is in the same frame. A click selects (again: the box beneath); a drag on the selected box moves
 // it, on a handle resizes it; anywhere else, and with Shift there too, it draws.
 //
-// Events: "edit" {what, key} after a change, "select" {key}, "view" {zoom}.
+// Events: "edit" {what, box} after a change, with the whole box as it is then; "select" {key}; "rest" once no drag goes on
+// any more; "view" {zoom}.
 
 import { h, s } from "./elements.js";
 import { HANDLES, area, contains, grown, handleAt, moved, pulled, same, spanned } from "./geometry.js";
@@ -38,7 +40,6 @@ class BoxEditor extends HTMLElement {
   #pointers = new Map();
   #made = 0;
   #frozen = true;
-  currentClass = null;
   panning = false;
   panned = false;
 
@@ -177,7 +178,7 @@ class BoxEditor extends HTMLElement {
     box.xyxy = after;
     this.#place(box);
     this.#grip();
-    this.#tell("edit", { what, key: box.key });
+    this.#tell("edit", { what, box: { ...box } });
   }
 
   // A box in the middle of what is seen, for those who draw by keys.
@@ -201,25 +202,16 @@ class BoxEditor extends HTMLElement {
     }
     this.rubber?.setAttribute("visibility", "hidden");
     this.#gesture = null;
+    this.#tell("rest");
     return true;
   }
 
   #add(xyxy) {
     if (xyxy[2] - xyxy[0] < LEAST_BOX_PX || xyxy[3] - xyxy[1] < LEAST_BOX_PX) return;
     const key = `n${++this.#made}-${Date.now()}`;
-    this.#boxes.push({
-      key,
-      class_id: this.currentClass,
-      xyxy,
-      status: "manual",
-      source: "user",
-      score: null,
-      ignore: false,
-    });
-    this.#selected = key;
-    this.#paint();
-    this.#tell("select", { key });
-    this.#tell("edit", { what: "draw", key });
+    const box = { key, class_id: null, xyxy, status: "manual", source: "user", score: null, ignore: false };
+    this.#tell("edit", { what: "draw", box }); // whoever keeps the boxes gives them back with this one
+    this.select(key, { reveal: false });
   }
 
   #tell(name, detail) {
@@ -385,16 +377,19 @@ class BoxEditor extends HTMLElement {
     if (!this.#pointers.size) this.#frame = null;
     const gesture = this.#gesture;
     if (!gesture) return;
-    if (gesture.kind === "pinch" || gesture.kind === "pan") {
-      if (!this.#pointers.size || gesture.kind === "pan") this.#gesture = null;
-      return;
-    }
+    if (gesture.kind === "pinch" && this.#pointers.size) return;
     if (cancelled) {
       this.cancel();
       return;
     }
     this.#gesture = null;
     this.rubber.setAttribute("visibility", "hidden");
+    this.#finish(gesture);
+    this.#tell("rest");
+  }
+
+  #finish(gesture) {
+    if (gesture.kind === "pinch" || gesture.kind === "pan") return;
     if (!gesture.going) {
       this.#click(gesture.start);
       return;
@@ -408,7 +403,7 @@ class BoxEditor extends HTMLElement {
     this.#place(box);
     this.#grip();
     if (!same(box.xyxy, gesture.before))
-      this.#tell("edit", { what: gesture.kind === "move" ? "move" : "resize", key: box.key });
+      this.#tell("edit", { what: gesture.kind === "move" ? "move" : "resize", box: { ...box } });
   }
 
   // The smallest box there; where one of them is selected, the next larger.

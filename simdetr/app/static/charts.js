@@ -11,8 +11,8 @@ const TOP = 10;
 const RIGHT = 10;
 const COLOURS = 6;
 
-// series: [{name, points: [[x, y or null]]}]; a null breaks the line.
-export function lineChart({ title, xName, series, most, testid }) {
+// series: [{name, points: [[x, y or null]]}]; a null breaks the line. `text` writes a value, `tick` one at the axis.
+export function lineChart({ title, xName, series, most, testid, text = decimal, tick: mark = tidy }) {
   const shown = series.map((one, place) => ({ ...one, colour: `var(--curve-${place % COLOURS})` }));
   const points = shown.flatMap((one) => one.points).filter(([, y]) => Number.isFinite(y));
   const figure = h("figure.chart", { testid });
@@ -28,11 +28,12 @@ export function lineChart({ title, xName, series, most, testid }) {
     false,
   );
   const y = scale(points.map((point) => point[1]).concat(0, most ?? []), HEIGHT - BOTTOM, TOP, true);
-  const picture = s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": spoken(title, shown) });
+  const size = `0 0 ${WIDTH} ${HEIGHT}`;
+  const picture = s("svg", { viewBox: size, role: "img", "aria-label": spoken(title, shown, text) });
   for (const tick of y.ticks) {
     picture.append(
       s("line.grid", { x1: LEFT, x2: WIDTH - RIGHT, y1: y.at(tick), y2: y.at(tick) }),
-      s("text", { x: LEFT - 6, y: y.at(tick) + 3.5, "text-anchor": "end" }, tidy(tick)),
+      s("text", { x: LEFT - 6, y: y.at(tick) + 3.5, "text-anchor": "end" }, mark(tick)),
     );
   }
   for (const tick of x.ticks) {
@@ -42,7 +43,7 @@ export function lineChart({ title, xName, series, most, testid }) {
   const reading = h("p.reading", {}, "Point at a curve to read it.");
   const cross = s("line.cross", { y1: TOP, y2: HEIGHT - BOTTOM, x1: -9, x2: -9 });
   picture.append(cross);
-  picture.addEventListener("pointermove", (event) => read(event, picture, x, shown, cross, reading, xName));
+  picture.addEventListener("pointermove", (event) => read(event, picture, x, shown, cross, reading, xName, text));
   figure.append(
     picture,
     h(
@@ -55,7 +56,7 @@ export function lineChart({ title, xName, series, most, testid }) {
           h("i", { style: { background: one.colour } }),
           h("span", { dir: "auto" }, one.name),
           " ",
-          h("b", {}, decimal(last(one.points))),
+          h("b", {}, text(last(one.points))),
         ),
       ),
     ),
@@ -86,14 +87,14 @@ function curve(one, x, y) {
   return parts;
 }
 
-function read(event, picture, x, shown, cross, reading, xName) {
+function read(event, picture, x, shown, cross, reading, xName, text) {
   const frame = picture.getBoundingClientRect();
   const wanted = x.from(((event.clientX - frame.left) / frame.width) * WIDTH);
   const all = shown.flatMap((one) => one.points);
   const near = all.reduce((best, point) => (Math.abs(point[0] - wanted) < Math.abs(best[0] - wanted) ? point : best));
   cross.setAttribute("x1", x.at(near[0]));
   cross.setAttribute("x2", x.at(near[0]));
-  const values = shown.map((one) => `${one.name} ${decimal(one.points.find((point) => point[0] === near[0])?.[1])}`);
+  const values = shown.map((one) => `${one.name} ${text(one.points.find((point) => point[0] === near[0])?.[1])}`);
   reading.textContent = `${xName} ${count(near[0])}: ${values.join(", ")}`;
 }
 
@@ -119,8 +120,8 @@ function roundStep(raw) {
 
 const tidy = (value) => String(Number(value.toPrecision(3)));
 const last = (points) => points.findLast((point) => Number.isFinite(point[1]))?.[1] ?? null;
-const spoken = (title, shown) =>
-  `${title}: ${shown.map((one) => `${one.name} ${decimal(last(one.points))}`).join(", ")}`;
+const spoken = (title, shown, text) =>
+  `${title}: ${shown.map((one) => `${one.name} ${text(last(one.points))}`).join(", ")}`;
 
 // Bars of shares from 0 to 1, one row each: [{name, share, text}].
 export function bars(rows) {

@@ -11,8 +11,8 @@ export class ClassPicker {
   #classes = [];
   #current = null;
 
-  // `pick(id)`: a person chose a class; `changed(classes)`: the classes are others now; `minScore()`: proposals below it
-  // are not counted.
+  // `pick(id, {added, gone})`: a person chose a class, or one was just made by its name; null for none, or where one is
+  // gone. `changed(classes)`: the classes are others now; `minScore()`: proposals below it are not counted.
   constructor(projectId, { pick, changed, minScore }) {
     this.project = projectId;
     this.pick = pick;
@@ -96,28 +96,35 @@ export class ClassPicker {
     if (!name) return;
     complain(this.element, null);
     const exact = this.#classes.find((one) => one.name === name);
+    const isAdded = isUnnamed(exact) || !this.#whole(name);
     if (isUnnamed(exact)) {
       await send("PATCH", `/classes/${exact.id}`, { kind: "novel" }).catch((error) => complain(this.element, error));
       await this.load();
     }
-    const found = exact ?? this.#found().find((one) => !isUnnamed(one));
-    const whole = exact || (found && found.name.toLowerCase() === name.toLowerCase());
     try {
-      const chosen = whole ? found : await post(`/projects/${this.project}/classes`, { name });
+      const chosen = this.#whole(name) ?? (await post(`/projects/${this.project}/classes`, { name }));
       this.input.value = "";
-      if (!whole) {
+      if (isAdded) {
         this.#current = chosen.id;
         await this.load();
       }
-      this.choose(chosen.id);
+      this.choose(chosen.id, { added: isAdded });
     } catch (error) {
       complain(this.element, error);
     }
   }
 
-  choose(id) {
+  choose(id, how) {
     this.current = id;
-    this.pick(id);
+    this.pick(id, how);
+  }
+
+  // The class of this name; in other letters, capital or small, if none has it to the letter.
+  #whole(name) {
+    return (
+      this.#classes.find((one) => one.name === name) ??
+      this.#named().find((one) => one.name.toLowerCase() === name.toLowerCase())
+    );
   }
 
   #found() {
@@ -231,7 +238,7 @@ export class ClassPicker {
       );
       return form;
     }).then((done) => {
-      if (done === "deleted") this.pick(null, true);
+      if (done === "deleted") this.pick(null, { gone: true });
     });
   }
 }

@@ -147,23 +147,15 @@ export class ClustersScreen {
         name,
         h("button.button", { testid: "name-cluster" }, "Name"),
       ),
+      h("p.muted.contents", {}, `${plural(one.boxes, "box", "boxes")} · ${contents(one)}`),
       h(
-        "div.row.between",
+        "div.row.end",
         {},
-        h(
-          "span.muted",
-          {},
-          `${plural(one.boxes, "box", "boxes")} · ${contents(one)}`,
-        ),
-        h(
-          "span.row",
-          {},
-          one.members.length + Math.min(one.picked, 1) > 1 &&
-            button("split", "Take apart again", () => this.#act(() => post(`/clusters/${one.id}/split`), card), {
-              kind: "quiet",
-            }),
-          one.boxes > 1 && button("pick-crops", "Pick crops", () => this.#pick(one), { kind: "quiet" }),
-        ),
+        one.members.length + Math.min(one.picked, 1) > 1 &&
+          button("split", "Take apart again", () => this.#act(() => post(`/clusters/${one.id}/split`), card), {
+            kind: "quiet",
+          }),
+        one.boxes > 1 && button("pick-crops", "Pick crops", () => this.#pick(one), { kind: "quiet" }),
       ),
     );
     return card;

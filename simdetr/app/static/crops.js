@@ -1,7 +1,7 @@
 // The crops of a cluster in a dialog: those that are another kind are chosen and moved.
 
 import { address, get, post } from "./api.js";
-import { button, complain, dialog, h, put, toast } from "./elements.js";
+import { button, complain, dialog, h, toast } from "./elements.js";
 import { plural } from "./numbers.js";
 
 const PAGE = 60;
@@ -10,8 +10,8 @@ const SIZE_PX = 96;
 // `others`: clusters that crops may go to; `titleOf(cluster)` names one. Resolves when the dialog is closed.
 export function pickCrops(cluster, others, titleOf) {
   const chosen = new Set();
-  let rows = [];
-  let last = null; // place of the last click, for a range
+  let rows = []; // those that are shown, each at the place of its item
+  let last = null; // the row of the last click, for a range
 
   const grid = h("ul.crops", { testid: "crops", "aria-label": "Crops" });
   const more = button("more-crops", "More", () => load(), { kind: "quiet" });
@@ -32,15 +32,15 @@ export function pickCrops(cluster, others, titleOf) {
     });
   };
 
-  const toggle = (place, range) => {
-    const from = range && last !== null ? Math.min(last, place) : place;
-    const to = range && last !== null ? Math.max(last, place) : place;
-    const on = !chosen.has(rows[place]);
-    for (const row of rows.slice(from, to + 1)) {
-      if (on) chosen.add(row);
-      else chosen.delete(row);
+  const toggle = (row, range) => {
+    const place = rows.indexOf(row);
+    const other = range && last !== null ? rows.indexOf(last) : place;
+    const on = !chosen.has(row);
+    for (const one of rows.slice(Math.min(place, other), Math.max(place, other) + 1)) {
+      if (on) chosen.add(one);
+      else chosen.delete(one);
     }
-    last = place;
+    last = row;
     paint();
   };
 
@@ -48,10 +48,9 @@ export function pickCrops(cluster, others, titleOf) {
     complain(trouble, null);
     try {
       const { crops, next } = await get(`/clusters/${cluster.id}/crops`, { limit: PAGE, after: rows.length });
-      const start = rows.length;
       rows = [...rows, ...crops.map((one) => one.row)];
       grid.append(
-        ...crops.map((one, place) =>
+        ...crops.map((one) =>
           h(
             "li",
             {},
@@ -61,9 +60,9 @@ export function pickCrops(cluster, others, titleOf) {
                 type: "button",
                 testid: "crop",
                 title: one.image,
-                "aria-label": `Crop ${start + place + 1} of ${one.image}`,
+                "aria-label": `Crop ${one.row} of ${one.image}`,
                 "aria-pressed": "false",
-                onclick: (event) => toggle(start + place, event.shiftKey),
+                onclick: (event) => toggle(one.row, event.shiftKey),
               },
               h("img", {
                 src: address(`/clusters/${cluster.id}/crops/${one.row}`, { size: SIZE_PX }),
@@ -94,11 +93,13 @@ export function pickCrops(cluster, others, titleOf) {
         target.append(h("option", { value: there.id }, titleOf(there)));
         target.value = there.id;
       }
+      // what stays keeps its place, and so does whoever looks through it
+      rows.forEach((row, place) => chosen.has(row) && grid.children[place].classList.add("moved"));
+      for (const item of [...grid.querySelectorAll(".moved")]) item.remove();
+      rows = rows.filter((row) => !chosen.has(row));
+      if (chosen.has(last)) last = null;
       chosen.clear();
-      rows = [];
-      last = null;
-      put(grid);
-      await load();
+      if (!rows.length) await load();
       paint();
     } catch (error) {
       complain(trouble, error);

@@ -2,8 +2,11 @@
 
 import { address, ask, get, post } from "./api.js";
 import { button, complain, empty, field, h, put } from "./elements.js";
-import { count, decimal, DASH, percent } from "./numbers.js";
-import { AT_WORK } from "./runs.js";
+import { inUse, offerModels, pretrained } from "./models.js";
+import { count, decimal, DASH, duration, percent } from "./numbers.js";
+import { AT_WORK, secondsPerStep } from "./runs.js";
+
+const STEPS = 400; // as a training on the command line
 
 const RULES = [
   ["agreement", "votes agree with the detector"],
@@ -27,6 +30,16 @@ export class FewShotScreen {
       RULES.map(([value, text]) => h("option", { value }, text)),
     );
     this.init = h("select", { testid: "fewshot-init" });
+    this.steps = h("input", {
+      type: "number",
+      min: 1,
+      max: 1_000_000,
+      value: STEPS,
+      required: true,
+      testid: "fewshot-steps",
+      oninput: () => this.#long(),
+    });
+    this.time = h("span", { testid: "fewshot-time" });
     this.go = h("button.button.primary", { testid: "start-autolabel" }, "Label all from these");
     this.needs = h("p.note", { testid: "fewshot-needs" });
     this.form = h(
@@ -46,6 +59,7 @@ export class FewShotScreen {
       ),
       field("Start from", this.init),
       field("A detection is a candidate if", this.rule),
+      field("Steps of each training", this.steps, this.time),
       this.needs,
       h("div.row", {}, this.go),
     );
@@ -89,12 +103,8 @@ export class FewShotScreen {
         get(`/projects/${this.project.id}/models`),
       ]);
       this.classes = new Map(classes.map((one) => [one.id, one]));
-      put(
-        this.init,
-        models.length
-          ? models.map((one) => h("option", { value: one.id }, one.title || one.id))
-          : h("option", { value: "" }, "no detector yet"),
-      );
+      offerModels(this.init, models, models.length ? [] : [["", "no detector yet"]]);
+      this.init.value = pretrained(models) ?? inUse(models)?.id ?? models[0]?.id ?? "";
       this.init.disabled = !models.length;
       this.#gallery(shots);
       this.go.disabled = !models.length || !shots.some((shot) => !shot.negative);
@@ -114,6 +124,18 @@ export class FewShotScreen {
       complain(this.form, error);
     }
     this.#watch();
+    this.#long();
+  }
+
+  // How long it will take, by the last training here.
+  async #long() {
+    this.perStep ??= await secondsPerStep(this.app.runs.runs);
+    const steps = Number(this.steps.value);
+    this.time.textContent =
+      "It trains twice: on the shots, and on what was kept." +
+      (this.perStep && steps
+        ? ` About ${duration(2 * steps * this.perStep)} as the last training here went, and the looks at all images.`
+        : " How long that takes is known once something was trained here.");
   }
 
   #gallery(shots) {
@@ -188,7 +210,11 @@ export class FewShotScreen {
     try {
       const run = await post(`/projects/${this.project.id}/runs`, {
         kind: "autolabel",
-        parameters: { score_rule: this.rule.value, ...(this.init.value ? { init: this.init.value } : {}) },
+        parameters: {
+          score_rule: this.rule.value,
+          max_steps: Number(this.steps.value),
+          ...(this.init.value ? { init: this.init.value } : {}),
+        },
       });
       this.app.runs.look();
       this.app.go("progress", run.id);

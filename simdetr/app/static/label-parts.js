@@ -11,6 +11,8 @@ const LEGEND = [
   ["rejected", "Rejected"],
 ];
 
+export const SCORE_STEP = 0.05;
+
 // The editor, tools above it, what is open and what comes next below.
 export function middle(screen) {
   screen.zoom = h("output.zoom", { testid: "zoom", "aria-label": "Zoom" }, "100 %");
@@ -26,7 +28,7 @@ export function middle(screen) {
     type: "range",
     min: 0,
     max: 1,
-    step: 0.05,
+    step: SCORE_STEP,
     value: screen.minScore,
     testid: "min-score",
     "aria-label": "Least score of the proposals that are shown",
@@ -60,6 +62,7 @@ export function middle(screen) {
     screen.acceptAll,
   );
   screen.notice = h("div.notice", { testid: "notice", hidden: true });
+  screen.onlyHidden = h("div.only-hidden", { testid: "only-hidden", role: "status", hidden: true });
   screen.cover = h("div.cover", { testid: "cover" }, h("p.muted", {}, "Loading…"));
   screen.name = h("span.image-name", { testid: "image-name", dir: "auto" });
   screen.facts = h("span.muted", { testid: "image-facts" });
@@ -78,6 +81,7 @@ export function middle(screen) {
     { "aria-label": "Editor" },
     screen.tools,
     screen.notice,
+    screen.onlyHidden,
     h("div.canvas", {}, screen.editor, screen.cover),
     screen.foot,
   );

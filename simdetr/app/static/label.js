@@ -5,7 +5,8 @@ import "./box-editor.js";
 import { ClassPicker, isUnnamed } from "./class-picker.js";
 import { chooseSide } from "./conflict.js";
 import { button, complain, empty, h, iconButton, put, toast } from "./elements.js";
-import { middle, right } from "./label-parts.js";
+import { middle, right, SCORE_STEP } from "./label-parts.js";
+import { inUse, offerModels } from "./models.js";
 import { count, decimal, percent, plural } from "./numbers.js";
 import { Queue } from "./queue.js";
 import { AT_WORK, finished } from "./runs.js";
@@ -15,7 +16,9 @@ import { uploadPanel } from "./upload.js";
 
 const LEASE_MS = 240_000;
 const NUDGE_MS = 350; // arrow presses closer than this are one edit
+const BEST = 10; // so many more proposals are shown at once
 const RECOUNT_MS = 300; // the slider stands still
+const TRAIL = 200; // images that `[` goes back over
 const LOOK_MS = 1500; // for proposals of a run that is at work
 const STATES = {
   saved: "Saved",
@@ -27,6 +30,11 @@ const STATES = {
 
 // As `n` walks them: what a machine was surest of first, what has no score last.
 const inOrder = (boxes) => [...boxes].sort((a, b) => (b.score ?? -1) - (a.score ?? -1));
+// A box that a person drew is drawn, however often it is moved; one that a machine found is corrected then.
+const touch = (box) => {
+  if (box.id) box.status = box.source === "user" ? "manual" : "corrected";
+};
+const asDrawn = (box) => (box.source === "user" && box.status === "corrected" ? { ...box, status: "manual" } : box);
 const stamp = (box) => JSON.stringify([box.status, box.class_id, box.xyxy, box.ignore]);
 
 export class LabelScreen {
@@ -35,6 +43,7 @@ export class LabelScreen {
   #sheet = null;
   #saver = null;
   #nudge = null;
+  #nameless = null; // what a person wanted done with boxes that had no name: it is done once there is one
   #moving = false;
   #stale = false; // what is shown is older than the boxes, since a drag was going on
   #drawnOn = null; // the image that the boxes are of
@@ -49,7 +58,7 @@ export class LabelScreen {
     const minScore = () => this.minScore;
     this.queue = new Queue(this.project, { open: (id) => this.open(id), minScore });
     this.picker = new ClassPicker(this.project.id, {
-      pick: (id, gone) => this.#picked(id, gone),
+      pick: (id, how) => this.#picked(id, how),
       changed: (classes) => this.#classesChanged(classes),
       minScore,
     });
@@ -62,7 +71,10 @@ export class LabelScreen {
       right(this),
     );
     this.editor.addEventListener("edit", (event) => this.#edited(event.detail));
-    this.editor.addEventListener("select", () => (this.#stale ? this.#paint() : this.#selected()));
+    this.editor.addEventListener("select", () => this.#selected());
+    this.editor.addEventListener("rest", () => {
+      if (this.#stale) this.#paint();
+    });
     this.editor.addEventListener("view", (event) => {
       this.zoom.textContent = percent(event.detail.zoom);
     });
@@ -154,6 +166,7 @@ export class LabelScreen {
       this.miningNote.textContent = mining.total
         ? `First proposals: ${count(mining.done)} of ${count(mining.total)} images.`
         : "The first proposals are being made…";
+    if (mining || this.mined) this.#queueAfter(`${mining?.id} ${mining?.done}`);
     if (this.project.indexing) {
       // the run is asked for once the folder is read
       this.project = await this.app.refresh().catch(() => this.project);
@@ -174,6 +187,13 @@ export class LabelScreen {
     } catch {
       /* the next look may work */
     }
+  }
+
+  // The queue shows what a run found so far.
+  #queueAfter(mark) {
+    if (mark === this.queueMark) return;
+    this.queueMark = mark;
+    this.queue.refresh().catch(() => {}); // the next look may work
   }
 
   #isUnnamed(box) {
@@ -237,10 +257,12 @@ export class LabelScreen {
         if (this.#saver === saver) this.#adopt(now, boxes);
       },
       state: (name, error) => this.#state(saver, name, error),
+      told: (error) => this.#say(error),
       conflict: (mine, current) => chooseSide(image, mine, current.boxes, this.classes),
     });
     this.#saver = saver;
     this.#rejected = [];
+    this.#nameless = null;
     this.#sheet = sheet;
     this.cover.hidden = true;
     this.editor.load({
@@ -256,6 +278,7 @@ export class LabelScreen {
     this.#onward();
     this.#state(saver, "saved");
     this.queue.current(this.#counted(sheet));
+    this.#remember(image.id);
     this.app.address(`label/${image.id}`);
     const inside = document.activeElement;
     if (!inside || inside === document.body || !inside.closest?.("dialog, .left input, .left select, .right input"))
@@ -278,6 +301,22 @@ export class LabelScreen {
       saver.save(this.#boxes);
       toast("An edit that was not saved before is back.");
     }
+  }
+
+  // Images in the order in which this tab first showed them, also over a reload: the list has only those that are to do.
+  get #trail() {
+    return JSON.parse(sessionStorage.getItem(`simdetr.trail.${this.project.id}`) ?? "[]");
+  }
+
+  #remember(id) {
+    const trail = this.#trail;
+    if (trail.includes(id)) return;
+    sessionStorage.setItem(`simdetr.trail.${this.project.id}`, JSON.stringify([...trail, id].slice(-TRAIL)));
+  }
+
+  #openBefore(id) {
+    const trail = this.#trail;
+    return trail[trail.indexOf(id) - 1] ?? null;
   }
 
   #prefetch(id) {
@@ -364,19 +403,19 @@ export class LabelScreen {
   }
 
   #state(saver, name, error) {
-    if (saver !== this.#saver && name !== "failed") {
+    if (saver !== this.#saver && name !== "failed" && name !== "refused") {
       if (name === "saved") this.app.banner(null);
       return;
     }
     this.saved.textContent = STATES[name];
     this.saved.dataset.state = name;
-    if (name === "failed") {
+    if (name === "failed" || name === "refused") {
+      const kept = name === "failed" ? "is kept here and tried again" : "is kept here, and goes with your next edit";
       this.app.banner(
-        `Your last edit is not saved yet. ${error.message} It is kept here and tried again.`,
+        `Your last edit is not saved${name === "failed" ? " yet" : ""}. ${error.message} It ${kept}.`,
         button("retry-save", "Try now", () => saver.retry()),
       );
-    } else if (name === "refused") this.#say(error);
-    else if (name === "saved") this.app.banner(null);
+    } else if (name === "saved") this.app.banner(null);
   }
 
   #say(error) {
@@ -395,7 +434,7 @@ export class LabelScreen {
     this.queue.mark(this.#counted(sheet));
     if (this.#nudge) return; // what is shown is newer, and will be written
     const unnamed = this.#boxes.filter((box) => !box.class_id && this.#drawnOn === sheet.image.id);
-    this.#boxes = inOrder([...boxes.filter((box) => box.status !== "rejected"), ...unnamed]);
+    this.#boxes = inOrder([...boxes.filter((box) => box.status !== "rejected").map(asDrawn), ...unnamed]);
     if (boxes.some((box) => !this.classes.has(box.class_id))) this.picker.load().catch(() => {}); // a run made one
     this.#drawnOn = sheet.image.id;
     this.#paint();
@@ -417,22 +456,16 @@ export class LabelScreen {
   }
 
   #isShown(box) {
-    if (box.source === "mined") return true; // few, and their scores are not those of a detector
     return box.status !== "proposed" || box.score === null || box.score === undefined || box.score >= this.minScore;
   }
 
   #paint() {
     const shown = this.#boxes.filter((box) => this.#isShown(box));
     this.#stale = this.editor.busy;
-    if (!this.#stale) {
-      this.editor.currentClass = this.picker.current;
-      this.editor.boxes = [...this.#rejected, ...shown];
-    }
+    if (!this.#stale) this.editor.boxes = [...this.#rejected, ...shown];
     const hidden = this.#boxes.length - shown.length;
     this.boxCount.textContent = shown.length ? plural(shown.length, "box", "boxes") : "Boxes";
-    this.hiddenNote.textContent = hidden
-      ? `${plural(hidden, "proposal")} below ${this.minScore.toFixed(2)} hidden; rejected once the image is inspected.`
-      : "";
+    this.#tellHidden(shown.length, hidden);
     this.acceptAll.disabled = !shown.some((box) => box.status === "proposed");
     put(
       this.boxList,
@@ -442,12 +475,36 @@ export class LabelScreen {
             "li.note",
             {},
             hidden
-              ? "Every proposal has a lower score than the slider above asks for. Lower it to see them."
+              ? "Every proposal has a lower score than the slider asks for."
               : "No box. Drag on the image to draw one, or save it as inspected: then it shows no object.",
           )
         : null,
     );
     this.#selected();
+  }
+
+  // Proposals below the slider are spoken of beside the list; above the image too where nothing else is to be seen.
+  #tellHidden(shown, hidden) {
+    const lie = `${plural(hidden, "proposal")} below ${this.minScore.toFixed(2)}`;
+    const show = (testid) =>
+      button(testid, hidden > BEST ? "Show the best" : hidden > 1 ? "Show them" : "Show it", () => this.#showBest(), {
+        kind: "quiet",
+        title: "Move the slider down to them",
+      });
+    const gone = `${lie} hidden; gone once the image is inspected. `;
+    put(this.hiddenNote, hidden ? [gone, shown ? show("show-hidden") : null] : null);
+    this.onlyHidden.hidden = shown > 0 || !hidden;
+    put(this.onlyHidden, shown || !hidden ? null : [`${lie}, none above. `, show("show-best")]);
+  }
+
+  // Move the slider to where some more proposals are seen, all of them if they are few.
+  #showBest() {
+    const hidden = inOrder(this.#boxes.filter((box) => !this.#isShown(box)));
+    if (!hidden.length) return;
+    const { score } = hidden[Math.min(BEST, hidden.length) - 1];
+    this.score.value = Math.floor(score / SCORE_STEP + 1e-6) * SCORE_STEP;
+    this.setScore(Number(this.score.value));
+    this.editor.focus({ preventScroll: true });
   }
 
   #row(box, place) {
@@ -505,14 +562,18 @@ export class LabelScreen {
     for (const one of this.shots.children) one.disabled = !usable;
   }
 
-  #edited({ what, key }) {
-    const seen = this.editor.boxes.find((box) => box.key === key);
-    const box = this.#boxes.find((one) => one.key === key);
+  // A box was drawn or changed. One that was taken away while it was being changed is as if it had been drawn.
+  #edited({ what, box: seen }) {
+    const box = this.#find(seen.key);
     if (box) {
       box.xyxy = [...seen.xyxy];
       if (this.#isUnnamed(box)) box.class_id = this.picker.current;
-      if (box.id) box.status = "corrected";
-    } else this.#boxes.push({ ...seen, class_id: this.picker.current });
+      touch(box);
+    } else {
+      const class_id = this.#isUnnamed(seen) ? this.picker.current : (seen.class_id ?? this.picker.current);
+      const drawn = { id: undefined, class_id, status: "manual", source: "user", score: null };
+      this.#boxes.push({ ...seen, ...drawn, xyxy: [...seen.xyxy] });
+    }
     this.#paint();
     if (this.#boxes.some((one) => !one.class_id)) {
       this.picker.focus();
@@ -538,14 +599,26 @@ export class LabelScreen {
     return this.#saver?.save(this.#boxes, options);
   }
 
-  #picked(id, gone) {
-    if (id !== null) {
+  // A class was chosen: it is that of the selected box, which so is accepted, and of the next one drawn. One that was just
+  // added is that of boxes that waited for a name, and of no other: somebody may be listing all classes in advance.
+  #picked(id, { added = false, gone = false } = {}) {
+    const asked = this.#nameless;
+    this.#nameless = null;
+    if (id !== null && added) {
+      const drawn = this.#boxes.filter((one) => !one.class_id);
+      for (const one of drawn) one.class_id = id;
+      this.#paint();
+      if (drawn.length) this.#save();
+      else if (asked) asked();
+      else toast(`Boxes that you draw now are “${this.classes.get(id).name}”.`);
+    } else if (id !== null) {
       const box = this.#find(this.editor.selected?.key);
       for (const one of this.#boxes) if (!one.class_id) one.class_id = id;
       const undecided = box?.status === "proposed";
       if (box && (undecided || box.class_id !== id || !box.id)) {
         const asProposed = box.class_id === id || this.#isUnnamed(box);
-        if (box.id) box.status = undecided && asProposed ? "inspected" : "corrected";
+        if (undecided && asProposed) box.status = "inspected";
+        else touch(box);
         box.class_id = id;
         this.#paint();
         this.#save();
@@ -576,7 +649,7 @@ export class LabelScreen {
     const box = this.#find(key);
     if (!box) return;
     if (box.status === "proposed") {
-      if (!this.#name([box])) return;
+      if (!this.#name([box], () => this.#accept(key))) return;
       box.status = "inspected";
       this.#paint();
       this.#save();
@@ -584,10 +657,11 @@ export class LabelScreen {
     this.#onward(this.#boxes.indexOf(box) + 1);
   }
 
-  // Give boxes that have no name the current class; where there is none, ask for it and say no.
-  #name(boxes) {
+  // Give boxes that have no name the current class; where there is none, ask for it, say no, and do `again` afterwards.
+  #name(boxes, again) {
     const unnamed = boxes.filter((box) => this.#isUnnamed(box));
     if (unnamed.length && !this.picker.current) {
+      this.#nameless = again;
       this.picker.focus();
       toast("Name it: type a class and press Enter.");
       return false;
@@ -599,6 +673,7 @@ export class LabelScreen {
   #remove(key) {
     const place = this.#boxes.findIndex((box) => box.key === key);
     if (place < 0) return;
+    this.editor.cancel(); // a drag on it would bring it back
     const [box] = this.#boxes.splice(place, 1);
     if (box.source !== "user" && box.id) this.#rejected.push({ ...box, status: "rejected", key: `r${box.id}` });
     this.#paint();
@@ -663,6 +738,7 @@ export class LabelScreen {
     }
     if (!this.#sheet || this.#moving) return;
     this.#say(null);
+    this.#nameless = null;
     if (action !== "move" && action !== "resize") this.#commit();
     switch (action) {
       case "next-box":
@@ -725,8 +801,9 @@ export class LabelScreen {
         if (!this.redo.disabled) await this.#travel("/redo");
         break;
       case "back": {
-        const image = this.queue.beside(this.#sheet.image.id, -1);
-        if (image) await this.open(image.id);
+        const before = this.queue.beside(this.#sheet.image.id, -1)?.id ?? this.#openBefore(this.#sheet.image.id);
+        if (before) await this.open(before);
+        else toast("This is the first image.");
         break;
       }
       case "detect":
@@ -756,14 +833,14 @@ export class LabelScreen {
     if (!box) return;
     box.ignore = !box.ignore;
     if (this.#isUnnamed(box)) box.class_id = this.picker.current ?? box.class_id;
-    if (box.id) box.status = "corrected";
+    touch(box);
     this.#paint();
     this.#save();
   }
 
   #acceptShown() {
     const shown = this.#boxes.filter((box) => box.status === "proposed" && this.#isShown(box));
-    if (!shown.length || !this.#name(shown)) return;
+    if (!shown.length || !this.#name(shown, () => this.#acceptShown())) return;
     for (const box of shown) box.status = "inspected";
     this.#paint();
     this.#save();
@@ -820,6 +897,7 @@ export class LabelScreen {
       const sheet = await get(`/images/${image.id}/boxes`);
       this.#saver.know(sheet);
       this.#adopt(sheet, this.#saver.keyed(sheet.boxes));
+      this.queue.current(this.#counted(sheet));
       this.#onward();
       const found = this.#boxes.filter((box) => box.status === "proposed");
       const shown = found.filter((box) => this.#isShown(box)).length;
@@ -838,11 +916,8 @@ export class LabelScreen {
     if (!models.length)
       this.detectButton.title = "There is no detector yet: what may be objects is told from the images alone";
     this.model.hidden = models.length < 2;
-    put(
-      this.model,
-      models.map((one) => h("option", { value: one.id }, one.title || one.id)),
-    );
-    this.model.value = models.find((one) => one.active)?.id ?? models[0]?.id ?? "";
+    offerModels(this.model, models);
+    this.model.value = inUse(models)?.id ?? models[0]?.id ?? "";
   }
 
   // ------------------------------------------------------------------------------------------------- keys

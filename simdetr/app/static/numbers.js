@@ -13,6 +13,12 @@ export function decimal(value, digits = 3) {
 
 export const percent = (share, digits = 0) => (known(share) ? `${(share * 100).toFixed(digits)} %` : DASH);
 
+// A score, such as average precision: a share in [0, 1], in percent as everywhere.
+export const score = (share) => percent(share, 1);
+
+// An estimate: a digit after the point where it is small and no whole number.
+export const about = (value) => (known(value) && value < 10 && value % 1 ? decimal(value, 1) : count(value));
+
 export function bytes(value) {
   if (!known(value)) return DASH;
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];

@@ -4,8 +4,9 @@
 import { address, get, post } from "./api.js";
 import { lineChart } from "./charts.js";
 import { button, complain, empty, h, put, status } from "./elements.js";
-import { bytes, clock, count, DASH, decimal, duration, percent, seconds, sentence, when } from "./numbers.js";
-import { AT_WORK, KINDS, RunFeed, stateOf } from "./runs.js";
+import { inUse } from "./models.js";
+import { bytes, clock, count, DASH, decimal, duration, percent, plural, score, seconds, sentence, when } from "./numbers.js";
+import { AT_WORK, isForGood, KINDS, RunFeed, stateOf } from "./runs.js";
 
 const LOG_ROWS = 200;
 const STRATEGIES = [
@@ -59,7 +60,7 @@ export class ProgressScreen {
   async start(argument) {
     await this.app.runs.look();
     this.#runs();
-    const run = Number(argument) || this.app.runs.active?.id || this.app.runs.runs[0]?.id;
+    const run = Number(argument) || this.app.runs.active?.id || this.app.runs.runs.find(isForGood)?.id;
     if (run) this.#follow(run);
     else {
       put(
@@ -85,7 +86,7 @@ export class ProgressScreen {
   #runs() {
     put(
       this.list,
-      this.app.runs.runs.map((run) =>
+      this.app.runs.runs.filter((run) => isForGood(run) || run.id === this.#feed?.id).map((run) =>
         h(
           "li",
           {},
@@ -137,12 +138,53 @@ export class ProgressScreen {
     this.app.address(`progress/${id}`);
   }
 
+  // Once a training is done: whether its model is the one that proposes, and the way to make it so.
+  async #afterwards(run) {
+    const made = run.state === "done" && ["train", "autolabel"].includes(run.kind);
+    const key = made ? `${run.id}` : "";
+    if (key === this.told) return;
+    this.told = key;
+    if (!made) {
+      put(this.after);
+      return;
+    }
+    const base = `/projects/${this.app.project.id}/models`;
+    const { models } = await get(base).catch(() => ({ models: [] }));
+    const model = models.find((one) => one.run_id === run.id);
+    if (!model || this.told !== key) return;
+    const before = inUse(models);
+    put(
+      this.after,
+      model.active
+        ? "This model is in use: it makes the next proposals. "
+        : `This model is not in use yet${before ? `: proposals are still made by ${before.title || before.id}` : ""}. `,
+      model.active
+        ? button("detect-with-it", "Detect on all images", () => this.#begin("detect", {}))
+        : button(
+            "use-model",
+            "Use this model",
+            async () => {
+              try {
+                await post(`${base}/${model.id}/activate`);
+                this.told = null;
+                await this.#afterwards(run);
+              } catch (error) {
+                complain(this.detail, error);
+              }
+            },
+            { kind: "primary" },
+          ),
+    );
+  }
+
   #build() {
     this.title = h("h2.run-title", {});
     this.actions = h("div.row", {});
     this.bar = h("progress", { max: 1, value: 0, "aria-label": "Progress", testid: "run-progress" });
     this.share = h("output.share", { testid: "run-percent" }, DASH);
     this.words = h("p.run-words", { testid: "run-message" });
+    this.after = h("p.after", { testid: "after-training" });
+    this.told = "";
     this.facts = h("dl.facts.tiles", { testid: "run-facts" });
     this.charts = h("div.charts", { testid: "run-charts" });
     this.log = h("ol.log", { testid: "run-log", tabindex: 0, "aria-label": "Log" });
@@ -152,6 +194,7 @@ export class ProgressScreen {
       h("div.page-head", {}, this.title, this.actions),
       h("div.progress-line", {}, this.bar, this.share),
       this.words,
+      this.after,
       this.facts,
       this.charts,
       h("h3", {}, "Log"),
@@ -182,6 +225,7 @@ export class ProgressScreen {
     );
     if (AT_WORK.has(run.state)) this.machine = await get("/system").catch(() => this.machine);
     if (!AT_WORK.has(run.state)) this.app.runs.look();
+    await this.#afterwards(run);
   }
 
   #buttons(run) {
@@ -253,12 +297,12 @@ export class ProgressScreen {
     if (run.message && this.#messages.at(-1)?.text !== run.message)
       this.#messages.push({ time: new Date().toISOString(), text: run.message });
     const lines = rows
-      .filter((row) => row.step !== undefined)
+      .filter((row) => row.step !== undefined && (row.scores || "loss" in row)) // not: begun, paused
       .map((row) => ({
         time: row.time,
         text: row.scores
           ? `step ${count(row.step)}: ${Object.entries(row.scores)
-              .map(([name, value]) => `${name} ${decimal(value)}`)
+              .map(([name, value]) => `${name} ${score(value)}`)
               .join(", ")}`
           : `step ${count(row.step)} of ${count(row.total_steps)}: loss ${decimal(row.loss)}`,
       }));
@@ -313,12 +357,28 @@ export function trainingCharts(rows) {
       }),
     );
   }
-  if (names.length) {
+  if (names.length && tested.length === 1) {
+    curves.push(
+      h(
+        "figure.chart",
+        { testid: "chart-scores" },
+        h("figcaption", {}, "Average precision"),
+        h(
+          "dl.facts.tiles",
+          {},
+          names.map((name) => h("div", {}, h("dt", {}, name), h("dd", {}, score(tested[0].scores[name])))),
+        ),
+        h("p.reading", {}, `Measured once, after ${plural(tested[0].step, "step")}.`),
+      ),
+    );
+  } else if (names.length) {
     curves.push(
       lineChart({
         title: "Average precision",
         xName: "step",
         most: 1,
+        text: score,
+        tick: (share) => percent(share),
         testid: "chart-scores",
         series: names.map((name) => ({ name, points: tested.map((row) => [row.step, row.scores[name]]) })),
       }),

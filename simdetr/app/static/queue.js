@@ -24,13 +24,18 @@ const SOURCES = [
   ["mined", "Mined"],
 ];
 const PAGE = 40;
+const END = 11; // letters of a name that are never cut
 
 const options = (rows) => rows.map(([value, text]) => h("option", { value }, text));
 
-// Names that begin alike are told apart by their ends.
-const brief = (name) => {
+// Names that begin alike are told apart by their ends: where there is no room for all of one, its head is cut.
+const cutInTheMiddle = (name) => {
   const letters = [...name];
-  return letters.length > 19 ? `${letters.slice(0, 6).join("")}…${letters.slice(-12).join("")}` : name;
+  const tail = Math.min(END, Math.floor(letters.length / 2));
+  return [
+    h("span.name-head", {}, letters.slice(0, letters.length - tail).join("")),
+    h("span.name-tail", {}, letters.slice(letters.length - tail).join("")),
+  ];
 };
 
 export class Queue {
@@ -128,6 +133,16 @@ export class Queue {
       this.note.textContent = found.images.length ? "" : "No image is like that. Change the filter above.";
     }
     this.#paint();
+  }
+
+  // What was found meanwhile on the images of the list; their order stays.
+  async refresh() {
+    const asked = this.#asked;
+    const found = this.isQueue
+      ? await get(`/projects/${this.project.id}/queue`, { limit: PAGE, min_score: this.minScore() })
+      : await this.#page(null);
+    if (asked !== this.#asked) return;
+    for (const image of found.images) if (image.id !== this.#current) this.mark(image);
   }
 
   #left(images) {
@@ -235,7 +250,7 @@ export class Queue {
         h(
           "span.queue-text",
           {},
-          h("span.queue-name", { dir: "auto" }, brief(image.name)),
+          h("span.queue-name", { dir: "auto" }, cutInTheMiddle(image.name)),
           h(
             "span.queue-line",
             {},

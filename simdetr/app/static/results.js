@@ -3,7 +3,7 @@
 import { address, get, post } from "./api.js";
 import { bars } from "./charts.js";
 import { button, complain, empty, h, put, toast } from "./elements.js";
-import { count, DASH, day, decimal, short } from "./numbers.js";
+import { count, DASH, day, decimal, score, short } from "./numbers.js";
 import { trainingCharts } from "./progress.js";
 import { finished } from "./runs.js";
 
@@ -74,7 +74,7 @@ export class ResultsScreen {
               "span.muted",
               {},
               one.scores?.AP !== undefined && one.scores.AP !== null
-                ? `AP ${decimal(one.scores.AP)}`
+                ? `AP ${score(one.scores.AP)}`
                 : one.created
                   ? day(one.created)
                   : "",
@@ -103,7 +103,7 @@ export class ResultsScreen {
       { testid: "model-scores" },
       Object.entries(model.scores ?? {})
         .slice(0, 8)
-        .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, decimal(value)))),
+        .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, score(value)))),
     );
     put(
       this.detail,
@@ -188,7 +188,7 @@ export class ResultsScreen {
         classes,
         h("h3", {}, "Average precision by class"),
         rows.length
-          ? bars(rows.map(([name, share]) => ({ name, share, text: decimal(share) })))
+          ? bars(rows.map(([name, share]) => ({ name, share, text: score(share) })))
           : h(
               "p.note",
               {},

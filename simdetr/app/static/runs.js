@@ -18,6 +18,9 @@ export const KINDS = {
 export const stateOf = (run) =>
   run.state === "cancelled" && run.kind === "train" && run.checkpoint ? "paused" : run.state;
 
+// Not one whose boxes were only to be looked at ("Before and after"), once it has ended.
+export const isForGood = (run) => run.parameters.propose !== false || AT_WORK.has(run.state);
+
 export class RunWatch extends EventTarget {
   runs = [];
   #project = null;
@@ -69,6 +72,14 @@ export async function finished(run, waits = () => {}) {
   }
   if (run.state !== "done") throw new Error(run.error ?? run.message ?? "The run did not finish.");
   return run;
+}
+
+// How long a step of the last training took here, in seconds; null where there was none.
+export async function secondsPerStep(runs) {
+  const last = runs.find((run) => ["train", "autolabel"].includes(run.kind) && run.done && !AT_WORK.has(run.state));
+  if (!last) return null;
+  const { metrics } = await get(`/runs/${last.id}`, { since: 0 }).catch(() => ({ metrics: [] }));
+  return metrics.findLast((row) => row.seconds_per_step)?.seconds_per_step ?? null;
 }
 
 // Ask for a run and its metrics each second until it ends. `seen(run, rows)` gets all rows so far.

@@ -1,15 +1,17 @@
 // Every edit is a write of its own, in order, each with the version that the one before gave; so the server's undo goes
-// back edit by edit. What cannot be written is kept, here and in the browser's storage, and tried again.
+// back edit by edit. What cannot be written is kept, here and in the browser's storage, and tried again; boxes that the
+// server refuses are kept too, until a later write takes their place.
 
 import { ask, holder } from "./api.js";
 
 const WAITS_MS = [1000, 2000, 4000, 8000];
 const ORPHAN_MS = 20_000; // unsaved edits of a tab that was closed
 
-// Of one image that is open. `hooks`: {adopt(sheet, boxes), state(name, error), conflict(mine, current) ->
-// "mine"/"theirs"}.
+// Of one image that is open. `hooks`: {adopt(sheet, boxes), state(name, error), told(error) of a change that is not made
+// of boxes and was refused, conflict(mine, current) -> "mine"/"theirs"}.
 export class Saver {
   #ops = [];
+  #refused = null; // the last boxes, where the server would not take them
   #running = null;
   #keys = new Map(); // of an id: the editor's key
   #ids = new Map(); // of a key: the server's id
@@ -30,7 +32,7 @@ export class Saver {
   }
 
   get pending() {
-    return this.#ops.length > 0;
+    return this.#ops.length > 0 || this.#refused !== null;
   }
 
   // The server's boxes with the keys that the editor knows them by.
@@ -62,11 +64,16 @@ export class Saver {
   #add(op) {
     return new Promise((resolve) => {
       this.#ops.push({ ...op, resolve });
+      if (op.kind === "boxes") this.#refused = null; // they are among these
       this.#keep();
-      this.hooks.state("saving");
-      this.#running ??= this.#run().finally(() => {
-        this.#running = null;
-      });
+      this.#start();
+    });
+  }
+
+  #start() {
+    this.hooks.state("saving");
+    this.#running ??= this.#run().finally(() => {
+      this.#running = null;
     });
   }
 
@@ -77,6 +84,10 @@ export class Saver {
 
   retry() {
     this.#wake?.();
+    if (!this.#refused) return;
+    this.#ops.push(this.#refused);
+    this.#refused = null;
+    this.#start();
   }
 
   // Stop trying: the image is left. What was not written stays in the browser's storage.
@@ -88,20 +99,23 @@ export class Saver {
   async #run() {
     while (this.#ops.length && !this.#ended) {
       const op = this.#ops[0];
+      let sheet;
       try {
-        const sheet = await this.#request(op);
-        this.failures = 0;
-        this.know(sheet);
-        if (op.kind === "boxes") this.#name(op, sheet);
-        this.#ops.shift();
-        this.#keep();
-        op.resolve(sheet);
-        if (!this.#ops.length) this.#adopt(sheet);
+        sheet = await this.#request(op);
       } catch (error) {
         await this.#failed(op, error);
+        continue;
       }
+      this.failures = 0;
+      this.#refused = null;
+      this.know(sheet);
+      if (op.kind === "boxes") this.#name(op, sheet);
+      this.#ops.shift();
+      this.#keep();
+      op.resolve(sheet);
+      if (!this.#ops.length) this.#adopt(sheet);
     }
-    if (!this.#ops.length) this.hooks.state("saved");
+    if (!this.pending) this.hooks.state("saved");
   }
 
   #request(op) {
@@ -153,18 +167,13 @@ export class Saver {
         setTimeout(resolve, wait);
       });
     } else {
-      // The server will never take this one: say so, and show what it has.
+      // The server will not take this one as it is: say so, and keep what was drawn.
       this.#ops.shift();
       op.resolve(null);
-      this.hooks.state("refused", error);
-      if (!this.#ops.length) {
-        this.#keep();
-        try {
-          this.#adopt(await ask("GET", `/images/${this.image}/boxes`));
-        } catch {
-          /* the next write will say */
-        }
-      }
+      if (op.kind === "write") this.hooks.told(error);
+      else if (!this.#ops.some((one) => one.kind === "boxes")) this.#refused = op;
+      this.#keep();
+      if (this.#refused) this.hooks.state("refused", error);
     }
   }
 
@@ -173,6 +182,7 @@ export class Saver {
     if (op.kind === "write" && current.version === this.version) {
       this.#ops.shift();
       op.resolve(current);
+      this.#refused = null;
       if (!this.#ops.length) this.#adopt(current);
       return;
     }
@@ -193,6 +203,7 @@ export class Saver {
       for (const one of dropped) if (one !== mine) one.resolve(null);
     } else {
       for (const one of dropped) one.resolve(null);
+      this.#refused = null;
       this.#adopt(current);
     }
     this.#keep();
@@ -225,7 +236,7 @@ export class Saver {
   }
 
   #keep() {
-    const last = this.#ops.findLast((op) => op.kind === "boxes");
+    const last = this.#ops.findLast((op) => op.kind === "boxes") ?? this.#refused;
     const name = storageName(this.image);
     try {
       if (!last) {

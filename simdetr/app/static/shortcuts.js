@@ -14,7 +14,7 @@ export const GROUPS = [
       ["r", "reject", "Reject the box, select the next proposal"],
       ["Delete", "remove", "Remove the box"],
       ["1–9", "class", "Accept the proposal as this class, select the next; else class of the box, or of the next one drawn"],
-      ["c", "find-class", "Find or add a class by name"],
+      ["c", "find-class", "Find a class by name, as its digit would; or add one for the next box drawn"],
       ["i", "ignore", "A region to ignore, or no more"],
       ["b", "draw", "A new box in the middle of the view"],
       ["Arrows", "move", "Move by 1 px, with Shift by 10"],

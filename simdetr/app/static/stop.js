@@ -2,7 +2,7 @@
 
 import { get, post } from "./api.js";
 import { button, complain, h, put, s, toast } from "./elements.js";
-import { count, decimal, percent, plural, sentence } from "./numbers.js";
+import { about, count, percent, plural, sentence } from "./numbers.js";
 
 const AUDIT = 20;
 
@@ -72,22 +72,21 @@ export class StopScreen {
           ? h(
               "div",
               {},
-              h("p.huge", { testid: "errors-left" }, `${decimal(left.total, 0)} errors left`),
+              h("p.huge", { testid: "errors-left" }, `${about(left.total)} errors left`),
               h(
                 "p.muted",
                 {},
-                `between ${decimal(left.low, 0)} and ${decimal(left.high, 0)}, at ${percent(left.confidence)}`,
+                `between ${about(left.low)} and ${about(left.high)}, at ${percent(left.confidence)}`,
               ),
               interval(left, found.left_detections),
               h(
                 "p",
                 {},
-                `${decimal(left.wrong, 0)} wrong boxes and ${decimal(left.missed, 0)} missed objects. ` +
+                `${about(left.wrong)} wrong boxes and ${about(left.missed)} missed objects. ` +
                   `${sentence(left.basis)}`,
               ),
             )
-          : h("p.huge", {}, "Not known yet"),
-        h("p", { testid: "why" }, sentence(found.why)),
+          : [h("p.huge", {}, "Not known yet"), h("p", { testid: "why" }, sentence(found.why))],
         h(
           "div.row",
           {},
@@ -105,12 +104,12 @@ export class StopScreen {
           ? h(
               "p",
               { testid: "next-20" },
-              `Would find about ${decimal(found.next_20.errors_found, 1)} errors`,
+              `Would find about ${about(found.next_20.errors_found)} errors`,
               found.next_20.minutes === null
                 ? "."
                 : found.next_20.minutes < 1
                   ? " in less than a minute of your time."
-                  : ` in about ${decimal(found.next_20.minutes, 0)} minutes of your time.`,
+                  : ` in about ${plural(Math.round(found.next_20.minutes), "minute")} of your time.`,
             )
           : h(
               "p.note",
@@ -137,7 +136,7 @@ export class StopScreen {
           tile("Rejected", count(found.rejected)),
           tile("Drawn", count(found.drawn)),
           tile("Images left", count(found.left_images)),
-          tile("Proposals left", count(found.left_detections)),
+          tile("Proposals left", count(found.left_detections), "without mined ones"),
         ),
       ),
     );

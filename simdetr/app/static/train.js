@@ -2,6 +2,7 @@
 
 import { address, get, post } from "./api.js";
 import { button, complain, field, h, put, status } from "./elements.js";
+import { offerModels, pretrained } from "./models.js";
 import { bytes, count, day, plural } from "./numbers.js";
 import { KINDS, stateOf } from "./runs.js";
 
@@ -80,7 +81,12 @@ export class TrainScreen {
         {},
         h("h2", {}, "What it learns from"),
         this.data,
-        field("Start from", this.init, "The pretrained detector learns from few labels; scratch needs many."),
+        field(
+          "Start from",
+          this.init,
+          "The pretrained detector learns from few labels; scratch needs many. A training before is started from only if " +
+            "you choose it.",
+        ),
         h(
           "div.field.check",
           {},
@@ -136,7 +142,7 @@ export class TrainScreen {
           "dl.facts",
           {},
           h("div", {}, h("dt", {}, "Device"), h("dd", {}, this.device)),
-          h("div", {}, h("dt", {}, "Memory, about"), h("dd", {}, this.need)),
+          h("div", {}, h("dt", {}, "Memory"), h("dd", {}, this.need)),
         ),
         this.hint,
         this.startButton,
@@ -175,12 +181,8 @@ export class TrainScreen {
         ` of ${count(project.images)}. Those that show nothing count as empty; images that nobody ` +
           `inspected are left out.`,
       );
-      put(
-        this.init,
-        models.map((one) => h("option", { value: one.id }, `${one.title || one.id}${one.active ? " (in use)" : ""}`)),
-        h("option", { value: "" }, "Scratch: no weights"),
-      );
-      this.init.value = models.find((one) => one.id === "start")?.id ?? models[0]?.id ?? "";
+      offerModels(this.init, models, [["", "Scratch: no weights"]]);
+      this.init.value = pretrained(models) ?? "";
       this.#devices();
       this.#augmentations = augmentations;
       put(

@@ -32,13 +32,21 @@ def test_picked_crops_become_a_cluster_and_undo_brings_them_back(page, pretraine
     crops.nth(2).click(modifiers=["Shift"])
     crops.nth(1).click()
     expect(page.locator("[data-testid=crop][aria-pressed=true]")).to_have_count(2)
+    names = crops.evaluate_all("found => found.map(one => one.getAttribute('aria-label'))")
     page.get_by_test_id("move-crops").click()
     expect(crops).to_have_count(6)
+    left = [name for place, name in enumerate(names) if place not in (0, 2)]
+    assert crops.evaluate_all("found => found.map(one => one.getAttribute('aria-label'))") == left
     expect(page.get_by_test_id("toast").last).to_contain_text("2 crops moved to picked crops")
     crops.nth(0).focus()
     page.keyboard.press("Space")
     page.get_by_test_id("move-crops").click()  # the same place as before
     expect(crops).to_have_count(5)
+    page.get_by_test_id("close-crops").click()
+    expect(page.get_by_test_id("pick-crops-dialog")).to_have_count(0)
+    cards.filter(has_text="5 boxes").get_by_test_id("pick-crops").click()
+    expect(crops).to_have_count(5)
+    assert crops.evaluate_all("found => found.map(one => one.getAttribute('aria-label'))") == left[1:]
     page.get_by_test_id("close-crops").click()
     expect(cards).to_have_count(3)
     expect(page.locator(".cluster", has_text="3 boxes · 3 crops moved here")).to_have_count(1)

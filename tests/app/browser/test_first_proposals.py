@@ -5,7 +5,7 @@ from __future__ import annotations
 from playwright.sync_api import expect
 
 from simdetr.app.tables import BoxSource
-from tests.app.browser.stage import BOX, opened, saved
+from tests.app.browser.stage import BOX, drag, opened, saved
 
 PLACES = [([20, 20, 120, 100], 0.9), ([200, 200, 300, 300], 0.2), ([5, 5, 30, 30], 0.1), ([150, 20, 190, 60], 0.05)]
 
@@ -17,7 +17,12 @@ def test_one_key_names_and_accepts_and_what_was_not_named_is_gone(page, serve):
     cat, dog = site.add_class("cat"), site.add_class("dog")
     site.propose(image, unnamed, PLACES, BoxSource.MINED)
     opened(page, site.screen("label", image))
-    expect(page.locator(f"{BOX}.proposed")).to_have_count(4)  # whatever their scores
+    expect(page.locator(f"{BOX}.proposed")).to_have_count(1)
+    expect(page.get_by_test_id("hidden-note")).to_contain_text("3 proposals below 0.30 hidden")
+    expect(page.get_by_test_id("only-hidden")).to_be_hidden()
+    page.get_by_test_id("show-hidden").click()
+    expect(page.locator(f"{BOX}.proposed")).to_have_count(4)
+    expect(page.get_by_test_id("min-score-text")).to_have_text("0.05")
     expect(page.get_by_test_id("class")).to_have_text(["cat01", "dog02", "no name yet4"])
     page.keyboard.press("2")
     page.keyboard.press("1")  # the next one is selected by itself
@@ -36,6 +41,8 @@ def test_without_any_class_the_first_name_is_asked_for_and_typed_once(page, serv
     unnamed = site.ask("POST", "/projects/1/classes", {"name": "object", "kind": "pseudo"})["id"]
     site.propose(image, unnamed, PLACES[:3], BoxSource.MINED)
     opened(page, site.screen("label", image))
+    page.get_by_test_id("min-score").fill("0")
+    page.get_by_test_id("editor").focus()
     page.keyboard.press("a")
     expect(page.get_by_test_id("class-input")).to_be_focused()
     page.keyboard.type("고양이")
@@ -55,3 +62,29 @@ def test_the_first_proposals_come_while_the_image_is_open(page, serve):
     expect(page.locator(".tag-name").first).to_have_text("?")
     page.goto(site.screen("progress"))
     expect(page.locator(".run-title")).to_contain_text("First proposals")
+
+
+def test_classes_typed_in_advance_accept_no_proposal(page, serve):
+    site = serve(photos=1)
+    image = site.images()[0]["id"]
+    unnamed = site.ask("POST", "/projects/1/classes", {"name": "object", "kind": "pseudo"})["id"]
+    site.propose(image, unnamed, PLACES[:2], BoxSource.MINED)
+    opened(page, site.screen("label", image))
+    expect(page.locator(f"{BOX}.selected")).to_have_count(1)
+    for name in ("WBC", "RBC"):
+        page.keyboard.press("c")
+        page.keyboard.type(name)
+        page.keyboard.press("Enter")
+        expect(page.locator("[data-testid=class][aria-pressed=true]")).to_contain_text(name)
+    expect(page.get_by_test_id("toast").last).to_contain_text("Boxes that you draw now are “RBC”.")
+    assert {(box["status"], box["class_id"]) for box in site.boxes(image)} == {("proposed", unnamed)}
+    drag(page, (400, 300), (500, 400))
+    saved(page)
+    page.locator("[data-testid=box-row]").first.click()
+    page.keyboard.press("c")
+    page.keyboard.type("wbc")  # one that is there, as its digit
+    page.keyboard.press("Enter")
+    saved(page)
+    names = {one["id"]: one["name"] for one in site.ask("GET", "/projects/1/classes")["classes"]}
+    found = sorted((box["status"], names[box["class_id"]]) for box in site.boxes(image))
+    assert found == [("inspected", "WBC"), ("manual", "RBC"), ("proposed", "object")]

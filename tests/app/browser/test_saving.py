@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 
-from tests.app.browser.stage import BOX, drag, opened, saved
+from tests.app.browser.stage import BOX, corners, drag, in_image, on_screen, opened, saved
 
 
 @pytest.mark.parametrize(("choice", "kept"), [("keep-mine", [100.0]), ("take-theirs", [400.0])])
@@ -87,3 +87,60 @@ def test_proposals_that_a_run_wrote_meanwhile_join_what_is_being_drawn(page, ser
     expect(page.locator(BOX)).to_have_count(3)
     expect(page.get_by_test_id("conflict")).to_have_count(0)
     assert [box["status"] for box in site.boxes(image)] == ["proposed", "proposed", "manual"]
+
+
+def test_no_box_is_lost_while_answers_arrive_during_the_next_drag(page, context, serve):
+    site = serve()
+    site.add_class("cat"), site.add_class("dog")
+    image = site.images()[0]["id"]
+    opened(page, site.screen("label", image))
+    client = context.new_cdp_session(page)
+    client.send("Network.enable")
+    slow = {"offline": False, "latency": 300, "downloadThroughput": -1, "uploadThroughput": -1}
+    client.send("Network.emulateNetworkConditions", slow)
+    page.keyboard.press("2")
+    wanted = []
+    for number in range(12):
+        x, y = 20 + number % 4 * 150, 20 + number // 4 * 150
+        page.mouse.move(*on_screen(page, x, y))
+        page.mouse.down()
+        for step in (30, 60, 90):
+            page.mouse.move(*on_screen(page, x + step, y + step))
+            page.wait_for_timeout(120)  # held, so that the answer about the box before comes meanwhile
+        page.mouse.up()
+        wanted.append(in_image(page, *on_screen(page, x, y)) + in_image(page, *on_screen(page, x + 90, y + 90)))
+        expect(page.locator(BOX)).to_have_count(number + 1)
+        expect(page.locator(f"{BOX}.selected")).to_have_count(1)
+    page.mouse.move(*on_screen(page, 300, 120))  # and one that only looks around
+    saved(page)
+    page.reload()
+    expect(page.locator(BOX)).to_have_count(12)
+    found = sorted(corners(page, place) for place in range(12))
+    assert found == [pytest.approx(box, abs=0.5) for box in sorted(map(list, wanted))]
+    assert {box["class_id"] for box in site.boxes(image)} == {2}
+    page.keyboard.press("Enter")
+    expect(page.get_by_test_id("inspected-count")).to_contain_text("1 of 2")
+
+
+def test_boxes_that_a_server_refuses_are_kept_said_and_go_with_the_next_edit(page, context, serve, watch):
+    watch.expected += ["422"]
+    site = serve()
+    site.add_class("cat")
+    image = site.images()[0]["id"]
+    opened(page, site.screen("label", image))
+    answer = {"status": 422, "content_type": "application/json", "body": '{"detail": "the box is too odd"}'}
+    context.route(
+        "**/boxes", lambda route: route.fulfill(**answer) if route.request.method == "PUT" else route.continue_()
+    )
+    drag(page, (100, 100), (200, 200))
+    expect(page.get_by_test_id("banner")).to_contain_text("not saved. The box is too odd")
+    expect(page.get_by_test_id("save-state")).to_have_text("Not saved")
+    page.keyboard.press("Enter")
+    expect(page.locator(BOX)).to_have_count(1)
+    expect(page.get_by_test_id("inspected-count")).to_contain_text("0 of 2")
+    expect(page.get_by_test_id("save-state")).to_have_text("Not saved")
+    context.unroute("**/boxes")
+    drag(page, (300, 100), (400, 200))
+    saved(page)
+    expect(page.get_by_test_id("banner")).to_be_hidden()
+    assert [round(box["xyxy"][0]) for box in site.boxes(image)] == [100, 300]
