@@ -15,6 +15,7 @@ from sqlalchemy import select
 from sqlmodel import col
 from starlette.background import BackgroundTask
 
+from simdetr.app.box_life import SHOWN_SCORE
 from simdetr.app.database import reading, writing
 from simdetr.app.desk import AtDesk, Desk
 from simdetr.app.detectors_at_hand import DetectorAtHand, all_at_hand, at_hand, files_of
@@ -313,10 +314,18 @@ def download_model(desk: AtDesk, project_id: Id, model_id: Model) -> Response:
 
 
 @router.get("/projects/{project_id}/estimate")
-def estimate(desk: AtDesk, project_id: Id, confidence: Annotated[float, Query(gt=0, lt=1)] = 0.95) -> Estimate:
-    """What was found so far, the errors left with their interval, and what twenty more images would find."""
+def estimate(
+    desk: AtDesk,
+    project_id: Id,
+    confidence: Annotated[float, Query(gt=0, lt=1)] = 0.95,
+    min_score: Score = SHOWN_SCORE,
+) -> Estimate:
+    """What was found so far, the errors left with their interval, and what twenty more images would find.
+
+    Proposals below ``min_score`` are shown to nobody, and do not count.
+    """
     with reading(desk.engine) as session:
-        return estimate_of(session, project_of(session, project_id), confidence)
+        return estimate_of(session, project_of(session, project_id), confidence, min_score)
 
 
 @router.post("/projects/{project_id}/audit", status_code=201, responses=CANNOT)
