@@ -228,9 +228,8 @@ def set_status(desk: AtDesk, author: Author, image_id: Id, asked: StatusAsked) -
     """Mark an image as inspected, which accepts what is proposed and shown, as skipped, or as to be seen again."""
     with writing(desk.engine) as session:
         image = _to_write(session, image_id)
-        box_edits.set_status(
-            session, image, asked.version, ImageStatus(asked.status), author, min_score=asked.min_score
-        )
+        status = ImageStatus(asked.status)
+        box_edits.set_status(session, image, asked.version, status, author, min_score=asked.min_score)
         return box_edits.sheet_of(session, image)
 
 
@@ -259,8 +258,8 @@ def put_boxes(desk: AtDesk, author: Author, image_id: Id, asked: BoxesAsked) -> 
     ]
     with writing(desk.engine) as session:
         image = _to_write(session, image_id)
-        seen = {"inspected": asked.inspected, "min_score": asked.min_score}
-        box_edits.save(session, image, asked.version, sent, author, **seen)
+        done, least = asked.inspected, asked.min_score
+        box_edits.save(session, image, asked.version, sent, author, inspected=done, min_score=least)
         return box_edits.sheet_of(session, image)
 
 

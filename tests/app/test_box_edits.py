@@ -72,9 +72,7 @@ def test_everything_can_be_taken_back_and_done_again(engine, words):
                 assert BoxStatus.PROPOSED not in {box.status for box in left}
                 before = {row[0]: row[3] for row in states[-1][1]}
                 rejected = [box for box in left if box.status == BoxStatus.REJECTED]
-                assert all(
-                    before[box.id] == BoxStatus.REJECTED for box in rejected
-                )  # it says nothing of what is hidden
+                assert all(before[box.id] == BoxStatus.REJECTED for box in rejected)  # none of what was hidden
             if seen(session, image) != states[-1]:
                 states.append(seen(session, image))
         for state in reversed(states[:-1]):

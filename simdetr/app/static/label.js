@@ -431,7 +431,7 @@ export class LabelScreen {
     const hidden = this.#boxes.length - shown.length;
     this.boxCount.textContent = shown.length ? plural(shown.length, "box", "boxes") : "Boxes";
     this.hiddenNote.textContent = hidden
-      ? `${plural(hidden, "proposal")} below ${this.minScore.toFixed(2)} hidden; rejected once the image is inspected.`
+      ? `${plural(hidden, "proposal")} below ${this.minScore.toFixed(2)} hidden; removed once the image is inspected.`
       : "";
     this.acceptAll.disabled = !shown.some((box) => box.status === "proposed");
     put(
