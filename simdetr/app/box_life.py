@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 
 from simdetr.app.tables import BoxSource, BoxStatus, EventKind, ImageStatus
 
@@ -111,6 +112,26 @@ def is_hint(box: BoxState) -> bool:
 def is_shown(box: BoxState, min_score: float) -> bool:
     """Whether people see a box where proposals below a score are hidden; what is mined or has no score never is."""
     return box.status is not BoxStatus.PROPOSED or is_hint(box) or box.score is None or box.score >= min_score
+
+
+class Worth(IntEnum):
+    """How much proposals on an image tell a person."""
+
+    NOTHING = 0
+    HIDDEN = 1
+    HINTS = 2
+    SHOWN = 3
+
+
+def worth(boxes: Iterable[BoxState], min_score: float) -> Worth:
+    """The worth of the best of some proposals, where those below a score are hidden."""
+    return max((_worth(box, min_score) for box in boxes), default=Worth.NOTHING)
+
+
+def _worth(box: BoxState, min_score: float) -> Worth:
+    if is_hint(box):
+        return Worth.HINTS
+    return Worth.SHOWN if is_shown(box, min_score) else Worth.HIDDEN
 
 
 def left_over(box: BoxState, min_score: float, author: str) -> BoxState | None:
