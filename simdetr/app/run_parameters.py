@@ -23,6 +23,7 @@ _TUNABLE = (
 )
 Option = Annotated[str, StringConstraints(pattern=rf"^--({'|'.join(_TUNABLE)})=[\w.,\[\] -]+$")]
 """Numbers, switches and words; nothing that names code or files."""
+DeviceName = Annotated[str, StringConstraints(pattern=r"^(cpu|cuda(:[0-9]{1,2})?)$")]
 Steps = Annotated[int, Field(ge=1, le=10_000_000)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -34,7 +35,7 @@ class OnDevice(Asked):
         device: Torch's name of it; that of the app if left out.
     """
 
-    device: Annotated[str, StringConstraints(pattern=r"^(cpu|cuda(:[0-9]{1,2})?)$")] | None = None
+    device: DeviceName | None = None
 
 
 class TrainParameters(OnDevice):
