@@ -93,7 +93,7 @@ def _train(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {"message": f"trained on {job['images']:,} images with {job['boxes']:,} boxes"}
     if validation:
         facts |= _scores(files, detector, job["device"] or default_device())
-        facts["message"] += f": AP {100 * (facts['scores']['AP'] or 0):.1f} on {job['held_out']:,} others"
+        facts["message"] += f": AP {100 * (facts['scores']['AP'] or 0):.1f} % on {job['held_out']:,} others"
     return facts | {"parameters": asked}
 
 

@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 from simdetr.data.storage import atomic_path, write_json
 
 RESUME = "resume.ckpt"
+STEPS = "steps"
+"""The unit of a training that has begun its steps."""
 FIRST = 4
 """Images of the first part of a run, which somebody may be waiting for."""
 _DETECTOR = ("config.json", "model.safetensors")

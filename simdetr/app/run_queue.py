@@ -29,7 +29,7 @@ from simdetr.app.image_list import OPEN, project_of, set_priorities
 from simdetr.app.picture_files import path_of
 from simdetr.app.proposals import Proposed, classes_for, propose
 from simdetr.app.refusals import FieldRefusal, Refusal, missing
-from simdetr.app.run_files import RunFiles, read_order, write_image_list
+from simdetr.app.run_files import STEPS, RunFiles, read_order, write_image_list
 from simdetr.app.run_parameters import TrainParameters, checked
 from simdetr.app.schemas import RunOut
 from simdetr.app.settings import AppSettings
@@ -272,7 +272,7 @@ class RunQueue:
 
     def _begin_pause(self, files: RunFiles) -> bool:
         """Ask a training that has begun its steps to keep the one at work; False where there is none."""
-        if not any("step" in row for row in files.told()):
+        if not any(row.get("unit") == STEPS for row in files.told()):
             return False
         files.pause.touch()
         return True
