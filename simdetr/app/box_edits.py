@@ -12,7 +12,7 @@ from sqlalchemy import select, update
 from sqlmodel import Session, col
 
 from simdetr.app import box_life
-from simdetr.app.box_life import BoxState, Change, SentBox, TransitionError, UndoStack
+from simdetr.app.box_life import SHOWN_SCORE, BoxState, Change, SentBox, TransitionError, UndoStack
 from simdetr.app.image_list import lease_of, shown
 from simdetr.app.refusals import FieldRefusal, Refusal, missing
 from simdetr.app.schemas import BoxOut, Sheet
@@ -112,9 +112,16 @@ def claim_version(session: Session, image: Image, version: int) -> None:
 
 
 def save(
-    session: Session, image: Image, version: int, sent: Sequence[SentBox], author: str, *, inspected: bool
+    session: Session,
+    image: Image,
+    version: int,
+    sent: Sequence[SentBox],
+    author: str,
+    *,
+    inspected: bool,
+    min_score: float = SHOWN_SCORE,
 ) -> None:
-    """Put the boxes of an image as a person left them.
+    """Put the boxes of an image as a person left them, who saw the proposals from a score on.
 
     Raises:
         Refusal: 409 for a stale version.
@@ -134,7 +141,7 @@ def save(
         cut.append(SentBox(own.id, own.class_id, xyxy, own.ignore, own.accepted, own.rejected))
     existing = [state_of(box) for box in boxes_of(session, image.id)]
     try:
-        changes = box_life.saved(existing, cut, author, inspected=inspected)
+        changes = box_life.saved(existing, cut, author, inspected=inspected, min_score=min_score)
     except TransitionError as error:
         raise FieldRefusal(("body", *error.place), str(error)) from error
     status = box_life.after_saving(ImageStatus(image.status), inspected=inspected)
@@ -156,7 +163,10 @@ def accept(
     min_score: float | None = None,
     inspected: bool = False,
 ) -> None:
-    """Accept proposals: those named, of these the ones with at least a score; all if nothing is named."""
+    """Accept proposals: those named, of these the ones with at least a score; all if nothing is named.
+
+    On an image that is inspected with it no proposal stays: those that were not shown are removed, others rejected.
+    """
     claim_version(session, image, version)
     assert image.id is not None
     there = [state_of(box) for box in boxes_of(session, image.id)]
@@ -167,6 +177,10 @@ def accept(
         changes = [Change(box, box_life.accept(box, author)) for box in chosen]
     except TransitionError as error:
         raise Refusal(409, str(error)) from error
+    if inspected:
+        shown_from = SHOWN_SCORE if min_score is None else min_score
+        left = [box for box in there if box.status is BoxStatus.PROPOSED and box not in chosen]
+        changes += [Change(box, box_life.left_over(box, shown_from, author)) for box in left]
     status = box_life.after_saving(ImageStatus(image.status), inspected=inspected)
     write(session, image, [one for one in changes if one.before != one.after], status, "accept", author)
 
@@ -191,8 +205,20 @@ def _chosen(there: Sequence[BoxState], box_ids: Sequence[int] | None) -> list[Bo
     return [known[box_id] for box_id in dict.fromkeys(box_ids)]
 
 
-def set_status(session: Session, image: Image, version: int, status: ImageStatus, author: str) -> None:
-    """Mark an image as inspected (what is proposed on it is accepted), skipped, or to be seen again."""
+def set_status(
+    session: Session,
+    image: Image,
+    version: int,
+    status: ImageStatus,
+    author: str,
+    *,
+    min_score: float = SHOWN_SCORE,
+) -> None:
+    """Mark an image as inspected, skipped, or to be seen again.
+
+    Of what is proposed on one that is inspected, what has at least a score was seen and is accepted; the rest goes, as
+    does what was mined and has no name.
+    """
     claim_version(session, image, version)
     if image.status == ImageStatus.UNREADABLE:
         raise Refusal(409, "the image cannot be read, so that nobody can have looked at it")
@@ -200,7 +226,9 @@ def set_status(session: Session, image: Image, version: int, status: ImageStatus
     changes: list[Change] = []
     there = [state_of(box) for box in boxes_of(session, image.id)]
     if status is ImageStatus.INSPECTED:
-        changes = [Change(box, box_life.accept(box, author)) for box in _chosen(there, None)]
+        for box in _chosen(there, None):
+            right = box_life.is_shown(box, min_score) and not box_life.is_hint(box)
+            changes.append(Change(box, box_life.accept(box, author) if right else None))
     elif status is ImageStatus.NEW and any(box.status is BoxStatus.PROPOSED for box in there):
         status = ImageStatus.PROPOSED
     write(session, image, changes, status, status.value, author)

@@ -8,6 +8,7 @@
     found by a machine -> rejected  also after it was accepted or corrected; back by undo alone
     drawn by a person -> removed    as if it had never been
     proposed, mined -> removed      not taken up
+    proposed -> removed             below the score that was shown when its image was inspected: nobody saw it
 
 Only what people looked at is truth: inspected, corrected, manual. No run touches these, nor what was rejected.
 Letters: E existing boxes, N new ones.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 
 from simdetr.app.tables import BoxSource, BoxStatus, EventKind, ImageStatus
 
@@ -25,6 +27,8 @@ TRUTH = (BoxStatus.INSPECTED, BoxStatus.CORRECTED, BoxStatus.MANUAL)
 """What people have seen and left standing."""
 SAME_IOU = 0.5
 """Overlap above which a new proposal of the same class is taken for a box that is there."""
+SHOWN_SCORE = 0.3
+"""Proposals below it are not shown to people unless they ask for them."""
 OUTSIDE_PX = 1.0
 """A box may leave its image by so much, and is cut there; more is an error."""
 Corners = tuple[float, float, float, float]
@@ -105,6 +109,39 @@ def is_hint(box: BoxState) -> bool:
     return box.source is BoxSource.MINED and box.status is BoxStatus.PROPOSED
 
 
+def is_shown(box: BoxState, min_score: float) -> bool:
+    """Whether people see a box where proposals below a score are hidden; what is mined or has no score never is."""
+    return box.status is not BoxStatus.PROPOSED or is_hint(box) or box.score is None or box.score >= min_score
+
+
+class Worth(IntEnum):
+    """How much proposals on an image tell a person."""
+
+    NOTHING = 0
+    HIDDEN = 1
+    HINTS = 2
+    SHOWN = 3
+
+
+def worth(boxes: Iterable[BoxState], min_score: float) -> Worth:
+    """The worth of the best of some proposals, where those below a score are hidden."""
+    return max((_worth(box, min_score) for box in boxes), default=Worth.NOTHING)
+
+
+def _worth(box: BoxState, min_score: float) -> Worth:
+    if is_hint(box):
+        return Worth.HINTS
+    return Worth.SHOWN if is_shown(box, min_score) else Worth.HIDDEN
+
+
+def left_over(box: BoxState, min_score: float, author: str) -> BoxState | None:
+    """What becomes of a box that a person did not leave on an image that is inspected now.
+
+    A proposal below the score that was shown is removed: nobody saw it, so that nobody has said that it is wrong.
+    """
+    return reject(box, author) if is_shown(box, min_score) else None
+
+
 def correct(box: BoxState, class_id: int, xyxy: Corners, ignore: bool, author: str) -> BoxState:
     """A box of another class, place or flag; the same box where nothing changes.
 
@@ -133,7 +170,9 @@ def reject(box: BoxState, author: str) -> BoxState | None:
     return replace(box, status=BoxStatus.REJECTED, author=author)
 
 
-def saved(existing: Sequence[BoxState], sent: Sequence[SentBox], author: str, *, inspected: bool) -> list[Change]:
+def saved(
+    existing: Sequence[BoxState], sent: Sequence[SentBox], author: str, *, inspected: bool, min_score: float = 0.0
+) -> list[Change]:
     """What changes when a person saves an image.
 
     Args:
@@ -141,6 +180,7 @@ def saved(existing: Sequence[BoxState], sent: Sequence[SentBox], author: str, *,
         sent: all boxes that are to be on it, the rejected ones left out.
         author: who saves.
         inspected: the person has looked at all of it, so that proposals that were sent are accepted.
+        min_score: of the proposals that were shown to a person who has inspected the image.
 
     Raises:
         TransitionError: a box that is not on the image or comes twice, or cannot become what was sent.
@@ -166,7 +206,7 @@ def saved(existing: Sequence[BoxState], sent: Sequence[SentBox], author: str, *,
             changes.append(Change(box, after, keeps_version=after is not None and after.status is BoxStatus.CORRECTED))
     for box in existing:
         if box.id not in met and box.status is not BoxStatus.REJECTED:
-            changes.append(Change(box, reject(box, author)))
+            changes.append(Change(box, left_over(box, min_score, author) if inspected else reject(box, author)))
     return changes
 
 

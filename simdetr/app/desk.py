@@ -13,10 +13,13 @@ from fastapi import Depends, Header, Request
 from sqlalchemy import Engine, func, select
 from sqlmodel import Session, col
 
+from simdetr.app import pseudo_classes
 from simdetr.app.aside import Aside
-from simdetr.app.database import open_database, writing
+from simdetr.app.database import open_database, reading, writing
+from simdetr.app.detectors_at_hand import START
 from simdetr.app.image_list import OPEN, add_paths, counts_by_status, paths_of
 from simdetr.app.label_exchange import Wish, import_labels
+from simdetr.app.proposals import propose_labels
 from simdetr.app.run_queue import RunQueue
 from simdetr.app.schemas import ProjectOut
 from simdetr.app.settings import AppSettings
@@ -68,8 +71,8 @@ class Desk:
     def add_project(self, session: Session, name: str, folder: Path | None) -> Project:
         """A new project, of a folder or of uploads alone."""
         project = Project(name=name, folder="" if folder is None else str(folder))
-        if self.settings.run is not None:
-            project.active_model = "start"
+        if self.settings.start is not None:
+            project.active_model = START
         session.add(project)
         session.flush()
         own = (self.settings.out / "projects" / str(project.id)).absolute()
@@ -107,19 +110,36 @@ class Desk:
             LOG.warning("%s: %s", labels, line)
 
     def _propose_first(self, project_id: int) -> None:
-        """Let boxes be mined where there is neither a detector nor a proposal, nor ever was such a run."""
-        with writing(self.engine) as session:
+        """Propose boxes where nobody has trained, nothing is proposed, and nothing that proposes was ever run.
+
+        By the detector to start from; without one those of a pretraining that made none; else by what is mined.
+        """
+        with reading(self.engine) as session:
             project = session.get(Project, project_id)
-            if project is None or not self.settings.propose or project.active_model is not None:
+            if project is None or not self.settings.propose or not self._lacks_proposals(session, project):
                 return
-            begun = session.scalar(
-                select(col(Run.id)).where(col(Run.project_id) == project_id, col(Run.kind) == RunKind.MINE).limit(1)
-            )
-            images = select(col(Image.id)).where(col(Image.project_id) == project_id, col(Image.status).in_(OPEN))
-            proposed = select(col(Box.id)).where(col(Box.image_id).in_(images), col(Box.status) == BoxStatus.PROPOSED)
-            if begun is None and session.scalar(images.limit(1)) and session.scalar(proposed.limit(1)) is None:
+            detects = project.active_model is not None
+        labels = None if detects else pseudo_classes.labels_of_run(self.settings.run)
+        if labels is not None and (found := propose_labels(self.engine, project_id, labels)).boxes:
+            LOG.info("%s: %s", self.settings.run, found.text())
+            return
+        with writing(self.engine) as session:
+            if detects:
+                self.runs.ask(session, project_id, RunKind.DETECT, {"first": True})
+            else:
                 self.runs.ask(session, project_id, RunKind.MINE, {})
         self.runs.wake()
+
+    def _lacks_proposals(self, session: Session, project: Project) -> bool:
+        """Whether a project has images to be seen, and neither proposals nor anything that made or will make them."""
+        if project.active_model not in (None, START) or (project.active_model and self.settings.start is None):
+            return False
+        kinds = (RunKind.MINE, RunKind.DETECT)
+        begun = select(col(Run.id)).where(col(Run.project_id) == project.id, col(Run.kind).in_(kinds))
+        images = select(col(Image.id)).where(col(Image.project_id) == project.id, col(Image.status).in_(OPEN))
+        proposed = select(col(Box.id)).where(col(Box.image_id).in_(images), col(Box.status) == BoxStatus.PROPOSED)
+        there, *others = (session.scalar(query.limit(1)) is not None for query in (images, begun, proposed))
+        return there and not any(others)
 
     def wait_for_index(self, timeout_s: float = 60.0) -> None:
         """Wait until all folders are read in."""

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlmodel import Session, col
 
 from simdetr.app.refusals import Refusal, missing
-from simdetr.app.run_files import RunFiles, detector_in
+from simdetr.app.run_files import RunFiles
 from simdetr.app.settings import AppSettings
 from simdetr.app.tables import Project, Run, RunKind, RunState
 
@@ -71,8 +71,8 @@ def all_at_hand(session: Session, settings: AppSettings, project: Project) -> li
         folder = files_of(settings, project.id, run.id or 0).detector()
         if folder is not None:
             found.append(DetectorAtHand(f"run-{run.id}", folder, run))
-    if settings.run is not None:
-        found.append(DetectorAtHand(START, detector_in(settings.run)))
+    if settings.start is not None:
+        found.append(DetectorAtHand(START, settings.start))
     return found
 
 
@@ -86,9 +86,10 @@ def at_hand(session: Session, settings: AppSettings, project: Project, model: st
     if name is None:
         raise Refusal(409, "there is no detector yet; train one, or start the app with --run")
     if name == START:
-        if settings.run is None:
-            raise missing("detector", f"{START}: the app was started without --run")
-        return DetectorAtHand(START, detector_in(settings.run))
+        if settings.start is None:
+            without = "without --run" if settings.run is None else "with a --run that has none"
+            raise missing("detector", f"{START}: the app was started {without}")
+        return DetectorAtHand(START, settings.start)
     run = session.get(Run, int(name.removeprefix("run-")))
     if run is None or run.project_id != project.id:
         raise missing("detector", name)

@@ -16,7 +16,7 @@ from torchvision.ops import nms
 
 from simdetr.app.box_life import SAME_IOU
 from simdetr.app.proposals import UNNAMED
-from simdetr.app.run_files import RunFiles
+from simdetr.app.run_files import RunFiles, parts_of
 from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.images import open_images
 from simdetr.data.label_files import write_labels
@@ -28,8 +28,8 @@ from simdetr.mining.store import ProposalRow
 from simdetr.recipe import MiningJob
 from simdetr.training.recipe_choice import for_mining
 
-FIRST, PART = 4, 16
-"""Images of the first part, which somebody waits for, and of those after it."""
+PART = 16
+"""Images whose boxes are kept together, as soon as they are there; the first part is small."""
 
 
 def propose_first(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def propose_first(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
     if isinstance(settings.encoder, nn.Module):
         settings.encoder.to(device).eval()
     total, unreadable = len(source), 0
-    for number, positions in enumerate(parts_of(total)):
+    for number, positions in enumerate(parts_of(total, PART)):
         part = files.part(number)
         if not part.is_file():
             if files.make_way.is_file():
@@ -57,12 +57,6 @@ def propose_first(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
         files.tell(done=positions.stop, total=total, unit="images", message="looking for objects")
     message = f"mined {total:,} images"
     return {"message": message + (f", {unreadable:,} of them unreadable" if unreadable else "")}
-
-
-def parts_of(total: int) -> list[range]:
-    """Positions of the images of each part."""
-    starts = [0, *range(FIRST, total, PART)]
-    return [range(start, min(stop, total)) for start, stop in zip(starts, [*starts[1:], total], strict=True)]
 
 
 def best_of(rows: Sequence[ProposalRow], count: int) -> Labels:

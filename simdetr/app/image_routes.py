@@ -225,10 +225,11 @@ def _to_write(session: Session, image_id: int) -> Image:
 
 @router.put("/images/{image_id}/status", responses={**STALE, **UNREADABLE})
 def set_status(desk: AtDesk, author: Author, image_id: Id, asked: StatusAsked) -> Sheet:
-    """Mark an image as inspected, which accepts what is proposed on it, as skipped, or as to be seen again."""
+    """Mark an image as inspected, which accepts what is proposed and shown, as skipped, or as to be seen again."""
     with writing(desk.engine) as session:
         image = _to_write(session, image_id)
-        box_edits.set_status(session, image, asked.version, ImageStatus(asked.status), author)
+        status = ImageStatus(asked.status)
+        box_edits.set_status(session, image, asked.version, status, author, min_score=asked.min_score)
         return box_edits.sheet_of(session, image)
 
 
@@ -257,7 +258,8 @@ def put_boxes(desk: AtDesk, author: Author, image_id: Id, asked: BoxesAsked) -> 
     ]
     with writing(desk.engine) as session:
         image = _to_write(session, image_id)
-        box_edits.save(session, image, asked.version, sent, author, inspected=asked.inspected)
+        done, least = asked.inspected, asked.min_score
+        box_edits.save(session, image, asked.version, sent, author, inspected=done, min_score=least)
         return box_edits.sheet_of(session, image)
 
 

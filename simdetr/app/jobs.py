@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from simdetr.app.run_files import RunFiles
+from simdetr.app.run_files import RunFiles, parts_of
 from simdetr.data.images import open_images
 from simdetr.data.label_files import read_labels, write_labels
 from simdetr.data.machine import default_device
@@ -24,7 +24,7 @@ from simdetr.training.throughput import OF_THE_MACHINE
 
 LOG = logging.getLogger(__name__)
 PART = 64
-"""Images whose detections are kept together, as soon as they are there."""
+"""Images whose detections are kept together, as soon as they are there; the first part is small."""
 VALIDATIONS = 10
 """In a training, about."""
 CHANGES = ("crop", "flip", "colour", "mosaic", "rotation", "noise", "brightness")
@@ -93,7 +93,7 @@ def _train(files: RunFiles, job: dict[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {"message": f"trained on {job['images']:,} images with {job['boxes']:,} boxes"}
     if validation:
         facts |= _scores(files, detector, job["device"] or default_device())
-        facts["message"] += f": AP {100 * (facts['scores']['AP'] or 0):.1f} on {job['held_out']:,} others"
+        facts["message"] += f": AP {100 * (facts['scores']['AP'] or 0):.1f} % on {job['held_out']:,} others"
     return facts | {"parameters": asked}
 
 
@@ -148,10 +148,12 @@ def _detect(files: RunFiles, job: dict[str, Any], once: LoadedOnce) -> dict[str,
     asked, source = job["parameters"], open_images(files.images)
     loaded, device = once.get(Path(job["model"])), job["device"] or default_device()
     total = len(source)
-    for start in range(0, total, PART):
-        part = files.part(start // PART)
-        ids = source.ids[start : start + PART]
+    for number, positions in enumerate(parts_of(total, PART)):
+        part, ids = files.part(number), source.ids[positions.start : positions.stop]
         if not part.is_file():
+            if asked.get("first") and files.make_way.is_file():
+                files.make_way.unlink()
+                return {"unfinished": True, "message": f"looked at {positions.start:,} of {total:,} images"}
             settings = InferenceSettings.of(
                 loaded.image_settings,
                 score_threshold=asked["min_score"],
@@ -161,7 +163,7 @@ def _detect(files: RunFiles, job: dict[str, Any], once: LoadedOnce) -> dict[str,
             )
             found = detect(loaded.detector, source.subset(ids), loaded.categories, settings, reading=best_per_query)
             write_labels(found, part)
-        files.tell(done=min(start + PART, total), total=total, unit="images")
+        files.tell(done=positions.stop, total=total, unit="images")
     return {"message": f"looked at {total:,} images"}
 
 

@@ -1,7 +1,8 @@
 """Labels of other tools in, labels for other tools out.
 
 An import never touches what people left: boxes that lie on one of the same class are left out, and what was proposed
-before gives way. A file that has problems changes nothing, unless it is asked to leave out what is wrong.
+before gives way. A file that has problems changes nothing, unless it is asked to leave out what is wrong; a box that
+stands in it twice is taken once, and is no problem.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from simdetr.app.refusals import Refusal
 from simdetr.app.schemas import ImportOut
 from simdetr.app.tables import BoxClass, BoxSource, BoxStatus, ClassKind, Image, ImageStatus
 from simdetr.data.annotations import LabelError
+from simdetr.data.coco import SAME_AGAIN
 from simdetr.data.images import ImageSource
 from simdetr.data.label_files import FORMATS, LabelFormat, format_named, read_with_report, write_labels
 from simdetr.data.label_formats.conversion import convert
@@ -123,6 +125,9 @@ def import_labels(engine: Engine, project_id: int, path: Path, wish: Wish, autho
         labels, report = read_with_report(path, images=ImageSource(root, tuple(ids)))
     except LabelError as error:
         raise Refusal(400, str(error).replace(str(path), "the file")) from error
+    again = report.counts.pop(SAME_AGAIN, 0)
+    if again:
+        report.notes[SAME_AGAIN] = again
     known = [row for row, name in enumerate(labels.image_ids) if name in ids]
     strangers = len(labels) - len(known)
     problems = report.lines()

@@ -2,7 +2,8 @@
 
 The errors left are estimated from images that were drawn at random and inspected like all others, see
 `simdetr.labelling.stopping`; those that an order chose say nothing about the rest. An audit speaks of the detection
-whose proposals it judged, and is drawn anew after another.
+whose proposals it judged, and is drawn anew after another. Proposals below the score that people are shown are no part
+of it: nobody judges them, and nobody would take them for labels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from sqlalchemy import ColumnElement, func, select, update
 from sqlmodel import Session, col
 
-from simdetr.app.box_life import TRUTH
+from simdetr.app.box_life import SHOWN_SCORE, TRUTH
 from simdetr.app.image_list import OPEN
 from simdetr.app.refusals import Refusal
 from simdetr.app.schemas import ErrorsLeft, Estimate, NextBatch
@@ -68,15 +69,15 @@ def draw(session: Session, project: Project, count: int) -> int:
     return len(drawn)
 
 
-def estimate_of(session: Session, project: Project, confidence: float) -> Estimate:
-    """How far a project is."""
+def estimate_of(session: Session, project: Project, confidence: float, min_score: float = SHOWN_SCORE) -> Estimate:
+    """How far a project is, where people are shown the proposals from a score on."""
     assert project.id is not None
     own = col(Image.project_id) == project.id
     verdicts = _verdicts(session, own)
     left_images = session.scalar(select(func.count()).select_from(Image).where(own, col(Image.status).in_(OPEN))) or 0
     detection = last_detection(session, project.id)
-    audit = None if detection is None else _audit(session, own, detection)
-    scores = _scores_left(session, own)
+    audit = None if detection is None else _audit(session, own, detection, min_score)
+    scores = _scores_left(session, own, min_score)
     errors, why = None, "detect on all images, then draw some at random to judge (audit)"
     if audit is not None and len(audit) >= 2:
         from simdetr.labelling.stopping import errors_left
@@ -127,8 +128,11 @@ def _verdict(status: str, source: str) -> str:
     )
 
 
-def _audit(session: Session, own: ColumnElement[bool], detection: int) -> Audit | None:
-    """What people found on the images of an audit that they have inspected; None where these are less than two."""
+def _audit(session: Session, own: ColumnElement[bool], detection: int, min_score: float) -> Audit | None:
+    """What people found on the images of an audit that they have inspected; None where these are less than two.
+
+    Boxes that were mined and named are as good as drawn: the detector had missed them.
+    """
     ids = session.scalars(
         select(col(Image.id)).where(own, col(Image.audit) == detection, col(Image.status) == ImageStatus.INSPECTED)
     ).all()
@@ -137,24 +141,24 @@ def _audit(session: Session, own: ColumnElement[bool], detection: int) -> Audit 
     places = {image_id: place for place, image_id in enumerate(ids)}
     missed, owner, scores, wrong = np.zeros(len(ids), np.int64), [], [], []
     for box in session.scalars(select(Box).where(col(Box.image_id).in_(ids), col(Box.alive))):
-        if box.source == BoxSource.USER:
+        if box.source in (BoxSource.USER, BoxSource.MINED):
             missed[places[box.image_id]] += box.status in TRUTH
-        elif box.run_id == detection and box.score is not None:
+        elif box.score is not None and box.score >= min_score and box.status != BoxStatus.PROPOSED:
             owner.append(places[box.image_id])
-            scores.append(box.score)
+            scores.append(min(box.score, 1.0))
             wrong.append(box.status != BoxStatus.INSPECTED)
     from simdetr.labelling.stopping import Audit
 
     return Audit(np.array(owner, np.int64), np.array(scores, np.float32), np.array(wrong, np.bool_), missed)
 
 
-def _scores_left(session: Session, own: ColumnElement[bool]) -> list[float]:
-    """Scores of the proposals on images that are still to be seen."""
+def _scores_left(session: Session, own: ColumnElement[bool], min_score: float) -> list[float]:
+    """Scores of the proposals on images that are still to be seen, of those that people are shown."""
     rows = session.scalars(
         select(col(Box.score))
         .join(Image, col(Image.id) == col(Box.image_id))
         .where(own, col(Image.status).in_(OPEN), col(Box.alive), col(Box.status) == BoxStatus.PROPOSED)
-        .where(col(Box.source) != BoxSource.MINED)
+        .where(col(Box.source) != BoxSource.MINED, col(Box.score) >= min_score)
     )
     return [min(max(score, 0.0), 1.0) for score in rows if score is not None]
 

@@ -1,21 +1,23 @@
 """What machines found in, proposals on the images out: the rules of a box's life say what may change.
 
 Detections come with the detector's own classes. One that the app trained knows the project's by their ids; any other's
-are found by name, a pseudo-class by the name that people gave to its cluster, and made where there is none.
+are found by name, a pseudo-class by the name that people gave to its cluster, and made where there is none. Boxes of a
+pseudo-class without a name are no more than places to look at, as mined ones are: a few of each image are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 
-from sqlalchemy import delete, select
+from sqlalchemy import Engine, delete, select
 from sqlmodel import Session, col
 
 from simdetr.app import box_life
 from simdetr.app.box_edits import state_of, values_of
 from simdetr.app.box_life import BoxState
 from simdetr.app.class_list import add_class
+from simdetr.app.database import writing
 from simdetr.app.tables import Box, BoxClass, BoxSource, BoxStatus, ClassKind, Cluster, Image, ImageStatus, Lease, now
 from simdetr.data.annotations import Category
 from simdetr.data.labels import Labels
@@ -23,6 +25,9 @@ from simdetr.data.labels import Labels
 UNNAMED = "object"
 """The class of what a pretrained detector finds before people gave its pseudo-classes names."""
 _PSEUDO = ("cluster ", UNNAMED)
+_CHUNK = 200
+MOST_HINTS = 10
+"""Boxes without a name that a detector or pretraining proposes on an image: the surest ones of different places."""
 
 
 @dataclass
@@ -35,6 +40,10 @@ class Proposed:
         suppressed: detections on boxes that were rejected or are labelled.
         open: images that somebody had open, and that were left alone.
         seen: images that people had inspected or skipped, and that were left alone.
+        shown: images that got boxes from the score on that people are shown; counted where there is one, as below.
+        hints: images that got places to look at, of no name yet.
+        hidden: images that got boxes below that score only.
+        kept: images that keep the proposals they had, since these say more than what was found.
     """
 
     images: int = 0
@@ -42,13 +51,15 @@ class Proposed:
     suppressed: int = 0
     open: int = 0
     seen: int = 0
-    unknown: list[str] = field(default_factory=list)
+    shown: int = 0
+    hints: int = 0
+    hidden: int = 0
+    kept: int = 0
 
     def add(self, other: Proposed) -> None:
         """Count another part."""
-        for name in ("images", "boxes", "suppressed", "open", "seen"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.unknown += other.unknown
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
     def text(self) -> str:
         """In words."""
@@ -60,6 +71,20 @@ class Proposed:
         if self.seen:
             words += f", {self.seen:,} that were inspected meanwhile"
         return words
+
+    def images_text(self, shown_score: float) -> str:
+        """How many images got what, in words."""
+        words = [f"{self.shown:,} with boxes at or above {shown_score:.2f}"]
+        others = {
+            "with boxes of no name yet": self.hints,
+            f"with boxes below {shown_score:.2f} only": self.hidden,
+            "keep the proposals they had": self.kept,
+            "left alone since somebody has them open": self.open,
+            "inspected meanwhile": self.seen,
+        }
+        if self.hints and not self.shown:
+            words = []
+        return "; ".join([*words, *(f"{count:,} {what}" for what, count in others.items() if count)])
 
 
 def classes_for(session: Session, project_id: int, categories: Sequence[Category], *, own: bool) -> dict[int, int]:
@@ -116,8 +141,12 @@ def propose(
     source: BoxSource = BoxSource.DETECTOR,
     run_id: int | None = None,
     even_open: bool = False,
+    even_bare: bool = False,
+    shown_score: float | None = None,
 ) -> Proposed:
     """Put detections on their images as proposals, in place of the proposals before.
+
+    Of a class that has no name yet the surest boxes are hints, as if they were mined.
 
     Args:
         session: of the database.
@@ -126,10 +155,20 @@ def propose(
         class_ids: its classes by the rows of the labels' categories; boxes of others are left out.
         source: who found them.
         run_id: the run that did.
-        even_open: also on images that somebody has open. What is mined comes on those anyway while they have no box,
-            and on no image that has proposals of anything else.
+        even_open: also on images that somebody has open.
+        even_bare: also on those that somebody has open while they have no box. What is mined comes on them anyway, and
+            on no image that has proposals of anything else.
+        shown_score: people are shown proposals from this score on. Where nothing that is found reaches it, and
+            something of what was proposed before does or was mined, that stays. All gives way if left out.
     """
-    outcome = Proposed()
+    outcome, even_bare = Proposed(), even_bare or source is BoxSource.MINED
+    unnamed = set(
+        session.scalars(
+            select(col(BoxClass.id)).where(
+                col(BoxClass.id).in_(set(class_ids.values())), col(BoxClass.kind) == ClassKind.PSEUDO
+            )
+        )
+    )
     wanted = {image_ids[name]: row for row, name in enumerate(labels.image_ids) if name in image_ids}
     if not wanted:
         return outcome
@@ -146,7 +185,7 @@ def propose(
             outcome.seen += 1
             continue
         standing = there.get(image.id, [])
-        if image.id in held and not even_open and (source is not BoxSource.MINED or standing):
+        if image.id in held and not even_open and (standing or not even_bare):
             outcome.open += 1
             continue
         if source is BoxSource.MINED and any(
@@ -162,7 +201,7 @@ def propose(
                 class_ids[int(class_)],
                 (float(box[0]), float(box[1]), float(box[2]), float(box[3])),
                 BoxStatus.PROPOSED,
-                source,
+                BoxSource.MINED if class_ids[int(class_)] in unnamed else source,
                 score=round(float(score), 6),
                 run_id=run_id,
                 author=source.value,
@@ -170,8 +209,18 @@ def propose(
             for box, class_, score in zip(own.boxes_xyxy, own.classes, own.scores, strict=True)
             if int(class_) in class_ids and box[2] > box[0] and box[3] > box[1]
         ]
+        if source is not BoxSource.MINED:
+            found = _few_hints(found)
         dropped, added = box_life.proposed(standing, found)
         outcome.suppressed += len(found) - len(added)
+        if shown_score is not None:
+            worth = box_life.worth(added, shown_score)
+            if worth < box_life.worth(dropped, shown_score):
+                outcome.kept += 1
+                continue
+            outcome.shown += worth == box_life.Worth.SHOWN
+            outcome.hints += worth == box_life.Worth.HINTS
+            outcome.hidden += worth == box_life.Worth.HIDDEN
         image.status = box_life.after_detection(ImageStatus(image.status), len(added)).value
         if not dropped and not added:
             continue
@@ -181,4 +230,29 @@ def propose(
         image.version += 1
         outcome.images += 1
         outcome.boxes += len(added)
+    return outcome
+
+
+def _few_hints(found: Sequence[BoxState]) -> list[BoxState]:
+    """Boxes without all but the surest hints; of two hints on the same place, of whatever pseudo-class, one stays."""
+    hints: list[BoxState] = []
+    for box in sorted(filter(box_life.is_hint, found), key=lambda box: -(box.score or 0.0)):
+        if len(hints) < MOST_HINTS and all(box_life.iou(box.xyxy, one.xyxy) <= box_life.SAME_IOU for one in hints):
+            hints.append(box)
+    return [box for box in found if not box_life.is_hint(box)] + hints
+
+
+def propose_labels(engine: Engine, project_id: int, labels: Labels) -> Proposed:
+    """Put the boxes of a pretraining, by the names of its images, on those of a project that nobody has seen."""
+    outcome = Proposed()
+    for start in range(0, len(labels), _CHUNK):
+        part = labels.select(labels.image_ids[start : start + _CHUNK])
+        with writing(engine) as session:
+            query = select(col(Image.path), col(Image.id)).where(
+                col(Image.project_id) == project_id, col(Image.path).in_(part.image_ids)
+            )
+            ids = {path: image_id for path, image_id in session.execute(query) if image_id is not None}
+            if ids:
+                classes = classes_for(session, project_id, part.categories, own=False)
+                outcome.add(propose(session, part, ids, classes, even_bare=True))
     return outcome

@@ -19,6 +19,10 @@ import pyarrow.parquet as pq
 from simdetr.data.storage import atomic_path, write_json
 
 RESUME = "resume.ckpt"
+STEPS = "steps"
+"""The unit of a training that has begun its steps."""
+FIRST = 4
+"""Images of the first part of a run, which somebody may be waiting for."""
 _DETECTOR = ("config.json", "model.safetensors")
 
 
@@ -130,6 +134,12 @@ class RunFiles:
         return found
 
 
+def parts_of(total: int, size: int) -> list[range]:
+    """Positions of the images of each part of a run: a few, then ``size`` at a time."""
+    starts = [0, *range(FIRST, total, size)]
+    return [range(start, min(stop, total)) for start, stop in zip(starts, [*starts[1:], total], strict=True)]
+
+
 def _read_line(line: str) -> dict[str, Any]:
     """A line of progress; two that a kill has run together are none."""
     try:
@@ -144,19 +154,18 @@ def has_detector(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _DETECTOR)
 
 
-def detector_in(path: Path) -> Path:
-    """The detector that a path means: itself, or the last one of a run's folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+def detector_in(path: Path) -> Path | None:
+    """The detector that a path means: itself, or the last one of a run's folder; None where there is none."""
     if path.is_file() or has_detector(path):
         return path.absolute()
     stages = sorted(path.glob("stage[0-9]*"), key=lambda stage: (len(stage.name), stage.name), reverse=True)
-    for folder in (path / "detector", *(stage / "detector" for stage in stages)):
-        if has_detector(folder):
-            return folder.absolute()
-    raise FileNotFoundError(f"run: expected a run folder, a detector folder or a checkpoint file, got {path}")
+    folders = (path / "detector", *(stage / "detector" for stage in stages))
+    return next((folder.absolute() for folder in folders if has_detector(folder)), None)
+
+
+def has_clusters(path: Path) -> bool:
+    """Whether a folder holds the labels of a pretraining, be it no more than what was mined and clustered."""
+    return any(path.glob("stage*/labels.parquet"))
 
 
 def write_image_list(paths: Sequence[Path | str], target: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationError
 
+from simdetr.app.box_life import SHOWN_SCORE
 from simdetr.app.refusals import FieldRefusal
 from simdetr.app.schemas import Asked, Id, ModelId, Score
 from simdetr.app.tables import RunKind
@@ -22,6 +23,7 @@ _TUNABLE = (
 )
 Option = Annotated[str, StringConstraints(pattern=rf"^--({'|'.join(_TUNABLE)})=[\w.,\[\] -]+$")]
 """Numbers, switches and words; nothing that names code or files."""
+DeviceName = Annotated[str, StringConstraints(pattern=r"^(cpu|cuda(:[0-9]{1,2})?)$")]
 Steps = Annotated[int, Field(ge=1, le=10_000_000)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -33,7 +35,7 @@ class OnDevice(Asked):
         device: Torch's name of it; that of the app if left out.
     """
 
-    device: Annotated[str, StringConstraints(pattern=r"^(cpu|cuda(:[0-9]{1,2})?)$")] | None = None
+    device: DeviceName | None = None
 
 
 class TrainParameters(OnDevice):
@@ -82,11 +84,14 @@ class DetectParameters(OnDevice):
 
     Attributes:
         model: the detector; the active one if left out.
-        min_score: boxes of lower scores are not proposed.
+        min_score: boxes of lower scores are not proposed; people are shown those from ``shown_score`` on.
         max_boxes: most boxes per image.
         iou_threshold: of two boxes that overlap more the less certain goes.
         image_ids: the images; all that are new, proposed or open if left out.
         propose: what is found becomes proposals; else it can only be looked at, in the run.
+        shown_score: people are shown proposals from this score on; where nothing reaches it, better proposals stay.
+        first: the first proposals of a project, which nobody asked for: they also come on an image that is open while
+            it has no box, let other runs through, and end once a detector is trained.
     """
 
     model: ModelId | None = None
@@ -95,6 +100,8 @@ class DetectParameters(OnDevice):
     iou_threshold: Score = 0.5
     image_ids: Annotated[list[Id], Field(max_length=100_000)] = Field(default_factory=list)
     propose: bool = True
+    shown_score: Score = SHOWN_SCORE
+    first: bool = False
 
 
 class OrderParameters(OnDevice):

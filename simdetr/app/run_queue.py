@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from simdetr.app.image_list import OPEN, project_of, set_priorities
 from simdetr.app.picture_files import path_of
 from simdetr.app.proposals import Proposed, classes_for, propose
 from simdetr.app.refusals import FieldRefusal, Refusal, missing
-from simdetr.app.run_files import RunFiles, read_order, write_image_list
+from simdetr.app.run_files import STEPS, RunFiles, read_order, write_image_list
 from simdetr.app.run_parameters import TrainParameters, checked
 from simdetr.app.schemas import RunOut
 from simdetr.app.settings import AppSettings
@@ -81,7 +82,7 @@ class RunQueue:
             ) from None
         with writing(self.engine) as session:
             for run in session.scalars(select(Run).where(col(Run.state) == RunState.RUNNING)):
-                if run.kind == RunKind.MINE:
+                if _gives_way(run):
                     run.state = RunState.QUEUED.value  # nobody asked for it: it goes on by itself
                 else:
                     self._fail(run, STOPPED)
@@ -271,7 +272,7 @@ class RunQueue:
 
     def _begin_pause(self, files: RunFiles) -> bool:
         """Ask a training that has begun its steps to keep the one at work; False where there is none."""
-        if not any("step" in row for row in files.told()):
+        if not any(row.get("unit") == STEPS for row in files.told()):
             return False
         files.pause.touch()
         return True
@@ -287,7 +288,8 @@ class RunQueue:
     def _can_wait(self, run_id: int) -> bool:
         """Whether a run lets others through, and goes on by itself when the app does."""
         with reading(self.engine) as session:
-            return session.scalar(select(col(Run.kind)).where(col(Run.id) == run_id)) == RunKind.MINE
+            run = session.get(Run, run_id)
+            return run is not None and _gives_way(run)
 
     def _prepare(self, run_id: int) -> RunFiles | None:
         with writing(self.engine) as session:
@@ -401,7 +403,7 @@ class RunQueue:
                 outcome = self._propose(session, run, files, labels, source)
                 taken += 1
                 run.ingested = taken
-                files.tell(proposed=outcome.boxes, images=outcome.images, kept_away=outcome.suppressed + outcome.open)
+                files.tell(proposed=outcome.boxes, kept_away=outcome.suppressed + outcome.open, **asdict(outcome))
 
     def _propose(self, session: Session, run: Run, files: RunFiles, labels: Any, source: BoxSource) -> Proposed:  # noqa: ANN401
         job = json.loads(files.job.read_text(encoding="utf-8"))
@@ -410,7 +412,17 @@ class RunQueue:
         project = project_of(session, run.project_id)
         asked = run.parameters.get("image_ids") or []
         ids = ids_of_paths(session, project, labels.image_ids)
-        return propose(session, labels, ids, classes, source=source, run_id=run.id, even_open=len(asked) == 1)
+        return propose(
+            session,
+            labels,
+            ids,
+            classes,
+            source=source,
+            run_id=run.id,
+            even_open=len(asked) == 1,
+            even_bare=bool(run.parameters.get("first")),
+            shown_score=run.parameters.get("shown_score") if run.kind == RunKind.DETECT else None,
+        )
 
     def _finish(self, run_id: int, files: RunFiles, ended: dict[str, Any]) -> None:
         if not ended.get("ok"):
@@ -432,12 +444,11 @@ class RunQueue:
                 labels = read_labels(files.autolabel / "labels.json")
                 message += "; " + self._propose(session, run, files, labels, BoxSource.LVC).text()
             elif run.kind in (RunKind.DETECT, RunKind.MINE) and run.parameters.get("propose", True):
-                rows = [row for row in files.told() if "proposed" in row]
-                message += f": {sum(row['proposed'] for row in rows):,} proposals"
+                message += f": {_images_text(run, files)}"
             if run.kind in (RunKind.TRAIN, RunKind.AUTOLABEL) and project.active_model is None:
                 project.active_model = f"run-{run.id}"
             if run.kind in (RunKind.TRAIN, RunKind.AUTOLABEL):
-                _end_mining(session, run.project_id)
+                _end_first(session, run.project_id)
         self._end(run_id, RunState.DONE, message=message)
 
     def _take_order(self, session: Session, project: Project, run: Run, files: RunFiles, strategy: str) -> None:
@@ -467,12 +478,27 @@ class RunQueue:
         run.state, run.error, run.ended = RunState.FAILED, _go_on(why, files), now()
 
 
+def _gives_way(run: Run) -> bool:
+    """Whether nobody asked for a run: it lets others through, and goes on by itself when the app does."""
+    return run.kind == RunKind.MINE or bool(run.parameters.get("first"))
+
+
 def _go_on(why: str, files: RunFiles) -> str:
     """Why a run has ended early, and from where it can be resumed."""
     checkpoint = files.checkpoint()
     if checkpoint is not None:
         return f"{why}; resume goes on from {checkpoint.relative_to(files.path).as_posix()}"
     return f"{why}; resume goes on with what is finished"
+
+
+def _images_text(run: Run, files: RunFiles) -> str:
+    """What came of the parts of a detection or mining."""
+    came = Proposed()
+    for row in files.told():
+        if "proposed" in row:
+            came.add(Proposed(**{one.name: row.get(one.name, 0) for one in fields(Proposed)}))
+    shown_score = run.parameters.get("shown_score")
+    return f"{came.boxes:,} proposals" if shown_score is None else came.images_text(shown_score)
 
 
 def artefacts(files: RunFiles) -> dict[str, Path]:
@@ -493,13 +519,12 @@ def artefacts(files: RunFiles) -> dict[str, Path]:
     return kept if detector is None else kept | {"detector": detector}
 
 
-def _end_mining(session: Session, project_id: int) -> None:
-    """There is a detector now, whose detections say more."""
-    session.execute(
-        update(Run)
-        .where(col(Run.project_id) == project_id, col(Run.kind) == RunKind.MINE, col(Run.state) == RunState.QUEUED)
-        .values(state=RunState.CANCELLED.value, ended=now(), message="there is a detector now: let it detect")
-    )
+def _end_first(session: Session, project_id: int) -> None:
+    """First proposals that wait are not made any more: there is a detector now, whose detections say more."""
+    query = select(Run).where(col(Run.project_id) == project_id, col(Run.state) == RunState.QUEUED)
+    for run in filter(_gives_way, session.scalars(query)):
+        run.state, run.ended = RunState.CANCELLED.value, now()
+        run.message = "there is a detector now: let it detect"
 
 
 def _list_images(

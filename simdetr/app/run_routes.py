@@ -15,6 +15,7 @@ from sqlalchemy import select
 from sqlmodel import col
 from starlette.background import BackgroundTask
 
+from simdetr.app.box_life import SHOWN_SCORE
 from simdetr.app.database import reading, writing
 from simdetr.app.desk import AtDesk, Desk
 from simdetr.app.detectors_at_hand import DetectorAtHand, all_at_hand, at_hand, files_of
@@ -24,6 +25,7 @@ from simdetr.app.image_list import shown as shown_images
 from simdetr.app.picture_files import path_of, record_of
 from simdetr.app.progress_made import draw, estimate_of
 from simdetr.app.refusals import missing
+from simdetr.app.run_parameters import DeviceName
 from simdetr.app.run_queue import artefacts, run_of
 from simdetr.app.schemas import (
     COMMON,
@@ -48,12 +50,13 @@ from simdetr.app.schemas import (
     RunPage,
     Score,
 )
-from simdetr.app.summaries import summary_of
+from simdetr.app.summaries import process_bytes, summary_of
 from simdetr.app.tables import Project, Run, RunKind
 
 router = APIRouter(prefix="/api", responses=COMMON)
 CANNOT: dict[int | str, dict[str, object]] = {409: {"model": Problem}}
 Model = Annotated[ModelId, InPath()]
+Device = Annotated[DeviceName, Query()]
 
 
 @router.get("/projects/{project_id}/runs")
@@ -261,18 +264,26 @@ def summarise_model(desk: AtDesk, project_id: Id, model_id: Model) -> ModelSumma
 
 @router.get("/projects/{project_id}/models/{model_id}/memory", responses=CANNOT)
 def estimate_memory(
-    desk: AtDesk, project_id: Id, model_id: Model, batch_size: Annotated[int, Query(ge=1, le=1024)] = 8
+    desk: AtDesk,
+    project_id: Id,
+    model_id: Model,
+    batch_size: Annotated[int, Query(ge=1, le=1024)] = 8,
+    device: Device | None = None,
 ) -> MemoryOut:
-    """What a training from this detector takes, about."""
+    """What a training from this detector takes, about: on a CPU with the process itself, on a GPU of its memory."""
     with reading(desk.engine) as session:
         model = at_hand(session, desk.settings, project_of(session, project_id), model_id)
+    on_cpu = (device or desk.settings.device or next(iter(desk.runs.devices()), "cpu")) == "cpu"
+    own = desk.aside.ask(process_bytes) if on_cpu else 0
     facts = desk.aside.ask(summary_of, model.folder)
-    height, width = facts.image_size_hw
+    training, (height, width) = facts.training_bytes(batch_size), facts.image_size_hw
     basis = (
         f"an estimate: weights, gradients and two moments, and what {batch_size} images of {width} × {height} pixels "
         "leave for the gradients; larger crops, masks and the loss take more"
     )
-    return MemoryOut(bytes=facts.training_bytes(batch_size), basis=basis)
+    if on_cpu:
+        basis += f"; {own >> 20:,} MiB of it are the process itself"
+    return MemoryOut(bytes=None if training is None else training + own, basis=basis)
 
 
 @router.get("/projects/{project_id}/models/{model_id}/held_out", responses=CANNOT)
@@ -313,10 +324,18 @@ def download_model(desk: AtDesk, project_id: Id, model_id: Model) -> Response:
 
 
 @router.get("/projects/{project_id}/estimate")
-def estimate(desk: AtDesk, project_id: Id, confidence: Annotated[float, Query(gt=0, lt=1)] = 0.95) -> Estimate:
-    """What was found so far, the errors left with their interval, and what twenty more images would find."""
+def estimate(
+    desk: AtDesk,
+    project_id: Id,
+    confidence: Annotated[float, Query(gt=0, lt=1)] = 0.95,
+    min_score: Score = SHOWN_SCORE,
+) -> Estimate:
+    """What was found so far, the errors left with their interval, and what twenty more images would find.
+
+    Proposals below ``min_score`` are shown to nobody, and do not count.
+    """
     with reading(desk.engine) as session:
-        return estimate_of(session, project_of(session, project_id), confidence)
+        return estimate_of(session, project_of(session, project_id), confidence, min_score)
 
 
 @router.post("/projects/{project_id}/audit", status_code=201, responses=CANNOT)

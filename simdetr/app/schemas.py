@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from simdetr.app.box_life import SHOWN_SCORE
 from simdetr.app.tables import BoxSource, BoxStatus, ClassKind, ImageStatus, RejectedAs, RunKind, RunState
 
 BIGGEST_ID = 2**31 - 1
@@ -258,6 +259,7 @@ class StatusAsked(Asked):
 
     status: Literal["inspected", "skipped", "new"]
     version: Version
+    min_score: Score = SHOWN_SCORE
 
 
 class SentBoxIn(Asked):
@@ -271,11 +273,12 @@ class SentBoxIn(Asked):
 
 
 class BoxesAsked(Asked):
-    """All boxes that are to be on an image."""
+    """All boxes that are to be on an image; of one that is inspected, proposals from ``min_score`` on were seen."""
 
     version: Version
     boxes: Annotated[list[SentBoxIn], Field(max_length=10_000)]
     inspected: bool = False
+    min_score: Score = SHOWN_SCORE
 
 
 class AcceptAsked(Asked):

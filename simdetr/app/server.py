@@ -145,7 +145,9 @@ def serve(settings: AppSettings, *, opens_browser: bool = True) -> None:
     server = Server(config, settings, opens_browser=opens_browser)
     try:
         server.run()
-    except SystemExit as stop:  # uvicorn's way out where it cannot listen
+    except SystemExit as stop:  # uvicorn's way out where it cannot listen; or a signal, once it has closed
+        if server.started:
+            raise
         raise RuntimeError(f"port: {settings.host}:{settings.port} cannot be listened on; choose another") from stop
     if not server.started:
         raise RuntimeError("the app could not be started; see the messages above")

@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from simdetr.app.run_files import detector_in
+from simdetr.app.run_files import detector_in, has_clusters
 from simdetr.data.storage import is_url
 
 DATABASE_NAME = "labels.sqlite"
@@ -23,7 +23,8 @@ class AppSettings:
     Args:
         images: Folder or list of images; they stay where they are and are only read. None: only uploads.
         out: Folder of the app: database, uploads, thumbnails, runs.
-        run: Run folder, detector folder or checkpoint that proposes boxes first and that trainings start from.
+        run: Run folder, detector folder or checkpoint that proposes boxes first and that trainings start from. A run
+            that was only mined and clustered has no detector: its boxes are the first proposals.
         labels: Labels of another tool to begin with; put on images that nobody has inspected.
         host: Address to listen on; any but this machine's own needs a token.
         port: 0 takes a free one.
@@ -60,8 +61,11 @@ class AppSettings:
                 raise ValueError(f"images: expected a folder or list on this machine, got {self.images}; copy them")
             if not self.images.exists():
                 raise FileNotFoundError(f"images: {self.images} does not exist; give a folder of images or a list file")
-        if self.run is not None:
-            detector_in(self.run)
+        if self.run is not None and self.start is None and not has_clusters(self.run):
+            raise FileNotFoundError(
+                "run: expected a folder of `simdetr pretrain` (or of `simdetr mine` and `simdetr cluster`), a detector "
+                f"folder or a checkpoint file, got {self.run}; if it was only mined, cluster it first"
+            )
         if self.labels is not None and not self.labels.exists():
             raise FileNotFoundError(f"labels: {self.labels} does not exist; give a file or folder of labels")
         if not 0 <= self.port <= 65_535:
@@ -73,6 +77,11 @@ class AppSettings:
             raise ValueError(f"token: expected at least {_LEAST_TOKEN} characters; leave it out to have one made up")
         if self.token is None and not self.on_loopback:
             object.__setattr__(self, "token", secrets.token_urlsafe(24))
+
+    @property
+    def start(self) -> Path | None:
+        """The detector that trainings start from; None where there is none."""
+        return None if self.run is None else detector_in(self.run)
 
     @property
     def on_loopback(self) -> bool:

@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -42,6 +44,13 @@ class ModelFacts:
         if self.activation_bytes is None:
             return None
         return 4 * self.parameters + 3 * 4 * self.trainable + batch_size * self.activation_bytes
+
+
+def process_bytes() -> int:
+    """Memory of a process that has loaded what trains, before it has read a weight or an image."""
+    import simdetr.pipeline  # noqa: F401 - as below
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def summary_of(folder: Path) -> ModelFacts:

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from simdetr.app.run_files import RunFiles
+from simdetr.app.run_files import STEPS, RunFiles
 from simdetr.training.train import TERMINATED, ResumePoint
 from simdetr.training.training_bar import total_steps
 
@@ -39,7 +39,7 @@ class TrainingLog(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell how many steps there are, and how many a resumed training has done."""
         self._began, self._first_step = time.monotonic(), trainer.global_step
-        self.files.tell(**self._count(trainer), message="training")
+        self.files.tell(**self._done(trainer), message="training")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:  # noqa: ANN401
         """Tell of the step, unless the last line was a moment ago."""
@@ -76,7 +76,7 @@ class TrainingLog(Callback):
         """
         step = trainer.global_step
         if self.files.pause.is_file() and any(point.step == step for point in _resume_points(trainer)):
-            self.files.tell(**self._count(trainer), message=f"paused at step {step:,}")
+            self.files.tell(**self._done(trainer), message=f"paused at step {step:,}")
             self.files.pause.unlink(missing_ok=True)
             raise SystemExit(TERMINATED)
 
@@ -89,8 +89,11 @@ class TrainingLog(Callback):
 
     def _count(self, trainer: pl.Trainer) -> dict[str, Any]:
         step, total = trainer.global_step, total_steps(trainer)
-        counted = {"step": step, "total_steps": total, "epoch": trainer.current_epoch}
-        return counted | {"done": step, "total": total or 0, "unit": "steps"}
+        return {"step": step, "total_steps": total, "epoch": trainer.current_epoch} | self._done(trainer)
+
+    def _done(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """How far it is, for a line that tells of no step."""
+        return {"done": trainer.global_step, "total": total_steps(trainer) or 0, "unit": STEPS}
 
 
 def _resume_points(trainer: pl.Trainer) -> list[ResumePoint]:

@@ -26,6 +26,7 @@ from simdetr.data.label_report import LabelReport
 from simdetr.data.labels import Labels
 from simdetr.data.storage import read_lists, write_json
 
+SAME_AGAIN = "the same box of the same class again, dropped"
 _ROUNDING_PX = 0.1  # a box may leave the image by this much without being called wrong: COCO writes two decimals
 _BOX_DECIMALS = 4
 _NO_AREA = -1.0  # of an annotation whose area is no number
@@ -299,7 +300,7 @@ def _annotations(
         if "score" not in entry:  # of people: a detector may be as sure of two boxes as of one
             key, shape = (row, own_class, is_crowd, box), (entry.get("segmentation"), entry.get("keypoints"))
             if key in boxes_seen and boxes_seen[key] == shape:
-                problems.add("the same box of the same class again, dropped", where)
+                problems.add(SAME_AGAIN, where)
                 continue
             boxes_seen[key] = shape
         identity = _plain_id(entry.get("id"))

@@ -31,7 +31,7 @@ def seen(session, image):
     return image.status, [(b.id, b.class_id, b.x0, b.status, b.source) for b in rows]
 
 
-@given(st.lists(st.sampled_from(["draw", "move", "drop", "accept", "reject", "skip", "inspect"]), max_size=8))
+@given(st.lists(st.sampled_from(["draw", "move", "drop", "accept", "reject", "skip", "inspect", "done"]), max_size=8))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_everything_can_be_taken_back_and_done_again(engine, words):
     with writing(engine) as session:
@@ -63,8 +63,16 @@ def test_everything_can_be_taken_back_and_done_again(engine, words):
                 status = ImageStatus.SKIPPED if word == "skip" else ImageStatus.INSPECTED
                 box_edits.set_status(session, image, version, status, "me")
             else:
-                box_edits.save(session, image, version, sent, "me", inspected=False)
+                done = word == "done"  # as the page ends an image: what it hides is not among what it sends
+                shown = [own for own, row in zip(sent, rows, strict=False) if (row.score or 1) >= 0.5] if done else sent
+                box_edits.save(session, image, version, shown, "me", inspected=done, min_score=0.5)
             session.flush()
+            if image.status == ImageStatus.INSPECTED and word in ("done", "inspect"):
+                left = box_edits.boxes_of(session, image.id)
+                assert BoxStatus.PROPOSED not in {box.status for box in left}
+                before = {row[0]: row[3] for row in states[-1][1]}
+                rejected = [box for box in left if box.status == BoxStatus.REJECTED]
+                assert all(before[box.id] == BoxStatus.REJECTED for box in rejected)  # none of what was hidden
             if seen(session, image) != states[-1]:
                 states.append(seen(session, image))
         for state in reversed(states[:-1]):
@@ -94,3 +102,27 @@ def test_accepting_goes_by_score_and_by_name(engine):
         with pytest.raises(Refusal, match="you saw 0") as error:
             box_edits.accept(session, image, 0, "me")
         assert error.value.more["current"].version == 1
+
+
+@pytest.mark.parametrize("way", ["save", "accept", "status"])
+def test_what_was_hidden_when_an_image_was_inspected_is_gone_without_a_verdict_until_it_is_undone(engine, way):
+    with writing(engine) as session:
+        image = Image(project_id=1, path=f"hidden-{way}.png", width=100, height=100)
+        session.add(image)
+        session.flush()
+        for number, score in enumerate((0.05, 0.29, 0.3)):
+            place = {"x0": 10.0 * number, "y0": 0.0, "x1": 10.0 * number + 9, "y1": 9.0}
+            session.add(Box(image_id=image.id, class_id=1, **place, status="proposed", source="detector", score=score))
+        session.flush()
+        before = seen(session, image)
+        if way == "save":
+            box_edits.save(session, image, 0, [], "me", inspected=True)
+        elif way == "accept":
+            box_edits.accept(session, image, 0, "me", min_score=0.3, inspected=True)
+        else:
+            box_edits.set_status(session, image, 0, ImageStatus.INSPECTED, "me")
+        (left,) = box_edits.boxes_of(session, image.id)
+        assert (left.score, left.status) == (0.3, BoxStatus.REJECTED if way == "save" else BoxStatus.INSPECTED)
+        box_edits.undo(session, image, 1, "me")
+        session.flush()
+        assert seen(session, image) == before

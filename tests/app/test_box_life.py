@@ -19,6 +19,7 @@ from simdetr.app.box_life import (
     correct,
     iou,
     is_labelled,
+    is_shown,
     proposed,
     reject,
     saved,
@@ -40,7 +41,8 @@ def corners(draw):
 def states(draw, number):
     status = draw(st.sampled_from(list(BoxStatus)))
     machine = status in (BoxStatus.PROPOSED, BoxStatus.INSPECTED, BoxStatus.REJECTED) or draw(st.booleans())
-    source = draw(st.sampled_from([BoxSource.DETECTOR, BoxSource.IMPORT])) if machine else BoxSource.USER
+    machines = [BoxSource.DETECTOR, BoxSource.IMPORT, BoxSource.MINED]
+    source = draw(st.sampled_from(machines)) if machine else BoxSource.USER
     return BoxState(number, draw(st.integers(1, 2)), draw(corners()), status, source, draw(st.floats(0, 1)))
 
 
@@ -115,6 +117,9 @@ def test_a_corrected_box_remembers_the_one_before(box, class_id, xyxy):
     if not changed:
         assert after == box
         return
+    if (box.source, box.status, xyxy) == (BoxSource.MINED, BoxStatus.PROPOSED, box.xyxy):
+        assert (after.status, after.class_id) == (BoxStatus.INSPECTED, class_id)  # it was given its class
+        return
     assert (after.status, after.parent_id, after.id) == (BoxStatus.CORRECTED, box.id, box.id)
     assert (after.source, after.score, after.run_id) == (box.source, box.score, box.run_id)
 
@@ -129,7 +134,8 @@ def test_accepting_changes_proposals_alone_and_rejecting_keeps_what_a_machine_fo
     else:
         assert accept(box, "me") == box
     after = reject(box, "me")
-    assert (after is None) is (box.source == BoxSource.USER and box.status != BoxStatus.REJECTED)
+    hint = (box.source, box.status) == (BoxSource.MINED, BoxStatus.PROPOSED)
+    assert (after is None) is (hint or (box.source == BoxSource.USER and box.status != BoxStatus.REJECTED))
     assert after is None or after.status == BoxStatus.REJECTED
 
 
@@ -139,10 +145,10 @@ def test_saving_leaves_what_was_sent(existing, data):
     kept = [box for box in live if data.draw(st.booleans())]
     sent = [SentBox(box.id, data.draw(st.integers(1, 2)), box.xyxy, box.ignore) for box in kept]
     sent += [SentBox(None, 1, xyxy) for xyxy in data.draw(st.lists(corners(), max_size=3))]
-    inspected = data.draw(st.booleans())
+    inspected, least = data.draw(st.booleans()), data.draw(st.floats(0, 1))
     after = {box.id: box for box in existing}
     new = []
-    for change in saved(existing, sent, "me", inspected=inspected):
+    for change in saved(existing, sent, "me", inspected=inspected, min_score=least):
         assert change.before != change.after
         if change.before is None:
             new.append(change.after)
@@ -156,7 +162,19 @@ def test_saving_leaves_what_was_sent(existing, data):
     for box in live:
         if box not in kept:
             gone = after[box.id]
-            assert gone is None if box.source == BoxSource.USER else gone.status == BoxStatus.REJECTED
+            hint = (box.source, box.status) == (BoxSource.MINED, BoxStatus.PROPOSED)
+            unseen = inspected and box.status == BoxStatus.PROPOSED and box.score < least
+            if box.source == BoxSource.USER or hint or unseen:
+                assert gone is None  # no verdict on what nobody saw
+            else:
+                assert gone.status == BoxStatus.REJECTED
+
+
+@given(states(1), st.floats(0, 1))
+def test_only_proposals_of_a_detector_below_the_score_are_hidden(box, least):
+    hidden = box.status == BoxStatus.PROPOSED and box.source != BoxSource.MINED and box.score < least
+    assert is_shown(box, least) is not hidden
+    assert is_shown(replace(box, score=None), least)
 
 
 def test_saving_what_is_not_there_names_its_place():

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from simdetr.app import first_proposals
-from simdetr.app.database import reading
-from simdetr.app.first_proposals import best_of, parts_of, propose_first
-from simdetr.app.run_files import RunFiles, write_image_list
+from simdetr.app import first_proposals, run_files, run_queue
+from simdetr.app.database import reading, writing
+from simdetr.app.first_proposals import PART, best_of, propose_first
+from simdetr.app.jobs import LoadedOnce, carry_out
+from simdetr.app.run_files import RunFiles, parts_of, write_image_list
 from simdetr.app.run_queue import RunQueue
 from simdetr.app.tables import Run
-from simdetr.data.label_files import read_labels
+from simdetr.data.annotations import Category
+from simdetr.data.label_files import read_labels, write_labels
 from simdetr.mining.regions import Regions
 from simdetr.mining.store import ProposalRow
 
 
 @pytest.fixture
 def mining(own_scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(first_proposals, "FIRST", 2)
+    monkeypatch.setattr(run_files, "FIRST", 2)
     monkeypatch.setattr(first_proposals, "PART", 3)
     files = RunFiles(tmp_path / "run")
     write_image_list(sorted((own_scenes / "images").iterdir()), files.images)
@@ -30,9 +34,9 @@ def mining(own_scenes, tmp_path, monkeypatch):
 
 
 def test_the_first_part_is_small_and_no_image_is_left_out():
-    assert parts_of(3) == [range(3)]
-    assert [len(part) for part in parts_of(50)] == [4, 16, 16, 14]
-    assert [place for part in parts_of(21) for place in part] == list(range(21))
+    assert parts_of(3, PART) == [range(3)]
+    assert [len(part) for part in parts_of(50, PART)] == [4, 16, 16, 14]
+    assert [place for part in parts_of(21, PART) for place in part] == list(range(21))
 
 
 def test_parts_are_kept_and_other_runs_are_let_through_between_them(mining, truth_of):
@@ -123,7 +127,7 @@ def test_a_stopped_app_goes_on_mining_by_itself(serve):
     assert person.wait(1)["state"] == "done"
     with reading(person.desk.engine) as session:
         run = session.get(Run, 1)
-        assert run is not None and run.ingested == len(parts_of(6))
+        assert run is not None and run.ingested == len(parts_of(6, PART))
 
 
 def test_an_unnamed_class_is_no_class_of_a_training_until_it_is_used_or_renamed(serve):
@@ -161,3 +165,66 @@ def test_one_image_without_a_detector_is_mined_when_somebody_asks(serve):
     assert run["kind"] == "mine" and person.wait(run["id"])["state"] == "done"
     assert person.get(f"/images/{image}/boxes")["boxes"]
     assert person.get(f"/images/{person.images()[0]['id']}/boxes")["boxes"] == []
+
+
+def test_a_detector_to_start_from_proposes_first_by_itself_and_once(serve, small_detector):
+    person = serve(propose=True, run=small_detector, device="cpu")
+    (run,) = person.get("/projects/1/runs")["runs"]
+    assert run["kind"] == "detect" and run["parameters"]["first"]
+    done = person.wait(run["id"])
+    assert (done["state"], done["total"]) == ("done", 6), done["error"]
+    assert [row["done"] for row in person.get(f"/runs/{run['id']}")["metrics"] if "done" in row] == [4, 6]
+    person = serve(propose=True, run=small_detector, device="cpu")
+    assert len(person.get("/projects/1/runs")["runs"]) == 1
+
+
+def test_first_detections_let_other_runs_through_and_end_once_a_detector_is_trained(serve, small_detector):
+    person = serve(run=small_detector, device="cpu")
+    person.desk.runs._closing.set()  # what follows is done by hand
+    first = person.ask("POST", "/projects/1/runs", {"kind": "detect", "parameters": {"first": True}}, 201)
+    files = person.desk.runs._prepare(first["id"])
+    job = json.loads(files.job.read_text())
+    files.make_way.touch()
+    assert carry_out(files, LoadedOnce())["unfinished"] and not files.make_way.exists() and not files.parts.exists()
+    assert carry_out(files, LoadedOnce())["message"] == "looked at 6 images" and job["parameters"]["first"]
+    with writing(person.desk.engine) as session:
+        session.get(Run, first["id"]).state = "queued"
+        asked = Run(project_id=1, kind="detect", parameters={})
+        session.add(asked)
+        session.flush()
+        run_queue._end_first(session, 1)
+        assert (session.get(Run, first["id"]).state, asked.state) == ("cancelled", "queued")
+
+
+def test_a_pretrained_detector_proposes_boxes_without_a_name(serve, small_detector, tmp_path):
+    folder = tmp_path / "pretrained"
+    shutil.copytree(small_detector, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["categories"] = [{"id": n + 1, "name": f"cluster {n:04d} of ab12"} for n in range(2)]
+    (folder / "config.json").write_text(json.dumps(config))
+    person = serve(run=folder, device="cpu")
+    done = person.run("detect", first=True, min_score=0.0)
+    assert done["state"] == "done" and done["message"] == "looked at 6 images: 6 with boxes of no name yet"
+    sheet = person.get("/images/1/boxes")
+    assert 0 < len(sheet["boxes"]) <= 10 and {box["source"] for box in sheet["boxes"]} == {"mined"}
+    (kind,) = person.get("/projects/1/classes")["classes"]
+    assert kind["kind"] == "pseudo"
+    body = {"version": sheet["version"], "boxes": [], "inspected": True}
+    assert person.ask("PUT", "/images/1/boxes", body)["image"]["counts"]["rejected"] == 0
+
+
+def test_a_run_that_was_mined_and_clustered_gives_its_boxes_and_no_detector(serve, own_scenes, tmp_path):
+    truth = read_labels(own_scenes / "instances.json")
+    names = tuple(name.removeprefix("images/") for name in truth.image_ids)
+    categories = tuple(Category(n + 1, f"cluster {n:04d} of ab12") for n in range(truth.num_classes))
+    run = tmp_path / "clustered"
+    write_labels(replace(truth, image_ids=names, categories=categories, stage=0), run / "stage0" / "labels.parquet")
+    person = serve(propose=True, run=run, device="cpu")
+    assert person.get("/projects/1/runs")["runs"] == [] and person.get("/projects/1")["active_model"] is None
+    assert person.get("/projects/1/models")["models"] == [] and person.get("/projects/1/clusters")["clusters"]
+    counts = {image["name"]: image["counts"]["proposed"] for image in person.images()}
+    assert counts == {name: len(truth.of(f"images/{name}")) for name in counts} and sum(counts.values())
+    assert {box["source"] for box in person.get("/images/1/boxes")["boxes"]} <= {"mined"}
+    assert "a --run that has none" in person.ask("GET", "/projects/1/models/start", status=404)["detail"]
+    person = serve(propose=True, run=run, device="cpu")
+    assert person.get("/projects/1")["boxes"] == sum(counts.values())

@@ -22,7 +22,7 @@ class Server:
 
     def __init__(self, images, out, *more):
         self.command = [sys.executable, "-m", "simdetr", "label", "--images", str(images), "--out", str(out)]
-        self.command += ["--port", "0", "--no_browser", "--device", "cpu", *more]
+        self.command += ["--port", "0", "--no_browser", "--device", "cpu", "--no_propose", *more]
         self.log = out.parent / "server.log"
         self.process = None
 

@@ -195,3 +195,16 @@ def test_labels_of_the_command_line_are_there_at_the_first_start_and_change_noth
     person.ask("PUT", f"/images/{image['id']}/boxes", {"version": sheet["version"], "boxes": [], "inspected": True})
     person = serve(labels=path)
     assert person.get("/projects/1")["boxes"] == boxes - len(sheet["boxes"])
+
+
+@pytest.mark.parametrize("kind", ["coco", "yolo", "voc"])
+def test_a_box_that_is_there_twice_goes_out_and_comes_in_again(person, kind):
+    class_id, image = person.make_class(), person.images()[0]
+    person.draw(image["id"], (class_id, [4, 4, 20, 20]), (class_id, [4, 4, 20, 20]), (class_id, [30, 4, 40, 20]))
+    made = person.ask("POST", "/projects/1/exports", {"format": kind}, 201)
+    content = person.client.get(made["download"]).content
+    person.draw(person.images()[1]["id"])
+    found = send(person, "labels.json" if kind == "coco" else "labels.zip", content)
+    assert found["imported"] and found["problems"] == []
+    if kind == "coco":
+        assert found["boxes"] == 2 and "1 × the same box of the same class again, dropped" in found["notes"][0]

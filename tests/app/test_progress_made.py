@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from simdetr.app.database import writing
+from simdetr.app import snapshots
+from simdetr.app.database import reading, writing
 from simdetr.app.proposals import propose
-from simdetr.app.tables import Run, RunKind, RunState
+from simdetr.app.tables import Project, Run, RunKind, RunState
 from simdetr.labelling.stopping import Audit, errors_left
 
 
@@ -33,6 +34,7 @@ def test_without_an_audit_nothing_is_said_of_the_errors_left(person):
 def test_an_audit_comes_first_and_gives_the_estimate_of_the_engine(proposed, make_labels):
     person = proposed
     assert person.ask("POST", "/projects/1/audit", {"images": 3}, 201) == {"images": 3}
+    seen = {"inspected": True, "min_score": 0.0}
     first = [image["id"] for image in person.get("/projects/1/queue", limit=3)["images"]]
     assert all("at random" in image["reason"] for image in person.get("/projects/1/queue", limit=3)["images"])
     for place, image in enumerate(first):
@@ -43,8 +45,8 @@ def test_an_audit_comes_first_and_gives_the_estimate_of_the_engine(proposed, mak
             sent += [{"class_id": 1, "xyxy": [40, 40, 50, 50]}] if place == 1 else []
         else:
             sent += [{"id": unsure["id"], "class_id": 1, "xyxy": unsure["xyxy"]}]
-        person.ask("PUT", f"/images/{image}/boxes", {"version": sheet["version"], "boxes": sent, "inspected": True})
-    found = person.get("/projects/1/estimate")
+        person.ask("PUT", f"/images/{image}/boxes", {"version": sheet["version"], "boxes": sent, **seen})
+    found = person.get("/projects/1/estimate", min_score=0.0)
     assert [found[name] for name in ("inspected", "accepted", "rejected", "drawn", "audited")] == [3, 4, 2, 1, 3]
     assert (found["left_images"], found["left_detections"]) == (3, 6)
     left = make_labels({str(n): [(0, 0, 9, 9, 0, 0.9), (20, 0, 29, 9, 0, 0.2)] for n in range(3)})
@@ -58,7 +60,27 @@ def test_images_that_were_chosen_say_nothing_of_the_rest(proposed):
     person = proposed
     for image in person.images()[:3]:
         sheet = person.get(f"/images/{image['id']}/boxes")
-        person.ask("POST", f"/images/{image['id']}/accept", {"version": sheet["version"], "inspected": True})
+        body = {"version": sheet["version"], "min_score": 0.0, "inspected": True}
+        person.ask("POST", f"/images/{image['id']}/accept", body)
     found = person.get("/projects/1/estimate")
     assert found["accepted"] == 6 and found["errors_left"] is None
     assert found["next_20"]["errors_found"] == 0
+
+
+def test_proposals_that_nobody_saw_are_in_no_estimate_and_no_training(proposed):
+    """The page sends what it shows: of two boxes on each image the one at 0.2 is hidden."""
+    person = proposed
+    person.ask("POST", "/projects/1/audit", {"images": 3}, 201)
+    for image in person.get("/projects/1/queue", limit=3)["images"]:
+        sheet = person.get(f"/images/{image['id']}/boxes")
+        sent = [{name: sheet["boxes"][0][name] for name in ("id", "class_id", "xyxy")}]
+        body = {"version": sheet["version"], "boxes": sent, "inspected": True}
+        counts = person.ask("PUT", f"/images/{image['id']}/boxes", body)["image"]["counts"]
+        assert (counts["inspected"], counts["rejected"], counts["proposed"]) == (1, 0, 0)
+    found = person.get("/projects/1/estimate")
+    assert [found[name] for name in ("accepted", "rejected", "audited", "left_detections")] == [3, 0, 3, 3]
+    assert found["errors_left"]["wrong"] < 3
+    with reading(person.desk.engine) as session:
+        project = session.get(Project, 1)
+        labels = snapshots.labels_of(session, project, snapshots.as_trained(project))
+    assert len(labels.boxes_xyxy) == 3 and not labels.crowd.any()

@@ -6,6 +6,7 @@ import pytest
 
 from simdetr.app.database import writing
 from simdetr.app.proposals import classes_for, propose
+from simdetr.app.tables import BoxSource
 from simdetr.data.annotations import Category
 
 
@@ -15,7 +16,7 @@ def put(person, make_labels):
         labels = make_labels(boxes, category_ids=(1, 2))
         ids = {image["name"]: image["id"] for image in person.images()}
         with writing(person.desk.engine) as session:
-            return propose(session, labels, ids, {0: 1}, **options)
+            return propose(session, labels, ids, options.pop("class_ids", {0: 1}), **options)
 
     return make
 
@@ -73,3 +74,48 @@ def test_an_image_that_loses_its_proposals_is_new_again(person, put):
     put({name: [(0, 0, 9, 9, 0, 0.5)]})
     put({name: []})
     assert person.get(f"/images/{image}")["status"] == "new"
+
+
+def boxes_on(person, image):
+    return [(box["xyxy"][0], box["source"]) for box in person.get(f"/images/{image['id']}/boxes")["boxes"]]
+
+
+def test_a_weak_detection_leaves_what_people_are_shown_and_says_so(person, put):
+    person.make_class()
+    mined, strong, weak, bare, good = person.images()[:5]
+    put({mined["name"]: [(0, 0, 9, 9, 0, 0.1)]}, source=BoxSource.MINED)
+    put({strong["name"]: [(0, 0, 9, 9, 0, 0.8)], weak["name"]: [(0, 0, 9, 9, 0, 0.2)]})
+    low, high = (30, 0, 39, 9, 0, 0.29), (30, 0, 39, 9, 0, 0.3)
+    found = {one["name"]: [low] for one in (mined, strong, weak, bare)} | {good["name"]: [low, high]}
+    outcome = put(found, shown_score=0.3)
+    assert (outcome.kept, outcome.hidden, outcome.shown, outcome.hints, outcome.images) == (2, 2, 1, 0, 3)
+    assert boxes_on(person, mined) == [(0, "mined")] and boxes_on(person, strong) == [(0, "detector")]
+    assert boxes_on(person, weak) == boxes_on(person, bare) == [(30, "detector")]
+    text = outcome.images_text(0.3)
+    assert text == "1 with boxes at or above 0.30; 2 with boxes below 0.30 only; 2 keep the proposals they had"
+    outcome = put({mined["name"]: [high], strong["name"]: []}, shown_score=0.3)
+    assert boxes_on(person, mined) == [(30, "detector")] and boxes_on(person, strong) == [(0, "detector")]
+    assert (outcome.shown, outcome.kept) == (1, 1)
+
+
+def test_boxes_without_a_name_are_few_hints_of_different_places(person, put):
+    unnamed = person.ask("POST", "/projects/1/classes", {"name": "object", "kind": "pseudo"}, 201)["id"]
+    thing = person.make_class()
+    image, other = person.images()[:2]
+    places = [(20 * n, 0, 20 * n + 9, 9, n % 2, 0.05 + n / 100) for n in range(14)]
+    again = (260, 0, 269, 8, 0, 0.9)  # another pseudo-class on the place of the surest
+    outcome = put({image["name"]: [*places, again]}, class_ids={0: unnamed, 1: unnamed}, shown_score=0.3)
+    assert (outcome.boxes, outcome.hints) == (10, 1)
+    assert outcome.images_text(0.3) == "1 with boxes of no name yet"
+    assert sorted(boxes_on(person, image)) == [(20.0 * n, "mined") for n in range(4, 14)]
+    put({other["name"]: [(0, 0, 9, 9, 1, 0.9)]}, class_ids={1: thing})
+    outcome = put({other["name"]: [again]}, class_ids={0: unnamed}, shown_score=0.3)
+    assert outcome.kept == 1 and boxes_on(person, other) == [(0, "detector")]
+
+
+def test_first_proposals_come_on_an_open_image_while_it_has_no_box(person, put):
+    person.make_class()
+    image = person.images()[0]
+    person.ask("POST", f"/images/{image['id']}/open", {"holder": "tab"})
+    assert put({image["name"]: [(0, 0, 9, 9, 0, 0.5)]}, even_bare=True).images == 1
+    assert put({image["name"]: [(5, 0, 9, 9, 0, 0.5)]}, even_bare=True).open == 1

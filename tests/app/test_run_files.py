@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from simdetr.app import run_files
-from simdetr.app.run_files import RunFiles, detector_in, has_detector, read_image_list, write_image_list
+from simdetr.app.run_files import RunFiles, detector_in, has_clusters, has_detector, read_image_list, write_image_list
 from simdetr.data.images import open_images
 from simdetr.exchange.weights import is_saved
 from simdetr.training.run_folder import detector_folder
@@ -49,8 +47,14 @@ def test_files_are_known_as_those_who_write_them_know_them(tmp_path, small_detec
         (tmp_path / f"stage{stage}").mkdir()
         (tmp_path / f"stage{stage}" / "detector").symlink_to(small_detector)
     assert detector_in(tmp_path).parent.name == detector_folder(tmp_path).parent.name == "stage10"
-    with pytest.raises(FileNotFoundError, match="run: expected"):
-        detector_in(tmp_path / "nothing")
+    assert detector_in(tmp_path / "nothing") is None
+
+
+def test_a_run_without_a_detector_may_have_clusters(tmp_path):
+    assert not has_clusters(tmp_path)
+    (tmp_path / "stage0").mkdir()
+    (tmp_path / "stage0" / "labels.parquet").touch()
+    assert has_clusters(tmp_path) and detector_in(tmp_path) is None
 
 
 def test_the_newest_checkpoint_is_the_one_to_go_on_from(tmp_path):

@@ -50,7 +50,7 @@ def test_a_training_can_be_killed_resumed_activated_and_its_detector_proposes(se
     assert done["snapshot"] and {"detector", "snapshot", "configuration", "log"} <= set(done["artefacts"])
     news = person.get(f"/runs/{run['id']}")
     steps = [row["step"] for row in news["metrics"] if row.get("loss") is not None]
-    begun_again = [row["step"] for row in news["metrics"] if row.get("message") == "training"]
+    begun_again = [row["done"] for row in news["metrics"] if row.get("message") == "training"]
     assert steps[-1] == 60 and begun_again[0] == 0 and 2 <= begun_again[1] < 60
     assert person.get(f"/runs/{run['id']}", since=news["next"])["metrics"] == []
 
@@ -90,7 +90,7 @@ def test_a_paused_training_goes_on_from_the_very_step(serve, tiny_config, truth_
     while len(began) < 2:
         time.sleep(0.1)
         rows = person.get(f"/runs/{run['id']}")["metrics"]
-        began = [row["step"] for row in rows if row.get("message") == "training"]
+        began = [row["done"] for row in rows if row.get("message") == "training"]
     assert began == [0, step]
     person.ask("POST", f"/runs/{run['id']}/cancel")
     assert person.wait(run["id"], "cancelled", "failed")["done"] > step

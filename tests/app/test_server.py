@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import schemathesis
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
-from simdetr.app.server import address_of
+from simdetr.app.server import address_of, serve
 from simdetr.app.settings import AppSettings
 
 OF_THE_FIRST = ("project_id", "image_id", "class_id", "box_id", "run_id")
@@ -94,7 +95,8 @@ def test_the_address_is_one_that_a_browser_can_open():
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_told_to_stop(own_scenes, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_told_to_stop(own_scenes, tmp_path, sent):
     command = [sys.executable, "-m", "simdetr", "label", "--images", str(own_scenes / "images")]
     command += ["--out", str(tmp_path / "out"), "--port", "0", "--no_browser"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
@@ -105,8 +107,16 @@ def test_the_command_serves_until_it_is_told_to_stop(own_scenes, tmp_path):
             assert len(json.load(answer)["projects"]) == 1
         with urlopen(f"http://{place}") as answer:
             assert b"<html" in answer.read()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) in (0, 130, -signal.SIGINT)
+        process.send_signal(sent)
+        assert process.wait(30) in (0, 128 + sent, -sent)
+        assert "error" not in process.stderr.read()
     finally:
         process.kill()
         process.stderr.close()
+
+
+def test_a_port_that_is_taken_is_said_so(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RuntimeError, match=f"127.0.0.1:{port} cannot be listened on; choose another"):
+            serve(AppSettings(out=tmp_path / "out", port=port), opens_browser=False)

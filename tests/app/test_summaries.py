@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from simdetr.app.summaries import _activation_bytes, summary_of
+from simdetr.app.summaries import _activation_bytes, process_bytes, summary_of
 from simdetr.exchange.weights import load_detector
 
 
@@ -25,6 +25,16 @@ def test_memory_of_a_training_grows_with_its_batch_by_what_a_forward_pass_keeps(
     assert one is not None and two is not None
     assert two - one == found.activation_bytes > 3 * 64 * 80 * 4
     assert one - found.activation_bytes == 4 * found.parameters + 12 * found.trainable
+
+
+def test_the_memory_of_a_training_is_told_with_that_of_its_process(serve, small_detector):
+    person = serve(run=small_detector, device="cpu")
+    alone = summary_of(small_detector).training_bytes(2)
+    told = person.get("/projects/1/models/start/memory", batch_size=2)
+    assert told["bytes"] > alone + (100 << 20) and process_bytes() > 100 << 20  # torch alone takes more
+    assert f"{(told['bytes'] - alone) >> 20:,} MiB of it are the process itself" in told["basis"]
+    on_gpu = person.get("/projects/1/models/start/memory", batch_size=2, device="cuda:0")
+    assert on_gpu["bytes"] == alone and "process" not in on_gpu["basis"]
 
 
 def test_activations_are_counted_once_and_weights_are_none():

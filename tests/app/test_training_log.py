@@ -74,7 +74,8 @@ def test_a_training_that_is_to_pause_keeps_its_step_and_ends(tmp_path, batches, 
 def test_steps_losses_rates_and_scores_are_told(tmp_path):
     rows = fit(tmp_path, 2.0)
     steps = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in steps] == list(range(1, 16)) and {row["total_steps"] for row in rows} == {15}
+    assert [row["step"] for row in steps] == list(range(1, 16)) and {row["total"] for row in rows} == {15}
+    assert all("loss" in row or "scores" in row for row in rows if "step" in row)  # the page shows those alone
     assert steps[0]["loss"] == 2.0 and steps[0]["losses"] == {"giou": None} and steps[0]["lr"] == 0.5
     assert all(row["memory"] > 0 and row["seconds_per_step"] >= 0 for row in steps)
     assert [row["scores"] for row in rows if "scores" in row] == [{"AP": 0.25}] * 3

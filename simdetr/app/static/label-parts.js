@@ -53,7 +53,7 @@ export function middle(screen) {
     h("span.grow"),
     h(
       "span.score",
-      { title: "Proposals below this score are hidden, and rejected when the image is saved as inspected" },
+      { title: "Proposals below this score are hidden, and removed when the image is saved as inspected: nobody has judged them" },
       h("span.word", {}, "Score "),
       "≥ ",
       screen.score,
