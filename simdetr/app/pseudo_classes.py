@@ -380,5 +380,5 @@ def propose_named(engine: Engine, project_id: int, labels: Labels | None) -> Pro
                 col(Image.project_id) == project_id, col(Image.path).in_(part.image_ids)
             )
             ids = {path: image_id for path, image_id in session.execute(query) if image_id is not None}
-            outcome.add(propose(session, part, ids, classes, source=BoxSource.DETECTOR))
+            outcome.add(propose(session, part, ids, classes, source=BoxSource.DETECTOR, shown_score=0.0))
     return outcome

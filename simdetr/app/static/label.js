@@ -11,6 +11,7 @@ import { count, decimal, percent, plural } from "./numbers.js";
 import { Queue } from "./queue.js";
 import { AT_WORK, finished } from "./runs.js";
 import { Saver, unsaved } from "./saving.js";
+import { chooseScore, isScoreChosen, shownScore } from "./shown-score.js";
 import { actionOf, showKeys } from "./shortcuts.js";
 import { uploadPanel } from "./upload.js";
 
@@ -52,7 +53,7 @@ export class LabelScreen {
   constructor(app) {
     this.app = app;
     this.project = app.project;
-    this.minScore = Number(localStorage.getItem("simdetr.min_score") ?? 0.3);
+    this.minScore = shownScore();
     this.editor = document.createElement("box-editor");
     this.classes = new Map();
     const minScore = () => this.minScore;
@@ -160,7 +161,8 @@ export class LabelScreen {
   // Proposals of a run that mines come while their image is open, as long as nothing was drawn on it.
   async #look() {
     const saver = this.#saver;
-    const mining = this.app.runs.runs.find((run) => run.kind === "mine" && AT_WORK.has(run.state));
+    const proposes = (run) => run.kind === "mine" || (run.kind === "detect" && run.parameters.first);
+    const mining = this.app.runs.runs.find((run) => proposes(run) && AT_WORK.has(run.state));
     this.miningNote.hidden = !mining;
     if (mining)
       this.miningNote.textContent = mining.total
@@ -455,8 +457,10 @@ export class LabelScreen {
     this.#paint();
   }
 
+  // What is mined has low scores of its own kind: it is hidden only once a person has moved the slider.
   #isShown(box) {
-    return box.status !== "proposed" || box.score === null || box.score === undefined || box.score >= this.minScore;
+    if (box.status !== "proposed" || box.score === null || box.score === undefined) return true;
+    return box.score >= this.minScore || (box.source === "mined" && !isScoreChosen());
   }
 
   #paint() {
@@ -692,7 +696,7 @@ export class LabelScreen {
 
   setScore(score) {
     this.minScore = score;
-    localStorage.setItem("simdetr.min_score", score);
+    chooseScore(score);
     this.scoreText.textContent = score.toFixed(2);
     this.#paint();
     if (!this.editor.selected) this.#onward();
@@ -853,7 +857,7 @@ export class LabelScreen {
       return;
     }
     const shown = this.#boxes.filter((box) => this.#isShown(box) && !(box.source === "mined" && this.#isUnnamed(box)));
-    await this.#done(() => this.#saver.save(shown, { inspected: true }));
+    await this.#done(() => this.#saver.save(shown, { inspected: true, minScore: this.minScore }));
   }
 
   // Write that this image is done with, and show the next.

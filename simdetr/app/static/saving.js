@@ -41,7 +41,7 @@ export class Saver {
   }
 
   // Write the boxes as they are now; rejected ones and those without a class are left out.
-  save(boxes, { inspected = false } = {}) {
+  save(boxes, { inspected = false, minScore } = {}) {
     const kept = boxes
       .filter((box) => box.status !== "rejected" && box.class_id)
       .map(({ key, id, class_id, xyxy, ignore, status }) => ({
@@ -52,7 +52,7 @@ export class Saver {
         ignore,
         status,
       }));
-    return this.#add({ kind: "boxes", boxes: kept, inspected });
+    return this.#add({ kind: "boxes", boxes: kept, inspected, ...(inspected ? { minScore } : {}) });
   }
 
   // Write a change that is not made of boxes: ["POST", "/undo"], ["PUT", "/status", {status}], ["POST", "/accept",
@@ -129,7 +129,7 @@ export class Saver {
       ...(id && status === "inspected" ? { status } : {}),
     }));
     return ask("PUT", `${base}/boxes`, {
-      json: { version: this.version, boxes, ...(op.inspected ? { inspected: true } : {}) },
+      json: { version: this.version, boxes, ...(op.inspected ? { inspected: true, min_score: op.minScore } : {}) },
     });
   }
 

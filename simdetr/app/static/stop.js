@@ -3,6 +3,7 @@
 import { get, post } from "./api.js";
 import { button, complain, h, put, s, toast } from "./elements.js";
 import { about, count, percent, plural, sentence } from "./numbers.js";
+import { shownScore } from "./shown-score.js";
 
 const AUDIT = 20;
 
@@ -42,7 +43,8 @@ export class StopScreen {
   async start() {
     complain(this.element, null);
     try {
-      this.#show(await get(`/projects/${this.app.project.id}/estimate`, { confidence: this.confidence.value }));
+      const asked = { confidence: this.confidence.value, min_score: shownScore() };
+      this.#show(await get(`/projects/${this.app.project.id}/estimate`, asked));
     } catch (error) {
       complain(this.element, error);
     }

@@ -17,6 +17,8 @@ def test_one_key_names_and_accepts_and_what_was_not_named_is_gone(page, serve):
     cat, dog = site.add_class("cat"), site.add_class("dog")
     site.propose(image, unnamed, PLACES, BoxSource.MINED)
     opened(page, site.screen("label", image))
+    expect(page.locator(f"{BOX}.proposed")).to_have_count(4)  # whatever their scores, until the slider is moved
+    page.get_by_test_id("min-score").fill("0.3")
     expect(page.locator(f"{BOX}.proposed")).to_have_count(1)
     expect(page.get_by_test_id("hidden-note")).to_contain_text("3 proposals below 0.30 hidden")
     expect(page.get_by_test_id("only-hidden")).to_be_hidden()
@@ -41,8 +43,6 @@ def test_without_any_class_the_first_name_is_asked_for_and_typed_once(page, serv
     unnamed = site.ask("POST", "/projects/1/classes", {"name": "object", "kind": "pseudo"})["id"]
     site.propose(image, unnamed, PLACES[:3], BoxSource.MINED)
     opened(page, site.screen("label", image))
-    page.get_by_test_id("min-score").fill("0")
-    page.get_by_test_id("editor").focus()
     page.keyboard.press("a")
     expect(page.get_by_test_id("class-input")).to_be_focused()
     page.keyboard.type("고양이")

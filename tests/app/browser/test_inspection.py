@@ -96,6 +96,7 @@ def test_a_class_is_made_by_its_name_and_the_drawn_box_waits_for_it(page, serve)
     expect(page.locator(".tag-name")).to_have_text("<img src=x onerror=alert(1)>")
     expect(page.locator(BOX)).to_have_attribute("aria-label", "Box 1: <img src=x onerror=alert(1)>, manual")
     assert page.locator("#main img[src=x]").count() == 0
+    saved(page)
     assert len(site.boxes(image)) == 1
 
 
