@@ -90,7 +90,8 @@ def train(page: Page, client: AppClient, out: Path, steps: int) -> str:
     run = None
     while run is None or run["progress"] < 0.6:
         time.sleep(1)
-        for run in client.ask("GET", "/projects/1/runs")["runs"]:
+        runs = client.ask("GET", "/projects/1/runs")["runs"]
+        for run in (one for one in runs if one["kind"] == "train"):
             if run["state"] in ("failed", "cancelled"):
                 raise SystemExit(f"the training is {run['state']}: {run['error']}")
     page.wait_for_timeout(2000)

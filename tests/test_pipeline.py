@@ -597,7 +597,7 @@ def test_a_planted_order_comes_out(tmp_path):
     quiet = ("--trainer.enable_progress_bar=false", "--data.short_sides=[96]")
     scenes, truth = tmp_path / "scenes", tmp_path / "scenes" / "instances.json"
     render_scenes(scenes, 24, (96, 96), 0, PLAIN_CLASSES, "plain")
-    taught = pipeline.finetune(scenes, truth, tmp_path / "taught", configs, options=(*quiet, "--trainer.max_steps=200"))
+    taught = pipeline.finetune(scenes, truth, tmp_path / "taught", configs, options=(*quiet, "--trainer.max_steps=140"))
     found = pipeline.compare(
         scenes,
         truth,
@@ -608,14 +608,14 @@ def test_a_planted_order_comes_out(tmp_path):
         val_labels=truth,
         arms=["random", "pretrained"],
         workers=1,
-        fractions=(0.25, 0.5),
+        fractions=(0.5,),
         seeds=(0, 1, 2),
         options=(*quiet, "--trainer.max_steps=10"),
     )
     assert found.verdict.answer == "pays", found.text()
     gains = [one for one in found.differences if one.metric == "AP"]
-    assert [one.initialisation for one in gains] == ["pretrained"] * 2 and all(one.both.low > 5 for one in gains)
-    assert [one.bound for one in found.saved] == ["at least", "at least"]
+    assert [one.initialisation for one in gains] == ["pretrained"] and gains[0].both.low > 5
+    assert [one.bound for one in found.saved] == ["at least"]
 
 
 def test_a_half_written_detector_is_trained_again(run, tmp_path):
