@@ -34,6 +34,11 @@ WINDOW = {"width": 1280, "height": 800}
 WIDTH = 1100
 """Of the pictures, in pixels; the page is drawn twice as fine."""
 MOST_KB = 150
+PREVIEWED = """() => {
+  const shown = [...document.querySelectorAll('[data-testid="augmentation-preview"] img')];
+  return shown.length === 4 && shown.every((img) => img.complete && img.naturalWidth > 0);
+}"""
+"""All pictures of what training changes are there."""
 
 
 def serve(folder: Path) -> tuple[uvicorn.Server, threading.Thread, AppClient]:
@@ -84,7 +89,8 @@ def train(page: Page, client: AppClient, out: Path, steps: int) -> str:
     page.get_by_test_id("augmentation-preview").locator("img").nth(3).wait_for()
     page.get_by_test_id("init").select_option("")
     page.get_by_test_id("steps").fill(str(steps))
-    page.wait_for_timeout(3000)
+    page.wait_for_timeout(1000)  # the previews follow the settings
+    page.wait_for_function(PREVIEWED, timeout=60_000)
     keep(page, out, "train")
     page.get_by_test_id("start-training").click()
     run = None

@@ -4,8 +4,8 @@ In turns with a checkout of the other state, which its files are compiled for by
 CPU time hardly depends on what else the machine does. `predict` looks at one image of 480 × 640 px with a Deformable
 DETR with a ResNet-50, with new weights: all of it, from the start of the process to the file.
 
-git worktree add /tmp/before COMMIT
-python -m benchmarks.start_up --before /tmp/before --commit COMMIT
+git worktree add ../before COMMIT
+python -m benchmarks.start_up --before ../before --commit COMMIT
 """
 
 from __future__ import annotations
