@@ -77,12 +77,16 @@ class Aside:
     def stop(self) -> None:
         """End the process, in the middle of an answer if need be; nothing can be asked from now on."""
         self._stopped = True
+        self._kill()
+        with self._turn:
+            self._kill()  # one that a question has started meanwhile
+            self._end()
+
+    def _kill(self) -> None:
         process = self._process
         if process is not None and process.poll() is None:
             process.kill()  # it writes nothing
             process.wait()
-        with self._turn:
-            self._end()
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:

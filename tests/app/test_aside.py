@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -43,6 +45,20 @@ def test_refusals_come_as_they_are_and_other_errors_as_refusals(aside, tmp_path)
     assert (refused.value.status, refused.value.detail) == (409, "factorial() not defined for negative values")
     assert "Traceback" in aside.log.read_text()
     assert aside.ask(math.gcd, 4, 6) == 2
+
+
+def test_stopped_while_a_first_question_starts_it_leaves_no_process(aside, monkeypatch):
+    start, stopping = aside._started, threading.Thread(target=aside.stop)
+
+    def start_too_late():
+        stopping.start()
+        time.sleep(0.3)  # it has seen no process by now, and waits for the question
+        return start()
+
+    monkeypatch.setattr(aside, "_started", start_too_late)
+    number = aside.ask(os.getpid)
+    stopping.join(20)
+    assert not stopping.is_alive() and not psutil.pid_exists(number)
 
 
 def test_it_is_started_again_after_it_was_killed_or_had_nothing_to_do(tmp_path):
