@@ -270,6 +270,6 @@ def test_learns_two_images_a_little(make_deformable, learn, assert_best_boxes_ar
 @pytest.mark.parametrize("variant", ["base", "refine", "two_stage"])
 def test_learns_two_images_by_heart(variant, make_deformable, learn, assert_best_boxes_are_right):
     detector = overfitting_detector(make_deformable, variant)
-    first, last = learn(detector, steps=300, lr=4e-4)
+    first, last = learn(detector, steps=200, lr=6e-4)
     assert last < first / 10
     assert_best_boxes_are_right(detector, min_iou=0.9)
