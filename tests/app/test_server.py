@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.request import urlopen
 
 import hypothesis
@@ -118,5 +119,9 @@ def test_the_command_serves_until_it_is_told_to_stop(own_scenes, tmp_path, sent)
 def test_a_port_that_is_taken_is_said_so(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(RuntimeError, match=f"127.0.0.1:{port} cannot be listened on; choose another"):
-            serve(AppSettings(out=tmp_path / "out", port=port), opens_browser=False)
+        settings = AppSettings(out=tmp_path / "out", port=port)
+        # in a thread of its own: where tests of the page ran before, Playwright's event loop is this one's
+        with ThreadPoolExecutor(1) as thread:
+            serving = thread.submit(serve, settings, opens_browser=False)
+            with pytest.raises(RuntimeError, match=f"127.0.0.1:{port} cannot be listened on; choose another"):
+                serving.result()
