@@ -7,6 +7,7 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlmodel import Session, col
 
+from simdetr.app.box_life import Corners
 from simdetr.app.detectors_at_hand import DetectorAtHand, files_of
 from simdetr.app.image_list import OPEN, project_of
 from simdetr.app.picture_files import encoded
@@ -16,7 +17,7 @@ from simdetr.app.run_queue import ids_of_paths
 from simdetr.app.settings import AppSettings
 from simdetr.app.tables import Image, Project, Run
 from simdetr.data.annotations import ImageLabels
-from simdetr.data.images import ImageRecord, UnreadableImageError, read_image
+from simdetr.data.images import UnreadableImageError, read_image
 from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
 
@@ -67,18 +68,19 @@ def found_on(settings: AppSettings, run: Run, path: Path) -> ImageLabels | None:
     return None
 
 
-def drawn_on(record: ImageRecord, found: ImageLabels, min_score: float) -> bytes:
+def drawn_on(path: Path, boxes: list[tuple[Corners, int]]) -> bytes:
     """A JPEG of an image with boxes in the colours of their classes; Refusal 415 where it cannot be read."""
+    import numpy as np
+
     from simdetr.reports.drawing import class_colour, draw_boxes  # here: another process than the server calls this
 
     try:
-        pixels = read_image(record)
+        pixels = read_image(path)
     except UnreadableImageError as error:
-        raise Refusal(415, f"{record.id} cannot be read: {error.reason}") from error
-    kept = found.scores >= min_score
-    colours = [class_colour(int(class_)) for class_ in found.classes[kept]]
-    picture = draw_boxes(pixels, found.boxes_xyxy[kept], colours=colours, max_side_px=_LONG_SIDE_PX)
-    return encoded(picture.convert("RGB"), "JPEG")
+        raise Refusal(415, f"{path.name} cannot be read: {error.reason}") from error
+    corners = np.array([xyxy for xyxy, _ in boxes], np.float32).reshape(-1, 4)
+    colours = [class_colour(class_) for _, class_ in boxes]
+    return encoded(draw_boxes(pixels, corners, colours=colours, max_side_px=_LONG_SIDE_PX).convert("RGB"), "JPEG")
 
 
 def held_out_of(

@@ -19,7 +19,7 @@ from simdetr.app.box_life import truth
 from simdetr.app.database import reading, writing
 from simdetr.app.desk import AtDesk, Author, Desk
 from simdetr.app.image_list import image_of, project_of
-from simdetr.app.picture_files import encoded, record_of
+from simdetr.app.picture_files import encoded, path_of
 from simdetr.app.refusals import missing
 from simdetr.app.schemas import (
     COMMON,
@@ -296,7 +296,7 @@ def augmented(
     """An image with its boxes as a training might see it, as a JPEG."""
     with reading(desk.engine) as session:
         image = image_of(session, image_id)
-        record = record_of(project_of(session, image.project_id), image)
+        path = path_of(project_of(session, image.project_id), image)
         boxes = truth([state_of(box) for box in boxes_of(session, image_id)], with_proposed=True)
     changes = {
         "colour": colour,
@@ -306,5 +306,5 @@ def augmented(
         "brightness": brightness,
         "noise": noise,
     }
-    content = desk.aside.ask(training_view, record, [(box.xyxy, box.class_id) for box in boxes], changes, seed)
+    content = desk.aside.ask(training_view, path, [(box.xyxy, box.class_id) for box in boxes], changes, seed)
     return Response(content, media_type="image/jpeg")

@@ -22,7 +22,7 @@ from simdetr.app.detectors_at_hand import DetectorAtHand, all_at_hand, at_hand, 
 from simdetr.app.found_boxes import drawn_on, found_by, found_on, held_out_of
 from simdetr.app.image_list import image_of, project_of
 from simdetr.app.image_list import shown as shown_images
-from simdetr.app.picture_files import path_of, record_of
+from simdetr.app.picture_files import path_of
 from simdetr.app.progress_made import draw, estimate_of
 from simdetr.app.refusals import missing
 from simdetr.app.run_parameters import DeviceName
@@ -174,12 +174,13 @@ def picture_of_detections(desk: AtDesk, run_id: Id, image_id: Id, min_score: Sco
         run = run_of(session, run_id)
         image = image_of(session, image_id)
         project = project_of(session, run.project_id)
-        record = record_of(project, image)
-        found = found_on(desk.settings, run, path_of(project, image))
+        path = path_of(project, image)
+        found = found_on(desk.settings, run, path)
     if found is None:
         raise missing("detection on image", f"{image_id} in run {run_id}")
     headers = {"cache-control": "private, max-age=3600"}
-    content = desk.aside.ask(drawn_on, record, found, min_score)
+    rows = zip(found.boxes_xyxy.tolist(), found.classes.tolist(), found.scores.tolist(), strict=True)
+    content = desk.aside.ask(drawn_on, path, [(xyxy, class_) for xyxy, class_, score in rows if score >= min_score])
     return Response(content, media_type="image/jpeg", headers=headers)
 
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from simdetr.app.box_life import Corners
 from simdetr.app.picture_files import encoded
 from simdetr.app.refusals import Refusal
-from simdetr.data.images import ImageRecord, UnreadableImageError, read_image
+from simdetr.data.images import UnreadableImageError, read_image
 
 _SIDE_PX = 480
 
 
-def training_view(
-    record: ImageRecord, boxes: Sequence[tuple[Corners, int]], changes: Mapping[str, Any], seed: int
-) -> bytes:
+def training_view(path: Path, boxes: Sequence[tuple[Corners, int]], changes: Mapping[str, Any], seed: int) -> bytes:
     """A JPEG with boxes drawn.
 
     Args:
-        record: the image.
+        path: of the image.
         boxes: corners in its pixels, and class.
         changes: of the image, as `simdetr.data.augmentation.train_transforms` takes them.
         seed: of what is drawn at random.
@@ -35,9 +34,9 @@ def training_view(
     from simdetr.reports.drawing import draw_boxes
 
     try:
-        pixels = read_image(record)
+        pixels = read_image(path)
     except UnreadableImageError as error:
-        raise Refusal(415, f"{record.id} cannot be read: {error.reason}") from error
+        raise Refusal(415, f"{path.name} cannot be read: {error.reason}") from error
     transform = train_transforms([_SIDE_PX], 2 * _SIDE_PX, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **changes)
     corners = torch.tensor([xyxy for xyxy, _ in boxes]).reshape(-1, 4)
     target = {

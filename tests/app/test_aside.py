@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -16,9 +15,8 @@ import psutil
 import pytest
 
 from simdetr.app.aside import Aside
-from simdetr.app.picture_files import for_browser
 from simdetr.app.refusals import Refusal
-from simdetr.data.images import ImageRecord
+from tests.app import questions
 
 
 @pytest.fixture
@@ -28,23 +26,29 @@ def aside(tmp_path):
     aside.stop()
 
 
-def test_a_function_is_called_in_a_process_of_its_own(aside):
+def test_a_function_is_called_in_a_process_of_its_own(aside, tmp_path):
     assert aside.pid is None
-    assert aside.ask(os.getpid) == aside.pid != os.getpid()
-    assert aside.ask(print, "noise") is None  # what is printed there is no answer
-    assert aside.ask(math.gcd, 12, 18) == 6
-    assert aside.ask(sorted, [2, 3, 1], reverse=True) == [3, 2, 1]
+    assert aside.ask(questions.number_of_process) == aside.pid != os.getpid()
+    assert aside.ask(questions.says_something) is None  # what is printed there is no answer
+    (tmp_path / "it.bin").write_bytes(everything := bytes(range(256)))
+    assert aside.ask(questions.content_of, tmp_path / "it.bin") == everything
 
 
-def test_refusals_come_as_they_are_and_other_errors_as_refusals(aside, tmp_path):
-    with pytest.raises(Refusal, match="there is no file for image x") as refused:
-        aside.ask(for_browser, ImageRecord("x", tmp_path / "nothing.png"))
+def test_arguments_and_answers_arrive_as_the_types_that_functions_say(aside, tmp_path):
+    parcel = questions.Parcel(bytes(range(256)), tmp_path / "a b\n.png", (3, 0.1))
+    assert aside.ask(questions.sent_back, parcel) == [parcel]
+    assert aside.ask(questions.sent_back, parcel, twice=True) == [parcel, parcel]
+
+
+def test_refusals_come_as_they_are_and_other_errors_as_refusals(aside):
+    with pytest.raises(Refusal, match="there is no file for image 日本") as refused:
+        aside.ask(questions.refuses, 404)
     assert refused.value.status == 404
     with pytest.raises(Refusal) as refused:
-        aside.ask(math.factorial, -1)
-    assert (refused.value.status, refused.value.detail) == (409, "factorial() not defined for negative values")
+        aside.ask(questions.fails)
+    assert (refused.value.status, refused.value.detail) == (409, "not this")
     assert "Traceback" in aside.log.read_text()
-    assert aside.ask(math.gcd, 4, 6) == 2
+    assert aside.ask(questions.number_of_process) == aside.pid
 
 
 def test_stopped_while_a_first_question_starts_it_leaves_no_process(aside, monkeypatch):
@@ -56,23 +60,23 @@ def test_stopped_while_a_first_question_starts_it_leaves_no_process(aside, monke
         return start()
 
     monkeypatch.setattr(aside, "_started", start_too_late)
-    number = aside.ask(os.getpid)
+    number = aside.ask(questions.number_of_process)
     stopping.join(20)
     assert not stopping.is_alive() and not psutil.pid_exists(number)
 
 
 def test_it_is_started_again_after_it_was_killed_or_had_nothing_to_do(tmp_path):
     aside = Aside(tmp_path / "aside.log", idle_s=0.2)
-    first = aside.ask(os.getpid)
+    first = aside.ask(questions.number_of_process)
     psutil.Process(first).wait(20)
-    second = aside.ask(os.getpid)
+    second = aside.ask(questions.number_of_process)
     os.kill(second, signal.SIGTERM)
-    assert aside.ask(os.getpid) not in (first, second)
+    assert aside.ask(questions.number_of_process) not in (first, second)
     with pytest.raises(Refusal, match="has ended"):
-        aside.ask(os._exit, 7)
+        aside.ask(questions.ends, 7)
     aside.stop()
     with pytest.raises(Refusal, match="stopped"):
-        aside.ask(os.getpid)
+        aside.ask(questions.number_of_process)
 
 
 def test_it_ends_when_the_app_is_gone():
