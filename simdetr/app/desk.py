@@ -120,7 +120,7 @@ class Desk:
                 return
             detects = project.active_model is not None
         labels = None if detects else pseudo_classes.labels_of_run(self.settings.run)
-        if labels is not None and (found := propose_labels(self.engine, project_id, labels)).boxes:
+        if labels is not None and (found := propose_labels(self.engine, project_id, labels, even_bare=True)).boxes:
             LOG.info("%s: %s", self.settings.run, found.text())
             return
         with writing(self.engine) as session:

@@ -242,8 +242,19 @@ def _few_hints(found: Sequence[BoxState]) -> list[BoxState]:
     return [box for box in found if not box_life.is_hint(box)] + hints
 
 
-def propose_labels(engine: Engine, project_id: int, labels: Labels) -> Proposed:
-    """Put the boxes of a pretraining, by the names of its images, on those of a project that nobody has seen."""
+def propose_labels(
+    engine: Engine,
+    project_id: int,
+    labels: Labels,
+    class_ids: Mapping[int, int] | None = None,
+    *,
+    even_bare: bool = False,
+    shown_score: float | None = None,
+) -> Proposed:
+    """Put the boxes of a pretraining, by the names of its images, on those of a project that nobody has seen.
+
+    Arguments as of ``propose``; without ``class_ids`` the labels' classes are those of the project that have no name.
+    """
     outcome = Proposed()
     for start in range(0, len(labels), _CHUNK):
         part = labels.select(labels.image_ids[start : start + _CHUNK])
@@ -252,7 +263,8 @@ def propose_labels(engine: Engine, project_id: int, labels: Labels) -> Proposed:
                 col(Image.project_id) == project_id, col(Image.path).in_(part.image_ids)
             )
             ids = {path: image_id for path, image_id in session.execute(query) if image_id is not None}
-            if ids:
-                classes = classes_for(session, project_id, part.categories, own=False)
-                outcome.add(propose(session, part, ids, classes, even_bare=True))
+            if not ids:
+                continue
+            classes = class_ids or classes_for(session, project_id, part.categories, own=False)
+            outcome.add(propose(session, part, ids, classes, even_bare=even_bare, shown_score=shown_score))
     return outcome

@@ -25,13 +25,13 @@ from sqlmodel import Session, col
 
 from simdetr.app.box_life import UndoStack
 from simdetr.app.class_list import add_class
-from simdetr.app.database import reading, writing
+from simdetr.app.database import reading
 from simdetr.app.image_list import project_of
 from simdetr.app.picture_files import crop, cut_out
-from simdetr.app.proposals import Proposed, propose
+from simdetr.app.proposals import Proposed, propose_labels
 from simdetr.app.refusals import Refusal, missing
 from simdetr.app.schemas import ClusterOut
-from simdetr.app.tables import BoxClass, BoxSource, ClassKind, Cluster, Event, EventKind, Image
+from simdetr.app.tables import BoxClass, ClassKind, Cluster, Event, EventKind
 from simdetr.data.annotations import Category, LabelError
 from simdetr.data.images import ImageRecord
 from simdetr.data.label_files import read_labels
@@ -372,13 +372,4 @@ def propose_named(engine: Engine, project_id: int, labels: Labels | None) -> Pro
     categories = tuple(Category(place + 1, f"cluster {place + 1}") for place in range(len(clusters)))
     regrouped = replace(labels, classes=np.maximum(owners, 0), categories=categories)
     kept = regrouped.rows(np.flatnonzero(np.isin(owners, list(classes))))
-    outcome = Proposed()
-    for start in range(0, len(kept), _CHUNK):
-        part = kept.select(kept.image_ids[start : start + _CHUNK])
-        with writing(engine) as session:
-            query = select(col(Image.path), col(Image.id)).where(
-                col(Image.project_id) == project_id, col(Image.path).in_(part.image_ids)
-            )
-            ids = {path: image_id for path, image_id in session.execute(query) if image_id is not None}
-            outcome.add(propose(session, part, ids, classes, source=BoxSource.DETECTOR, shown_score=0.0))
-    return outcome
+    return propose_labels(engine, project_id, kept, classes, shown_score=0.0)
