@@ -55,7 +55,7 @@ class Length:
 
 PRETRAINING = {LAPTOP: Length(10, 400, 1500), ONE_GPU: Length(40, 2000, 20_000)}
 """Of each stage."""
-FINETUNING = {LAPTOP: Length(20, 400, 1500), ONE_GPU: Length(40, 1000, 10_000)}
+FINETUNING = {LAPTOP: Length(20, 300, 1500), ONE_GPU: Length(40, 1000, 10_000)}
 
 
 @dataclass(frozen=True)
