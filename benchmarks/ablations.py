@@ -20,7 +20,7 @@ import yaml
 from filelock import FileLock
 
 from benchmarks.environment import DATA, RESULTS, environment, write_result
-from benchmarks.label_curves import spread
+from benchmarks.label_curves import RIVAL_BOXES, spread
 from simdetr import evaluate, finetune, open_images, pretrain, read_labels, split
 from simdetr.data.coco import write_coco
 from simdetr.data.machine import default_device
@@ -110,7 +110,7 @@ class Study:
         options = (*self.plan["pretrain"], *stages, *variant.options)
         proposals = None if variant.mines or variant.name == CHOSEN else self.run(CHOSEN).proposals
         if variant.rival is not None:
-            mine_rivals(self.unlabelled(), self.run(CHOSEN).path, methods=[variant.rival])
+            mine_rivals(self.unlabelled(), self.run(CHOSEN).path, methods=[variant.rival], max_boxes=RIVAL_BOXES)
             proposals = self.run(CHOSEN).path / "rivals" / variant.rival
         run = self.run(variant.name).path
         pretrain(self.unlabelled(), run, options=options, encoder=variant.encoder, proposals=proposals)

@@ -30,6 +30,8 @@ PLAN = Path(__file__).with_suffix(".yaml")
 NAME = "label_curves"
 RIVALS = {"selective-search": "selective_search"}
 """Arms that take the boxes of a rival, and its method."""
+RIVAL_BOXES = 30
+"""Per image, as the document takes (Table 8)."""
 Row = dict[str, Any]
 KEYS = {"rows": ("initialisation", "label_budget", "seed"), "differences": ("initialisation", "label_budget", "metric")}
 KEYS["saved"] = KEYS["differences"][:2]
@@ -75,7 +77,7 @@ class ImageSet:
         """The summary of one comparison; pretrains what its arms start from."""
         self.pretrained()
         if methods := [RIVALS[arm] for arm in arms if arm in RIVALS]:
-            mine_rivals(self.train, self.run.path, methods=methods)
+            mine_rivals(self.train, self.run.path, methods=methods, max_boxes=RIVAL_BOXES)
         out = self.out / f"{self.name}-compared"
         found = compare(
             self.train,

@@ -84,6 +84,7 @@ def rivals(
     run: Path,
     config: tuple[str, ...] = (),
     methods: tuple[str, ...] = (),
+    max_boxes: int = 100,
     truth: Path | None = None,
     device: str | None = None,
     options: tuple[str, ...] = (),
@@ -96,13 +97,16 @@ def rivals(
         config: YAML files of the mining; those that the run was started with when left out: those it has kept, or the
             recipe of this machine.
         methods: Names of rivals; all when left out.
+        max_boxes: Boxes per image that are kept, the best; the document trains on 30 of Selective Search.
         truth: COCO JSON with boxes for some of these images, for recall.
         device: Torch device; the GPU if there is one.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
     """
     from simdetr.reports.rival_recall import mine_rivals, rival_table
 
-    rows = mine_rivals(images, run, config, methods=methods, truth=truth, device=device, options=options)
+    rows = mine_rivals(
+        images, run, config, methods=methods, max_boxes=max_boxes, truth=truth, device=device, options=options
+    )
     judged = max(row["images"] for row in rows)
     OUT.print(f"Boxes per image and, with truth, recall in percent, on {judged:,} images; sizes at 25 boxes:\n")
     OUT.print(rival_table(rows), markup=False, highlight=False, soft_wrap=True)

@@ -48,7 +48,7 @@ WEAK = 1e-5  # weight of an edge between cells that are not similar; above zero,
 SOLVED_TOGETHER = 4  # eigenvectors asked for: the two that are wanted converge sooner in a larger basis
 SMALLEST_SIDE = 1 / 32  # of random boxes: the geometric mean of their relative sides is at least this
 LARGEST_ASPECT = 3.0  # of random boxes: one relative side is at most so many times the other
-MAX_BOXES = 100  # per image; recall is reported up to here
+MOST_BOXES = 100  # per image; recall is reported up to here
 _WORKERS = 2  # threads that decode; the methods themselves are far slower
 
 Baseline = Callable[[Tensor, Mapping[int, Tensor], tuple[int, int], int, int], Regions]
@@ -277,7 +277,7 @@ def mine_rival(
     config: MiningConfig,
     out: str | Path,
     *,
-    max_boxes: int = MAX_BOXES,
+    max_boxes: int = MOST_BOXES,
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> ProposalStore:

@@ -22,7 +22,7 @@ from simdetr.data.label_files import read_labels
 from simdetr.data.labels import Labels
 from simdetr.evaluation.recall import proposal_recall
 from simdetr.mining.preview import evenly
-from simdetr.mining.rivals import BASELINES, baseline, mine_rival
+from simdetr.mining.rivals import BASELINES, MOST_BOXES, baseline, mine_rival
 from simdetr.mining.store import MANIFEST, ProposalStore, best_first
 from simdetr.recipe import MiningJob
 from simdetr.reports.drawing import Colour, draw_boxes, readable
@@ -153,11 +153,12 @@ def mine_rivals(
     config: Sequence[str | Path] = (),
     *,
     methods: Sequence[str] = (),
+    max_boxes: int = MOST_BOXES,
     truth: str | Path | None = None,
     device: str | None = None,
     options: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Mine a run's images with other methods too, for comparison only.
+    """Mine a run's images with other methods too, for comparison or to be pretrained on.
 
     Args:
         images: The run's images.
@@ -165,6 +166,7 @@ def mine_rivals(
         config: YAML files of the mining; those that the run was started with when left out: those it has kept, or
             the recipe of this machine.
         methods: Names of rivals; all when left out.
+        max_boxes: Boxes per image that are kept, the best; the document trains on 30 of Selective Search.
         truth: COCO JSON with boxes for some of these images, for recall.
         device: Torch device; the GPU if there is one.
         options: ``--section.name=value`` strings, over the files.
@@ -199,5 +201,14 @@ def mine_rivals(
     known = read_labels(truth, images=source) if truth is not None else None
     for method in methods or BASELINES:
         out, shown = rival_folder(folder.path, method), sys.stderr.isatty()
-        mine_rival(method, source, sections.encoder, sections.mining, out, device=job.own_device, progress=shown)
+        mine_rival(
+            method,
+            source,
+            sections.encoder,
+            sections.mining,
+            out,
+            max_boxes=max_boxes,
+            device=job.own_device,
+            progress=shown,
+        )
     return rival_rows(rival_labels(folder.path, source.ids if known is None else known.image_ids), known)

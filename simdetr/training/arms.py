@@ -165,8 +165,8 @@ def _variant(name: str, init: Path, out: Path, with_weights: bool) -> Arm:
         )
     if variant.rival is not None and not (init / "rivals" / variant.rival).is_dir():
         raise ArmError(
-            f"arms: {name} takes the boxes of `simdetr rivals --run {init} --methods [{variant.rival}]`, which has not "
-            "been run"
+            f"arms: {name} takes the boxes of `simdetr rivals --run {init} --methods [{variant.rival}] --max_boxes "
+            "30`, which has not been run"
         )
     folder = pretraining_folder(out, name)
     return Arm(name, f"pretrained as {init}, but: {variant.says}", None, folder, variant)

@@ -118,6 +118,14 @@ def test_rows_come_back_and_a_second_call_mines_nothing(run, scenes, tiny_config
     assert {path: path.stat().st_mtime_ns for path in (run / "rivals").rglob("*.parquet")} == times
 
 
+def test_of_each_image_the_best_boxes_are_kept(run, scenes, tiny_config, tmp_path):
+    shutil.copytree(run, tmp_path / "own", ignore=shutil.ignore_patterns("rivals"))
+    rows = mine_rivals(scenes, tmp_path / "own", [tiny_config], methods=["random"], max_boxes=30)
+    assert [row["boxes_per_image"] for row in rows if row["stage"] == "random boxes"] == [30]
+    with pytest.raises(StoreError, match="max_boxes"):
+        mine_rivals(scenes, tmp_path / "own", [tiny_config], methods=["random"])
+
+
 def test_a_pretraining_knows_its_own_config(tmp_path, scenes, tiny_config):
     """config.yaml of a run is enough; without it the settings would be the defaults."""
     from simdetr.recipe import Recipe
