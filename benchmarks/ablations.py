@@ -141,10 +141,12 @@ class Study:
 
 def tasks(study: Study) -> Iterator[tuple[Task, Callable[[], Row]]]:
     """Everything there is to do, variant by variant, and what does it; a row is kept in the file of its task."""
+    rows = study.out / "rows"
+    missing = [one for one in study.variants.values() if not all(map(Path.is_file, pretrained_rows(study, one)))]
+    borrowed = any(not one.mines for one in missing)
     for variant in study.variants.values():
-        made = study.run(variant.name).path / "pretrained.json"
-        rows, own = study.out / "rows", variant.mines or variant.name == CHOSEN
-        if any(not (rows / f"{name}.json").is_file() for name in row_names(study, variant) if variant.stages):
+        made, own = study.run(variant.name).path / "pretrained.json", variant.mines or variant.name == CHOSEN
+        if variant in missing or (borrowed and variant.name == CHOSEN):
             needs = None if own else study.run(CHOSEN).path / "pretrained.json"
             yield Task(f"{variant.name}: pretraining", made, needs), partial(study.pretrained, variant)
         for stage in variant.stages:
@@ -157,10 +159,11 @@ def tasks(study: Study) -> Iterator[tuple[Task, Callable[[], Row]]]:
                 yield task, partial(study.finetuned, variant, stage, seed, study.out / "finetuned" / name)
 
 
-def row_names(study: Study, variant: Variant) -> list[str]:
-    """Files of the rows that need a pretraining."""
+def pretrained_rows(study: Study, variant: Variant) -> list[Path]:
+    """Files of the rows that need the pretraining of a variant."""
     finetuned = [f"{variant.name}-{stage}-seed{seed}" for stage in variant.stages for seed in study.plan["seeds"]]
-    return [*finetuned, *(f"{variant.name}-{stage}" for stage in variant.stages)]
+    names = [*finetuned, *(f"{variant.name}-{stage}" for stage in variant.stages)]
+    return [study.out / "rows" / f"{name}.json" for name in names]
 
 
 def main() -> None:
@@ -170,7 +173,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", choices=plan["variants"], default=list(plan["variants"]))
     arguments = parser.parse_args()
-    variants = {name: Variant(name, **plan["variants"][name]) for name in arguments.variants}
+    variants = {
+        name: Variant(
+            name, **{key: tuple(v) if isinstance(v, list) else v for key, v in plan["variants"][name].items()}
+        )
+        for name in plan["variants"]
+        if name in (CHOSEN, *arguments.variants)
+    }
     study = Study(plan, arguments.data, arguments.out, variants)
     study.out.mkdir(parents=True, exist_ok=True)
     restore(study.out / "rows")

@@ -96,8 +96,8 @@ def saved_labels(result: Mapping[str, Any]) -> str:
     if not said:
         return ""
     return (
-        "**Labels saved**: for the AP that stage 2 has with the fewest labels, the backbone alone needs so many times as "
-        f"many: {', '.join(said)}.\n"
+        "**Labels saved**: for the AP that stage 2 has with the fewest labels, the backbone alone needs so many times "
+        f"as many: {', '.join(said)}.\n"
     )
 
 
