@@ -23,6 +23,7 @@ from benchmarks.head_tables import head_overhead, landmark_query, landmark_study
 from benchmarks.labelling_tables import active, autolabel, stopping, verification
 from benchmarks.proposal_tables import end_to_end, ranking, rivals, scale, sweep
 from benchmarks.real_set_tables import real_sets, stage_labels
+from benchmarks.study_tables import ablations, draw_label_curves, label_curves, saved_labels, stages
 
 README, DOCS = (Path(__file__).parents[1] / name for name in ("README.md", "docs/results.md"))
 FIRST = "real_sets"
@@ -37,6 +38,11 @@ def source(environment: dict[str, Any]) -> str:
         f"<sub>{environment['processor']}, {environment['cores']} cores, torch {environment['versions']['torch']}, "
         f"{environment['date']}: `{environment['command']}`</sub>\n"
     )
+
+
+def sourced(result: dict[str, Any]) -> str:
+    """Where a result comes from."""
+    return source(result["environment"])
 
 
 def recall(result: dict[str, Any]) -> str:
@@ -144,46 +150,62 @@ def kmeans(result: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{text}\n\n" + source(result["environment"])
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "real_sets": lambda result: f"{stage_labels(result)}\n{source(result['environment'])}",
-    "autolabel": lambda result: f"{autolabel(result)}\n{source(result['environment'])}",
-    "active": lambda result: f"{active(result)}\n{source(result['environment'])}",
-    "stopping": stopping,
-    "labelling_app": labelling_app,
-    "verification": lambda result: f"{verification(result)}\n{source(result['environment'])}",
-    "rivals": lambda result: f"{rivals(result)}\n{source(result['environment'])}",
-    "sweep": lambda result: f"{sweep(result)}\n{source(result['environment'])}",
-    "proposal_ranking": lambda result: f"{ranking(result)}\n{source(result)}",
-    "proposal_recall": recall,
-    "photographs": photographs,
-    "mining_speed": speed,
-    "mining_end_to_end": lambda result: f"{end_to_end(result)}\n{source(result['environment'])}",
-    "mining_scale": lambda result: f"{scale(result)}\n{source(result['environment'])}",
-    "mining_memory": memory,
-    "kmeans": kmeans,
-    "detector_families": lambda result: f"{detector_families(result)}\n{source(result['environment'])}",
-    "deformable_attention": lambda result: f"{deformable_attention(result)}\n{source(result['environment'])}",
-    "training_step": lambda result: f"{training_step(result)}\n{source(result['environment'])}",
-    "coco_evaluation": lambda result: f"{coco_evaluation(result)}\n{source(result['environment'])}",
-    "matcher": lambda result: f"{matcher(result)}\n{source(result['environment'])}",
-    "landmark_study": lambda result: f"{landmark_study(result)}\n{source(result['environment'])}",
-    "landmark_query": lambda result: f"{landmark_query(result)}\n{source(result['environment'])}",
-    "localisation_study": lambda result: f"{localisation_study(result)}\n{source(result['environment'])}",
-    "head_overhead": lambda result: f"{head_overhead(result)}\n{source(result['environment'])}",
-    "start_up": lambda result: f"{start_up(result)}\n{source(result['environment'])}",
-    "inference_speed": lambda result: f"{inference_speed(result)}\n{source(result['environment'])}",
+SECTIONS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
+    "What pretraining gives": {
+        "label_curves": lambda result: f"{label_curves(result)}\n{saved_labels(result)}\n{sourced(result)}",
+        "real_sets": lambda result: f"{stage_labels(result)}\n{sourced(result)}",
+        "ablations": lambda result: f"{ablations(result)}\n{sourced(result)}",
+        "stages": lambda result: f"{stages(result)}\n{sourced(result)}",
+        "photographs": photographs,
+        "detector_families": lambda result: f"{detector_families(result)}\n{sourced(result)}",
+    },
+    "What mining finds": {
+        "rivals": lambda result: f"{rivals(result)}\n{sourced(result)}",
+        "sweep": lambda result: f"{sweep(result)}\n{sourced(result)}",
+        "proposal_ranking": lambda result: f"{ranking(result)}\n{source(result)}",
+        "proposal_recall": recall,
+    },
+    "A few labels to many": {
+        "autolabel": lambda result: f"{autolabel(result)}\n{sourced(result)}",
+        "active": lambda result: f"{active(result)}\n{sourced(result)}",
+        "stopping": stopping,
+        "labelling_app": labelling_app,
+        "verification": lambda result: f"{verification(result)}\n{sourced(result)}",
+    },
+    "Points, and places from classes": {
+        "landmark_study": lambda result: f"{landmark_study(result)}\n{sourced(result)}",
+        "landmark_query": lambda result: f"{landmark_query(result)}\n{sourced(result)}",
+        "localisation_study": lambda result: f"{localisation_study(result)}\n{sourced(result)}",
+        "head_overhead": lambda result: f"{head_overhead(result)}\n{sourced(result)}",
+    },
+    "Speed and memory": {
+        "mining_speed": speed,
+        "mining_end_to_end": lambda result: f"{end_to_end(result)}\n{sourced(result)}",
+        "mining_scale": lambda result: f"{scale(result)}\n{sourced(result)}",
+        "mining_memory": memory,
+        "kmeans": kmeans,
+        "deformable_attention": lambda result: f"{deformable_attention(result)}\n{sourced(result)}",
+        "training_step": lambda result: f"{training_step(result)}\n{sourced(result)}",
+        "inference_speed": lambda result: f"{inference_speed(result)}\n{sourced(result)}",
+        "coco_evaluation": lambda result: f"{coco_evaluation(result)}\n{sourced(result)}",
+        "matcher": lambda result: f"{matcher(result)}\n{sourced(result)}",
+        "start_up": lambda result: f"{start_up(result)}\n{sourced(result)}",
+    },
 }
+"""Headings of docs/results.md, and the results below each."""
 
 
 def main() -> None:
-    results = {
-        name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in TABLES
-        if (RESULTS / f"{name}.json").is_file()
-    }
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     first = results.get(FIRST)
-    put(README, [] if first is None else [f"{real_sets(first)}\n{source(first['environment'])}"])
-    put(DOCS, [TABLES[name](result) for name, result in results.items()])
+    put(README, [] if first is None else [f"{real_sets(first)}\n{sourced(first)}"])
+    if "label_curves" in results:
+        draw_label_curves(results["label_curves"])
+    parts: list[str] = []
+    for heading, tables in SECTIONS.items():
+        found = [table(results[name]) for name, table in tables.items() if name in results]
+        parts += [f"## {heading}\n", *found] if found else []
+    put(DOCS, parts)
 
 
 def put(page: Path, tables: list[str]) -> None:
