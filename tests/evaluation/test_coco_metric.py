@@ -188,6 +188,22 @@ def test_without_hotcoco_pycocotools_gives_the_same_numbers(make_labels, monkeyp
     assert 0 < numbers["AP"] < 1
 
 
+@pytest.mark.parametrize("first_id", [1, 0])
+@pytest.mark.parametrize("evaluator", [by_hotcoco, by_pycocotools], ids=["hotcoco", "pycocotools"])
+def test_an_object_with_the_id_zero_can_be_found(evaluator, first_id, tmp_path, monkeypatch):
+    """pycocotools 2.0.11 (and faster-coco-eval 1.8.0) never finds it: 0 is also its mark of no match."""
+    images = [{"id": number, "width": 100, "height": 100, "file_name": f"{number}.jpg"} for number in (1, 2)]
+    box = {"category_id": 1, "bbox": [10, 10, 40, 40], "area": 1600, "iscrowd": 0}
+    objects = [box | {"id": first_id + number, "image_id": 1 + number} for number in (0, 1)]
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps({"images": images, "annotations": objects, "categories": [{"id": 1, "name": "thing"}]}))
+    truth, _ = read_coco(path)
+    monkeypatch.setattr(coco_metric, "by_hotcoco", evaluator)
+    assert coco_metrics(truth, truth)["AP"] == pytest.approx(1)
+    write_detections(truth, detections := tmp_path / "detections.json")
+    assert pycocotools_numbers(path, detections)["AP"] == pytest.approx(1 if first_id else 0.252, abs=5e-4)
+
+
 def test_equals_pycocotools_on_json_files_with_ties_crowds_and_all_sizes(tmp_path):
     rng = np.random.default_rng(0)
     category_ids = [3, 7, 90]
