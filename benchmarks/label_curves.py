@@ -106,7 +106,7 @@ def rounds(plan: Mapping[str, Any], sets: Sequence[ImageSet]) -> Iterator[tuple[
     """Set, arms and budgets of every comparison, in the order in which they are made."""
     for one in plan["rounds"]:
         for own in sets:
-            yield own, one["arms"], list(own.budgets if one["budgets"] == "all" else own.budgets[:1])
+            yield own, one["arms"], list(own.budgets[: one["budgets"]])
 
 
 def is_known(known: Mapping[str, Any], arms: Sequence[str], budgets: Sequence[Any], seeds: Sequence[int]) -> bool:
