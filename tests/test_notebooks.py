@@ -132,7 +132,7 @@ def test_heads_trained_and_finished_on_given_images(two_classes, tmp_path):
 
 def test_arms_compared_on_given_images(two_classes, tmp_path):
     labels = two_classes / "instances.json"
-    inputs = {"SIMDETR_IMAGES": two_classes, "SIMDETR_LABELS": labels, "SIMDETR_FRACTIONS": "0.5"}
+    inputs = {"SIMDETR_IMAGES": two_classes, "SIMDETR_LABELS": labels, "SIMDETR_FRACTIONS": "0.5", "SIMDETR_SIZE": "96"}
     shown = execute(COMPARE, tmp_path, **inputs, SIMDETR_STEPS="2")
     assert shown.pictures == 9
     held_out = round(0.3 * 12)
