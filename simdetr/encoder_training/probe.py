@@ -330,7 +330,7 @@ def object_images(images: str | Path, labels: str | Path, out: Path, at_most: in
     table = read_labels(Path(labels), images=source)
     names, classes = [], []
     out.mkdir(parents=True, exist_ok=True)
-    chosen = np.asarray(evenly(np.flatnonzero(~table.crowd), at_most), np.int64)
+    chosen = np.asarray(evenly(np.flatnonzero(~table.crowd).tolist(), at_most), np.int64)
     for owner in np.unique(table.owners[chosen]):
         try:
             pixels = read_image(source.record(table.image_ids[owner]))

@@ -261,7 +261,7 @@ def labels_figure(comparison: Comparison) -> Figure:
             _draw_arm(axes, arm, colour, list(points.values()))
     style_panel(axes, "AP on validation images, %", "labels (boxes) trained on")
     axes.set_xscale("log")
-    measured = sorted({point for line in axes.get_lines() for point in np.round(line.get_xdata()).tolist()})
+    measured = sorted({point for line in axes.get_lines() for point in np.asarray(line.get_xdata(), float).tolist()})
     axes.set_xticks(measured, [f"{count:,.0f}" for count in measured])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
@@ -284,8 +284,10 @@ def differences_figure(comparison: Comparison) -> Figure:
             if interval is not None:
                 ends = (interval.low, interval.high)
                 axes.plot(ends, [place + offset] * 2, color=colour, linewidth=width, solid_capstyle="butt")
-                named = {"fontsize": 6, "color": INK, "va": "center"}
-                axes.annotate(interval.covers, (ends[1], place + offset), (4, 0), textcoords="offset points", **named)
+                at, shift = (ends[1], place + offset), (4, 0)
+                axes.annotate(
+                    interval.covers, at, shift, textcoords="offset points", fontsize=6, color=INK, va="center"
+                )
         axes.plot(list(one.by_seed.values()), [place - 0.22] * len(one.by_seed), "o", color=colour, markersize=4)
         axes.plot(one.mean, place - 0.22, "|", color=INK, markersize=9)
     style_panel(axes, f"AP less that of {comparison.baseline}", "AP points; dots are seeds, the stroke is their mean")
