@@ -265,7 +265,7 @@ def labels_figure(comparison: Comparison) -> Figure:
     axes.set_xticks(measured, [f"{count:,.0f}" for count in measured])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
