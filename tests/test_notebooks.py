@@ -3,6 +3,7 @@
 nbclient runs in a process of its own: the sockets to its kernel are closed late, which would be warnings here.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -22,7 +23,7 @@ from simdetr.labelling.candidates import REASONS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 EXPLORE, HEADS = FOLDER / "01_explore_proposals.ipynb", FOLDER / "02_heads.ipynb"
-FEW_LABELS = FOLDER / "04_few_labels.ipynb"
+COMPARE, FEW_LABELS = FOLDER / "03_compare_initialisations.ipynb", FOLDER / "04_few_labels.ipynb"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 EXECUTE = "from nbclient.cli import main; main()"
 
@@ -58,13 +59,16 @@ def execute(path: Path, folder: Path, **environment: str | Path) -> Shown:
     outputs = [output for cell in code_cells(nbformat.read(executed, as_version=4)) for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     return Shown(
-        "".join(output.text for output in outputs if output.output_type == "stream"),
+        "".join(
+            output.text if output.output_type == "stream" else output.get("data", {}).get("text/markdown", "")
+            for output in outputs
+        ),
         sum("image/png" in output.get("data", {}) for output in outputs),
     )
 
 
 def test_each_notebook_is_run_here():
-    assert [EXPLORE, HEADS, FEW_LABELS] == NOTEBOOKS
+    assert [EXPLORE, HEADS, COMPARE, FEW_LABELS] == NOTEBOOKS
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -124,6 +128,34 @@ def test_heads_trained_and_finished_on_given_images(two_classes, tmp_path):
     assert f"{len(labels.boxes_xyxy)} points on {len(seen)} images" in shown.text
     assert "has no attention" in shown.text
     assert table(shown, f"{len(one_class)} images") == ["CAM", "centre"]
+
+
+def test_arms_compared_on_given_images(two_classes, tmp_path):
+    labels = two_classes / "instances.json"
+    inputs = {"SIMDETR_IMAGES": two_classes, "SIMDETR_LABELS": labels, "SIMDETR_FRACTIONS": "0.5", "SIMDETR_SIZE": "96"}
+    shown = execute(COMPARE, tmp_path, **inputs, SIMDETR_STEPS="2")
+    assert shown.pictures == 9
+    held_out = round(0.3 * 12)
+    objects = len(read_labels(labels).select(read_labels(next(tmp_path.glob("*/labels/train.json"))).image_ids).classes)
+    assert f"{12 - held_out} labelled images to learn from, {objects} objects" in shown.text
+    assert "12 images mined" in shown.text and "only 12 images were mined" in shown.text
+    covered = re.search(r"cover (\d+)% of (\d+) labelled objects \(IoU 0.5; those of another image (\d+)%", shown.text)
+    assert covered is not None and int(covered[2]) == objects and int(covered[1]) > int(covered[3])
+    probed = re.findall(r"^ *(\w+): accuracy .* 2 classes, (\d+) images to learn", shown.text, re.MULTILINE)
+    assert objects > 20 and probed == [(arm, "20") for arm in ("random", "stage1", "stage2")]
+    assert "6 trainings of 2 steps" in shown.text and "Cannot tell yet whether pretraining pays here" in shown.text
+    assert "with 50 % of the labels neither arm learns much" in shown.text  # of two steps
+    scores = re.findall(r"^\| 50 % \| (\w+) \| 2 \| (?:[\d.]+ ± [\d.]+ \| ){6}", shown.text, re.MULTILINE)
+    assert scores == ["random", "stage1", "stage2"]
+    assert re.findall(r"^\| 50 % \| (\w+) \| [+-][\d.]+ \| 2 \|", shown.text, re.MULTILINE) == ["stage1", "stage2"]
+    assert "random: no pretraining" in shown.text and re.search(r"stage2: \d+ s of pretraining", shown.text)
+
+    (page,) = tmp_path.glob("simdetr-*/worth/report/index.html")
+    assert f"The page of this comparison: {page}" in shown.text
+    rows = json.loads((page.parents[1] / "comparison.json").read_text())
+    assert {(row["initialisation"], row["seed"], row["images"]) for row in rows} == {
+        (arm, seed, 4) for arm in ("random", "stage1", "stage2") for seed in (0, 1)
+    }
 
 
 @pytest.mark.slow

@@ -234,6 +234,10 @@ def _in_typed_words(message: str, command: ArgumentParser) -> str:
         value = message.rpartition("Given value: ")[2].splitlines()[0] if "Given value: " in message else ""
         listed = choices[1].replace("'", "").replace('"', "")
         return f"{typed(key[1])}: expected one of {listed}" + (f", got {value}" if value else "")
+    wanted_list = re.search(r"Expected a <class '(?:tuple|list)'>.*(?:Got|Given) value: (\S.*?)$", message, re.DOTALL)
+    if key and wanted_list:
+        given = wanted_list[1]
+        return f"{typed(key[1])}: expected a list in brackets, such as '[{given}]', got {given}"
     return message
 
 

@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.transforms.v2 import functional as F
 
 from simdetr.data.annotations import Category, ImageLabels
 from simdetr.data.image_level import read_image_level
-from simdetr.data.images import ImageSource, open_images, read_image
+from simdetr.data.images import ImageSource, UnreadableImageError, open_images, read_image
 from simdetr.data.label_files import is_known, read_labels
 from simdetr.data.labels import Labels
 from simdetr.data.storage import atomic_path
@@ -308,6 +309,45 @@ def classed_images(images: str | Path, labels: str | Path | None) -> ClassedImag
         raise ValueError(f"labels: expected images with one class each in {path}, got none of {len(table)}")
     names = tuple(category.name for category in table.categories)
     return ClassedImages(source, tuple(table.image_ids[row] for row in rows), counts[rows].argmax(axis=1), names)
+
+
+def object_images(images: str | Path, labels: str | Path, out: Path, at_most: int = 2000) -> ClassedImages:
+    """Labelled objects cut out along their boxes, each an image of its own: for the probe of a set for detection.
+
+    Boxes without a whole pixel, those of groups, and those on images that cannot be read are left out.
+
+    Args:
+        images: Folder, list file or COCO JSON.
+        labels: Their boxes.
+        out: Folder that the cut out objects are written to.
+        at_most: Objects, taken evenly over the file.
+
+    Raises:
+        LabelError: The labels cannot be read, or speak of other images.
+        ValueError: There is no object to cut out.
+    """
+    source = open_images(images)
+    table = read_labels(Path(labels), images=source)
+    names, classes = [], []
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = np.asarray(evenly(np.flatnonzero(~table.crowd).tolist(), at_most), np.int64)
+    for owner in np.unique(table.owners[chosen]):
+        try:
+            pixels = read_image(source.record(table.image_ids[owner]))
+        except UnreadableImageError as error:
+            LOG.warning("left out: the objects on an image that cannot be read: %s", error)
+            continue
+        for row in chosen[table.owners[chosen] == owner]:
+            left, top, right, bottom = table.boxes_xyxy[row].round().clip(0).astype(int).tolist()
+            crop = pixels[:, top:bottom, left:right]
+            if crop.numel():
+                names.append(f"{row:06d}.png")
+                classes.append(table.classes[row])
+                F.to_pil_image(crop).save(out / names[-1])
+    if not names:
+        raise ValueError(f"labels: expected objects to cut out in {labels}, got none on images that can be read")
+    kinds = tuple(category.name for category in table.categories)
+    return ClassedImages(open_images(out), tuple(names), np.array(classes, np.int64), kinds)
 
 
 def linear_probe(

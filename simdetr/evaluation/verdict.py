@@ -63,9 +63,11 @@ class LabelsSaved:
         return self.needed / self.labels
 
     def __str__(self) -> str:
+        if self.bound == "at least" and self.times <= 1:
+            return "more than were measured"
         bound = f"{self.bound} " if self.bound else ""
         interval = "" if self.images is None else f" ({self.images.low:.1f} to {self.images.high:.1f}, images)"
-        return f"{bound}{self.times:.1f} times{interval}"
+        return f"{bound}{self.times:.1f} times as many{interval}"
 
 
 @dataclass(frozen=True)
@@ -349,13 +351,13 @@ class Comparison:
         """For a terminal, as Markdown: the answer first, then what it rests on."""
         parts = [f"**{self.verdict.sentence}**", ""]
         parts += [f"- {reason[0].upper()}{reason[1:]}" for reason in self.verdict.reasons]
+        parts += [f"- Warning: {warning}" for warning in self.warnings if warning not in self.verdict.reasons]
         scores = comparison_table(self.rows, baseline="–")  # gains have a table of their own
         parts += ["", scores, difference_table(self.differences), COVERED]
         if self.saved:
-            lines = [f"{one.initialisation}, {one.label_budget}: {one}" for one in self.saved]
-            parts += ["", f"Labels that {self.baseline} needs for the same AP: {'; '.join(lines)}."]
-        parts += ["", f"Cost: {'; '.join(map(cost_in_words, self.costs))}."]
-        parts += [f"- Warning: {warning}" for warning in self.warnings if warning not in self.verdict.reasons]
+            lines = [f"- {one.initialisation}, {one.label_budget}: {one}" for one in self.saved]
+            parts += ["", f"Labels that {self.baseline} needs for the same AP:", "", *lines]
+        parts += ["", "Cost:", "", *(f"- {cost_in_words(cost)}" for cost in self.costs)]
         return "\n".join(parts) + "\n"
 
 
@@ -372,7 +374,7 @@ def cost_in_words(cost: Cost) -> str:
     )
     if cost.pretraining_s == 0:
         before = "no pretraining"
-    return f"{cost.initialisation} {before}, {cost.finetuning_s:,.0f} s per fine-tuning ({cost.device})"
+    return f"{cost.initialisation}: {before}, {cost.finetuning_s:,.0f} s per fine-tuning ({cost.device})"
 
 
 def costs_of(rows: Sequence[Mapping[str, Any]], pretraining_s: Mapping[str, float | None]) -> list[Cost]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from simdetr.data.annotations import LabelError
 from simdetr.data.images import open_images
@@ -26,7 +27,16 @@ from simdetr.evaluation.coco_metric import match_boxes
 from simdetr.evaluation.compare import Draws, budget_text, paired_differences, summarise_seeds
 from simdetr.evaluation.early_warning import MAX_IMAGES, figures_in_words, mining_figures, warnings_of
 from simdetr.evaluation.intervals import drawn_images, resampled_scores
-from simdetr.evaluation.verdict import COVERED, Comparison, Evidence, cost_in_words, costs_of, labels_saved, verdict
+from simdetr.evaluation.verdict import (
+    COVERED,
+    WORTH,
+    Comparison,
+    Evidence,
+    cost_in_words,
+    costs_of,
+    labels_saved,
+    verdict,
+)
 from simdetr.recipe import PREDICTIONS, ROW, ComparisonJob
 from simdetr.reports.charts import INK, LINE_COLOURS, new_figure, read_curve, style_panel, to_svg
 from simdetr.reports.page import page_template
@@ -230,14 +240,15 @@ def render_comparison(comparison: Comparison, name: str, curves: Mapping[str, Ma
         summaries=summaries,
         metrics=list(summaries[0].mean) if summaries else [],
         counted=counted,
-        figure=draw_labels(comparison),
+        figure=to_svg(labels_figure(comparison), "AP by labels"),
+        gains=to_svg(differences_figure(comparison), "differences") if comparison.differences else "",
         losses={budget: draw_losses(budget, of_arms) for budget, of_arms in curves.items() if of_arms},
         costs=[cost_in_words(cost) for cost in comparison.costs],
         covered=COVERED,
     )
 
 
-def draw_labels(comparison: Comparison) -> str:
+def labels_figure(comparison: Comparison) -> Figure:
     """AP against labels, a line per arm: mean over seeds, with a band of one standard deviation."""
     figure = new_figure(2)
     axes = figure.subplots()
@@ -250,9 +261,43 @@ def draw_labels(comparison: Comparison) -> str:
             _draw_arm(axes, arm, colour, list(points.values()))
     style_panel(axes, "AP on validation images, %", "labels (boxes) trained on")
     axes.set_xscale("log")
+    measured = sorted({point for line in axes.get_lines() for point in np.asarray(line.get_xdata(), float).tolist()})
+    axes.set_xticks(measured, [f"{count:,.0f}" for count in measured])
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
-    return to_svg(figure, "AP by labels")
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def differences_figure(comparison: Comparison) -> Figure:
+    """AP of every arm less the baseline's: a row per budget and arm, with a bar per interval and a dot per seed.
+
+    An answer rests on the lowest, thick bar. The grey stripe reaches from 0 to what a user would notice.
+    """
+    of_ap = [one for one in comparison.differences if one.metric == "AP"]
+    figure = new_figure(2)
+    figure.set_figheight(0.9 + 0.6 * len(of_ap))
+    axes = figure.subplots()
+    for place, one in enumerate(of_ap):
+        colour = LINE_COLOURS[list(comparison.starts).index(one.initialisation) % len(LINE_COLOURS)]
+        for offset, width, interval in ((-0.05, 1.4, one.seeds), (0.12, 1.4, one.images), (0.29, 4, one.both)):
+            if interval is not None:
+                ends = (interval.low, interval.high)
+                axes.plot(ends, [place + offset] * 2, color=colour, linewidth=width, solid_capstyle="butt")
+                at, shift = (ends[1], place + offset), (4, 0)
+                axes.annotate(
+                    interval.covers, at, shift, textcoords="offset points", fontsize=6, color=INK, va="center"
+                )
+        axes.plot(list(one.by_seed.values()), [place - 0.22] * len(one.by_seed), "o", color=colour, markersize=4)
+        axes.plot(one.mean, place - 0.22, "|", color=INK, markersize=9)
+    style_panel(axes, f"AP less that of {comparison.baseline}", "AP points; dots are seeds, the stroke is their mean")
+    axes.axvspan(0, WORTH, color=INK, alpha=0.12, linewidth=0)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.margins(x=0.12)
+    axes.set_yticks(range(len(of_ap)), [f"{one.label_budget}, {one.initialisation}" for one in of_ap])
+    axes.set_ylim(len(of_ap) - 0.4, -0.5)
+    axes.grid(visible=False, axis="y")
+    return figure
 
 
 def _draw_arm(axes: Axes, arm: str, colour: str, budgets: Sequence[Sequence[Mapping[str, Any]]]) -> None:

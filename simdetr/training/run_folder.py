@@ -165,7 +165,7 @@ class RunFolder:
         differing = [
             name
             for name in sorted({*there, *asked})
-            if (name in there, there.get(name)) != (name in asked, asked.get(name)) and not _is_within(name, unasked)
+            if not _is_same(there.get(name), asked.get(name)) and not _is_within(name, unasked)
         ]
         refused = [
             name for name in differing if (settled is None or _is_within(name, settled)) and not _is_within(name, free)
@@ -345,6 +345,16 @@ def leads() -> bool:
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 
     return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def _is_same(before: object, asked: object) -> bool:
+    """Whether two values of a setting are equal, or name the same file or folder in two ways."""
+    if before == asked or not isinstance(before, str) or not isinstance(asked, str):
+        return before == asked
+    try:
+        return Path(before).samefile(asked)
+    except (OSError, ValueError):  # one of them is no place on this machine
+        return False
 
 
 def _is_within(name: str, sections: Sequence[str]) -> bool:

@@ -221,6 +221,9 @@ def test_wrong_arguments_exit_with_2(capsys):
     assert caught.value.code == 2
 
 
+COMPARE = ("compare", "--images=a", "--labels=b", "--init=c", "--out=d")
+
+
 @pytest.mark.parametrize(
     ("words", "usage", "said"),
     [
@@ -228,6 +231,8 @@ def test_wrong_arguments_exit_with_2(capsys):
         (["convert", "report"], "convert [--from FROM]", "the following arguments are required: OUT"),
         (["split", "--labels", "x"], "split --labels", "the following arguments are required: --out, --protocol"),
         (["export", "labels", "--run=x"], "labels --run", "the following arguments are required: --stage, --out"),
+        ([*COMPARE, "--seeds=0,1"], "compare [--images", "--seeds: expected a list in brackets, such as '[0,1]', got"),
+        ([*COMPARE, "--fractions=0.1"], "compare [--images", "expected a list in brackets, such as '[0.1]', got 0.1"),
         (["convert", "a", "b", "--voc-corners", "1"], "convert [--from", "--voc_corners: expected one of voc, zero, s"),
     ],
 )

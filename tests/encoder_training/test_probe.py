@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
-from simdetr.data.images import open_images
+from simdetr.data.images import open_images, read_image
 from simdetr.data.label_files import read_labels
 from simdetr.encoder_training import probe as encoder_recall
 from simdetr.encoder_training.probe import (
@@ -23,6 +23,7 @@ from simdetr.encoder_training.probe import (
     feature_spread,
     linear_probe,
     load_encoder_recall,
+    object_images,
     probe_images,
     read_rows,
     warn_of_collapse,
@@ -272,6 +273,26 @@ def test_an_image_is_of_the_class_that_most_of_its_boxes_have(tmp_path, caplog):
         ("b.png", "one"),
     ]
     assert "left out: 1 images with several classes, none of most boxes, and 1 without any" in caplog.text
+
+
+def test_objects_are_cut_out_as_images_of_their_class(tmp_path):
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[8:24, 16:40] = (200, 0, 0)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    boxes = [[16, 8, 24, 16], [0, 30, 10, 10], [60, 10, 20, 20], [5.1, 5.1, 0.2, 9], [0, 0, 64, 48]]
+    rows = [
+        {"id": n, "image_id": 1, "category_id": 1 + n % 2, "bbox": box, "area": 1, "iscrowd": int(n == 5)}
+        for n, box in enumerate(boxes, start=1)
+    ]
+    kinds = [{"id": 1, "name": "one/half"}, {"id": 2, "name": "two"}]
+    content = {"images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 48}], "annotations": rows}
+    (tmp_path / "labels.json").write_text(json.dumps(content | {"categories": kinds}))
+    found = object_images(tmp_path, tmp_path / "labels.json", tmp_path / "objects")
+    assert [found.names[c] for c in found.classes] == ["two", "one/half", "two"]  # neither the thin one nor the group
+    crops = [read_image(found.source.record(name)) for name in found.image_ids]
+    assert [tuple(crop.shape[1:]) for crop in crops] == [(16, 24), (10, 10), (20, 4)]  # one reaches over the edge
+    assert crops[0].flatten(1).unique(dim=1).flatten().tolist() == [200, 0, 0]
+    assert len(object_images(tmp_path, tmp_path / "labels.json", tmp_path / "few", at_most=1)) == 1
 
 
 def test_rare_and_foreign_classes_are_counted(kinds, caplog):

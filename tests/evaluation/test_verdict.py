@@ -122,11 +122,11 @@ def test_labels_saved_are_interpolated_in_the_logarithm_and_bounded_beyond_what_
     scores = {("backbone", 0.01): [10.0], ("backbone", 0.1): [20.0], ("backbone", 1.0): [30.0]}
     scores |= {("stage2", 0.01): [15.0], ("stage2", 0.1): [30.0], ("stage2", 1.0): [35.0]}
     halfway, exact, beyond = labels_saved(rows_of(scores), "backbone")
-    assert halfway.needed == pytest.approx(math.sqrt(50 * 500)) and str(halfway) == "3.2 times"
-    assert (exact.needed, exact.bound) == (pytest.approx(5000), "") and str(exact) == "10.0 times"
-    assert (beyond.needed, beyond.bound, str(beyond)) == (5000, "at least", "at least 1.0 times")
+    assert halfway.needed == pytest.approx(math.sqrt(50 * 500)) and str(halfway) == "3.2 times as many"
+    assert (exact.needed, exact.bound) == (pytest.approx(5000), "") and str(exact) == "10.0 times as many"
+    assert (beyond.needed, beyond.bound, str(beyond)) == (5000, "at least", "more than were measured")
     (lower,) = labels_saved(rows_of({("backbone", 0.1): [20.0], ("stage2", 0.1): [15.0]}), "backbone")
-    assert str(lower) == "at most 1.0 times"
+    assert str(lower) == "at most 1.0 times as many"
 
 
 def test_labels_saved_have_an_interval_over_images():
@@ -166,6 +166,6 @@ def test_the_text_has_answer_table_cost_and_what_intervals_cover():
     )
     text = found.text()
     assert text.startswith("**Pretraining pays") and "| 10 % | backbone | 3 | 20.2 ± 0.8 |" in text
-    assert "stage2 3,600 s of pretraining, 10 s per fine-tuning (cpu, 1 thread)" in text
+    assert "stage2: 3,600 s of pretraining, 10 s per fine-tuning (cpu, 1 thread)" in text
     assert "at least 4.0 times" in text and "None covers another pretraining" in text and "only 50 images" in text
     assert json.dumps(rows) and str(Interval(-1.25, 2.0, "seeds")) == "-1.2 to +2.0"

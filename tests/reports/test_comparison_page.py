@@ -14,6 +14,8 @@ from simdetr.recipe import ComparisonJob
 from simdetr.reports.comparison_page import (
     SUMMARY,
     check_rows,
+    differences_figure,
+    labels_figure,
     mining_evidence,
     pretraining_seconds,
     render_comparison,
@@ -65,7 +67,8 @@ def test_the_page_answers_first_and_shows_what_the_answer_rests_on(comparison, p
         "simdetr compare --init run",
         "50 validation images",
         "None covers another pretraining",
-        "at least 1.0 times",
+        "more than were measured",
+        "AP less that of backbone",
         "training loss, 1 %",
     ):
         assert words in page.text, words
@@ -78,6 +81,23 @@ def test_every_metric_has_its_interval_and_recall_none_over_images(comparison):
     assert [*by_metric] == list(METRICS)
     assert all(one.seeds is not None for one in by_metric.values())
     assert [name for name, one in by_metric.items() if one.images is not None] == ["AP", "AP50", "AP75"]
+
+
+def test_each_row_of_differences_has_its_seeds_and_intervals_drawn(comparison):
+    axes = differences_figure(comparison).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1 %, stage2", "10 %, stage2"]
+    of_ap = [one for one in comparison.differences if one.metric == "AP"]
+    drawn = [sorted(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "o"]
+    assert drawn == [sorted(one.by_seed.values()) for one in of_ap]
+    bars = [tuple(line.get_xdata()) for line in axes.get_lines() if line.get_linewidth() == 4]
+    assert bars == [(one.both.low, one.both.high) for one in of_ap]
+    assert [text.get_text() for text in axes.texts] == ["seeds", "images", "seeds and images"] * 2
+
+
+def test_labels_are_marked_where_they_were_measured(comparison):
+    axes = labels_figure(comparison).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["40", "400"]
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"backbone", "stage2"}
 
 
 def test_the_summary_is_json_that_everyone_can_read(comparison, tmp_path):

@@ -56,6 +56,19 @@ def test_other_settings_are_refused_and_named(tmp_path):
     assert yaml.safe_load(run.config.read_text()) == yaml.safe_load(changed())
 
 
+def test_the_same_place_under_another_name_is_no_other_setting(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "others").mkdir()
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.claim(f"data:\n  images: {tmp_path / 'photos'}\n  kind: photos\n")
+    monkeypatch.chdir(tmp_path)
+    run.claim("data:\n  images: photos\n  kind: photos\n")
+    for images, kind in (("others", "photos"), ("gone", "photos"), ("photos", "0")):
+        with pytest.raises(RunMismatchError):
+            run.claim(f"data:\n  images: {images}\n  kind: {kind}\n")
+
+
 def test_options_that_came_after_a_run_began_do_not_keep_it_from_going_on(tmp_path):
     run = RunFolder(tmp_path)
     run.claim(changed(model={"lr": 0.1}))
