@@ -286,14 +286,19 @@ def begin() -> Callable[..., BaseProcess]:
 
 
 def _run_command(words: list[str], said: Path, environment: dict[str, str]) -> None:
+    from lightning_fabric.utilities.rank_zero import rank_zero_only
+
     from simdetr.commands.main import main
 
     for number, ending in ((1, ".out"), (2, ".err")):
         with said.with_suffix(ending).open("wb") as file:
             os.dup2(file.fileno(), number)
     os.environ |= environment
+    if "RANK" in environment:  # the import that took it from the environment was that of the server
+        rank_zero_only.rank = int(environment["RANK"])
     torch.set_num_threads(1)
-    main(words)
+    sys.argv = ["simdetr", *words]
+    main()
 
 
 @pytest.fixture(scope="session")
