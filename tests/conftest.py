@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,38 @@ def _run_script(script: str, *words: str) -> None:
     sys.argv = ["-c", *words]
     torch.set_num_threads(1)
     exec(script, {"__name__": "__main__"})
+
+
+@pytest.fixture(scope="session")
+def begin() -> Callable[..., BaseProcess]:
+    """Starts ``simdetr`` with some words in a process that has imported everything already, with more environment.
+
+    What it prints goes into the file ``said`` with the ending ``.out``, its errors into that with ``.err``.
+    """
+
+    def start(words: Sequence[object], said: Path, **environment: str) -> BaseProcess:
+        arguments = ([str(word) for word in words], said, environment)
+        process = multiprocessing.get_context(FORKED).Process(target=_run_command, args=arguments)
+        process.start()
+        return process
+
+    return start
+
+
+def _run_command(words: list[str], said: Path, environment: dict[str, str]) -> None:
+    from lightning_fabric.utilities.rank_zero import rank_zero_only
+
+    from simdetr.commands.main import main
+
+    for number, ending in ((1, ".out"), (2, ".err")):
+        with said.with_suffix(ending).open("wb") as file:
+            os.dup2(file.fileno(), number)
+    os.environ |= environment
+    if "RANK" in environment:  # the import that took it from the environment was that of the server
+        rank_zero_only.rank = int(environment["RANK"])
+    torch.set_num_threads(1)
+    sys.argv = ["simdetr", *words]
+    main()
 
 
 @pytest.fixture(scope="session")

@@ -3,55 +3,37 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
-import subprocess
-import sys
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from simdetr.commands.main import main
 from simdetr.data.coco import write_coco
 from simdetr.data.label_files import read_labels
 
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "simdetr")
-PROCESSES = multiprocessing.get_context("forkserver")
-"""Makes processes that have imported everything (tests/conftest.py), so that no kill falls into the imports."""
-
 
 class Command:
-    """A process that runs ``simdetr`` with these words, killed or not; ``ranks`` are under torchrun."""
+    """``simdetr`` with these words in a process, or in two ``ranks`` as torchrun would start them, killed or not."""
 
-    def __init__(self, words: tuple[str, ...], out: Path, *, ranks: bool) -> None:
-        words, self._said = (*words, "--out", str(out)), out.with_name(f"{out.name}.stderr")
-        self._process: BaseProcess | subprocess.Popen[bytes]
-        if ranks:
-            with self._said.open("wb") as stderr:
-                self._process = subprocess.Popen(
-                    [sys.executable, *TWO_RANKS, *words],
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                )
-        else:
-            self._process = PROCESSES.Process(target=run_command, args=(words, self._said))
-            self._process.start()
-        assert self._process.pid is not None
-        self.process = psutil.Process(self._process.pid)
+    def __init__(self, begin: Callable[..., BaseProcess], words: tuple[str, ...], out: Path, *, ranks: bool) -> None:
+        self._said = [out.with_name(f"{out.name}-{rank}") for rank in range(2 if ranks else 1)]
+        places = two_places() if ranks else [{}]
+        self.processes = [
+            begin((*words, "--out", out), said, **place) for said, place in zip(self._said, places, strict=True)
+        ]
 
     @property
     def status(self) -> int | None:
         """What it ended with; None while it runs."""
-        return self._process.exitcode if isinstance(self._process, BaseProcess) else self._process.poll()
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else next((code for code in codes if code), 0)
 
     def wait(self, seconds: float = 300) -> bool:
         """Whether it ends within so many seconds."""
@@ -61,24 +43,30 @@ class Command:
         return self.status is not None
 
     def ended_well(self) -> None:
-        assert self.wait() and self.status == 0, self._said.read_text()
+        errors = [said.with_suffix(".err").read_text() for said in self._said if self.wait()]
+        assert self.status == 0, errors
 
     def until_there(self, path: Path) -> None:
         while not path.exists() and self.status is None:
             time.sleep(0.02)
 
-    def a_rank(self, rng: random.Random) -> psutil.Process:
-        """One of those that torchrun has started."""
-        return rng.choice(sorted(self.process.children(), key=lambda child: child.pid))
+    def kill(self, rng: random.Random) -> None:
+        """Kill its process, or one of its ranks: the launcher then ends the other."""
+        killed = rng.choice(self.processes)
+        killed.kill()
+        killed.join()
+        for process in self.processes:
+            process.terminate()
 
 
-def run_command(words: tuple[str, ...], said: Path) -> None:
-    """In a process of its own, from which nothing is heard but its errors."""
-    with said.open("wb") as stderr, Path(os.devnull).open("wb") as nowhere:
-        os.dup2(stderr.fileno(), 2)
-        os.dup2(nowhere.fileno(), 1)
-    torch.set_num_threads(1)
-    main(words)
+def two_places() -> list[dict[str, str]]:
+    """What torchrun tells the two ranks on a machine in their environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    same = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    same |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "kills"}
+    return [same | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +87,20 @@ def pretrain(config: Path, scenes: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def whole(pretrain: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def whole(
+    begin: Callable[..., BaseProcess], pretrain: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Undisturbed:
     """That pretraining."""
-    return Undisturbed(pretrain, tmp_path_factory.mktemp("whole") / "run")
+    return Undisturbed(begin, pretrain, tmp_path_factory.mktemp("whole") / "run")
 
 
 class Undisturbed:
     """A command that runs to its end, and the seconds from its first file to then."""
 
-    def __init__(self, words: tuple[str, ...], out: Path, *, ranks: bool = False) -> None:
-        self.out, command = out, Command(words, out, ranks=ranks)
+    def __init__(
+        self, begin: Callable[..., BaseProcess], words: tuple[str, ...], out: Path, *, ranks: bool = False
+    ) -> None:
+        self.begin, self.out, command = begin, out, Command(begin, words, out, ranks=ranks)
         command.until_there(out)
         began = time.monotonic()
         command.ended_well()
@@ -121,12 +113,12 @@ def kill_again_and_again(
     """Start the command, kill it at a random moment of its work, and so on; at last let it end. How often it died."""
     rng, died = random.Random(seed), 0
     while True:
-        command = Command(words, out, ranks=ranks)
+        command = Command(undisturbed.begin, words, out, ranks=ranks)
         command.until_there(out)
         if command.wait(rng.uniform(0.05, 0.6) * undisturbed.seconds if died < kills else 300):
             command.ended_well()
             return died
-        (command.a_rank(rng) if ranks else command.process).kill()
+        command.kill(rng)
         assert command.wait() and command.status != 0
         died += 1
 
@@ -159,24 +151,29 @@ def test_pretraining(pretrain, whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("validated", [False, True])
-def test_finetuning(validated, config, scenes, tmp_path):
+def test_finetuning(validated, begin, config, scenes, tmp_path):
     truth = scenes / "instances.json"
     words = ("finetune", "--images", str(scenes), "--labels", str(truth), "--config", str(config))
     words += ("--trainer.max_steps=60",)
     if validated:
         words += ("--val_images", str(scenes), "--val_labels", str(truth))
-    undisturbed = Undisturbed(words, tmp_path / "whole")
+    undisturbed = Undisturbed(begin, words, tmp_path / "whole")
     assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=2, seed=2) >= 1
     assert_equal_results(tmp_path / "run", undisturbed.out)
 
 
 @pytest.mark.slow
-def test_comparison_has_every_row_once(config, scenes, whole, tmp_path):
+def test_comparison_has_every_row_once(begin, config, scenes, whole, tmp_path):
     truth = str(scenes / "instances.json")
     words = ("compare", "--images", str(scenes), "--labels", truth, "--val_images", str(scenes), "--val_labels", truth)
     words += ("--init", str(whole.out), "--config", str(config), "--fractions=[0.5]", "--seeds=[0,1]")
-    undisturbed = Undisturbed(words, tmp_path / "whole")
-    assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=3, seed=3) >= 2
+    out, alone = tmp_path / "run", (*words, "--workers", "1")
+    undisturbed = Undisturbed(begin, alone, tmp_path / "whole")
+    side_by_side = Command(begin, (*words, "--workers", "2"), out, ranks=False)
+    side_by_side.until_there(out / "0.5-seed0-random")  # the first training of its two processes
+    side_by_side.kill(random.Random(3))
+    assert side_by_side.wait() and side_by_side.status != 0
+    assert kill_again_and_again(alone, undisturbed, out, kills=2, seed=3) >= 1
     rows, expected = (json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("run", "whole"))
     for row in (*rows, *expected):
         assert row.pop("seconds") > 0
@@ -185,37 +182,37 @@ def test_comparison_has_every_row_once(config, scenes, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_labelling_from_few_boxes(config, scenes, whole, tmp_path):
+def test_labelling_from_few_boxes(begin, config, scenes, whole, tmp_path):
     truth = read_labels(scenes / "instances.json")
     write_coco(truth.select(truth.image_ids[:5]), tmp_path / "shots.json")
     words = ("autolabel", "--images", str(scenes), "--shots", str(tmp_path / "shots.json"), "--init", str(whole.out))
     words += ("--config", str(config), "--score_rule", "per_class_top", "--background_shots", "0")
-    undisturbed = Undisturbed(words, tmp_path / "whole")
+    undisturbed = Undisturbed(begin, words, tmp_path / "whole")
     assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=2, seed=4) >= 1
     assert_equal_results(tmp_path / "run", undisturbed.out)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_one_of_two_ranks(pretrain, tmp_path):
+def test_one_of_two_ranks(begin, pretrain, tmp_path):
     words = (*pretrain, "--trainer.devices=2", "--trainer.strategy=ddp", "--self_training.stages=1")
-    undisturbed = Undisturbed(words, tmp_path / "whole", ranks=True)
+    undisturbed = Undisturbed(begin, words, tmp_path / "whole", ranks=True)
     assert kill_again_and_again(words, undisturbed, tmp_path / "run", kills=1, seed=5, ranks=True) >= 1
     assert_equal_results(tmp_path / "run", undisturbed.out)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_other_hardware_finishes(pretrain, whole, tmp_path):
+def test_other_hardware_finishes(begin, pretrain, whole, tmp_path):
     """Two ranks with loader processes, killed in the training, then one process without any."""
     out, resume = tmp_path / "run", tmp_path / "run" / "stage1" / "checkpoints" / "resume.ckpt"
     words = (*pretrain, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.num_workers=1")
-    ranks = Command(words, out, ranks=True)
+    ranks = Command(begin, words, out, ranks=True)
     ranks.until_there(resume)
     assert ranks.status is None
-    ranks.a_rank(random.Random(6)).kill()
+    ranks.kill(random.Random(6))
     assert ranks.wait()
-    Command((*pretrain, "--data.num_workers=0", "--inference.batch_size=3"), out, ranks=False).ended_well()
+    Command(begin, (*pretrain, "--data.num_workers=0", "--inference.batch_size=3"), out, ranks=False).ended_well()
     assert dict(results(out)).keys() == dict(results(whole.out)).keys()
     assert (
         read_labels(out / "stage0" / "labels.parquet").fingerprint()

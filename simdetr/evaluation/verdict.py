@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from simdetr.evaluation.compare import (
     WITHOUT_PRETRAINING,
@@ -280,9 +280,9 @@ def _more_seeds(one: Difference) -> str:
     if len(values) < 2:
         return f"{one.label_budget}: one seed cannot tell a gain from chance; take at least three (--seeds '[0, 1, 2]')"
     aim, spread = max(abs(one.mean), WORTH), values.std(ddof=1)
-    of_images = 0.0 if one.images is None else (one.images.high - one.images.low) / (2 * stats.norm.ppf(0.975))
+    of_images = 0.0 if one.images is None else (one.images.high - one.images.low) / (2 * special.ndtri(0.975))
     for count in range(len(values) + 1, LIKELY_SEEDS + 1):
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * math.sqrt(spread**2 / count + of_images**2)
+        half = special.stdtrit(count - 1, (1 + CONFIDENCE) / 2) * math.sqrt(spread**2 / count + of_images**2)
         if half < aim:
             return f"{one.label_budget}: the difference is within the noise; about {count} seeds are likely to tell"
     return (

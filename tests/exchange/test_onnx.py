@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from simdetr.data.annotations import Category
-from simdetr.detectors import DeformableDETR, TorchvisionDetector, TransformersDetector, ViDT
+from simdetr.detectors import DeformableDETR, TorchvisionDetector, ViDT
+from simdetr.detectors.swin_ram import OWN_SIZES
 from simdetr.exchange import onnx as onnx_export
 from simdetr.exchange.onnx import OnnxExportError, agreement, compare, compare_with_file, example_batch, export_onnx
 from simdetr.exchange.weights import checkpoint_config, load_detector, save_detector
@@ -170,12 +171,11 @@ def test_the_exporter_leaves_logging_and_environment_as_they_were(monkeypatch):
 
 
 VARIANTS = {
-    "base": {},
-    "refine, dilated": {"with_box_refine": True, "dilation": True, "backbone": "resnet50", "num_feature_levels": 3},
+    "refine, dilated": {"with_box_refine": True, "dilation": True, "backbone": "resnet10t", "num_feature_levels": 3},
     "two stage": {"with_box_refine": True, "two_stage": True, "num_queries": 100},
-    "learned positions": {"position_encoding": "learned", "num_feature_levels": 3},
+    "learned positions": {"position_encoding": "learned", "num_feature_levels": 1},
     "vision transformer": {"backbone": "test_vit", "num_feature_levels": 3},
-    "ConvNeXt": {"backbone": "test_convnext", "num_feature_levels": 3},
+    "ConvNeXt": {"backbone": "test_convnext", "num_feature_levels": 1},
 }
 
 
@@ -190,7 +190,9 @@ def test_variants_of_deformable_detr(variant, tmp_path, caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("neck", [True, False])
-def test_vidt_has_one_size(neck, tmp_path, caplog):
+def test_vidt_has_one_size(neck, tmp_path, caplog, monkeypatch):
+    """Of one layer per stage but for one, whose second layer has shifted windows."""
+    monkeypatch.setitem(OWN_SIZES, "swin_pico", OWN_SIZES["swin_pico"] | {"depths": (1, 1, 2, 1)})
     small = {"backbone": "swin_pico", "hidden_dim": 32, "num_heads": 2, "num_decoder_layers": 1, "ffn_dim": 32}
     source = saved(lambda: ViDT(3, num_queries=10, neck=neck, **small), tmp_path / "detector")
     summary = export_onnx(source, tmp_path / "model.onnx", verify=True)
@@ -198,22 +200,9 @@ def test_vidt_has_one_size(neck, tmp_path, caplog):
     assert "ViDT cannot be exported to ONNX for images of any size: its backbone attends within windows" in caplog.text
 
 
-RT_DETR = {
-    "model_type": "rt_detr_v2",
-    "backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [2, 3, 4]},
-    "encoder_in_channels": [128, 256, 512],
-    "decoder_in_channels": [32, 32, 32],
-    "decoder_layers": 2,
-    "num_queries": 20,
-    **dict.fromkeys(("encoder_hidden_dim", "encoder_ffn_dim", "d_model", "decoder_ffn_dim"), 32),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
-}
-
-
 @pytest.mark.slow
-def test_rt_detr_of_transformers_has_one_size(tmp_path):
-    pytest.importorskip("transformers", reason="an optional dependency")
-    source = saved(lambda: TransformersDetector(3, RT_DETR), tmp_path / "detector")
+def test_rt_detr_of_transformers_has_one_size(make_other, tmp_path):
+    source = saved(lambda: make_other("rt_detr_v2"), tmp_path / "detector")
     summary = export_onnx(source, tmp_path / "model.onnx", verify=True, image_size=(96, 128))
     assert "any number of images, 96 x 128 px" in summary and "2 x 96 x 128 px: logits differ by" in summary
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,11 +29,22 @@ def whole(many, tmp_path_factory):
     return pipeline.mine_proposals(many, tmp_path_factory.mktemp("whole"), options=OPTIONS).folder
 
 
-def mining(images, out, *words, launcher=("-m", "simdetr")):
+class Mining:
     """The command, begun."""
-    command = [sys.executable, *launcher, "mine", "--images", str(images), "--out", str(out), *words, *OPTIONS]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def __init__(self, begin, images, out, *words, said="said", **environment):
+        self.said = out.with_name(said)
+        words = ("mine", "--images", images, "--out", out, *words, *OPTIONS)
+        self.process = begin(words, self.said, OMP_NUM_THREADS="1", **environment)
+
+    def ended(self):
+        """Its status, what it printed and its errors, when it has ended."""
+        self.process.join(600)
+        return self.process.exitcode, *(self.said.with_suffix(ending).read_text() for ending in (".out", ".err"))
+
+    def comes_to(self, condition):
+        """Whether a condition holds that may come true while it runs, or it has ended."""
+        return condition() or self.process.exitcode is not None
 
 
 def children_of(pid):
@@ -79,17 +89,16 @@ def test_settings_are_checked_before_processes_start(many, tmp_path, monkeypatch
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_two_processes_mine_what_one_does(many, whole, tmp_path, assert_same_store):
-    process = mining(many, tmp_path / "out", "--num-ranks", "2")
-    printed, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
+def test_two_processes_mine_what_one_does(many, whole, tmp_path, begin, assert_same_store):
+    status, printed, errors = Mining(begin, many, tmp_path / "out", "--num-ranks", "2").ended()
+    assert status == 0, errors
     assert "proposals on 40 images in" in printed
     assert_same_store(tmp_path / "out" / "proposals", whole)
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_an_error_of_a_process_is_told_and_the_same_call_goes_on(many, tmp_path):
+def test_an_error_of_a_process_is_told_and_one_process_goes_on(many, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for index, path in enumerate(sorted(many.iterdir())):
@@ -99,7 +108,7 @@ def test_an_error_of_a_process_is_told_and_the_same_call_goes_on(many, tmp_path)
     assert "of 10 shards are mined: process" in str(error.value)
     assert "3 of 40 images are unreadable" in str(error.value)
     allowed = [*OPTIONS, "--mining.max_unreadable=0.1"]
-    store = pipeline.mine_proposals(images, tmp_path / "out", options=allowed, num_ranks=2)
+    store = pipeline.mine_proposals(images, tmp_path / "out", options=allowed)
     assert (len(store), len(store.unreadable())) == (37, 3)
 
 
@@ -107,40 +116,42 @@ def test_an_error_of_a_process_is_told_and_the_same_call_goes_on(many, tmp_path)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_killed_processes_and_a_killed_command_end_in_the_same_store(
-    many, whole, tmp_path, wait_for, assert_same_store
+    many, whole, tmp_path, begin, wait_for, assert_same_store
 ):
     out = tmp_path / "out"
-    command = mining(many, out, "--num-ranks", "2")
-    wait_for(lambda: len(list(out.glob("proposals/shard-*.parquet"))) >= 1 or command.poll() is not None)
-    children = children_of(command.pid)
-    command.kill()  # the children see that their stdin closes
-    command.communicate()
+    command = Mining(begin, many, out, "--num-ranks", "2")
+    wait_for(lambda: command.comes_to(lambda: len(list(out.glob("proposals/shard-*.parquet"))) >= 1))
+    children = children_of(command.process.pid)
+    command.process.kill()  # the children see that their stdin closes
+    command.process.join()
     wait_for(lambda: not any(Path(f"/proc/{child}/cmdline").exists() for child in children))
     begun = len(list(out.glob("proposals/shard-*.parquet")))
     assert (len(children), begun < 10) == (2, True)
 
-    command = mining(many, out, "--num-ranks", "2")
-    wait_for(lambda: len(list(out.glob("proposals/shard-*.parquet"))) > begun or command.poll() is not None)
-    os.kill(children_of(command.pid)[1], signal.SIGKILL)
-    _, errors = command.communicate(timeout=600)
+    command = Mining(begin, many, out, "--num-ranks", "2")
+    wait_for(lambda: command.comes_to(lambda: len(list(out.glob("proposals/shard-*.parquet"))) > begun))
+    os.kill(children_of(command.process.pid)[1], signal.SIGKILL)
+    status, _, errors = command.ended()
     said = " ".join(errors.split())
-    if command.returncode == 0:  # the other came to what the killed one had begun
+    if status == 0:  # the other came to what the killed one had begun
         assert "process 1 was killed by SIGKILL; the others did its work" in said
     else:
         assert "of 10 shards are mined: process 1 was killed by SIGKILL. Run the same command to go on" in said
 
-    command = mining(many, out, "--num-ranks", "2")
-    _, errors = command.communicate(timeout=600)
-    assert command.returncode == 0 and "WARNING" not in errors and "ERROR" not in errors, errors
+    status, _, errors = Mining(begin, many, out).ended()
+    assert status == 0 and "WARNING" not in errors and "ERROR" not in errors, errors
     assert_same_store(out / "proposals", whole)
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_ranks_of_torchrun_share_the_shards(many, whole, tmp_path, assert_same_store):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "simdetr")
-    process = mining(many, tmp_path / "out", launcher=launcher)
-    printed, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
-    assert printed.count("proposals on 40 images in") == 2
+def test_ranks_of_a_launcher_share_the_shards(many, whole, tmp_path, begin, assert_same_store):
+    """torchrun and srun tell their processes rank and number in the environment, and nothing more is asked."""
+    ranks = [
+        Mining(begin, many, tmp_path / "out", said=f"said{rank}", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
+        for rank in ("0", "1")
+    ]
+    for status, printed, errors in [rank.ended() for rank in ranks]:
+        assert status == 0, errors
+        assert "proposals on 40 images in" in printed
     assert_same_store(tmp_path / "out" / "proposals", whole)
