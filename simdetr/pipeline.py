@@ -402,7 +402,7 @@ def compare(
     arms: Sequence[str] = (),
     fractions: Sequence[float] | None = None,
     shots: Sequence[int] = (),
-    seeds: Sequence[int] = (0, 1),
+    seeds: Sequence[int] = (0, 1, 2),
     options: Sequence[str] = (),
     workers: int | None = None,
 ) -> Comparison:
@@ -426,7 +426,7 @@ def compare(
             the last stage.
         fractions: Parts of the labelled images to train on; 1 and 10 % where no shots are given either.
         shots: Boxes per class to train on, as `simdetr split` draws them.
-        seeds: Seeds of labels, order, augmentation and new weights; at least two tell noise from gain.
+        seeds: Seeds of labels, order, augmentation and new weights; three or more tell gain from noise.
         options: ``--section.name=value`` strings, over the files.
         workers: Trainings side by side; without a GPU as many as there are cores, at most four, by default.
 

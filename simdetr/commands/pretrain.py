@@ -112,7 +112,7 @@ def compare_arms(
     arms: tuple[str, ...] = (),
     fractions: tuple[float, ...] | None = None,
     shots: tuple[int, ...] = (),
-    seeds: tuple[int, ...] = (0, 1),
+    seeds: tuple[int, ...] = (0, 1, 2),
     options: tuple[str, ...] = (),
     workers: int | None = None,
 ) -> None:
@@ -134,7 +134,7 @@ def compare_arms(
             the last stage.
         fractions: Parts of the labelled images to train on; 1 and 10 % where no shots are given either.
         shots: Boxes per class to train on, as `simdetr split` draws them.
-        seeds: Seeds of labels, order, augmentation and new weights; at least two tell noise from gain.
+        seeds: Seeds of labels, order, augmentation and new weights; three or more tell gain from noise.
         options: ``--section.name=value`` strings; dotted options on the command line end here.
         workers: Trainings side by side; without a GPU as many as there are cores, at most four, by default.
     """

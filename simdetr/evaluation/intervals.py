@@ -3,7 +3,8 @@
 Two things make a measured difference uncertain. Another *seed* draws other labels, another order and other new weights:
 few seeds, so Student's t over the paired differences. Other *validation images* give other scores to the same
 detectors: a bootstrap, which draws the images again with replacement, the same for every training. The joint interval
-adds both variances, with Welch's degrees of freedom; it is the one that a verdict may rest on.
+is as wide as both together, as the sides of a right angle (modified large sample, Graybill and Wang 1980): it is the
+one that a verdict may rest on.
 
 AP on drawn images is exact, not an approximation: matching is done once, for it does not depend on other images, and an
 image that is drawn n times counts n times. Letters: B draws, N images, D detections of a class, T IoU thresholds.
@@ -65,7 +66,10 @@ def image_interval(draws: ArrayLike, confidence: float = CONFIDENCE) -> Interval
 def joint_interval(
     differences: ArrayLike, draws: ArrayLike, num_images: int, confidence: float = CONFIDENCE
 ) -> Interval | None:
-    """Interval of the mean difference over other seeds and other images.
+    """Interval of the mean difference over other seeds and other images; never narrower than that over seeds.
+
+    Adding variances with Welch's degrees of freedom would hold 89 % instead of 95 with two seeds, whose deviation may
+    be small by chance.
 
     Args:
         differences: One per seed [n].
@@ -80,12 +84,9 @@ def joint_interval(
     drawn = drawn[np.isfinite(drawn)]
     if len(values) < 2 or len(drawn) < 2 or num_images < 2:
         return None
-    of_seeds, of_images = values.var(ddof=1) / len(values), drawn.var(ddof=1)
-    total = of_seeds + of_images
-    half = 0.0
-    if total > 0:
-        freedom = total**2 / (of_seeds**2 / (len(values) - 1) + of_images**2 / (num_images - 1))
-        half = float(special.stdtrit(freedom, (1 + confidence) / 2) * np.sqrt(total))
+    quantiles = special.stdtrit([len(values) - 1, num_images - 1], (1 + confidence) / 2)
+    deviations = [values.std(ddof=1) / np.sqrt(len(values)), drawn.std(ddof=1)]
+    half = float(np.linalg.norm(quantiles * deviations))
     return Interval(float(values.mean()) - half, float(values.mean()) + half, "seeds and images")
 
 

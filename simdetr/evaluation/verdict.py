@@ -280,9 +280,10 @@ def _more_seeds(one: Difference) -> str:
     if len(values) < 2:
         return f"{one.label_budget}: one seed cannot tell a gain from chance; take at least three (--seeds '[0, 1, 2]')"
     aim, spread = max(abs(one.mean), WORTH), values.std(ddof=1)
-    of_images = 0.0 if one.images is None else (one.images.high - one.images.low) / (2 * special.ndtri(0.975))
+    of_images = 0.0 if one.images is None else (one.images.high - one.images.low) / 2
     for count in range(len(values) + 1, LIKELY_SEEDS + 1):
-        half = special.stdtrit(count - 1, (1 + CONFIDENCE) / 2) * math.sqrt(spread**2 / count + of_images**2)
+        of_seeds = special.stdtrit(count - 1, (1 + CONFIDENCE) / 2) * spread / math.sqrt(count)
+        half = math.hypot(of_seeds, of_images)
         if half < aim:
             return f"{one.label_budget}: the difference is within the noise; about {count} seeds are likely to tell"
     return (
