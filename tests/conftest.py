@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -270,30 +271,42 @@ def _run_script(script: str, *words: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def begin() -> Callable[..., BaseProcess]:
-    """Starts ``simdetr`` with some words in a process that has imported everything already, with more environment.
+def begin() -> Callable[..., list[BaseProcess]]:
+    """Starts ``simdetr`` with some words in one process or several ``ranks``, which have imported everything already.
 
-    What it prints goes into the file ``said`` with the ending ``.out``, its errors into that with ``.err``.
+    What rank R prints goes into the file ``said`` with the ending ``-R.out``, its errors into that with ``-R.err``.
     """
 
-    def start(words: Sequence[object], said: Path, **environment: str) -> BaseProcess:
-        arguments = ([str(word) for word in words], said, environment)
-        process = multiprocessing.get_context(FORKED).Process(target=_run_command, args=arguments)
-        process.start()
-        return process
+    def start(words: Sequence[object], said: Path, ranks: int = 1) -> list[BaseProcess]:
+        processes = []
+        for rank, place in enumerate(_places(ranks) if ranks > 1 else [{}]):
+            arguments = ([str(word) for word in words], f"{said}-{rank}", place)
+            processes.append(multiprocessing.get_context(FORKED).Process(target=_run_command, args=arguments))
+            processes[-1].start()
+        return processes
 
     return start
 
 
-def _run_command(words: list[str], said: Path, environment: dict[str, str]) -> None:
+def _places(ranks: int) -> list[dict[str, str]]:
+    """What torchrun tells the ranks on a machine in their environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    same = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    same |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"}
+    return [same | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _run_command(words: list[str], said: str, environment: dict[str, str]) -> None:
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 
     from simdetr.commands.main import main
 
     for number, ending in ((1, ".out"), (2, ".err")):
-        with said.with_suffix(ending).open("wb") as file:
+        with Path(said + ending).open("wb") as file:
             os.dup2(file.fileno(), number)
-    os.environ |= environment
+    os.environ |= {"OMP_NUM_THREADS": "1"} | environment
     if "RANK" in environment:  # the import that took it from the environment was that of the server
         rank_zero_only.rank = int(environment["RANK"])
     torch.set_num_threads(1)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -253,12 +251,12 @@ def test_wrong_options_of_a_head_are_named(key, value, said, landmarks, scenes, 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["landmarks", "localisation"])
-def test_two_processes_train_a_head(kind, request, scenes, tmp_path):
-    config = request.getfixturevalue(kind)
-    command = [sys.executable, "-W", "ignore", "-m", "simdetr", "fit", f"--config={config}"]
+def test_two_processes_train_a_head(kind, request, scenes, tmp_path, begin):
+    command = ["fit", f"--config={request.getfixturevalue(kind)}"]
     inputs = [f"--data.images={scenes}", f"--data.labels={scenes / 'instances.json'}", "--data.batch_size=2"]
     ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.default_root_dir={tmp_path / 'run'}"]
-    result = subprocess.run([*command, *inputs, *ranks], capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr[-2000:]
+    for rank, process in enumerate(begin([*command, *inputs, *ranks], tmp_path / "said", ranks=2)):
+        process.join(300)
+        assert process.exitcode == 0, (tmp_path / f"said-{rank}.err").read_text()[-2000:]
     trained = load_detector(tmp_path / "run" / "detector").detector
     assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import socket
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -22,12 +21,11 @@ from simdetr.data.label_files import read_labels
 class Command:
     """``simdetr`` with these words in a process, or in two ``ranks`` as torchrun would start them, killed or not."""
 
-    def __init__(self, begin: Callable[..., BaseProcess], words: tuple[str, ...], out: Path, *, ranks: bool) -> None:
-        self._said = [out.with_name(f"{out.name}-{rank}") for rank in range(2 if ranks else 1)]
-        places = two_places() if ranks else [{}]
-        self.processes = [
-            begin((*words, "--out", out), said, **place) for said, place in zip(self._said, places, strict=True)
-        ]
+    def __init__(
+        self, begin: Callable[..., list[BaseProcess]], words: tuple[str, ...], out: Path, *, ranks: bool
+    ) -> None:
+        self._said = out.with_name(f"{out.name}-said")
+        self.processes = begin((*words, "--out", out), self._said, 2 if ranks else 1)
 
     @property
     def status(self) -> int | None:
@@ -43,8 +41,9 @@ class Command:
         return self.status is not None
 
     def ended_well(self) -> None:
-        errors = [said.with_suffix(".err").read_text() for said in self._said if self.wait()]
-        assert self.status == 0, errors
+        assert self.wait() and self.status == 0, [
+            Path(f"{self._said}-{rank}.err").read_text() for rank in range(len(self.processes))
+        ]
 
     def until_there(self, path: Path) -> None:
         while not path.exists() and self.status is None:
@@ -57,16 +56,6 @@ class Command:
         killed.join()
         for process in self.processes:
             process.terminate()
-
-
-def two_places() -> list[dict[str, str]]:
-    """What torchrun tells the two ranks on a machine in their environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    same = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    same |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "kills"}
-    return [same | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +77,7 @@ def pretrain(config: Path, scenes: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def whole(
-    begin: Callable[..., BaseProcess], pretrain: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+    begin: Callable[..., list[BaseProcess]], pretrain: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> Undisturbed:
     """That pretraining."""
     return Undisturbed(begin, pretrain, tmp_path_factory.mktemp("whole") / "run")
@@ -98,7 +87,7 @@ class Undisturbed:
     """A command that runs to its end, and the seconds from its first file to then."""
 
     def __init__(
-        self, begin: Callable[..., BaseProcess], words: tuple[str, ...], out: Path, *, ranks: bool = False
+        self, begin: Callable[..., list[BaseProcess]], words: tuple[str, ...], out: Path, *, ranks: bool = False
     ) -> None:
         self.begin, self.out, command = begin, out, Command(begin, words, out, ranks=ranks)
         command.until_there(out)

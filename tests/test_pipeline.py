@@ -594,7 +594,7 @@ def test_a_planted_order_comes_out(tmp_path):
     """A detector that was trained on the truth of these very images beats random weights, in so many words."""
     folder = Path(pipeline.__file__).parent / "commands"
     configs = [folder / "quickstart_pretrain.yaml", folder / "quickstart_finetune.yaml"]
-    quiet = ("--trainer.enable_progress_bar=false", "--data.short_sides=[96]")
+    quiet = ("--trainer.enable_progress_bar=false", "--data.short_sides=[96]", "--data.batch_size=4")
     scenes, truth = tmp_path / "scenes", tmp_path / "scenes" / "instances.json"
     render_scenes(scenes, 24, (96, 96), 0, PLAIN_CLASSES, "plain")
     taught = pipeline.finetune(scenes, truth, tmp_path / "taught", configs, options=(*quiet, "--trainer.max_steps=140"))

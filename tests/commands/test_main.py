@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -287,7 +286,7 @@ def test_ctrl_c_in_a_training_is_no_error_of_its_own(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", ["mine", "finetune", "pretrain"])
-def test_sigterm_ends_a_command_with_a_line_and_its_status(command, scenes, tiny_config, tmp_path, wait_for):
+def test_sigterm_ends_a_command_with_a_line_and_its_status(command, scenes, tiny_config, tmp_path, begin, wait_for):
     words = [command, "--images", scenes, "--out", tmp_path, "--config", tiny_config]
     begun = tmp_path / "logs" / "version_0" / "metrics.csv"
     if command == "finetune":
@@ -295,15 +294,15 @@ def test_sigterm_ends_a_command_with_a_line_and_its_status(command, scenes, tiny
     else:
         begun = tmp_path / "proposals" / "manifest.json"
         words += ["--mining.image_size=1024"]
-    ran = [sys.executable, "-m", "simdetr", *map(str, words)]
-    process = subprocess.Popen(ran, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    (process,) = begin(words, tmp_path / "said")
     try:
-        wait_for(lambda: begun.is_file() and begun.stat().st_size > 0, process)
+        wait_for(lambda: (begun.is_file() and begun.stat().st_size > 0) or process.exitcode is not None)
         process.terminate()
-        said = process.communicate(timeout=300)[1]
+        process.join(300)
     finally:
         process.kill()
-    assert process.returncode == 143, said
+    said = (tmp_path / "said-0.err").read_text()
+    assert process.exitcode == 143, said
     where = " at step [0-9]+" if command == "finetune" else ""
     assert re.search(f"stopped by SIGTERM{where}; the same command goes on", said)
     assert "Traceback" not in said

@@ -39,7 +39,8 @@ def few_scenes(monkeypatch):
     return choose
 
 
-def test_from_nothing_to_a_table_and_a_page(few_scenes, tmp_path):
+def test_from_nothing_to_a_table_and_a_page(few_scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("simdetr.training.side_by_side.cores", lambda: 1)  # no processes, which import for seconds
     few_scenes(20, 4, 64)
     table, page = pretrain_and_compare(tmp_path, options=MINIATURE)
     assert "| stage2 |" in table and "| random |" in table and "10 %" in table
@@ -66,7 +67,7 @@ def test_own_images_get_the_recipe_of_the_machine(scenes, tmp_path, monkeypatch)
         assert stopped.value.args == (expected,)
 
 
-SMALL = ("--data.short_sides=[80, 96]", QUIET)
+SMALL = ("--data.short_sides=[80, 96]", "--data.batch_size=4", QUIET)
 
 
 def pretrained_on(data, out, *options):
@@ -104,8 +105,8 @@ def test_self_training_and_pretraining_pay(few_scenes, tmp_path):
     mined, first, second = (
         match_boxes(truth, found, class_agnostic=True).average_precision(iou=50) for found in labels
     )
-    assert first > mined + 0.03  # seen: .584, .677
-    assert second > first - 0.02  # seen: .694; fused with the mined labels again, .600
+    assert first > mined + 0.03  # seen: .584, .662
+    assert second > first - 0.02  # seen: .686; fused with the mined labels again, in batches of 8, .600
     scratch, pretrained = compared(data, run, tmp_path / "comparison")
     assert (pretrained["initialisation"], scratch["initialisation"]) == ("stage2", "random")
     assert pretrained["AP"] > scratch["AP"] + 0.05

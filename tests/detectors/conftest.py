@@ -72,7 +72,8 @@ def learn(rectangles) -> Callable[..., tuple[float, float]]:
     def train(detector: torch.nn.Module, steps: int, lr: float) -> tuple[float, float]:
         images, targets = rectangles
         mask = torch.zeros(2, 96, 96, dtype=torch.bool)
-        optimiser, losses = torch.optim.AdamW(detector.train().parameters(), lr=lr), []
+        optimiser, losses = torch.optim.AdamW(detector.train().parameters(), lr=lr, fused=True), []
+        schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=steps)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             for _ in range(steps):
@@ -81,6 +82,7 @@ def learn(rectangles) -> Callable[..., tuple[float, float]]:
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.1)
                 optimiser.step()
+                schedule.step()
                 losses.append(loss.item())
         return losses[0], losses[-1]
 

@@ -256,20 +256,21 @@ def test_mask_of_another_size(make_deformable, batch):
 
 def overfitting_detector(make_deformable, variant):
     changes = {"num_classes": 3, "frozen_batch_norm": False, "freeze_stem": False, "dropout": 0.0, "num_queries": 10}
-    return make_deformable(variant, backbone="resnet10t", **changes)
+    few = {"backbone": "resnet10t", "num_encoder_layers": 1, "num_decoder_layers": 2}
+    return make_deformable(variant, **few, **changes)
 
 
 def test_learns_two_images_a_little(make_deformable, learn, assert_best_boxes_are_right):
     detector = overfitting_detector(make_deformable, "refine")
-    first, last = learn(detector, steps=60, lr=4e-4)
+    first, last = learn(detector, steps=60, lr=8e-4)
     assert last < first / 3
     assert_best_boxes_are_right(detector, min_iou=0.5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["base", "refine", "two_stage"])
+@pytest.mark.parametrize("variant", ["base", "two_stage"])  # the second refines its boxes, too
 def test_learns_two_images_by_heart(variant, make_deformable, learn, assert_best_boxes_are_right):
     detector = overfitting_detector(make_deformable, variant)
-    first, last = learn(detector, steps=200, lr=6e-4)
+    first, last = learn(detector, steps=150, lr=6e-4)
     assert last < first / 10
     assert_best_boxes_are_right(detector, min_iou=0.9)

@@ -458,7 +458,7 @@ def test_losses_want_features_of_training_mode():
 
 
 HEAD_COLOURS = torch.tensor([[1.0, 0.1, 0.1], [0.1, 1.0, 0.1], [0.1, 0.1, 1.0], [1.0, 1.0, 0.1]])
-SIDE, BATCH = 96, 12
+SIDE, BATCH = 64, 12
 
 
 def birds(count, generator):
@@ -485,7 +485,7 @@ def birds(count, generator):
 
 
 def train_on_birds(seed, lr, start=None, **options):
-    """A backbone with the head after 120 steps."""
+    """A backbone with the head after 80 steps."""
     torch.manual_seed(seed)
     head = partial(LocalisationHead, map_size=SIDE, **options)
     unfrozen = {"frozen_batch_norm": False, "freeze_stem": False}
@@ -494,7 +494,7 @@ def train_on_birds(seed, lr, start=None, **options):
         detector.load_state_dict(start.state_dict(), strict=False)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(detector.parameters(), lr, weight_decay=1e-4)
-    for _ in range(120):
+    for _ in range(80):
         images, classes, _ = birds(BATCH, generator)
         targets = [{"labels": label[None]} for label in classes]
         loss = detector.losses(images, torch.zeros(BATCH, SIDE, SIDE, dtype=torch.bool), targets)["loss"]
@@ -518,8 +518,8 @@ def score_on_birds(detector, source):
 
 @pytest.mark.slow
 def test_it_finds_bodies_that_do_not_tell_the_class():
-    """Measured with torch 2.15 on a CPU: IoU 0.277 (CAM), 0.349 (product), 0.385 (first attention); background 0.165
-    (CAM), 0.137 (product). Thresholds and weights were chosen on these birds."""
+    """Measured with torch 2.15 on a CPU: IoU 0.272 (CAM), 0.387 (product), 0.410 (first attention); background 0.119
+    (CAM), 0.109 (product). Thresholds and weights were chosen on these birds."""
     options = {"taps": [0, 2], "foreground_threshold": 0.9, "background_threshold": 0.5, "margin": 0.75}
     scores = []
     for seed in range(3):

@@ -30,17 +30,18 @@ def whole(many, tmp_path_factory):
 
 
 class Mining:
-    """The command, begun."""
+    """The command, begun, in one process or two ranks."""
 
-    def __init__(self, begin, images, out, *words, said="said", **environment):
-        self.said = out.with_name(said)
+    def __init__(self, begin, images, out, *words, ranks=1):
+        self.said = out.with_name("said")
         words = ("mine", "--images", images, "--out", out, *words, *OPTIONS)
-        self.process = begin(words, self.said, OMP_NUM_THREADS="1", **environment)
+        self.process, *self.others = begin(words, self.said, ranks)
 
-    def ended(self):
+    def ended(self, rank=0):
         """Its status, what it printed and its errors, when it has ended."""
-        self.process.join(600)
-        return self.process.exitcode, *(self.said.with_suffix(ending).read_text() for ending in (".out", ".err"))
+        process = (self.process, *self.others)[rank]
+        process.join(600)
+        return process.exitcode, *(Path(f"{self.said}-{rank}{ending}").read_text() for ending in (".out", ".err"))
 
     def comes_to(self, condition):
         """Whether a condition holds that may come true while it runs, or it has ended."""
@@ -147,11 +148,8 @@ def test_killed_processes_and_a_killed_command_end_in_the_same_store(
 @pytest.mark.slow
 def test_ranks_of_a_launcher_share_the_shards(many, whole, tmp_path, begin, assert_same_store):
     """torchrun and srun tell their processes rank and number in the environment, and nothing more is asked."""
-    ranks = [
-        Mining(begin, many, tmp_path / "out", said=f"said{rank}", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
-        for rank in ("0", "1")
-    ]
-    for status, printed, errors in [rank.ended() for rank in ranks]:
+    mining = Mining(begin, many, tmp_path / "out", ranks=2)
+    for status, printed, errors in [mining.ended(rank) for rank in range(2)]:
         assert status == 0, errors
         assert "proposals on 40 images in" in printed
     assert_same_store(tmp_path / "out" / "proposals", whole)
