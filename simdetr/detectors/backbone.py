@@ -8,6 +8,7 @@ names in a state dict are ``backbone.body.`` and timm's own. Padding masks are b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,9 +16,11 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm import LayerNorm2d
-from timm.layers.norm_act import freeze_batch_norm_2d
-from torch import Tensor, nn
+from timm.layers.norm_act import FrozenBatchNormAct2d, freeze_batch_norm_2d
+from timm.layers.padding import pad_same
+from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from simdetr.data.pretrained_weights import PACKAGED, load_into, normalisation, timm_name
@@ -84,7 +87,7 @@ class Backbone(nn.Module):
             )
 
         if frozen_batch_norm or freeze_all:
-            body = with_one_pass(freeze_batch_norm_2d(body))  # type: ignore[no-untyped-call]
+            body = with_folded_norms(freeze_batch_norm_2d(body))  # type: ignore[no-untyped-call]
         if freeze_all:
             body.requires_grad_(False)
         elif freeze_stem:
@@ -123,6 +126,8 @@ class Backbone(nn.Module):
         Returns:
             Maps [B, channels[l], H_l, W_l], fine to coarse.
         """
+        if images.device.type == "cpu":  # where convolutions are faster so, within channels most of all
+            images = images.contiguous(memory_format=torch.channels_last)
         if between is None:
             maps = self.body(images)
         else:
@@ -133,7 +138,9 @@ class Backbone(nn.Module):
         if self.pyramid is not None:
             pyramid: list[Tensor] = self.pyramid(maps[-1])
             return pyramid
-        return list(maps[-len(self.channels) :])
+        maps = list(maps[-len(self.channels) :])
+        # torch's group norm, which comes next, is a digit or two less exact where channels lie within pixels
+        return [features.contiguous() for features in maps] if images.device.type == "cpu" else maps
 
     @contextmanager
     def _seen_by(self, between: Between) -> Iterator[None]:
@@ -239,25 +246,108 @@ def _smooth(in_channels: int, out_channels: int) -> list[nn.Module]:
     ]
 
 
-class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]
-    """Batch norm with fixed statistics and affine parameters, all of them buffers, as one pass over the activations.
+# ----------------------------------------------------------------------------------------------------------------------
+# Frozen batch norm scales and shifts channels by constants: a convolution before it can do both. Its own weight stays
+# what it is in state dicts and for the optimiser; it is scaled anew in every pass, and so is its gradient.
+
+
+class _Affine:
+    """Frozen batch norm whose ``scale_and_shift`` are one pass over the activations, or none after its convolution."""
+
+    folded = False
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Of each channel [C]."""
+        norm: Any = self
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return scale, norm.bias - norm.running_mean * scale
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """[B, C, H, W]; nothing of ``x`` is kept for the backward pass."""
+        if self.folded:
+            return x
+        scale, shift = (values.to(x.dtype)[:, None, None] for values in self.scale_and_shift())
+        return torch.addcmul(shift, x, scale)
+
+
+class FrozenBatchNorm(_Affine, FrozenBatchNorm2d):  # type: ignore[misc]
+    """Batch norm with fixed statistics and affine parameters, all of them buffers.
 
     torchvision's takes two passes and, under autocast, turns half precision into float32, which doubles the memory of
     everything up to the next convolution. Arguments and names in a state dict are torchvision's.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale and shift every channel; nothing of ``x`` is kept for the backward pass."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+        """Scale and shift every channel."""
+        return self.normalised(x)
 
 
-def with_one_pass(body: nn.Module) -> nn.Module:
-    """Make torchvision's frozen batch norms `FrozenBatchNorm`, with the buffers that they have; returns ``body``."""
+class FrozenBatchNormAct(_Affine, FrozenBatchNormAct2d):
+    """The same, and the activation after it, with the arguments and names of timm's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale, shift and activate every channel."""
+        activated: Tensor = self.act(self.drop(self.normalised(x)))
+        return activated
+
+
+class NormedConvolution(nn.Conv2d):
+    """A convolution that its frozen batch norm is folded into.
+
+    Attributes:
+        norm: that batch norm, in a tuple: it is registered where it was.
+        pads_to_same: pad as TensorFlow does.
+    """
+
+    norm: tuple[FrozenBatchNorm | FrozenBatchNormAct]
+    pads_to_same: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to its normed map."""
+        scale, shift = self.norm[0].scale_and_shift()
+        if self.pads_to_same:
+            x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
+        if self.bias is not None:
+            shift = shift + self.bias * scale
+        weight = self.weight * scale[:, None, None, None]
+        return F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+
+
+class _Modules(fx.Tracer):
+    """Sees convolutions and batch norms as they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d | _Affine) or super().is_leaf_module(m, module_qualified_name)
+
+
+def with_folded_norms(body: nn.Module) -> nn.Module:
+    """Fold frozen batch norms, with the buffers that they have, into convolutions that they alone follow.
+
+    Others, and those of networks whose forward pass torch.fx cannot follow, are one pass. Returns ``body``.
+    """
     for module in body.modules():
         if type(module) is FrozenBatchNorm2d:
             module.__class__ = FrozenBatchNorm
+        elif type(module) is FrozenBatchNormAct2d:
+            module.__class__ = FrozenBatchNormAct
+    if not any(isinstance(module, _Affine) for module in body.modules()):
+        return body
+    try:
+        nodes = _Modules().trace(body).nodes
+    except (fx.proxy.TraceError, TypeError):
+        return body
+    called = {node: body.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"}
+    times = Counter(called.values())
+    for node, norm in called.items():
+        source = node.args[0]
+        if not isinstance(norm, FrozenBatchNorm | FrozenBatchNormAct) or not isinstance(source, fx.Node):
+            continue
+        conv = called.get(source)
+        plain = type(conv) in (nn.Conv2d, Conv2dSame) and getattr(conv, "padding_mode", None) == "zeros"
+        if conv is not None and plain and len(source.users) == times[conv] == times[norm] == 1:
+            conv.__dict__.update(norm=(norm,), pads_to_same=isinstance(conv, Conv2dSame))
+            conv.__class__ = NormedConvolution
+            norm.folded = True
     return body
 
 

@@ -4,19 +4,19 @@ Two formulations of the same sums; `deformable_attention` chooses between them.
 
 * ``grid_sample``: level by level, as the original's reference does. Runs on every device and exports to ONNX.
 * ``rows``: for processors. The values are a table of rows, one per cell and head, and each query and head is a bag of
-  up to L · P · 4 rows whose weights are attention times bilinear weight. `torch.nn.functional.embedding_bag` sums
-  bags without storing samples. The value's gradient is a bag sum too, with the roles exchanged: sorted by cell, the
-  points that touch a cell are a bag of the queries' gradients.
+  L · P · 4 rows whose weights are attention times bilinear weight. `torch.nn.functional.embedding_bag` sums bags
+  without storing samples. The value's gradient is a bag sum too, with the roles exchanged: sorted by cell, the
+  points that touch a cell are a bag of the queries' gradients. Arithmetic on points goes along rows of many bags.
 
 Letters: B batch, N queries, S cells of all levels together, M heads, D channels per head, L levels, P points;
-G images that are computed together.
+H pairs of head and image, in this order, or those that are computed together, and R = H · N bags.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +25,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
-# small images share their operations' fixed costs; the temporary tensors of large ones stay near the caches
-_POINTS_AT_ONCE = 2**20
-_BAGS_AT_ONCE = 2048
-_MAX_ROWS = 2**31 - 1
+# so that temporary tensors stay in the processor's caches
+_POINTS_AT_ONCE = 2**17
+_BAGS_AT_ONCE = 512
 
 
 def by_grid_sample(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -77,11 +76,15 @@ def constant_table(rows: tuple[tuple[int, ...], ...], dtype: torch.dtype, device
         return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
-def attach_gradient(forward: CustomOpDef, backward: CustomOpDef) -> None:
+def attach_gradient(forward: CustomOpDef, backward: CustomOpDef, *, same_layout: bool = False) -> None:
     """Make one custom operator the gradient of another, and tell torch.compile the shapes of what they return.
 
     They take value, sizes (the shapes in one flat list), locations and weights; the gradient takes the output's first.
+    Gradients of locations and weights lie in memory row by row, or as these do (``same_layout``).
     """
+
+    def new_like(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor) if same_layout else tensor.new_empty(tensor.shape)
 
     def output(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
         return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
@@ -89,7 +92,7 @@ def attach_gradient(forward: CustomOpDef, backward: CustomOpDef) -> None:
     def gradients(
         grad: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
+        return value.new_empty(value.shape), new_like(locations), new_like(weights)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401 - torch has no type for it
         value, ctx.sizes, locations, weights = inputs
@@ -105,82 +108,98 @@ def attach_gradient(forward: CustomOpDef, backward: CustomOpDef) -> None:
     forward.register_autograd(differentiate, setup_context=keep)
 
 
+class _Levels:
+    """What all points of a level share."""
+
+    def __init__(self, sizes: Sequence[int], value: Tensor) -> None:
+        shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
+        self.height, self.width = value.new_tensor(shapes).T[..., None, None]
+        """As floats [L, 1, 1]."""
+        starts = itertools.accumulate((height * width for height, width in shapes), initial=0)
+        self.cells = list(itertools.pairwise(starts))
+        """First cell of each level, and first of the next."""
+        self.steps = [
+            [[down * width * (height > 1) + right * (width > 1) for right in (0, 1)] for down in (0, 1)]
+            for height, width in shapes
+        ]
+        """From a pair's first cell to the cell (down, right); 0 where the level has no such neighbour."""
+        first = torch.tensor(self.steps, dtype=torch.int32).movedim(0, 2)
+        self.first_rows = (first + torch.tensor(self.cells, dtype=torch.int32)[:, 0])[..., None, None]
+        """A level's first cell, moved by the steps, int32 [2, 2, L, 1, 1]."""
+
+
 class _Axis(NamedTuple):
     """Where points lie along x or y: the pair of cells around them, or the pair next to them at the border."""
 
     first: Tensor
-    """The pair's first cell, as a float; its one cell where the map is one cell wide."""
-    weights: list[Tensor]
-    """Linear interpolation's weight of each cell of the pair."""
-    slopes: list[Tensor]
-    """Derivatives of the weights with respect to the position in cells; empty unless asked for."""
+    """The pair's first cell [L, P, R], as a float; its one cell where the map is one cell wide."""
+    weights: Tensor
+    """Linear interpolation's weight of each cell of the pair [2, L, P, R]."""
+    slopes: Tensor
+    """Derivatives of the weights with respect to the position in cells; without elements unless asked for."""
 
 
-class _Level(NamedTuple):
-    """One level of a group of images."""
+class _Bags(NamedTuple):
+    """The bags of some pairs of head and image, and what each of their points reads by corner (down, right)."""
 
-    number: int
-    height: int
-    width: int
-    cells: slice
-    """Its cells among all S."""
+    y: _Axis
+    x: _Axis
+    rows: Tensor
+    """Of the pairs' cells, int32 [2, 2, L, P, R]."""
+    weights: Tensor
+    """Attention times bilinear weight [2, 2, L, P, R]."""
 
 
-def _axis(locations: Tensor, size: int, slopes: bool = False) -> _Axis:
-    """The pair of cells that a point in [0, size] interpolates between.
+def _axis(locations: Tensor, size: Tensor, slopes: bool) -> _Axis:
+    """The pair of cells that a point in [0, size] interpolates between; locations [L, P, R], sizes [L, 1, 1].
 
     A cell's weight is a hat, max(0, 1 - distance). For a point that is outside, or between the border and the centre of
     the outermost cell, the nearest pair's hats give the missing neighbour no weight without any mask.
     """
     # clamping keeps whole numbers representable; points two cells outside have no weight anyway
-    positions = (locations * size - 0.5).clamp_(-2.0, size + 1.0)
+    positions = (locations * size).sub_(0.5).clamp_(min=-2.0).clamp_(max=size + 1.0)
     # NaN stays in the weights, from where it reaches the output, but does not become a cell's number
-    first = positions.floor().clamp_(0.0, max(size - 2, 0)).nan_to_num_(nan=0.0)
-    offset = positions - first
-    weights = [(1.0 - (offset - cell).abs()).clamp_(min=0.0) for cell in range(min(size, 2))]
+    first = positions.floor().clamp_(min=0.0).clamp_(max=(size - 2.0).clamp_(min=0.0)).nan_to_num_(nan=0.0)
+    exists = torch.stack((torch.ones_like(size), (size > 1).to(size.dtype)))
+    offsets = positions.sub_(first) - torch.arange(2, dtype=size.dtype)[:, None, None, None]
+    weights = (1.0 - offsets.abs()).clamp_(min=0.0).mul_(exists)
     if not slopes:
-        return _Axis(first, weights, [])
-    # the hat of cell c rises where floor(offset) is c - 1 and falls where it is c
-    between = offset.floor_()
-    steps = [between.eq(cell).to(between.dtype) for cell in range(-1, min(size, 2))]
-    return _Axis(first, weights, [rising - falling for rising, falling in itertools.pairwise(steps)])
+        return _Axis(first, weights, weights[:0])
+    # the hat rises where floor(offset) is -1 and falls where it is 0
+    below = offsets.floor_()
+    rising, falling = (below.eq(cell).to(below.dtype) for cell in (-1.0, 0.0))
+    return _Axis(first, weights, rising.sub_(falling).mul_(exists))
 
 
-def _levels(sizes: Sequence[int]) -> Iterator[_Level]:
-    start = 0
-    for index, (height, width) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
-        if height * width:
-            yield _Level(index, height, width, slice(start, start + height * width))
-        start += height * width
+def _pairs(values: Tensor) -> Tensor:
+    """[B, N, M, ...] as [H, N, ...]."""
+    return rearrange(values, "b n m ... -> (m b) n ...")
 
 
-def _groups(value: Tensor, locations: Tensor) -> list[slice]:
-    """Images to compute together: as many as keep temporary tensors small and rows' numbers within int32."""
-    batch, cells, heads, _ = value.shape
-    points = locations.shape[1] * heads * locations.shape[4]
-    together = max(1, min(_POINTS_AT_ONCE // max(points, 1), _MAX_ROWS // max(cells * heads, 1)))
-    return [slice(start, start + together) for start in range(0, batch, together)]
+def _points(locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Locations [2, L, P, H, N], x first, and attention [L, P, H, N]."""
+    places = rearrange(locations, "b n m l p xy -> xy l p (m b) n")
+    return places, rearrange(weights, "b n m l p -> l p (m b) n")
 
 
-def _first_rows(images: int, heads: int, cells: int) -> Tensor:
-    """Row of each image's and head's first cell in a table [G · cells · M, D], int32 [G, 1, M, 1]."""
-    starts = torch.arange(images, dtype=torch.int32) * (cells * heads)
-    return starts[:, None, None, None] + torch.arange(heads, dtype=torch.int32)[:, None]
+def _groups(attention: Tensor) -> list[slice]:
+    """Pairs to compute together, of attention [L, P, H, N]."""
+    together = max(1, _POINTS_AT_ONCE // max(1, attention[:, :, 0].numel()))
+    return [slice(start, start + together) for start in range(0, attention.shape[2], together)]
 
 
-def _row_numbers(y: _Axis, x: _Axis, level: _Level, num_cells: int) -> Tensor:
-    """Rows [G, N, M, P, corners] of the table [G · S · M, D] that each point reads, int32."""
-    images, _, heads, _ = x.first.shape
-    cells = (y.first * level.width + x.first).int().add_(level.cells.start)
-    rows = cells.mul_(heads).add_(_first_rows(images, heads, num_cells))
-    corners = itertools.product(range(len(y.weights)), range(len(x.weights)))
-    return torch.stack([rows + (down * level.width + right) * heads for down, right in corners], dim=-1)
+def _bags(places: Tensor, attention: Tensor, levels: _Levels, *, slopes: bool = False) -> _Bags:
+    """Of locations [2, L, P, R] and attention [L, P, H, N] of some pairs."""
+    along_x, along_y = (_axis(*pair, slopes) for pair in zip(places, (levels.width, levels.height), strict=True))
+    cells = (along_y.first * levels.width + along_x.first).int()
+    cells.view(attention.shape).add_(torch.arange(attention.shape[2], dtype=torch.int32)[:, None] * levels.cells[-1][1])
+    corners = (along_y.weights * attention.flatten(2))[:, None] * along_x.weights
+    return _Bags(along_y, along_x, cells + levels.first_rows, corners)
 
 
-def _corner_weights(y: _Axis, x: _Axis, weights: Tensor) -> dict[tuple[int, int], Tensor]:
-    """Attention times bilinear weight [G, N, M, P] by corner (down, right), in the order of `_row_numbers`."""
-    weighted = [vertical * weights for vertical in y.weights]
-    return {(i, j): down * right for i, down in enumerate(weighted) for j, right in enumerate(x.weights)}
+def _by_bag(values: Tensor) -> Tensor:
+    """Rows or weights [2, 2, L, P, R] as [R, 4 · L · P]."""
+    return values.flatten(0, 3).T.contiguous()
 
 
 @torch.library.custom_op(
@@ -190,26 +209,15 @@ def _corner_weights(y: _Axis, x: _Axis, weights: Tensor) -> dict[tuple[int, int]
     schema="(Tensor value, SymInt[] sizes, Tensor locations, Tensor weights) -> Tensor",
 )
 def _forward(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    batch, num_cells, heads, dim = value.shape
-    queries = locations.shape[1]
-    total = value.new_zeros(batch, queries, heads, dim)
-    if queries == 0:
-        return total.flatten(2)
-    for images in _groups(value, locations):
-        table = value[images].reshape(-1, dim)
-        for level in _levels(sizes):
-            points = locations[images, :, :, level.number]
-            y, x = _axis(points[..., 1], level.height), _axis(points[..., 0], level.width)
-            rows = _row_numbers(y, x, level, num_cells)
-            corners = _corner_weights(y, x, weights[images, :, :, level.number])
-            sums = F.embedding_bag(
-                rearrange(rows, "g n m p c -> (g n m) (p c)"),
-                table,
-                mode="sum",
-                per_sample_weights=rearrange(list(corners.values()), "c g n m p -> (g n m) (p c)"),
-            )
-            total[images] += sums.view(-1, queries, heads, dim)
-    return total.flatten(2)
+    levels, (places, attention) = _Levels(sizes, value), _points(locations, weights)
+    values = _pairs(value)
+    sums = value.new_empty(len(values), locations.shape[1], value.shape[3])
+    for pairs in _groups(attention) if sums.numel() else ():
+        bags = _bags(places[..., pairs, :].flatten(3), attention[..., pairs, :], levels)
+        rows, shares = _by_bag(bags.rows), _by_bag(bags.weights)
+        found = F.embedding_bag(rows, values[pairs].flatten(0, 1), mode="sum", per_sample_weights=shares)
+        sums[pairs] = found.view_as(sums[pairs])
+    return rearrange(sums, "(m b) n d -> b n (m d)", m=value.shape[2]).contiguous()
 
 
 @torch.library.custom_op(
@@ -221,73 +229,62 @@ def _forward(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Te
 def _backward(
     grad: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_cells, dim = value.shape[1], value.shape[3]
-    grad_value, grad_locations, grad_weights = (x.new_zeros(x.shape) for x in (value, locations, weights))
-    if locations.shape[1] == 0:
-        return grad_value, grad_locations, grad_weights
-    for images in _groups(value, locations):
-        table, grads = value[images].reshape(-1, dim), grad[images].reshape(-1, dim)
-        for level in _levels(sizes):
-            points, attention = locations[images, :, :, level.number], weights[images, :, :, level.number]
-            y, x = _axis(points[..., 1], level.height, slopes=True), _axis(points[..., 0], level.width, slopes=True)
-            rows = _row_numbers(y, x, level, num_cells)
-            dots = _row_dots(table, rows, grads).view(len(y.weights), len(x.weights), *attention.shape)
-            along_x = [_dot(x.weights, row) for row in dots]
-            grad_weights[images, :, :, level.number] = _dot(y.weights, along_x)
-            towards_x = _dot(y.weights, [_dot(x.slopes, row) for row in dots])
-            grad_locations[images, :, :, level.number, :, 0] = towards_x * attention * level.width
-            grad_locations[images, :, :, level.number, :, 1] = _dot(y.slopes, along_x) * attention * level.height
-            corners = _corner_weights(y, x, attention)
-            if points.shape[1] * points.shape[3] < level.height * level.width:
-                _scatter(grad_value[images].view(-1, dim), rows, grads, corners)
-            else:
-                canvas = grad_value[images, level.cells].view(-1, level.height, level.width, *value.shape[2:])
-                _sum_by_cell(canvas, y, x, grads, corners)
-    return grad_value, grad_locations, grad_weights
+    heads = value.shape[2]
+    levels, (places, attention) = _Levels(sizes, value), _points(locations, weights)
+    values, grads = _pairs(value), rearrange(grad, "b n (m d) -> (m b) n d", m=heads)
+    grad_value, grad_places, grad_attention = (torch.zeros_like(x) for x in (values, places, attention))
+    for pairs in _groups(attention) if grad.numel() else ():
+        shares, own = attention[..., pairs, :], grads[pairs].flatten(0, 1)
+        bags = _bags(places[..., pairs, :].flatten(3), shares, levels, slopes=True)
+        left, right = _row_dots(values[pairs].flatten(0, 1), _by_bag(bags.rows), own).view(bags.rows.shape).unbind(1)
+        along_x = _dot(bags.x.weights, (left, right))
+        grad_attention[..., pairs, :] = _dot(bags.y.weights, along_x).view(shares.shape)
+        towards_x = _dot(bags.y.weights, _dot(bags.x.slopes, (left, right))).mul_(levels.width).view(shares.shape)
+        towards_y = _dot(bags.y.slopes, along_x).mul_(levels.height).view(shares.shape)
+        grad_places[0, ..., pairs, :], grad_places[1, ..., pairs, :] = towards_x * shares, towards_y * shares
+        _sum_by_cell(grad_value[pairs], levels, bags, own)
+    back = rearrange(grad_places, "xy l p (m b) n -> b n m l p xy", m=heads)
+    return (
+        rearrange(grad_value, "(m b) s d -> b s m d", m=heads).contiguous(),
+        torch.empty_like(locations).copy_(back),
+        torch.empty_like(weights).copy_(rearrange(grad_attention, "l p (m b) n -> b n m l p", m=heads)),
+    )
 
 
-def _dot(lefts: Sequence[Tensor], rights: Iterable[Tensor]) -> Tensor:
-    products = [left * right for left, right in zip(lefts, rights, strict=True)]
-    return products[0] if len(products) == 1 else products[0] + products[1]
+def _dot(pair: Tensor, others: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Scalar product over two cells."""
+    return (pair[0] * others[0]).addcmul_(pair[1], others[1])
 
 
 def _row_dots(table: Tensor, rows: Tensor, grads: Tensor) -> Tensor:
-    """Scalar product of each row that a point reads with its query's gradient, [corners, G, N, M, P].
+    """Scalar product of each row that a point reads with its query's gradient; of rows [R, K], [K, R].
 
     A few queries at a time, so that the rows they read are still in the processor's cache when they are multiplied.
     """
-    numbers = rows.reshape(len(grads), -1)
-    dots = grads.new_empty(numbers.shape)
-    for part, bags, own in zip(*(torch.split(x, _BAGS_AT_ONCE) for x in (dots, numbers, grads)), strict=True):
+    dots = grads.new_empty(rows.shape)
+    for part, bags, own in zip(*(torch.split(x, _BAGS_AT_ONCE) for x in (dots, rows, grads)), strict=True):
         read = table.index_select(0, bags.flatten()).view(*bags.shape, -1)
-        part.copy_(torch.bmm(read, own[:, :, None])[..., 0])
-    return dots.view(rows.shape).movedim(-1, 0).contiguous()
+        part.copy_(torch.bmm(own[:, None], read.mT)[:, 0])
+    return dots.T.contiguous()
 
 
-def _scatter(table: Tensor, rows: Tensor, grads: Tensor, corners: dict[tuple[int, int], Tensor]) -> None:
-    """Add to the table's gradient [G · S · M, D] point by point: for fewer points than cells."""
-    shares = rearrange(list(corners.values()), "c g n m p -> (g n m) (p c) 1") * grads[:, None]
-    numbers = rows.flatten().long()[:, None].expand(-1, table.shape[1])  # torch adds whole rows of an expanded index
-    table.scatter_add_(0, numbers, shares.flatten(0, 1))
-
-
-def _sum_by_cell(canvas: Tensor, y: _Axis, x: _Axis, grads: Tensor, corners: dict[tuple[int, int], Tensor]) -> None:
-    """Add to the level's gradient [G, H, W, M, D] cell by cell: for more points than cells.
+def _sum_by_cell(grad_value: Tensor, levels: _Levels, bags: _Bags, grads: Tensor) -> None:
+    """Add to the gradient [H, S, D] of the pairs' values.
 
     Points are sorted once, by the first cell of their pairs; each of a point's corners is then the same bag sum, moved
-    by a cell.
+    by a step.
     """
-    images, _, heads, num_points = x.first.shape
-    height, width = canvas.shape[1] - len(y.weights) + 1, canvas.shape[2] - len(x.weights) + 1
-    keys = (y.first * width + x.first).int().mul_(heads).add_(_first_rows(images, heads, height * width))
-    keys, order = keys.flatten().sort(stable=True)  # stable: torch then sorts whole numbers by radix
-    counts = torch.bincount(keys, minlength=images * height * width * heads)
+    keys, order = bags.rows[0, 0].flatten().sort(stable=True)  # stable: torch then sorts whole numbers by radix
+    counts = torch.bincount(keys, minlength=grad_value[..., 0].numel())
     starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    bags = (order // num_points).int()
-    for (down, right), corner in corners.items():
-        shares = corner.flatten().index_select(0, order)
-        sums = F.embedding_bag(bags, grads, starts, mode="sum", per_sample_weights=shares, include_last_offset=True)
-        canvas[:, down : down + height, right : right + width] += sums.view(images, height, width, heads, -1)
+    queries = (order % len(grads)).int()
+    for down, right in itertools.product(range(2), range(2)):
+        shares = bags.weights[down, right].flatten().index_select(0, order)
+        sums = F.embedding_bag(queries, grads, starts, mode="sum", per_sample_weights=shares, include_last_offset=True)
+        sums = sums.view(grad_value.shape)
+        for (first, end), steps in zip(levels.cells, levels.steps, strict=True):
+            step = steps[down][right]
+            grad_value[:, first + step : end] += sums[:, first : end - step]
 
 
-attach_gradient(_forward, _backward)
+attach_gradient(_forward, _backward, same_layout=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,14 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from simdetr.detectors import Backbone
-from simdetr.detectors.backbone import FrozenBatchNorm, SimpleFeaturePyramid, _nearest, resize_mask, with_one_pass
+from simdetr.detectors.backbone import (
+    FrozenBatchNorm,
+    NormedConvolution,
+    SimpleFeaturePyramid,
+    _nearest,
+    resize_mask,
+    with_folded_norms,
+)
 
 FAMILIES = {
     "resnet18": (64, 96),
@@ -40,7 +49,7 @@ def test_maps_are_timms():
     for name, axes in (("resnet18", (0, 1, 2, 3)), ("swin_tiny_patch4_window7_224", (0, 3, 1, 2))):
         backbone = Backbone(name).eval()
         with torch.no_grad():
-            maps, expected = backbone(images), backbone.body(images)
+            maps, expected = backbone(images), backbone.body(images.contiguous(memory_format=torch.channels_last))
         for found, features in zip(maps, expected, strict=True):
             torch.testing.assert_close(found, features.permute(axes), rtol=0, atol=0)
 
@@ -212,12 +221,45 @@ def test_a_network_keeps_its_names_and_values():
     state, x = frozen.state_dict(), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = frozen(x)
-        found = with_one_pass(frozen)(x)
+        found = with_folded_norms(frozen)(x)
     assert list(frozen.state_dict()) == list(state)
     assert all(torch.equal(frozen.state_dict()[name], state[name]) for name in state)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert not any(type(module) is FrozenBatchNorm2d for module in frozen.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "folded"),
+    [("test_resnet", 15), ("test_efficientnet", 12), ("tf_efficientnet_lite0", 48), ("resnetv2_50", 32)],
+)
+def test_gradients_are_those_of_the_norm_after_the_convolution(name, folded, shake):
+    """Of networks that pad evenly and as TensorFlow does, and of one with norms that follow no convolution."""
+    network = timm.create_model(name, features_only=True, out_indices=(-2, -1))
+    body = shake(timm.layers.freeze_batch_norm_2d(network)).double()
+    ours = with_folded_norms(copy.deepcopy(body))
+    assert sum(isinstance(module, NormedConvolution) for module in ours.modules()) == folded
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
+    for each in (body, ours):
+        sum(features.square().mean() for features in each(x)).backward()
+    for expected, found in zip(body.parameters(), ours.parameters(), strict=True):
+        if expected.grad is not None:
+            torch.testing.assert_close(
+                found.grad, expected.grad, rtol=1e-9, atol=1e-9 * float(expected.grad.abs().max())
+            )
+
+
+def test_a_convolution_that_is_read_twice_keeps_its_norm_apart():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 5, 1), FrozenBatchNorm2d(5)
+
+        def forward(self, x):
+            read = self.conv(x)
+            return self.norm(read) + read
+
+    assert not any(isinstance(module, NormedConvolution) for module in with_folded_norms(Twice()).modules())
 
 
 def test_backbones_use_it_and_half_precision_reaches_their_maps():

@@ -146,11 +146,16 @@ def test_autocast_keeps_boxes_in_float32(make_deformable, batch):
 
 
 def kept_bytes(compute, parameters):
-    """Result of a computation and the size of what it keeps for its backward pass beside the parameters."""
-    kept = {}
+    """Result of a computation and the size of the activations that it keeps for its backward pass.
+
+    Weights, and those of convolutions scaled by their frozen batch norm, are as many whatever the images.
+    """
+    kept, parameters = {}, list(parameters)
+    convolutions = {parameter.shape for parameter in parameters if parameter.dim() == 4}
 
     def count(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if tensor.shape not in convolutions:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
