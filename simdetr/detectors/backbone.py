@@ -126,8 +126,7 @@ class Backbone(nn.Module):
         Returns:
             Maps [B, channels[l], H_l, W_l], fine to coarse.
         """
-        if images.device.type == "cpu":  # where convolutions are faster so, within channels most of all
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = laid_out(images)
         if between is None:
             maps = self.body(images)
         else:
@@ -234,6 +233,11 @@ class SimpleFeaturePyramid(nn.Module):
     def forward(self, tokens: Tensor) -> list[Tensor]:
         """Map [B, D, h, w] to maps [B, C, 2h, 2w], [B, C, h, w] and [B, C, ceil(h/2), ceil(w/2)]."""
         return [scale(tokens) for scale in self.scales]
+
+
+def laid_out(images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] with channels last on processors, where convolutions are faster so; on GPUs as they are."""
+    return images.contiguous(memory_format=torch.channels_last) if images.device.type == "cpu" else images
 
 
 def _smooth(in_channels: int, out_channels: int) -> list[nn.Module]:

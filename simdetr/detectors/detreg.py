@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from simdetr.boxes import cxcywh_to_xyxy
-from simdetr.detectors.backbone import Backbone
+from simdetr.detectors.backbone import Backbone, laid_out
 from simdetr.detectors.deformable_detr import DeformableDETR, Perceptron
 from simdetr.detectors.detector import Detector
 from simdetr.detectors.losses import valid_sizes
@@ -107,6 +107,7 @@ def _finest_map(backbone: Backbone, images: Tensor) -> Tensor:
     if not isinstance(body, FeatureListNet):
         finest: Tensor = backbone(images)[0]
         return finest
+    images = laid_out(images)
     for name, part in body.items():
         images = part(images)
         if name in body.return_layers:
