@@ -34,6 +34,8 @@ LEARNED = 1.0
 SATURATED = 0.9
 """Part of its AP with all labels measured that a baseline has with fewer, for it to have little left to gain."""
 LIKELY_SEEDS = 50
+FOUND = "AR@100"
+"""What tells whether objects are found, whatever their class."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,8 @@ def verdict(
     if answer == "does not pay":
         why = f", because {because[0]}" if because else "; nothing in the labels, the boxes or the scores says why"
         sentence = f"{sentence[:-1]}{why}."
+    if answer != "pays":
+        because += _finds_more(differences, subject, baseline, budgets)
     return Verdict(answer, sentence, tuple(because), by_budget)
 
 
@@ -258,6 +262,18 @@ def _reasons(
     if answer == "cannot tell yet":
         found += [_more_seeds(one) for one in own if one.label_budget not in weak]
     return found
+
+
+def _finds_more(differences: Sequence[Difference], subject: str, baseline: str, budgets: Sequence[str]) -> list[str]:
+    """Where objects are surely found better and their classes are not told better, which AP alone hides."""
+    own = {one.label_budget: one for one in differences if (one.initialisation, one.metric) == (subject, FOUND)}
+    better = [one for budget in budgets if (one := own.get(budget)) and one.seeds and one.seeds.low > 0]
+    return [
+        f"{one.label_budget}: {subject} finds more of the objects whatever their class ({FOUND} {one.mean:+.1f}, "
+        f"{one.seeds} over seeds) than {baseline}, but does not tell the classes better: more labels per class or a "
+        "longer fine-tuning may"
+        for one in better
+    ]
 
 
 def _stages(known: Evidence, *, worse_only: bool) -> list[str]:

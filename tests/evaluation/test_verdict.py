@@ -75,6 +75,19 @@ def test_noise_cannot_tell_and_asks_for_seeds():
     assert single.answer == "cannot tell yet" and any("one seed" in reason for reason in single.reasons)
 
 
+def test_objects_that_are_found_and_not_named_are_a_reason():
+    """AP is as before, but of all objects many more are found."""
+    scores = {("backbone", 0.1): [2.3, 2.6, 2.0], ("stage2", 0.1): [2.9, 2.5, 2.2]}
+    recall = {("backbone", 0.1): [11.0, 12.0, 10.5], ("stage2", 0.1): [17.0, 18.1, 17.2]}
+    rows = [one | other for one, other in zip(rows_of(scores), rows_of(recall, "AR@100"), strict=True)]
+    found = verdict(rows, paired_differences(rows, "backbone"), "stage2", "backbone")
+    assert found.answer == "cannot tell yet"
+    assert "10 %: stage2 finds more of the objects whatever their class (AR@100 +6.3, +5.3 to +7.2 over seeds)" in str(
+        found.reasons
+    )
+    assert "finds more" not in str(answer(scores).reasons)  # nothing is known of recall there
+
+
 def test_few_validation_images_can_take_an_answer_back():
     scores = {("backbone", 0.1): BASE, ("stage2", 0.1): [26.0, 27.2, 25.3]}
     rng = np.random.default_rng(0)
