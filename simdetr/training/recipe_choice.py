@@ -34,7 +34,6 @@ LAPTOP, ONE_GPU = _HERE / "recipe_laptop.yaml", _HERE / "recipe_gpu.yaml"
 WEIGHTS, FINETUNE = _HERE / "recipe_weights.yaml", _HERE / "recipe_finetune.yaml"
 WORD = "efficientnet-lite0"
 _SAMPLE = 32
-_ENLARGE = 1.25  # of a side in training, at most; mining, whose cells are coarse, enlarges up to twice
 _FOLDER = "a folder (of `simdetr encoder fit`, a run or a detector)"
 _ELSE = "for weights of your own, see TimmEncoder in docs/encoders.md"
 _SMALLEST = 128  # pixels; fewer give fewer cells than a two-stage detector chooses queries from
@@ -158,14 +157,17 @@ def _length_option(length: Length, num_images: int, batch_size: int, options: Se
 
 
 def _size_options(source: ImageSource, base: Path) -> tuple[str, ...]:
-    """Options for images that are smaller than the recipe's sizes: they are not enlarged far."""
+    """Options for images that are smaller than the recipe's sizes.
+
+    Training does not enlarge them; mining, whose cells are coarse, does up to twice.
+    """
     recipe, sides = _read(base), typical_sides(source)
     if sides is None:  # mining will tell
         return ()
     shorter, longer = sides
     options = []
     short_sides, largest = recipe["data"]["short_sides"], recipe["data"]["short_sides"][-1]
-    fitting = max(_SMALLEST, 16 * round(_ENLARGE * shorter / 16))
+    fitting = max(_SMALLEST, 16 * round(shorter / 16))
     if fitting < largest:
         scaled = [round(side * fitting / largest) for side in short_sides]
         max_side = fitting * recipe["data"]["max_side"] // largest

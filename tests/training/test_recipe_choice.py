@@ -131,13 +131,13 @@ def test_the_user_limits_the_training(photos, tmp_path, without_wheels):
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        ((150, 120), {"--data.short_sides": [120, 132, 144], "--data.max_side": 216, "--mining.image_size": 288}),
-        ((20, 16), {"--data.short_sides": [107, 117, 128], "--data.max_side": 192, "--mining.image_size": 64}),
-        ((208, 160), {"--mining.image_size": 416}),
+        ((200, 150), {"--data.short_sides": [117, 130, 144], "--data.max_side": 198, "--mining.image_size": 384}),
+        ((20, 16), {"--data.short_sides": [104, 116, 128], "--data.max_side": 176, "--mining.image_size": 64}),
+        ((320, 250), {}),
         ((640, 480), {}),
     ],
 )
-def test_small_images_are_not_enlarged_far(size, expected, tmp_path, without_wheels):
+def test_small_images_are_not_enlarged(size, expected, tmp_path, without_wheels):
     source = open_images(pictures(tmp_path / "small", 3, size))
     options = for_pretraining((), source, RunFolder(tmp_path / "run"), ["--trainer.max_steps=1"]).options
     assert {name: yaml.safe_load(value) for name, _, value in (option.partition("=") for option in options)} == expected
