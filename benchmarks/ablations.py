@@ -21,15 +21,13 @@ from filelock import FileLock
 
 from benchmarks.environment import DATA, RESULTS, environment, write_result
 from benchmarks.label_curves import RIVAL_BOXES, spread
+from benchmarks.stages import detected
 from simdetr import evaluate, finetune, open_images, pretrain, read_labels, split
 from simdetr.data.coco import write_coco
-from simdetr.data.machine import default_device
 from simdetr.data.storage import write_json
-from simdetr.detectors.predictions import best_per_query
 from simdetr.evaluation.recall import proposal_recall
-from simdetr.exchange.weights import load_detector
+from simdetr.recipe import SelfTrainingConfig
 from simdetr.reports.rival_recall import mine_rivals
-from simdetr.training.relabel import InferenceSettings, detect
 from simdetr.training.run_folder import RunFolder
 from simdetr.training.side_by_side import Task, turns
 
@@ -129,11 +127,7 @@ class Study:
         """What the detector of a stage finds on validation images, and what it was trained on."""
         truth, run = read_labels(self.val_labels()).class_agnostic(), self.run(variant.name)
         source = open_images(self.data / self.plan["set"] / "val").subset(truth.image_ids)
-        loaded = load_detector(run.detector(stage))
-        limits = {"iou_threshold": 0.55, "max_boxes": 100, "device": default_device()}
-        settings = InferenceSettings.of(loaded.image_settings, **limits)
-        found = detect(loaded.detector, source, loaded.categories, settings, reading=best_per_query, stage=stage)
-        recall = proposal_recall(truth, found.class_agnostic())
+        recall = proposal_recall(truth, detected(run, SelfTrainingConfig(), source, stage))
         agreement = json.loads((run.stage(stage) / "agreement.json").read_text(encoding="utf-8"))
         kept = {name: recall[name] for name in ("AR@1", "AR@10", "AR@25", "AR@100")}
         return {"variant": variant.name, "stage": stage, "agreement": agreement} | kept

@@ -31,22 +31,14 @@ import yaml
 from filelock import FileLock, Timeout
 
 from benchmarks.environment import DATA, environment, write_result
+from benchmarks.label_curves import spread
 from benchmarks.real_set_tables import paired_differences
+from benchmarks.stages import detected, mined, relabelled
 from simdetr import evaluate, finetune, open_images, pretrain, read_labels, split
 from simdetr.data.coco import write_coco
-from simdetr.data.images import ImageSource
-from simdetr.data.labels import Labels
-from simdetr.data.machine import default_device
 from simdetr.data.storage import atomic_path, json_ready
-from simdetr.detectors.predictions import best_per_query
 from simdetr.evaluation.coco_metric import match_boxes
-from simdetr.exchange.weights import load_detector
-from simdetr.mining.clustering_config import ClusteringConfig
-from simdetr.mining.miner import mine
-from simdetr.mining.pseudo_labels import make_pseudo_labels
-from simdetr.recipe import PipelineSections, Recipe, SelfTrainingConfig
-from simdetr.training.fusion import fuse
-from simdetr.training.relabel import InferenceSettings, detect
+from simdetr.recipe import Recipe
 from simdetr.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -149,12 +141,6 @@ class ImageSet:
         return split(train, out, protocol, amounts=amounts, seeds=[seed])[0]
 
 
-def spread(names: tuple[str, ...] | list[str], count: int) -> list[str]:
-    """``count`` names at equal distances, all if there are fewer."""
-    step = max(1.0, len(names) / count)
-    return [names[int(place * step)] for place in range(min(count, len(names)))]
-
-
 @dataclass(frozen=True)
 class Task:
     """A part of the study that gives rows, and the file that they are kept in.
@@ -214,11 +200,10 @@ def label_quality(own: ImageSet, stage: int) -> list[dict[str, Any]]:
     truth = read_labels(own.val_labels()).class_agnostic()
     recipe = Recipe(own.configs(CONFIGS), (f"--data.images={own.images / 'val'}", *own.options))
     sections, source = recipe.sections(), open_images(own.images / "val").subset(truth.image_ids)
-    found = {"labels": mined_on_val(own, sections, source)}
+    kept, found = sections.self_training, {"labels": mined(sections, source, own.folder / "val")}
     for own_stage in range(1, stage + 1):
-        detected = detected_on_val(own, sections.self_training, source, own_stage)
-        labels = stage_labels(found["labels"], detected, sections.self_training)
-        found = {"detector alone": detected, "labels": labels}
+        alone = detected(own.run, kept, source, own_stage)
+        found = {"detector alone": alone, "labels": relabelled(found["labels"], alone, kept)}
     rows = []
     for what, labels in found.items():
         scores = match_boxes(truth, labels, class_agnostic=True, max_boxes=(1, 10, 100))
@@ -227,29 +212,6 @@ def label_quality(own: ImageSet, stage: int) -> list[dict[str, Any]]:
         row |= {f"AR@{boxes}": scores.average_recall(boxes) for boxes in (1, 10, 100)}
         rows.append(row | {"AP50": scores.average_precision(iou=50), "AP": scores.average_precision()})
     return rows
-
-
-def mined_on_val(own: ImageSet, sections: PipelineSections, source: ImageSource) -> Labels:
-    """Boxes mined on the validation images as on the training images; their scores are the confidence."""
-    with FileLock(own.folder / "val.lock"):
-        store = mine(source, sections.encoder, sections.mining, own.folder / "val", default_device())
-        return make_pseudo_labels(store, ClusteringConfig(num_classes=1))
-
-
-def detected_on_val(own: ImageSet, kept: SelfTrainingConfig, source: ImageSource, stage: int) -> Labels:
-    """What the detector of a stage finds on the validation images, kept as relabelling keeps it."""
-    loaded = load_detector(own.run.detector(stage))
-    limits = {"iou_threshold": kept.iou_threshold, "max_boxes": kept.max_boxes, "device": default_device()}
-    settings = InferenceSettings.of(loaded.image_settings, **limits)
-    found = detect(loaded.detector, source, loaded.categories, settings, reading=best_per_query, stage=stage)
-    return found.class_agnostic()
-
-
-def stage_labels(before: Labels, detected: Labels, kept: SelfTrainingConfig) -> Labels:
-    """Labels of a stage as relabelling makes them, from those before and what its detector found."""
-    if kept.fusion is None:
-        return detected
-    return fuse(detected, before, kept.fusion, max_boxes=kept.max_boxes)
 
 
 def finetuned(own: ImageSet, arm: str, budget: str, seed: int, folder: Path) -> dict[str, Any]:

@@ -29,10 +29,11 @@ from simdetr.mining.clustering_config import ClusteringConfig
 from simdetr.mining.encoders import Encoder, TimmEncoder
 from simdetr.mining.miner import mine
 from simdetr.mining.pseudo_labels import make_pseudo_labels
-from simdetr.recipe import PipelineSections, Recipe
+from simdetr.recipe import PipelineSections, Recipe, SelfTrainingConfig
 from simdetr.training.detector_encoder import DetectorEncoder
 from simdetr.training.fusion import fuse
 from simdetr.training.relabel import InferenceSettings, detect
+from simdetr.training.run_folder import RunFolder
 
 NAME = "stages"
 PROBED = ("fod", "neu_det")
@@ -46,27 +47,31 @@ def stage_rows(own: ImageSet) -> Iterator[Row]:
     truth = read_labels(own.val_labels()).class_agnostic()
     images = own.data / own.name / "val"
     sections = Recipe((str(own.run.config),), (f"--data.images={images}",)).sections()
-    source = open_images(images).subset(truth.image_ids)
-    labels = mined(own, sections, source)
+    source, kept = open_images(images).subset(truth.image_ids), sections.self_training
+    labels = mined(sections, source, own.out / f"{own.name}-val")
     yield quality(own, truth, labels, 0, "labels")
     for stage in filter(own.run.has_detector, own.run.stages()):
-        found = detected(own, sections, source, stage)
+        found = detected(own.run, kept, source, stage)
         yield quality(own, truth, found, stage, "detector alone")
-        kept = sections.self_training
-        labels = found if kept.fusion is None else fuse(found, labels, kept.fusion, max_boxes=kept.max_boxes)
+        labels = relabelled(labels, found, kept)
         yield quality(own, truth, labels, stage, "labels")
 
 
-def mined(own: ImageSet, sections: PipelineSections, source: ImageSource) -> Labels:
-    """Boxes mined on the validation images as on the training images; their scores are the certainty."""
-    with FileLock(own.out / f"{own.name}-val.lock"):
-        store = mine(source, sections.encoder, sections.mining, own.out / f"{own.name}-val", default_device())
+def mined(sections: PipelineSections, source: ImageSource, out: Path) -> Labels:
+    """Boxes mined on validation images as on the training images; their scores are the certainty."""
+    with FileLock(out.with_suffix(".lock")):
+        store = mine(source, sections.encoder, sections.mining, out, default_device())
         return make_pseudo_labels(store, ClusteringConfig(num_classes=1))
 
 
-def detected(own: ImageSet, sections: PipelineSections, source: ImageSource, stage: int) -> Labels:
-    """What the detector of a stage finds on the validation images, kept as relabelling keeps it."""
-    loaded, kept = load_detector(own.run.detector(stage)), sections.self_training
+def relabelled(before: Labels, found: Labels, kept: SelfTrainingConfig) -> Labels:
+    """Labels of a stage as a run makes them, from those before and what its detector finds."""
+    return found if kept.fusion is None else fuse(found, before, kept.fusion, max_boxes=kept.max_boxes)
+
+
+def detected(run: RunFolder, kept: SelfTrainingConfig, source: ImageSource, stage: int) -> Labels:
+    """What the detector of a stage finds on validation images, kept as relabelling keeps it."""
+    loaded = load_detector(run.detector(stage))
     limits = {"iou_threshold": kept.iou_threshold, "max_boxes": kept.max_boxes, "device": default_device()}
     settings = InferenceSettings.of(loaded.image_settings, **limits)
     found = detect(loaded.detector, source, loaded.categories, settings, reading=best_per_query, stage=stage)

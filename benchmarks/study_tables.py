@@ -91,8 +91,9 @@ def saved_labels(result: Mapping[str, Any]) -> str:
         budgets = list(by_budget(result["sets"][name])) if saved else []
         for one in saved:
             if one["label_budget"] == budgets[0]:
-                bound = f"{one['bound']} " if one["bound"] else ""
-                said.append(f"{title} {bound}{one['needed'] / one['labels']:.1f}")
+                unknown = one["bound"] and round(one["needed"] / one["labels"], 1) == 1
+                times = f"{one['bound']} {one['needed'] / one['labels']:.1f}".strip()
+                said.append(f"{title} more than were measured" if unknown else f"{title} {times}")
     if not said:
         return ""
     return (
