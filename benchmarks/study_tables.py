@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from simdetr.evaluation.compare import budget_text, format_mean
 from simdetr.reports.charts import INK, LINE_COLOURS, style_panel, to_svg
@@ -105,7 +104,7 @@ def saved_labels(result: Mapping[str, Any]) -> str:
 def draw_label_curves(result: Mapping[str, Any]) -> None:
     """AP against labels, a panel per set, with bands of one deviation."""
     sets = {name: result["sets"][name] for name in TITLES if name in result["sets"]}
-    figure = Figure(figsize=(2.9 * len(sets), 2.9), layout="constrained")
+    figure = Figure(figsize=(1 + 2.9 * len(sets), 2.9), layout="constrained")
     figure.patch.set_alpha(0)
     colours = dict(
         zip(("backbone", "stage2", "stage1", "random", "detreg", "selective-search"), LINE_COLOURS, strict=True)
@@ -114,7 +113,9 @@ def draw_label_curves(result: Mapping[str, Any]) -> None:
     for axes, (name, found) in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets.items(), strict=True):
         style_panel(axes, TITLES[name], "labelled boxes")
         axes.set_xscale("log")
-        axes.xaxis.set_minor_locator(NullLocator())
+        counts = [mean(row["labels"] for row in rows[next(iter(rows))]) for rows in by_budget(found).values()]
+        axes.set_xticks(counts, [f"{count:,.0f}" for count in counts])
+        axes.minorticks_off()
         for arm, colour in colours.items():
             table = [rows[arm] for rows in by_budget(found).values() if arm in rows]
             if not table:
@@ -130,7 +131,15 @@ def draw_label_curves(result: Mapping[str, Any]) -> None:
                 axes.errorbar(labels, means, spread, color=colour, linewidth=1.4)
         axes.set_ylim(bottom=0)
     figure.axes[0].set_ylabel("AP, %", color=INK, fontsize=9)
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=6, fontsize=9, frameon=False, labelcolor=INK)
+    figure.legend(
+        shown.values(),
+        shown,
+        loc="outside lower center",
+        ncols=3 * len(sets),
+        fontsize=9,
+        frameon=False,
+        labelcolor=INK,
+    )
     FIGURE.write_text(to_svg(figure, "label_curves") + "\n", encoding="utf-8")
 
 

@@ -40,7 +40,6 @@ from simdetr.data.labels import Labels
 _TILE_PX, _GAP_PX = 96, 4
 _GROUND = (128, 132, 138)
 """Between pictures; neither light nor dark, for the page has both colours."""
-_CHUNK = 200
 _WHAT = "cluster "
 """How the names of these events begin."""
 
